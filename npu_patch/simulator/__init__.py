@@ -1,0 +1,69 @@
+"""An Ascend NPU on host memory, for the genuine torch_npu.
+
+    from npu_patch import simulator
+    simulator.start()                      # before anything imports torch
+    import torch
+    torch.ones(3, device="npu:0") + 1      # torch_npu's dispatcher, allocator and autograd; kernels on the CPU
+
+    with simulator.count() as counted:     # kernel launches and bytes moved
+        model(**batch).loss.backward()
+    print(counted)
+
+`python -m npu_patch.simulator train.py ARGS...` runs a script that way. Aten operators run on the CPU, over the very
+memory of the npu tensors; fused operators run a reference written from their documentation, and refuse what it does
+not allow (`Refused`). Speed means nothing here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .errors import Refused, SimulatorError
+
+if TYPE_CHECKING:
+    from .counters import Counted, count
+
+__all__ = ["Counted", "Refused", "SimulatorError", "count", "is_active", "real_device", "start"]
+
+_active = False
+
+
+def start(*, devices: int = 1, any_version: bool = False, replace_real: bool = False) -> None:
+    """Give this process simulated NPUs `npu:0` ... and import torch and torch_npu. A second call does nothing.
+
+    `devices`: how many NPUs, 1 to 16. `any_version`: accept a torch_npu that the simulator was not tested with.
+    `replace_real`: go ahead on a machine that has a real CANN or NPU.
+
+    Call it before anything imports torch. Errors: `SimulatorError` for a torch or torch_npu that is imported already,
+    a torch_npu that is missing or untested, a missing C compiler, a real CANN or NPU.
+    """
+    global _active
+    if _active:
+        return
+    from . import cann
+
+    cann.load(devices, any_version, replace_real)
+    from . import device
+
+    device.install()
+    _active = True
+
+
+def is_active() -> bool:
+    """Whether this process runs on the simulated NPU."""
+    return _active
+
+
+def real_device() -> str | None:
+    """The sign of a real CANN or NPU on this machine, in words ("/dev/davinci0 exists"), or None."""
+    from . import cann
+
+    return cann.real_device()
+
+
+def __getattr__(name: str) -> object:
+    if name in ("count", "Counted"):  # they need no torch, but nobody needs them before start()
+        from . import counters
+
+        return getattr(counters, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

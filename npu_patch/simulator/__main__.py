@@ -1,0 +1,49 @@
+"""python -m npu_patch.simulator [options] script.py ARGS... runs a script with a simulated npu:0."""
+
+import argparse
+import runpy
+import sys
+from pathlib import Path
+
+from . import start
+from .errors import SimulatorError
+
+
+def main(arguments: list[str]) -> int:
+    """Run the script or module; the exit code is the script's own, or 2 if the simulator cannot start."""
+    parser = argparse.ArgumentParser(
+        prog="python -m npu_patch.simulator",
+        description="Run a Python script with a simulated Ascend NPU (npu:0) on this machine's memory.",
+    )
+    parser.add_argument("--devices", type=int, default=1, help="how many NPUs to simulate (default 1)")
+    parser.add_argument("--any-version", action="store_true", help="accept a torch_npu that was not tested")
+    parser.add_argument("--replace-real", action="store_true", help="simulate even where a real CANN or NPU is present")
+    parser.add_argument("-m", dest="module", action="store_true", help="run a module instead of a file")
+    parser.add_argument("script", help="script file, or module name after -m")
+    parser.add_argument("args", nargs=argparse.REMAINDER, help="arguments of the script")
+    options = parser.parse_args(arguments)
+
+    if not options.module and not Path(options.script).is_file():
+        return _fail(f"no such script: {options.script}")
+    try:
+        start(devices=options.devices, any_version=options.any_version, replace_real=options.replace_real)
+    except SimulatorError as error:
+        return _fail(str(error))
+
+    sys.argv = [options.script, *options.args]
+    if options.module:
+        sys.path[0] = str(Path.cwd())
+        runpy.run_module(options.script, run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = str(Path(options.script).resolve().parent)
+        runpy.run_path(options.script, run_name="__main__")
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"npu_patch.simulator: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,430 @@
+"""Every aten operator of the npu device, run on the CPU over the same memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from . import aten_formulas, counters, memory, rng
+from .memory import CPU
+
+# torch_npu's own kernels stay for what only concerns shapes, storages and streams. Views stay as well (`is_view`).
+KEPT = {
+    "_has_compatible_shallow_copy_type",
+    "_lazy_clone",
+    "_pin_memory",
+    "as_strided_",
+    "is_pinned",
+    "is_set_to",
+    "record_stream",
+    "resize_",
+    "resize_as_",
+    "scaled_dot_product_attention",  # torch_npu's own branches, which end in the fused operators
+    "_fused_sdp_choice",
+    "_scaled_dot_product_attention_math",
+    "set_",
+    "set_.source_Storage",
+    "set_.source_Storage_storage_offset",
+    "set_.source_Tensor",
+    "to_padded_tensor",
+}
+
+# What an operator changes in place without reading it.
+ONLY_WRITTEN = {"zero_", "fill_", "normal_", "uniform_", "bernoulli_", "exponential_", "random_"}
+
+# Operators that accept indices or lengths on the CPU next to npu tensors.
+CPU_TENSORS_ALLOWED = {"index", "index_put", "index_put_", "_index_put_impl_", "_ctc_loss", "_pack_padded_sequence"}
+
+BOOLEAN_INDEX = {"index", "index_put", "index_put_", "_index_put_impl_"}
+
+_libraries: list[torch.library.Library] = []  # registrations end with the library object
+
+
+def register() -> None:
+    """Override every aten kernel that torch_npu registers for the npu device."""
+    library = torch.library.Library("aten", "IMPL")
+    _libraries.append(library)
+    for registered in torch._C._dispatch_get_registrations_for_dispatch_key("PrivateUse1"):
+        namespace, _, name = registered.partition("::")
+        if namespace != "aten" or name in KEPT:
+            continue
+        operator = _operator(name)
+        if operator is None or operator.is_view or torch.Tag.inplace_view in operator.tags:
+            continue
+        formula = aten_formulas.FORMULAS.get(name)
+        kernel = aten_formulas.on_device(name, formula) if formula else kernel_for(operator)
+        library.impl(name, kernel, "PrivateUse1", allow_override=True)
+    for name, kernel in _OWN_KERNELS.items():
+        library.impl(name, kernel, "PrivateUse1", allow_override=True)
+
+
+def _operator(name: str) -> OpOverload | None:
+    """`name` as in "add.Tensor". None for the names that torch_npu registers without a schema."""
+    packet, _, overload = name.partition(".")
+    try:
+        return getattr(getattr(torch.ops.aten, packet), overload or "default")
+    except AttributeError:
+        return None
+
+
+def kernel_for(operator: OpOverload) -> Callable[..., Any]:
+    """The npu kernel of an aten operator: the CPU's, on aliases."""
+    schema = operator._schema
+    name = schema.name
+    short = name.partition("::")[2]
+    arguments = schema.arguments
+    mutable = [(i, a.name) for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+    outs = {a.name for a in arguments if a.is_out}
+    # For each return, the argument that it is, or None for a new tensor.
+    returned: list[str | None] = [_argument_returned(value, arguments) for value in schema.returns]
+    position = {a.name: i for i, a in enumerate(arguments)}
+    has_device = any(a.name == "device" for a in arguments)
+    is_random = torch.Tag.nondeterministic_seeded in operator.tags
+    takes_generator = any(a.name == "generator" for a in arguments)
+    is_sync = bool({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & set(operator.tags))
+    boolean_index = short in BOOLEAN_INDEX
+    reads_mutable = short not in ONLY_WRITTEN
+    cpu_allowed = short in CPU_TENSORS_ALLOWED
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        shared = _Shared(name, cpu_allowed)
+        on_cpu = [shared.take(value) for value in args]
+        named = {}
+        fresh = {}
+        for key, value in kwargs.items():
+            if key in outs:
+                named[key] = fresh[key] = _fresh_out(value)
+                shared.note_device(value)
+            else:
+                named[key] = shared.take(value)
+        if has_device:
+            shared.device = _device_index(kwargs.get("device"), shared.device)
+            named.pop("pin_memory", None)
+        if shared.device is None:
+            shared.device = torch.npu.current_device()
+
+        with torch._C._AutoDispatchBelowAutograd():
+            if is_random:
+                seed, offset = rng.next_seed_and_offset(shared.generator, shared.device)
+                if takes_generator:
+                    if "generator" in named or len(on_cpu) <= position["generator"]:
+                        named["generator"] = rng.cpu_generator(seed, offset)
+                    else:
+                        on_cpu[position["generator"]] = rng.cpu_generator(seed, offset)
+                    result = _run(operator, on_cpu, named, mutable)
+                else:
+                    with rng.default_cpu_generator(seed, offset):
+                        result = _run(operator, on_cpu, named, mutable)
+            else:
+                result = _run(operator, on_cpu, named, mutable)
+            for key, value in fresh.items():
+                _write_out(kwargs[key], value)
+
+        if counters._counting:
+            changed = [on_cpu[i] if i < len(on_cpu) else named.get(key) for i, key in mutable]
+            inputs = [*on_cpu, *(value for key, value in named.items() if key not in outs)]
+            if not reads_mutable:
+                inputs = inputs[1:]
+            new = [
+                value
+                for value, source in zip(_as_tuple(result, len(returned)), returned, strict=True)
+                if source is None
+            ]
+            counters.launch(name, inputs, [*changed, *new])
+            if is_sync and (not boolean_index or _has_boolean_index(on_cpu)):
+                counters.host_copy(name, 8)
+
+        if len(returned) == 1:
+            source = returned[0]
+            if source is None:
+                return shared.give(result)
+            return kwargs[source] if source in kwargs else args[position[source]]
+        return tuple(
+            shared.give(value) if source is None else kwargs[source] if source in kwargs else args[position[source]]
+            for value, source in zip(_as_tuple(result, len(returned)), returned, strict=True)
+        )
+
+    return kernel
+
+
+def _argument_returned(value: Any, arguments: list[Any]) -> str | None:
+    if value.alias_info is None or not value.alias_info.is_write:
+        return None
+    for argument in arguments:
+        if argument.alias_info is not None and argument.alias_info.before_set == value.alias_info.before_set:
+            return argument.name
+    return None
+
+
+def _as_tuple(result: Any, length: int) -> tuple[Any, ...]:
+    if length == 1:
+        return (result,)
+    return () if length == 0 else tuple(result)
+
+
+class _Shared:
+    """One call's npu tensors, their aliases, the device they are on, and the generator."""
+
+    __slots__ = ("cpu_allowed", "device", "generator", "name", "pairs")
+
+    def __init__(self, name: str, cpu_allowed: bool) -> None:
+        self.name = name
+        self.cpu_allowed = cpu_allowed
+        self.device: int | None = None
+        self.generator: torch.Generator | None = None
+        self.pairs: list[tuple[int, Tensor]] = []  # storage address, npu tensor
+
+    def take(self, value: Any) -> Any:
+        """The argument as the CPU operator takes it."""
+        if isinstance(value, Tensor):
+            if value.is_cpu:
+                if value.dim() and not self.cpu_allowed:
+                    self.refuse_cpu(value)
+                return value
+            if value.device.type != "npu":
+                return value
+            self.note_device(value)
+            self.pairs.append((value.untyped_storage().data_ptr(), value))
+            return memory.alias(value)
+        if isinstance(value, list | tuple):
+            return [self.take(item) for item in value] if value and not isinstance(value[0], int | float) else value
+        if isinstance(value, torch.device):
+            return CPU if value.type == "npu" else value
+        if isinstance(value, torch.Generator):
+            if value.device.type == "npu":
+                self.generator = value
+            return None
+        return value
+
+    def give(self, value: Any) -> Any:
+        """A result as an npu tensor: a view of an argument where the CPU returned one, else a copy."""
+        if isinstance(value, Tensor):
+            if not value.is_cpu:
+                return value
+            if self.pairs:
+                address = value.untyped_storage().data_ptr()
+                for other, tensor in self.pairs:
+                    if address and address == other:
+                        return memory.view_of(tensor, value)
+            return memory.to_device(value, self.device)
+        if isinstance(value, list | tuple):
+            return [self.give(item) for item in value]
+        return value
+
+    def note_device(self, value: Tensor | list[Tensor]) -> None:
+        tensor = value[0] if isinstance(value, list | tuple) else value
+        index = tensor.device.index
+        if self.device is None:
+            self.device = index
+        elif index != self.device:
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, but found at least two devices, "
+                f"npu:{self.device} and {tensor.device}! (in {self.name})"
+            )
+
+    def refuse_cpu(self, value: Tensor) -> None:
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, but found at least two devices, npu and cpu! "
+            f"(a CPU tensor of shape {list(value.shape)} was given to {self.name})"
+        )
+
+
+def _run(operator: OpOverload, args: list[Any], kwargs: dict[str, Any], mutable: list[tuple[int, str]]) -> Any:
+    try:
+        return operator(*args, **kwargs)
+    except (RuntimeError, NotImplementedError) as error:
+        if "not implemented for" not in str(error):
+            raise
+        return _run_wider(operator, args, kwargs, mutable, error)
+
+
+def _run_wider(
+    operator: OpOverload, args: list[Any], kwargs: dict[str, Any], mutable: list[tuple[int, str]], error: Exception
+) -> Any:
+    """Compute in a wider dtype what the CPU lacks in a narrow one and the NPU has."""
+    narrow = {v.dtype for v in [*args, *kwargs.values()] if isinstance(v, Tensor)} & _WIDER.keys()
+    if len(narrow) != 1 or kwargs.get("dtype") is not None:
+        raise error
+    dtype = narrow.pop()
+    wider = _WIDER[dtype]
+
+    def widened(value: Any) -> Any:
+        return value.to(wider) if isinstance(value, Tensor) and value.dtype == dtype else value
+
+    def narrowed(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [narrowed(item) for item in value]
+        return value.to(dtype) if isinstance(value, Tensor) and value.dtype == wider else value
+
+    wide_args, wide_kwargs = [widened(v) for v in args], {key: widened(v) for key, v in kwargs.items()}
+    try:
+        result = operator(*wide_args, **wide_kwargs)
+    except (RuntimeError, NotImplementedError):
+        raise error from None
+    for i, key in mutable:
+        (args[i] if i < len(args) else kwargs[key]).copy_(wide_args[i] if i < len(args) else wide_kwargs[key])
+    return narrowed(result)
+
+
+_WIDER = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.int8: torch.float64,
+    torch.int16: torch.float64,
+    torch.int32: torch.float64,
+    torch.int64: torch.float64,
+    torch.uint8: torch.float64,
+    torch.bool: torch.uint8,
+}
+
+
+def _fresh_out(value: Tensor | list[Tensor]) -> Any:
+    """A CPU tensor for an `out=` argument: an alias could not be resized."""
+    if isinstance(value, list | tuple):
+        return [_fresh_out(item) for item in value]
+    return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=CPU)
+
+
+def _write_out(out: Tensor | list[Tensor], value: Any) -> None:
+    if isinstance(out, list | tuple):
+        for one, result in zip(out, value, strict=True):
+            _write_out(one, result)
+        return
+    if out.shape != value.shape:
+        out.resize_(value.shape)
+    memory.alias(out).copy_(value)
+
+
+def _has_boolean_index(args: list[Any]) -> bool:
+    return any(
+        isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+        for value in args
+        if isinstance(value, list | tuple)
+        for index in value
+    )
+
+
+def _device_index(device: torch.device | None, default: int | None) -> int | None:
+    if device is None or device.type != "npu":
+        return default
+    return torch.npu.current_device() if device.index is None else device.index
+
+
+def _copy_(self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
+    to_npu, from_npu = self.device.type == "npu", src.device.type == "npu"
+    to, source = (memory.alias(self) if to_npu else self), (memory.alias(src) if from_npu else src)
+    with torch._C._AutoDispatchBelowAutograd():
+        to.copy_(source)
+    if counters._counting:
+        if to_npu and from_npu:
+            counters.launch("aten::copy_", [source], [to])
+        elif from_npu:
+            counters.host_copy("aten::copy_", counters.tensor_bytes(source))
+        else:
+            counters.upload(counters.tensor_bytes(source))
+    return self
+
+
+def _copy_from(self: Tensor, dst: Tensor, non_blocking: bool = False) -> Tensor:
+    return _copy_(dst, self)
+
+
+def _copy_from_and_resize(self: Tensor, dst: Tensor) -> Tensor:
+    if dst.shape != self.shape:
+        dst.resize_(self.shape)
+    return _copy_(dst, self)
+
+
+def _to_copy(
+    self: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    layout: torch.layout | None = None,
+    device: torch.device | None = None,
+    pin_memory: bool | None = None,
+    non_blocking: bool = False,
+    memory_format: torch.memory_format | None = None,
+) -> Tensor:
+    source = memory.alias(self) if self.device.type == "npu" else self
+    target = self.device if device is None else device
+    elsewhere = CPU if target.type == "npu" else target
+    with torch._C._AutoDispatchBelowAutograd():
+        copied = torch.ops.aten._to_copy.default(
+            source, dtype=dtype, layout=layout, device=elsewhere, memory_format=memory_format
+        )
+    if target.type == "npu":
+        if counters._counting:
+            if self.device.type == "npu":
+                counters.launch("aten::_to_copy", [source], [copied])
+            else:
+                counters.upload(counters.tensor_bytes(source))
+        return memory.to_device(copied, _device_index(target, None))
+    if counters._counting and target.type == "cpu":
+        counters.host_copy("aten::_to_copy", counters.tensor_bytes(source))
+    return copied
+
+
+def _local_scalar_dense(self: Tensor) -> Any:
+    if counters._counting:
+        counters.host_copy("aten::_local_scalar_dense", self.element_size())
+    return memory.alias(self).item()
+
+
+def _empty(
+    size: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    layout: torch.layout | None = None,
+    device: torch.device | None = None,
+    pin_memory: bool | None = None,
+    memory_format: torch.memory_format | None = None,
+) -> Tensor:
+    stride = None
+    if memory_format not in (None, torch.contiguous_format, torch.preserve_format):
+        stride = torch.empty(size, device="meta", memory_format=memory_format).stride()
+    return memory.poisoned(size, stride, dtype or torch.get_default_dtype(), _device_index(device, None) or 0)
+
+
+def _empty_strided(
+    size: Any,
+    stride: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    layout: torch.layout | None = None,
+    device: torch.device | None = None,
+    pin_memory: bool | None = None,
+) -> Tensor:
+    return memory.poisoned(size, stride, dtype or torch.get_default_dtype(), _device_index(device, None) or 0)
+
+
+def _empty_like(
+    self: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    layout: torch.layout | None = None,
+    device: torch.device | None = None,
+    pin_memory: bool | None = None,
+    memory_format: torch.memory_format | None = None,
+) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        like = torch.ops.aten.empty_like.default(
+            memory.alias(self), dtype=dtype, device="meta", memory_format=memory_format
+        )
+    target = self.device if device is None else device
+    if target.type != "npu":
+        return torch.empty_strided(like.size(), like.stride(), dtype=like.dtype, device=target)
+    return memory.poisoned(like.size(), like.stride(), like.dtype, _device_index(target, None))
+
+
+_OWN_KERNELS = {
+    "copy_": _copy_,
+    "_copy_from": _copy_from,
+    "_copy_from_and_resize": _copy_from_and_resize,
+    "_to_copy": _to_copy,
+    "_local_scalar_dense": _local_scalar_dense,
+    "empty.memory_format": _empty,
+    "empty_strided": _empty_strided,
+    "empty_like": _empty_like,
+}

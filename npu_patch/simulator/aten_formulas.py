@@ -1,0 +1,57 @@
+"""Aten operators that the npu device has and the CPU lacks, as formulas on CPU tensors."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import counters
+
+
+def on_device(name: str, formula: Callable[..., Any]) -> Callable[..., Any]:
+    """The formula as an npu kernel."""
+    from .aten import _Shared
+
+    name = f"aten::{name.partition('.')[0]}"
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        shared = _Shared(name, cpu_allowed=False)
+        on_cpu = [shared.take(value) for value in args]
+        named = {key: shared.take(value) for key, value in kwargs.items()}
+        with torch._C._AutoDispatchBelowAutograd():
+            result = formula(*on_cpu, **named)
+        if counters._counting:
+            counters.launch(name, [*on_cpu, *named.values()], result if isinstance(result, tuple) else [result])
+        return tuple(map(shared.give, result)) if isinstance(result, tuple) else shared.give(result)
+
+    return kernel
+
+
+def matmul_backward(grad: Tensor, self: Tensor, other: Tensor, mask: list[bool]) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `self @ other` for any number of dimensions, each summed over the dimensions it was broadcast in."""
+    left = self.unsqueeze(0) if self.dim() == 1 else self
+    right = other.unsqueeze(1) if other.dim() == 1 else other
+    if other.dim() == 1:
+        grad = grad.unsqueeze(-1)
+    if self.dim() == 1:
+        grad = grad.unsqueeze(-2)
+    grad_self = grad_other = None
+    if mask[0]:
+        grad_self = (grad @ right.mH).sum_to_size(left.shape).reshape(self.shape)
+    if mask[1]:
+        grad_other = (left.mH @ grad).sum_to_size(right.shape).reshape(other.shape)
+    return grad_self, grad_other
+
+
+def histc(self: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Tensor:
+    """The CPU takes floats only; the NPU integers too, and returns their dtype."""
+    if self.is_floating_point():
+        return torch.histc(self, bins, min, max)
+    return torch.histc(self.double(), bins, min, max).to(self.dtype)
+
+
+FORMULAS: dict[str, Callable[..., Any]] = {
+    "matmul_backward": matmul_backward,
+    "histc": histc,
+}

@@ -1,0 +1,228 @@
+/*
+ * CANN on host memory: the C functions that torch_npu's shared library is linked against or looks up by name.
+ *
+ * Device memory is host memory, streams run at once, and there is no kernel: what would launch one returns an error, so
+ * that nothing is left uncomputed in silence. The kernels themselves are in Python (aten.py, fused/). One source serves
+ * every CANN library that torch_npu needs; it is compiled once per library name (cann.py).
+ */
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#define ERROR_INVALID_PARAMETER 107000
+#define ERROR_OUT_OF_MEMORY 207001
+#define ERROR_NOT_SUPPORTED 207000
+
+/* ---- Errors: the last one is read back by torch_npu and becomes part of the exception's message. ---- */
+
+static __thread char last_error[512];
+
+const char *aclGetRecentErrMsg(void) { return last_error; }
+
+static int refuse(const char *what, const char *name) {
+    snprintf(last_error, sizeof last_error, "npu_patch.simulator does not emulate %s %s", what, name ? name : "");
+    return ERROR_NOT_SUPPORTED;
+}
+
+int aclopCompileAndExecute(const char *operator_type) { return refuse("the operator", operator_type); }
+int aclopCompileAndExecuteV2(const char *operator_type) { return refuse("the operator", operator_type); }
+int rtKernelLaunch(void) { return refuse("kernel launches by", "rtKernelLaunch"); }
+int aclrtLaunchKernelWithHostArgs(void) { return refuse("kernel launches by", "aclrtLaunchKernelWithHostArgs"); }
+int aclrtBinaryLoadFromData(void) { return refuse("device binaries:", "aclrtBinaryLoadFromData"); }
+int aclrtBinaryGetFunction(void) { return refuse("device binaries:", "aclrtBinaryGetFunction"); }
+
+/* Virtual memory (expandable segments) and memory shared between processes. */
+#define UNSUPPORTED(name) int name(void) { return refuse("the runtime function", #name); }
+UNSUPPORTED(aclrtReserveMemAddress) UNSUPPORTED(aclrtReleaseMemAddress)
+UNSUPPORTED(aclrtMallocPhysical) UNSUPPORTED(aclrtFreePhysical)
+UNSUPPORTED(aclrtMapMem) UNSUPPORTED(aclrtUnmapMem)
+UNSUPPORTED(aclrtMemExportToShareableHandle) UNSUPPORTED(aclrtMemImportFromShareableHandle)
+UNSUPPORTED(aclrtMemSetPidToShareableHandle)
+
+/* ---- Devices. ---- */
+
+#define MOST_DEVICES 16
+static int device_count = 1;
+static uint64_t memory_of_a_device = 64ull << 30; /* Ascend910B3: 64 GB; set by cann.py to what the host can hold. */
+static uint64_t memory_used[MOST_DEVICES];
+static pthread_mutex_t memory_lock = PTHREAD_MUTEX_INITIALIZER;
+static __thread int current_device;
+static char contexts[MOST_DEVICES];
+
+/* Called by cann.py right after loading. */
+void simulator_configure(int devices, uint64_t bytes) { device_count = devices; memory_of_a_device = bytes; }
+
+const char *aclrtGetSocName(void) { return "Ascend910B3"; }
+int aclrtGetDeviceCount(uint32_t *count) { *count = (uint32_t)device_count; return 0; }
+int aclrtGetDevice(int32_t *device) { *device = current_device; return 0; }
+int aclrtSetDevice(int32_t device) {
+    if (device < 0 || device >= device_count) return ERROR_INVALID_PARAMETER;
+    current_device = device;
+    return 0;
+}
+int aclrtGetCurrentContext(void **context) { *context = &contexts[current_device]; return 0; }
+int aclrtSetCurrentContext(void *context) {
+    ptrdiff_t device = (char *)context - contexts;
+    if (device >= 0 && device < device_count) current_device = (int)device;
+    return 0;
+}
+int aclrtGetPrimaryCtxState(int32_t device, uint32_t *flags, int32_t *active) {
+    if (flags) *flags = 0;
+    *active = 1;
+    return 0;
+}
+int aclrtGetLogicDevIdByUserDevId(int32_t user, int32_t *logical) { *logical = user; return 0; }
+int aclrtDeviceCanAccessPeer(int32_t *can, int32_t device, int32_t peer) { *can = 0; return 0; }
+int aclrtDeviceGetBareTgid(int32_t *process) { *process = getpid(); return 0; }
+int aclrtDeviceGetUuid(int32_t device, char *uuid) { memset(uuid, 0, 16); uuid[15] = (char)device; return 0; }
+
+/* ---- Memory. Each block has a header, so that freeing it can be accounted for. ---- */
+
+typedef struct { uint64_t bytes; int device; } Header;
+#define HEADER_BYTES 512 /* keeps the 512-byte alignment that CANN guarantees */
+
+static int allocate(void **pointer, size_t bytes) {
+    size_t rounded = (bytes + 32 + 511) / 512 * 512;
+    pthread_mutex_lock(&memory_lock);
+    int fits = memory_used[current_device] + rounded <= memory_of_a_device;
+    if (fits) memory_used[current_device] += rounded;
+    pthread_mutex_unlock(&memory_lock);
+    char *block = fits ? aligned_alloc(512, rounded + HEADER_BYTES) : NULL;
+    if (!block) {
+        if (fits) {
+            pthread_mutex_lock(&memory_lock);
+            memory_used[current_device] -= rounded;
+            pthread_mutex_unlock(&memory_lock);
+        }
+        snprintf(last_error, sizeof last_error, "out of device memory: %zu bytes asked for", bytes);
+        return ERROR_OUT_OF_MEMORY;
+    }
+    ((Header *)block)->bytes = rounded;
+    ((Header *)block)->device = current_device;
+    *pointer = block + HEADER_BYTES;
+    return 0;
+}
+int aclrtMalloc(void **pointer, size_t bytes, int policy) { return allocate(pointer, bytes); }
+int aclrtMallocAlign32(void **pointer, size_t bytes, int policy) { return allocate(pointer, bytes); }
+int aclrtFree(void *pointer) {
+    if (!pointer) return 0;
+    char *block = (char *)pointer - HEADER_BYTES;
+    Header *header = (Header *)block;
+    pthread_mutex_lock(&memory_lock);
+    memory_used[header->device] -= header->bytes;
+    pthread_mutex_unlock(&memory_lock);
+    free(block);
+    return 0;
+}
+int aclrtGetMemInfo(int kind, size_t *free_bytes, size_t *total_bytes) {
+    pthread_mutex_lock(&memory_lock);
+    *total_bytes = memory_of_a_device;
+    *free_bytes = memory_of_a_device - memory_used[current_device];
+    pthread_mutex_unlock(&memory_lock);
+    return 0;
+}
+int aclrtMallocHost(void **pointer, size_t bytes) {
+    *pointer = aligned_alloc(512, (bytes + 511) / 512 * 512 + 512);
+    return *pointer ? 0 : ERROR_OUT_OF_MEMORY;
+}
+int aclrtMallocHostWithCfg(void **pointer, size_t bytes, void *config) { return aclrtMallocHost(pointer, bytes); }
+int aclrtFreeHost(void *pointer) { free(pointer); return 0; }
+
+int aclrtMemcpy(void *to, size_t room, const void *from, size_t bytes, int kind) {
+    if (bytes > room) return ERROR_INVALID_PARAMETER;
+    memmove(to, from, bytes);
+    return 0;
+}
+int aclrtMemcpyAsync(void *to, size_t room, const void *from, size_t bytes, int kind, void *stream) {
+    return aclrtMemcpy(to, room, from, bytes, kind);
+}
+int aclrtMemcpyAsyncWithCondition(void *to, size_t room, const void *from, size_t bytes, int kind, void *stream) {
+    return aclrtMemcpy(to, room, from, bytes, kind);
+}
+int aclrtMemset(void *to, size_t room, int32_t value, size_t bytes) {
+    if (bytes > room) return ERROR_INVALID_PARAMETER;
+    memset(to, value, bytes);
+    return 0;
+}
+int aclrtMemsetAsync(void *to, size_t room, int32_t value, size_t bytes, void *stream) {
+    return aclrtMemset(to, room, value, bytes);
+}
+
+/* ---- Streams and events. Work is done when it is issued, so everything is always complete. ---- */
+
+static int32_t streams_made;
+static int new_stream(void **stream) {
+    int32_t *id = malloc(sizeof *id);
+    if (!id) return ERROR_OUT_OF_MEMORY;
+    *id = __sync_fetch_and_add(&streams_made, 1);
+    *stream = id;
+    return 0;
+}
+int aclrtCreateStream(void **stream) { return new_stream(stream); }
+int aclrtCreateStreamWithConfig(void **stream, uint32_t priority, uint32_t flag) { return new_stream(stream); }
+int aclrtDestroyStream(void *stream) { free(stream); return 0; }
+int aclrtDestroyStreamForce(void *stream) { free(stream); return 0; }
+int aclrtStreamGetId(void *stream, int32_t *id) { *id = stream ? *(int32_t *)stream : 0; return 0; }
+int aclrtStreamQuery(void *stream, int32_t *status) { *status = 0; return 0; }          /* 0: complete */
+
+typedef struct { struct timespec recorded; } Event;
+static int new_event(void **event) { *event = calloc(1, sizeof(Event)); return *event ? 0 : ERROR_OUT_OF_MEMORY; }
+int aclrtCreateEvent(void **event) { return new_event(event); }
+int aclrtCreateEventWithFlag(void **event, uint32_t flag) { return new_event(event); }
+int aclrtCreateEventExWithFlag(void **event, uint32_t flag) { return new_event(event); }
+int aclrtDestroyEvent(void *event) { free(event); return 0; }
+int aclrtRecordEvent(void *event, void *stream) {
+    clock_gettime(CLOCK_MONOTONIC, &((Event *)event)->recorded);
+    return 0;
+}
+int aclrtQueryEventStatus(void *event, int32_t *status) { *status = 1; return 0; }       /* 1: complete */
+int aclrtQueryEventWaitStatus(void *event, int32_t *status) { *status = 1; return 0; }
+int aclrtEventElapsedTime(float *milliseconds, void *start, void *end) {
+    struct timespec a = ((Event *)start)->recorded, b = ((Event *)end)->recorded;
+    *milliseconds = (float)((double)(b.tv_sec - a.tv_sec) * 1e3 + (double)(b.tv_nsec - a.tv_nsec) / 1e6);
+    return 0;
+}
+int aclrtEventGetTimestamp(void *event, uint64_t *microseconds) {
+    struct timespec at = ((Event *)event)->recorded;
+    *microseconds = (uint64_t)at.tv_sec * 1000000u + (uint64_t)at.tv_nsec / 1000u;
+    return 0;
+}
+
+/* ---- Settings that torch_npu writes and reads back (determinism). ---- */
+
+static int64_t settings[64];
+static int read_setting(int name, int64_t *value) { *value = name >= 0 && name < 64 ? settings[name] : 0; return 0; }
+static int write_setting(int name, int64_t value) { if (name >= 0 && name < 64) settings[name] = value; return 0; }
+int aclrtGetSysParamOpt(int name, int64_t *value) { return read_setting(name, value); }
+int aclrtSetSysParamOpt(int name, int64_t value) { return write_setting(name, value); }
+int aclrtCtxGetSysParamOpt(int name, int64_t *value) { return read_setting(name, value); }
+int aclrtCtxSetSysParamOpt(int name, int64_t value) { return write_setting(name, value); }
+int aclrtGetStreamOverflowSwitch(void *stream, uint32_t *flag) { *flag = 0; return 0; }
+int aclGetDeviceCapability(uint32_t device, int kind, int64_t *value) { *value = 0; return 0; }
+
+/* ---- Functions of which only the success matters. ---- */
+
+#define OK(name) long name(void) { return 0; }
+/* life cycle and synchronisation */
+OK(aclInit) OK(aclFinalize) OK(aclrtResetDevice) OK(aclrtSynchronizeDevice) OK(aclrtSynchronizeDeviceWithTimeout)
+OK(aclrtSynchronizeStream) OK(aclrtSynchronizeStreamWithTimeout) OK(aclrtSynchronizeEvent) OK(aclrtStreamWaitEvent)
+OK(aclrtResetEvent) OK(aclrtProcessReport) OK(aclrtDeviceEnablePeerAccess) OK(aclrtSetDeviceSatMode)
+OK(aclrtSetOpExecuteTimeOut) OK(aclrtSetOpWaitTimeout) OK(aclrtSetStreamOverflowSwitch)
+OK(aclrtSetStreamFailureMode) OK(aclrtPeekAtLastError) OK(aclrtGetLastError) OK(aclSetCompileopt)
+/* operator descriptions: nothing reads them, since executing one is an error */
+OK(aclCreateDataBuffer) OK(aclDestroyDataBuffer) OK(aclCreateTensorDesc) OK(aclDestroyTensorDesc)
+OK(aclGetTensorDescDimV2) OK(aclGetTensorDescFormat) OK(aclGetTensorDescNumDims) OK(aclGetTensorDescType)
+OK(aclSetTensorDescName) OK(aclSetTensorFormat) OK(aclSetTensorPlaceMent) OK(aclSetTensorShape)
+OK(aclopCreateAttr) OK(aclopDestroyAttr) OK(aclopSetAttrBool) OK(aclopSetAttrDataType) OK(aclopSetAttrFloat)
+OK(aclopSetAttrInt) OK(aclopSetAttrString) OK(aclopSetAttrListBool) OK(aclopSetAttrListFloat)
+OK(aclopSetAttrListInt) OK(aclopSetAttrListListInt)
+/* logs, dumps, profiling, registration of compiled kernels */
+OK(aclAppLog) OK(aclmdlInitDump) OK(aclmdlSetDump) OK(aclmdlFinalizeDump) OK(MsprofGetHashId)
+OK(MsprofRegisterCallback) OK(MsprofReportAdditionalInfo) OK(MsprofReportApi) OK(MsprofReportCompactInfo)
+OK(MsprofSysCycleTime) OK(rtDevBinaryRegister) OK(rtFunctionRegister) OK(rtGetC2cCtrlAddr) OK(aclrtGetFunctionAddr)

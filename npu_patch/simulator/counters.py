@@ -1,0 +1,114 @@
+"""Kernel launches, bytes moved and host synchronisations, counted where the kernels are dispatched.
+
+Rules:
+- A launch is one dispatched kernel. Views, allocations and copies from or to the host are none. An operator that runs
+  as one kernel on the NPU counts once, however much the CPU does to emulate it: fused operators, `_foreach_*` and fused
+  optimizer steps are one launch each.
+- Bytes are those of the inputs read plus those of the outputs written: elements times element size. A broadcast
+  dimension (stride 0) counts once. A tensor changed in place is read and written, except by operators that only write
+  (`copy_`, `fill_`, `zero_`, random fills and `out=` arguments).
+- Where a fused operator's wrapper copies a non-contiguous input first, that copy is a launch of its own, named
+  "contiguous(inside npu_x)".
+- A host copy is whatever makes the host wait for the device: a device-to-host copy, `item()`, and operators whose
+  output shape or result depends on data (`nonzero`, `masked_select`, `equal`, boolean indices...), 8 bytes each.
+- Copies from host to device are `uploads`.
+"""
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class Counted:
+    """What was counted; complete once the `with` block has ended."""
+
+    launches: int = 0
+    bytes: int = 0
+    by_op: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Operator name, such as "aten::mm" or "npu::npu_rms_norm" -> (launches, bytes)."""
+    host_copies: int = 0
+    host_bytes: int = 0
+    host_copies_by_op: dict[str, tuple[int, int]] = field(default_factory=dict)
+    uploads: int = 0
+    upload_bytes: int = 0
+
+    def __str__(self) -> str:
+        rows = sorted(self.by_op.items(), key=lambda row: (-row[1][1], row[0]))
+        lines = [f"{launches:>8} {moved:>14} {name}" for name, (launches, moved) in rows]
+        return "\n".join(
+            [
+                f"{self.launches} launches, {self.bytes} bytes, {self.host_copies} host copies",
+                *(["launches          bytes operator", *lines] if lines else []),
+            ]
+        )
+
+
+_lock = threading.Lock()  # backward runs on a thread of its own
+_counting: tuple[Counted, ...] = ()
+
+
+@contextmanager
+def count() -> Iterator[Counted]:
+    """Count everything that any thread of this process does on the simulated NPUs within the block. Blocks may nest."""
+    global _counting
+    counted = Counted()
+    with _lock:
+        _counting = (*_counting, counted)
+    try:
+        yield counted
+    finally:
+        with _lock:
+            _counting = tuple(other for other in _counting if other is not counted)
+
+
+def is_counting() -> bool:
+    return bool(_counting)
+
+
+def launch(name: str, read: Iterable[Any], written: Iterable[Any]) -> None:
+    """Record one kernel; `read` and `written` may hold anything, only tensors count."""
+    moved = sum(map(tensor_bytes, read)) + sum(map(tensor_bytes, written))
+    with _lock:
+        for counted in _counting:
+            counted.launches += 1
+            counted.bytes += moved
+            _add(counted.by_op, name, moved)
+
+
+def host_copy(name: str, moved: int) -> None:
+    with _lock:
+        for counted in _counting:
+            counted.host_copies += 1
+            counted.host_bytes += moved
+            _add(counted.host_copies_by_op, name, moved)
+
+
+def upload(moved: int) -> None:
+    with _lock:
+        for counted in _counting:
+            counted.uploads += 1
+            counted.upload_bytes += moved
+
+
+def tensor_bytes(value: "Tensor | list[Tensor] | Any") -> int:
+    """Bytes of a tensor, a list or tuple of them, or 0 for anything else."""
+    if isinstance(value, list | tuple):
+        return sum(map(tensor_bytes, value))
+    if not hasattr(value, "element_size"):
+        return 0
+    elements = 1
+    for size, stride in zip(value.size(), value.stride(), strict=True):
+        if stride or not size:
+            elements *= size
+    return elements * value.element_size()
+
+
+def _add(table: dict[str, tuple[int, int]], name: str, moved: int) -> None:
+    times, total = table.get(name, (0, 0))
+    table[name] = (times + 1, total + moved)

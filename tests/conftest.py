@@ -1,0 +1,29 @@
+"""Starts the simulated NPU before any test imports torch, unless this machine has a real one."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from npu_patch import simulator
+
+if simulator.real_device() is None:
+    simulator.start()
+
+import pytest
+import torch
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def npu() -> torch.device:
+    """The NPU, real or simulated."""
+    return torch.device("npu:0")
+
+
+@pytest.fixture
+def simulated() -> None:
+    """Skips a test of the simulator itself on a real NPU."""
+    if not simulator.is_active():
+        pytest.skip("a real NPU is present")
