@@ -31,6 +31,9 @@ KEPT = {
     "to_padded_tensor",
 }
 
+# torch_npu's autograd kernels of these call a CANN operator themselves. None of them has a gradient.
+AUTOGRAD_TOO = {"one_hot"}
+
 # What an operator changes in place without reading it.
 ONLY_WRITTEN = {"zero_", "fill_", "normal_", "uniform_", "bernoulli_", "exponential_", "random_"}
 
@@ -56,6 +59,8 @@ def register() -> None:
         formula = aten_formulas.FORMULAS.get(name)
         kernel = aten_formulas.on_device(name, formula) if formula else kernel_for(operator)
         library.impl(name, kernel, "PrivateUse1", allow_override=True)
+        if name in AUTOGRAD_TOO:
+            library.impl(name, kernel, "AutogradPrivateUse1", allow_override=True)
     for name, kernel in _OWN_KERNELS.items():
         library.impl(name, kernel, "PrivateUse1", allow_override=True)
 
@@ -136,6 +141,8 @@ def kernel_for(operator: OpOverload) -> Callable[..., Any]:
             if is_sync and (not boolean_index or _has_boolean_index(on_cpu)):
                 counters.host_copy(name, 8)
 
+        if not returned:
+            return None
         if len(returned) == 1:
             source = returned[0]
             if source is None:

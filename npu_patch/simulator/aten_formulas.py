@@ -30,6 +30,12 @@ def on_device(name: str, formula: Callable[..., Any]) -> Callable[..., Any]:
 
 def matmul_backward(grad: Tensor, self: Tensor, other: Tensor, mask: list[bool]) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of `self @ other` for any number of dimensions, each summed over the dimensions it was broadcast in."""
+    if self.dim() > 2 and other.dim() == 2:  # rows of a linear layer: one product each, as torch folds them
+        rows, grad_rows = self.reshape(-1, self.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        return (
+            (grad_rows @ other.mH).view(self.shape) if mask[0] else None,
+            rows.mH @ grad_rows if mask[1] else None,
+        )
     left = self.unsqueeze(0) if self.dim() == 1 else self
     right = other.unsqueeze(1) if other.dim() == 1 else other
     if other.dim() == 1:

@@ -204,7 +204,12 @@ int aclrtSetSysParamOpt(int name, int64_t value) { return write_setting(name, va
 int aclrtCtxGetSysParamOpt(int name, int64_t *value) { return read_setting(name, value); }
 int aclrtCtxSetSysParamOpt(int name, int64_t value) { return write_setting(name, value); }
 int aclrtGetStreamOverflowSwitch(void *stream, uint32_t *flag) { *flag = 0; return 0; }
-int aclGetDeviceCapability(uint32_t device, int kind, int64_t *value) { *value = 0; return 0; }
+/* Ascend910B3: 20 AI cores with two vector cores each, 192 MB of L2. */
+int aclGetDeviceCapability(uint32_t device, int kind, int64_t *value) {
+    static const int64_t values[] = {20, 40, 192 << 20};
+    *value = kind >= 0 && kind < 3 ? values[kind] : 0;
+    return 0;
+}
 
 /* ---- Functions of which only the success matters. ---- */
 

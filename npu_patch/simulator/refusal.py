@@ -45,12 +45,5 @@ def require_not_empty(operator: str, name: str, tensor: Tensor) -> None:
     require(tensor.numel() > 0, operator, f"{name} must not be empty (shape {list(tensor.shape)})")
 
 
-def require_on_device(operator: str, **tensors: Tensor | None) -> None:
-    """Formulas see npu tensors as CPU tensors: call this before aliasing only."""
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            require(tensor.device.type == "npu", operator, f"{name} must be an npu tensor, not on {tensor.device}")
-
-
 def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

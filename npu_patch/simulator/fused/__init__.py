@@ -1,17 +1,21 @@
-"""The fused operators of torch_npu (`torch.ops.npu.npu_*`), each as its documentation describes it."""
+"""The operators of torch_npu's own namespace (`torch.ops.npu.*`), each as its documentation describes it."""
 
 import torch
 
-from . import attention, rms_norm, rotary, swiglu
+from . import attention, companions, grouped_matmul, moe_permute, rms_norm, rotary, swiglu
 from .kernel import npu_kernel
 
-FAMILIES = (rms_norm, rotary, swiglu, attention)
+FAMILIES = (rms_norm, rotary, swiglu, attention, grouped_matmul, moe_permute, companions)
 
 _libraries: list[torch.library.Library] = []  # registrations end with the library object
 
 
 def register() -> None:
-    """Register the leaf kernels only: torch_npu's own derivatives and autograd fallbacks stay in effect above them."""
+    """Register the leaf kernels only: torch_npu's own derivatives and autograd fallbacks stay in effect above them.
+
+    torch_npu's kernels stay for every other operator. Those that are compositions of others work; those that would
+    launch a kernel of their own fail and name it ("aclnnX ... not in libopapi.so", or "OPS function error: X").
+    """
     library = torch.library.Library("npu", "IMPL")
     _libraries.append(library)
     for family in FAMILIES:

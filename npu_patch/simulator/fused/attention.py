@@ -438,9 +438,11 @@ def npu_fusion_attention_grad_v3(
     return _backward(problem, query, key, value, dy, softmax_max, softmax_sum, attention_in, *state)
 
 
+V3_ON_HOST = ("actual_seq_qlen", "actual_seq_kvlen")
+
 KERNELS = {
     "npu_fusion_attention": Kernel(npu_fusion_attention, draws=True),
     "npu_fusion_attention_grad": Kernel(npu_fusion_attention_grad),
-    "npu_fusion_attention_v3": Kernel(npu_fusion_attention_v3, draws=True),
-    "npu_fusion_attention_grad_v3": Kernel(npu_fusion_attention_grad_v3),
+    "npu_fusion_attention_v3": Kernel(npu_fusion_attention_v3, on_host=V3_ON_HOST, draws=True),
+    "npu_fusion_attention_grad_v3": Kernel(npu_fusion_attention_grad_v3, on_host=(*V3_ON_HOST, "seed", "offset")),
 }

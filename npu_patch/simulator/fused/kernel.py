@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import counters, memory, rng
+from ..refusal import require
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Kernel:
     """Arguments that the operator's wrapper copies first if they are not contiguous; such a copy counts as a launch."""
     needs_gradient: tuple[str, ...] = ()
     """Arguments x for which the formula takes `x_requires_grad`, as the C++ wrapper looks at it."""
+    on_host: tuple[str, ...] = ()
+    """Tensor arguments that the operator documents as CPU tensors; every other one must be on the npu."""
     draws: bool = False
     """The formula takes `draw()`, which gives the (seed, offset) of the device's generator and moves it on."""
 
@@ -47,14 +50,11 @@ def npu_kernel(name: str, kernel: Kernel) -> Callable[..., Any]:
     copy_name = f"contiguous(inside {packet})"
 
     def launch(*args: Any, **kwargs: Any) -> Any:
-        values = [
-            args[i] if i < len(args) else kwargs.get(a.name, a.default_value)
-            for i, a in enumerate(positional)
-        ]
+        values = [args[i] if i < len(args) else kwargs.get(a.name, a.default_value) for i, a in enumerate(positional)]
         named = {a.name: kwargs.get(a.name, a.default_value) for a in keywords}
-        aliases = _Aliases(full_name)
-        on_cpu = [aliases.take(value) for value in values]
-        named_on_cpu = {key: aliases.take(value) for key, value in named.items()}
+        aliases = _Aliases(packet)
+        on_cpu = [aliases.take(value, a.name in kernel.on_host) for value, a in zip(values, positional, strict=True)]
+        named_on_cpu = {key: aliases.take(value, key in kernel.on_host) for key, value in named.items()}
         extra: dict[str, Any] = {}
         for argument in kernel.needs_gradient:
             value = values[position[argument]]
@@ -95,22 +95,30 @@ class _Aliases:
         self.device: int | None = None
         self.pairs: list[tuple[Tensor, Tensor]] = []
 
-    def take(self, value: Any) -> Any:
+    def take(self, value: Any, on_host: bool) -> Any:
         if isinstance(value, Tensor):
-            if value.device.type != "npu":
-                return value  # some arguments are documented as CPU tensors: the formula checks
+            if on_host:
+                require(value.device.type == "cpu", self.name, f"lengths must be a CPU tensor, not on {value.device}")
+                return value
+            require(
+                value.device.type == "npu",
+                self.name,
+                "Expected all tensors to be on the same device, but found at least two devices, npu and "
+                f"{value.device}! (a tensor of shape {list(value.shape)})",
+            )
             if self.device is None:
                 self.device = value.device.index
-            elif self.device != value.device.index:
-                raise RuntimeError(
-                    "Expected all tensors to be on the same device, but found at least two devices, "
-                    f"npu:{self.device} and {value.device}! (in {self.name})"
-                )
+            require(
+                self.device == value.device.index,
+                self.name,
+                "Expected all tensors to be on the same device, but found at least two devices, "
+                f"npu:{self.device} and {value.device}!",
+            )
             over = memory.alias(value)
             self.pairs.append((over, value))
             return over
         if isinstance(value, list | tuple):
-            return [self.take(item) for item in value]
+            return [self.take(item, on_host) for item in value]
         return value
 
     def give(self, value: Any) -> Any:
