@@ -1,0 +1,143 @@
+"""The journal: the only place that rebinds anything, and the place that puts everything back.
+
+An entry remembers an owner, a name and the very object that stood there, read from the owner's own namespace (never
+through inheritance or descriptors), so that undoing restores identity, not equality. Owners are modules, classes,
+live instances and mappings. Instances are held weakly: a patched model can still be freed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One rebinding. `owner()` is None once a weakly held owner is gone."""
+
+    owner: Callable[[], Any]
+    name: Any
+    before: Any
+    after: Any
+    on_undo: Callable[[], None] | None
+
+
+class Journal:
+    """An ordered list of rebindings that can be undone, in reverse, to any earlier point."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._entries: list[Entry] = []
+        self._held: dict[tuple[int, Any], list[Entry]] = {}  # by (id of the owner, name), checked by identity
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def rebind(self, owner: Any, name: Any, new: Any, on_undo: Callable[[], None] | None = None) -> None:
+        """Binds `name` in `owner`'s own namespace to `new`. `on_undo` runs after the old object is back."""
+        with self.lock:
+            entry = Entry(_reference(owner), name, _read(owner, name), new, on_undo)
+            _write(owner, name, new)
+            self._entries.append(entry)
+            self._held.setdefault((id(owner), name), []).append(entry)
+
+    def insert(self, sequence: list, new: Any) -> None:
+        """Puts `new` first in `sequence` (an import hook in `sys.meta_path`, say) until it is undone."""
+        with self.lock:
+            self._entries.append(Entry(lambda: None, None, None, new, lambda: _remove_identical(sequence, new)))
+            sequence.insert(0, new)
+
+    def holds(self, owner: Any, name: Any) -> bool:
+        """Whether `name` in `owner` is bound by this journal now."""
+        with self.lock:
+            return any(entry.owner() is owner for entry in self._held.get((id(owner), name), ()))
+
+    def mark(self) -> int:
+        """A point that `undo_to` can return to."""
+        return len(self._entries)
+
+    def undo_to(self, mark: int) -> None:
+        """Undoes every rebinding made since `mark`, the last one first. What cannot be undone does not stop the rest."""
+        errors = []
+        with self.lock:
+            while len(self._entries) > mark:
+                entry = self._entries.pop()
+                self._forget(entry)
+                try:
+                    _undo(entry)
+                except Exception as error:
+                    errors.append(f"{entry.owner()!r}.{entry.name}: {error}")
+        if errors:
+            raise RuntimeError("could not be restored: " + "; ".join(errors))
+
+    def _forget(self, entry: Entry) -> None:
+        for key, entries in list(self._held.items()):
+            if entry in entries:
+                entries.remove(entry)
+                if not entries:
+                    del self._held[key]
+                return
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing: an exception inside undoes what was rebound inside, and goes on."""
+        with self.lock:
+            mark = self.mark()
+            try:
+                yield
+            except BaseException:
+                self.undo_to(mark)
+                raise
+
+
+def _undo(entry: Entry) -> None:
+    owner = entry.owner()
+    if owner is not None:
+        _write(owner, entry.name, entry.before)
+    if entry.on_undo is not None:
+        entry.on_undo()
+
+
+def _reference(owner: Any) -> Callable[[], Any]:
+    if isinstance(owner, (type, ModuleType, MutableMapping)):
+        return lambda: owner
+    return weakref.ref(owner)
+
+
+def _read(owner: Any, name: Any) -> Any:
+    if isinstance(owner, MutableMapping):
+        return owner.get(name, _ABSENT)
+    return vars(owner).get(name, _ABSENT)
+
+
+def _write(owner: Any, name: Any, value: Any) -> None:
+    if isinstance(owner, MutableMapping):
+        _write_item(owner, name, value)
+    elif isinstance(owner, (type, ModuleType)):
+        if value is _ABSENT:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, value)
+    else:  # a live instance: straight into its namespace, past nn.Module.__setattr__ and accelerate's wrappers
+        _write_item(vars(owner), name, value)
+
+
+def _write_item(mapping: MutableMapping, name: Any, value: Any) -> None:
+    if value is _ABSENT:
+        mapping.pop(name, None)
+    else:
+        mapping[name] = value
+
+
+def _remove_identical(sequence: list, item: Any) -> None:
+    for index, present in enumerate(sequence):
+        if present is item:
+            del sequence[index]
+            return

@@ -1,0 +1,305 @@
+"""`apply`, `restore`, `applied`, `report`: what a training script calls."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from types import MethodType, ModuleType
+from typing import Any
+
+import torch
+
+from npu_patch.journal import Journal
+from npu_patch.ops.implementation import Choice, choose
+from npu_patch.outcome import FAILED, PATCHED, SKIPPED, Outcome, Report
+from npu_patch.patches import CATALOGUE
+from npu_patch.patches.patch import Context, Patch, Replacement
+from npu_patch.sites import (
+    LateImports,
+    Site,
+    bound_forward,
+    defining_class,
+    instances_by_class,
+    loaded_modeling_modules,
+    modules_of_model,
+)
+from npu_patch.switches import Switches, resolve
+
+DEVICE_TYPES = ("npu", "cuda", "cpu")
+
+
+class PatchError(RuntimeError):
+    """`apply()` could not do what was asked; nothing of that call is left applied."""
+
+
+def apply(
+    model: torch.nn.Module | None = None, *, device: str = "npu", strict: bool = False, **switches: bool
+) -> Report:
+    """Rebinds what it can prove, for `model` or for every modeling file that is imported now or later.
+
+    Safe to call again: what is patched stays so, a second model's layers are added. On a machine without `device`
+    nothing is rebound and the report says so.
+
+    Args:
+        model: any `nn.Module`, wrapped or not, on any device, meta included.
+        device: "npu", or "cuda" and "cpu" for measuring and debugging: the device type whose tensors are served.
+        strict: raise a `PatchError` at the first site that fails, after this call's rebindings are undone.
+        **switches: `rms_norm=False` and the like; they win over the environment (see `npu_patch.switches`).
+
+    Raises:
+        ValueError, TypeError: for a device, model or switch that is none, before anything is rebound.
+    """
+    device_type = _checked_device(device)
+    if model is not None and not isinstance(model, torch.nn.Module):
+        raise TypeError(f"apply() takes a torch.nn.Module or nothing, not {type(model).__name__}")
+    resolved = resolve(switches)
+    report = Report(device=_describe(device_type))
+    if not resolved["patch"]:
+        report.notes.append(f"switched off by {resolved.sources['patch']}: nothing was rebound")
+        return report
+    lacking = _lacking(device_type)
+    if lacking is not None:
+        report.notes.append(f"no {device_type} device ({lacking}): nothing was rebound")
+        return report
+    walk = _Walk(model, device_type, strict, resolved, report)
+    with _STATE.journal.lock:
+        _STATE.claim(device_type)
+        _STATE.reports.append(report)
+        try:
+            with _STATE.journal.transaction():
+                walk.run()
+        except BaseException:
+            _STATE.reports.remove(report)
+            raise
+    return report
+
+
+def restore() -> None:
+    """Puts every touched object back, identical to what it was."""
+    _STATE.undo_to(0)
+
+
+@contextlib.contextmanager
+def applied(model: torch.nn.Module | None = None, **arguments: Any) -> Iterator[Report]:
+    """`apply()` for the length of a `with` block; what an earlier `apply()` rebound stays."""
+    with _STATE.journal.lock:
+        mark = _STATE.journal.mark()
+        report = apply(model, **arguments)
+    try:
+        yield report
+    finally:
+        _STATE.undo_to(mark)
+
+
+def report() -> Report:
+    """Everything that is applied now, counters included, as one report."""
+    combined = Report(device=_describe(_STATE.device_type) if _STATE.device_type else "no device: nothing is applied")
+    for each in _STATE.reports:
+        known = {id(outcome) for outcome in combined.outcomes}
+        combined.outcomes += [outcome for outcome in each.outcomes if id(outcome) not in known]
+        combined.notes += [note for note in each.notes if note not in combined.notes]
+        combined.warnings += [warning for warning in each.warnings if warning not in combined.warnings]
+    return combined
+
+
+@dataclass
+class PatchedSite:
+    site: Site
+    replacement: Replacement
+    outcome: Outcome
+
+
+@dataclass
+class _State:
+    """The one journal of the process, and what stands in it."""
+
+    journal: Journal = field(default_factory=Journal)
+    patched: dict[tuple[int, str], PatchedSite] = field(default_factory=dict)  # by (id of the owner, name)
+    reports: list[Report] = field(default_factory=list)
+    device_type: str | None = None
+
+    def claim(self, device_type: str) -> None:
+        if len(self.journal) and self.device_type != device_type:
+            raise PatchError(
+                f"apply(device={device_type!r}): patches for {self.device_type!r} are in place; call restore() first"
+            )
+        self.device_type = device_type
+
+    def undo_to(self, mark: int) -> None:
+        with self.journal.lock:
+            self.journal.undo_to(mark)
+            self.reports = [each for each in self.reports if mark and any(o.calls.active for o in each.patched)]
+            if not len(self.journal):
+                self.device_type = None
+
+
+_STATE = _State()
+
+
+@dataclass
+class _Walk:
+    """One `apply()`: the catalogue in order, over the modeling modules in reach."""
+
+    model: torch.nn.Module | None
+    device_type: str
+    strict: bool
+    switches: Switches
+    report: Report
+
+    def run(self) -> None:
+        patches = self._enabled()
+        if self.model is None:
+            modules = loaded_modeling_modules()
+        else:
+            modules = modules_of_model(self.model)
+        self._patch_modules(patches, modules)
+        if self.model is None:
+            hook = LateImports(lambda module: self._after_late_import(patches, module))
+            _STATE.journal.insert(sys.meta_path, hook)
+        else:
+            self._reach_live_layers(self.model)
+            self._warn(patches)
+            if getattr(self.model, "use_kernels", False) or getattr(self.model, "_use_kernels", False):
+                self.report.warnings.append("the model uses hub kernels: those stay wherever they are bound")
+
+    def _enabled(self) -> list[tuple[Patch, Choice]]:
+        enabled = []
+        for patch in CATALOGUE:
+            choice = choose(patch.implementations, self.device_type)
+            if not self.switches[patch.switch]:
+                self.report.notes.append(f"{patch.name}: switched off by {self.switches.sources[patch.switch]}")
+            elif choice.chosen is None:
+                self.report.warnings.append(f"{patch.name}: {choice.why_none()}")
+            else:
+                enabled.append((patch, choice))
+        return enabled
+
+    def _patch_modules(self, patches: Iterable[tuple[Patch, Choice]], modules: Iterable[ModuleType]) -> None:
+        live = None if self.model is None else instances_by_class(self.model.modules())
+        modules = list(modules)
+        for patch, choice in patches:
+            context = Context(self.device_type, choice.chosen, self.switches, live)
+            for site in self._found(patch, modules):
+                self._patch_site(patch, choice, site, context)
+
+    def _found(self, patch: Patch, modules: Iterable[ModuleType]) -> Iterator[Site]:
+        """Registries first, then modeling modules, then the layers of the given model."""
+        layers = () if self.model is None else self.model.modules()
+        searches = [("transformers' registries", patch.registered)]
+        searches += [(module.__name__, partial(patch.find, module)) for module in modules]
+        searches += [(type(layer).__name__, partial(patch.in_layer, layer)) for layer in layers]
+        for where, search in searches:
+            try:
+                yield from list(search())
+            except Exception as error:
+                self._failed(patch, where, error)
+
+    def _patch_site(self, patch: Patch, choice: Choice, site: Site, context: Context) -> None:
+        layers = len(context.live_modules(site.owner)) if isinstance(site.owner, type) and context.live else None
+        held = _STATE.patched.get((id(site.owner), site.name))
+        if held is not None:
+            if held.outcome.patch == patch.name:
+                held.outcome.layers = layers
+                self.report.outcomes.append(held.outcome)
+            return
+        try:
+            with _STATE.journal.transaction():
+                decision = patch.replace(site, context)
+                if isinstance(decision, Replacement):
+                    self._rebind(patch, choice, site, decision, layers)
+                elif decision.notable:
+                    self.report.outcomes.append(
+                        Outcome(patch.name, site.label, SKIPPED, decision.reason, layers=layers)
+                    )
+        except Exception as error:
+            self._failed(patch, site.label, error)
+
+    def _rebind(self, patch: Patch, choice: Choice, site: Site, replacement: Replacement, layers: int | None) -> None:
+        outcome = Outcome(
+            patch.name,
+            site.label,
+            PATCHED,
+            variant=replacement.variant,
+            implementation=choice.chosen.name,
+            declined=choice.declined,
+            calls=replacement.calls,
+            layers=layers,
+        )
+        key = (id(site.owner), site.name)
+
+        def forget() -> None:
+            replacement.calls.deactivate()
+            _STATE.patched.pop(key, None)
+
+        _STATE.journal.rebind(site.owner, site.name, replacement.function, on_undo=forget)
+        _STATE.patched[key] = PatchedSite(site, replacement, outcome)
+        self.report.outcomes.append(outcome)
+
+    def _failed(self, patch: Patch, label: str, error: Exception) -> None:
+        if self.strict:
+            raise PatchError(f"{patch.name}: {label}: {type(error).__name__}: {error}") from error
+        self.report.outcomes.append(Outcome(patch.name, label, FAILED, f"{type(error).__name__}: {error}"))
+
+    def _after_late_import(self, patches: list[tuple[Patch, Choice]], module: ModuleType) -> None:
+        with _STATE.journal.lock:
+            self._patch_modules(patches, [module])
+
+    def _reach_live_layers(self, model: torch.nn.Module) -> None:
+        """Layers that keep a forward of their own are bound to the replacement too, or reported."""
+        unreached: dict[tuple[str, str], list[torch.nn.Module]] = {}
+        for module in model.modules():
+            held = _STATE.patched.get((id(defining_class(module)), "forward"))
+            if held is None:
+                continue
+            bound = bound_forward(module, (held.site.original, held.replacement.function))
+            if bound is None:
+                continue
+            if bound.reachable:
+                if getattr(bound.bound, "__func__", None) is not held.replacement.function:
+                    _STATE.journal.rebind(module, bound.name, MethodType(held.replacement.function, module))
+            else:
+                name = getattr(bound.bound, "__qualname__", type(bound.bound).__name__)
+                unreached.setdefault((held.outcome.patch, held.site.label, name), []).append(module)
+                held.outcome.layers = (held.outcome.layers or 1) - 1
+        for (patch, label, name), modules in unreached.items():
+            reason = f"live layers whose own forward is {name}, which hides the class's"
+            self.report.outcomes.append(Outcome(patch, label, SKIPPED, reason, layers=len(modules)))
+
+    def _warn(self, patches: Iterable[tuple[Patch, Choice]]) -> None:
+        """A patch that found something it should serve in this model, and serves none of it."""
+        for patch, _ in patches:
+            outcomes = [outcome for outcome in self.report if outcome.patch == patch.name]
+            if outcomes and not any(o.status == PATCHED and o.layers != 0 for o in outcomes):
+                self.report.warnings.append(
+                    f"{patch.name}: nothing in {type(self.model).__name__} is served; {len(outcomes)} sites were found"
+                )
+
+
+def _checked_device(device: str) -> str:
+    device_type = str(device).split(":", 1)[0]
+    if device_type not in DEVICE_TYPES:
+        raise ValueError(f"apply(device={device!r}): accepted are {', '.join(DEVICE_TYPES)}")
+    return device_type
+
+
+def _lacking(device_type: str) -> str | None:
+    """Why there is no such device here, or None."""
+    if device_type == "cpu":
+        return None
+    if device_type == "cuda":
+        return None if torch.cuda.is_available() else "torch.cuda.is_available() is False"
+    try:
+        importlib.import_module("torch_npu")
+    except Exception as error:  # a broken CANN raises more than ImportError
+        return f"torch_npu cannot be imported: {error}"
+    return None if torch.npu.is_available() else "torch.npu.is_available() is False"
+
+
+def _describe(device_type: str) -> str:
+    simulator = sys.modules.get("npu_patch.simulator")
+    simulated = device_type == "npu" and simulator is not None and simulator.is_active()
+    return f"{device_type} (simulated)" if simulated else device_type

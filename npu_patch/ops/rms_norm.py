@@ -1,0 +1,169 @@
+"""RMSNorm over the last dimension: `y = x / sqrt(mean(x²) + eps) * gamma` (https://arxiv.org/abs/1910.07467).
+
+Modeling files write this in about ten ways. They differ in what gamma is (weight, 1 + weight, none), in where they
+round to half precision, in the dtype they return when weight and input differ, and in a gate that may follow. The
+references below round where those ways round, so a probe can tell them apart. `normalize` computes any of them with
+one kernel that works in float32 and rounds once: no further from the exact result than any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from npu_patch.ops.implementation import Implementation, is_plain, needs_operators
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+FLOAT_DTYPES = (torch.float32, *HALF_DTYPES)
+
+
+@dataclass(frozen=True)
+class RMSNormVariant:
+    """A function that RMSNorm modules compute.
+
+    `gamma`: "weight", "1 + weight", "rounded 1 + weight" (summed in the weight's dtype) or "none". `output`: whose dtype is returned, "input", "promoted" (of input and
+    weight) or "weight". `gate`: the activation of the gate that multiplies the norm, or None.
+    `rounds_before_gate`: the norm is rounded to the input's dtype before the gate multiplies it.
+    `reference(x, weight, eps)` or `reference(x, weight, eps, gate)` is the original's arithmetic in plain torch.
+    """
+
+    name: str
+    gamma: str
+    output: str
+    reference: Callable[..., Tensor]
+    gate: Callable[[Tensor], Tensor] | None = None
+    rounds_before_gate: bool = False
+
+    def output_dtype(self, x: Tensor, weight: Tensor | None) -> torch.dtype:
+        if weight is None or self.output == "input":
+            return x.dtype
+        return weight.dtype if self.output == "weight" else torch.promote_types(x.dtype, weight.dtype)
+
+
+def normalize(
+    variant: RMSNormVariant,
+    kernel: Callable[[Tensor, Tensor | None, float], Tensor],
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    gate: Tensor | None = None,
+    gate_in_float32: bool = False,
+) -> Tensor:
+    """`variant` of x `[..., D]` and weight `[D]` (or None), with gate `[..., D]` for gated variants.
+
+    `gate_in_float32` keeps a gated norm in float32 up to the last rounding; variants whose original does so are
+    always computed so.
+    """
+    gamma = _gamma(variant, weight)
+    output_dtype = variant.output_dtype(x, weight)
+    gated = variant.gate is not None
+    if output_dtype == torch.float32 or (gated and (gate_in_float32 or not variant.rounds_before_gate)):
+        x = x.float()
+    if gamma is not None and gamma.dtype not in (x.dtype, torch.float32):
+        gamma = gamma.float()  # the operator takes gamma in the dtype of x or, beside half precision, in float32
+    y = kernel(x, gamma, eps)
+    if gated:
+        y = y * variant.gate(gate.float())
+    return y.to(output_dtype)
+
+
+def _gamma(variant: RMSNormVariant, weight: Tensor | None) -> Tensor | None:
+    if variant.gamma == "none":
+        return None
+    if variant.gamma == "rounded 1 + weight":
+        return (1.0 + weight).float()
+    # 1 + weight in float32: in bfloat16 the sum would lose up to 8 bits of a weight near zero.
+    return 1.0 + weight.float() if variant.gamma == "1 + weight" else weight
+
+
+def _normalized(x: Tensor, eps: float) -> Tensor:
+    x = x.float()
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def _in_weight_dtype(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    normalized = _normalized(x, eps)
+    return weight * (normalized.to(weight.dtype) if weight.dtype in HALF_DTYPES else normalized)
+
+
+def _rounded_scale(x: Tensor, weight: None, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps).to(x.dtype)
+
+
+PLAIN_VARIANTS: tuple[RMSNormVariant, ...] = (
+    RMSNormVariant("weight", "weight", "promoted", lambda x, weight, eps: weight * _normalized(x, eps).to(x.dtype)),
+    RMSNormVariant(
+        "float32 weight", "weight", "input", lambda x, weight, eps: (weight.float() * _normalized(x, eps)).to(x.dtype)
+    ),
+    RMSNormVariant(
+        "1 + weight",
+        "1 + weight",
+        "input",
+        lambda x, weight, eps: (_normalized(x, eps) * (1.0 + weight.float())).to(x.dtype),
+    ),
+    RMSNormVariant(
+        "rounded 1 + weight",
+        "rounded 1 + weight",
+        "input",
+        lambda x, weight, eps: (_normalized(x, eps) * (1.0 + weight).float()).to(x.dtype),
+    ),
+    RMSNormVariant("weightless", "none", "input", lambda x, weight, eps: _normalized(x, eps).to(x.dtype)),
+    RMSNormVariant("weightless, rounded scale", "none", "input", _rounded_scale),
+    RMSNormVariant("weight, in the weight's dtype", "weight", "weight", _in_weight_dtype),
+)
+
+GATE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
+
+
+def _gated(name: str, activation: Callable[[Tensor], Tensor], rounds_before_gate: bool) -> RMSNormVariant:
+    def reference(x: Tensor, weight: Tensor, eps: float, gate: Tensor) -> Tensor:
+        normalized = _normalized(x, eps)
+        y = weight * normalized.to(x.dtype) if rounds_before_gate else weight.float() * normalized
+        return (y * activation(gate.float())).to(x.dtype)
+
+    how = "weight" if rounds_before_gate else "float32 weight"
+    return RMSNormVariant(f"{how}, gated by {name}", "weight", "input", reference, activation, rounds_before_gate)
+
+
+GATED_VARIANTS: tuple[RMSNormVariant, ...] = tuple(
+    _gated(name, activation, rounds_before_gate)
+    for name, activation in GATE_ACTIVATIONS.items()
+    for rounds_before_gate in (True, False)
+)
+
+
+def _npu_rms_norm(x: Tensor, gamma: Tensor | None, eps: float) -> Tensor:
+    if gamma is None:  # the operator has no form without gamma
+        gamma = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
+    return torch.ops.npu.npu_rms_norm(x, gamma, epsilon=eps)[0]
+
+
+def _torch_rms_norm(x: Tensor, gamma: Tensor | None, eps: float) -> Tensor:
+    if gamma is None or gamma.dtype == x.dtype:
+        return F.rms_norm(x, x.shape[-1:], gamma, eps)
+    return F.rms_norm(x.float(), x.shape[-1:], gamma, eps).to(x.dtype)
+
+
+def _unsupported(x: Tensor, weight: Tensor | None, gate: Tensor | None = None) -> str | None:
+    """Limits of npu_rms_norm (operator documentation): 2 to 8 dimensions, three float dtypes, gamma over the last."""
+    if not is_plain(x) or not (weight is None or is_plain(weight)) or not (gate is None or is_plain(gate)):
+        return "tensor subclass"
+    if x.dtype not in FLOAT_DTYPES or not 2 <= x.dim() <= 8 or x.numel() == 0:
+        return f"input of dtype {x.dtype}, {x.dim()} dimensions, {x.numel()} elements"
+    if weight is not None and (weight.device != x.device or weight.shape != x.shape[-1:]):
+        return f"weight of shape {tuple(weight.shape)} on {weight.device.type}"
+    if weight is not None and weight.dtype not in FLOAT_DTYPES:
+        return f"weight of dtype {weight.dtype}"
+    if gate is not None and (gate.device != x.device or gate.shape != x.shape or not gate.is_floating_point()):
+        return f"gate of shape {tuple(gate.shape)} and dtype {gate.dtype}"
+    return None
+
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Implementation("torch_npu.npu_rms_norm", ("npu",), _npu_rms_norm, _unsupported, needs_operators("npu_rms_norm")),
+    Implementation("torch.nn.functional.rms_norm", ("cuda", "cpu"), _torch_rms_norm, _unsupported),
+)

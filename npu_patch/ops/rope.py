@@ -1,0 +1,263 @@
+"""Rotary position embedding: `y = x * cos + rotate(x) * sin` (https://arxiv.org/abs/2104.09864).
+
+Modeling files differ in which elements form a pair, in how wide the cos and sin tables are, in the dtype they compute
+in and return, and in whether only the first dimensions of a head are rotated. `rotate` computes any of them with one
+kernel per tensor, forward and backward, and keeps nothing for the backward but the tables.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npu_patch.ops.implementation import Implementation, is_plain, needs_operators
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HALF, INTERLEAVE = "half", "interleave"
+
+
+@dataclass(frozen=True)
+class Table:
+    """How the given cos (or sin) becomes as wide as what it rotates. `width(rotary_dim)` is the given width."""
+
+    name: str
+    widen: Callable[[Tensor], Tensor]
+    width: Callable[[int], int] = lambda rotary_dim: rotary_dim
+
+
+TABLES: tuple[Table, ...] = (
+    Table("full table", lambda table: table),
+    Table("halves of the table", lambda table: _doubled(_first_half(table))),
+    Table("pairs of the table", lambda table: _first_half(table).repeat_interleave(2, -1)),
+    Table("half table", lambda table: _doubled(table), lambda rotary_dim: rotary_dim // 2),
+    Table("half table in pairs", lambda table: table.repeat_interleave(2, -1), lambda rotary_dim: rotary_dim // 2),
+)
+
+
+@dataclass(frozen=True)
+class RoPEVariant:
+    """A function that `apply_rotary_pos_emb` computes.
+
+    `pairing`: "half" pairs element i with i + D/2, "interleave" 2i with 2i + 1. `deinterleaved`: the input's pairs are
+    first moved to its halves. `negated`: it rotates the other way round. `output`: the dtype returned, "input" or
+    "promoted" (of input and table).
+    """
+
+    pairing: str
+    table: Table
+    deinterleaved: bool = False
+    negated: bool = False
+    output: str = "promoted"
+
+    @property
+    def name(self) -> str:
+        parts = [self.pairing]
+        parts += [] if self.table is TABLES[0] else [self.table.name]
+        parts += ["de-interleaved"] if self.deinterleaved else []
+        parts += ["negated"] if self.negated else []
+        return ", ".join([*parts, f"{self.output} dtype"])
+
+    def reference(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Plain torch, in the promoted dtype; what lies beyond the width of the table passes through."""
+        cos, sin = self.table.widen(cos), self.table.widen(sin)
+        dtype = torch.promote_types(x.dtype, cos.dtype)
+        rotated, passed = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+        if self.deinterleaved:
+            rotated = deinterleave(rotated)
+        y = rotated * cos + rotate_pairs(rotated, self.pairing) * (-sin if self.negated else sin)
+        return torch.cat((y, passed.to(y.dtype)), -1).to(x.dtype if self.output == "input" else dtype)
+
+
+VARIANTS: tuple[RoPEVariant, ...] = tuple(
+    RoPEVariant(pairing, table, deinterleaved, negated)
+    for negated in (False, True)
+    for deinterleaved, table, pairing in itertools.product((False, True), TABLES, (HALF, INTERLEAVE))
+)
+
+
+def rotate(
+    variant: RoPEVariant, kernel: Callable[..., Tensor], tensors: Sequence[Tensor], cos: Tensor, sin: Tensor
+) -> list[Tensor]:
+    """`variant` of each of `tensors` (`[B, N, S, D]`, `[B, S, N, D]` or `[T, N, D]`).
+
+    cos and sin have as many dimensions as the tensors, one head, and the variant's table width, at most D. They take
+    no gradient.
+    """
+    cos, sin = variant.table.widen(cos), variant.table.widen(sin)
+    if variant.negated:
+        sin = -sin
+    dtypes = [torch.promote_types(tensor.dtype, cos.dtype) for tensor in tensors]
+    if variant.deinterleaved:
+        tensors = [_deinterleave_first(tensor, cos.shape[-1]) for tensor in tensors]
+    rotated: list[Tensor] = []
+    for dtype in dict.fromkeys(dtypes):  # one dtype, but for a caller that mixes them
+        # The operator casts the tables to the dtype of the input: a float32 table beside a bfloat16 input needs the
+        # input in float32, or it would lose what the original keeps.
+        same = [tensor.to(dtype) for tensor, its_dtype in zip(tensors, dtypes, strict=True) if its_dtype == dtype]
+        rotated += _Rotate.apply(kernel, variant.pairing, cos.to(dtype), sin.to(dtype), *same)
+    if variant.output == "input":
+        rotated = [y.to(tensor.dtype) for y, tensor in zip(rotated, tensors, strict=True)]
+    return rotated
+
+
+def rotate_pairs(x: Tensor, pairing: str) -> Tensor:
+    """The quarter turn: (a, b) becomes (-b, a) for each pair."""
+    if pairing == HALF:
+        first, second = x.chunk(2, -1)
+        return torch.cat((-second, first), -1)
+    return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+
+
+def deinterleave(x: Tensor) -> Tensor:
+    """Elements 0, 2, 4, ... and then 1, 3, 5, ..."""
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
+def mix_sections(table: Tensor, sections: Sequence[int]) -> Tensor:
+    """M-RoPE: from `[3, B, S, D]`, for temporal, height and width positions, the table `[B, S, D]`.
+
+    `sections` says how many pairs follow each of the three (https://arxiv.org/abs/2409.12191, section 2.1).
+    """
+    parts = table.split(list(sections) * 2, dim=-1)
+    return torch.cat([part[index % 3] for index, part in enumerate(parts)], -1)
+
+
+class _Rotate(torch.autograd.Function):
+    """The transpose of a rotation is the rotation by the negative angle, so the backward is the forward's kernel.
+
+    Exactly: dx = dy * cos - rotate(swap(sin) * dy'), where swap exchanges the two sines of a pair. They are equal in
+    every table that comes from angles; nothing here depends on it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernel: Callable[..., Tensor], pairing: str, cos: Tensor, sin: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.kernel, ctx.pairing = kernel, pairing
+        ctx.save_for_backward(cos, sin)
+        return tuple(_rotate_first(kernel, tensor, cos, sin, pairing) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        back = _swap_pairs(sin, ctx.pairing).neg()
+        needed = ctx.needs_input_grad[4:]
+        inputs = (
+            _rotate_first(ctx.kernel, grad, cos, back, ctx.pairing) if need else None
+            for grad, need in zip(grads, needed, strict=True)
+        )
+        return None, None, None, None, *inputs
+
+
+def _rotate_first(kernel: Callable[..., Tensor], x: Tensor, cos: Tensor, sin: Tensor, pairing: str) -> Tensor:
+    """Rotates as many elements of each head as the table is wide; the rest passes through."""
+    width = cos.shape[-1]
+    if width == x.shape[-1]:
+        return kernel(x, cos, sin, pairing)
+    return torch.cat((kernel(x[..., :width], cos, sin, pairing), x[..., width:]), -1)
+
+
+def _deinterleave_first(x: Tensor, width: int) -> Tensor:
+    return deinterleave(x) if width == x.shape[-1] else torch.cat((deinterleave(x[..., :width]), x[..., width:]), -1)
+
+
+def _swap_pairs(table: Tensor, pairing: str) -> Tensor:
+    if pairing == HALF:
+        return table.roll(table.shape[-1] // 2, -1)
+    return table.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+
+
+def _first_half(table: Tensor) -> Tensor:
+    return table[..., : table.shape[-1] // 2]
+
+
+def _doubled(table: Tensor) -> Tensor:
+    return torch.cat((table, table), -1)
+
+
+def _npu_rotary_mul(x: Tensor, cos: Tensor, sin: Tensor, pairing: str) -> Tensor:
+    """The operator reads its layout from shapes alone. Projections come as `[B, S, N, D]` seen as `[B, N, S, D]`:
+    handing over the former saves the copy that the operator would make."""
+    if x.dim() == 4 and not x.is_contiguous() and x.transpose(1, 2).is_contiguous():
+        turned = _npu_rotary_mul(x.transpose(1, 2), cos.transpose(1, 2), sin.transpose(1, 2), pairing)
+        return turned.transpose(1, 2)
+    if _block_skip_is_refused(x, cos):
+        shape = (x.shape[0], *cos.shape[1:])
+        cos, sin = cos.expand(shape).contiguous(), sin.expand(shape).contiguous()
+    return torch.ops.npu.npu_rotary_mul(x, cos, sin, rotary_mode=pairing)
+
+
+def _block_skip_is_refused(x: Tensor, cos: Tensor) -> bool:
+    """rope_rotate_half_tiling.cpp, CheckBnsdBlockSkip: `[B, N, S, D]` with one table `[1, 1, S, D]` for several
+    samples is an error for short sequences. For rows that are not a multiple of 32 bytes the limit depends on the
+    number of cores: always avoided."""
+    if x.dim() != 4 or x.shape[0] == 1 or cos.shape[:2] != (1, 1) or cos.shape[2] == 1:
+        return False
+    aligned = (x.shape[-1] // 2) % (32 // x.element_size()) == 0
+    return not aligned or x.shape[0] * x.shape[1] > 8 * x.shape[2]
+
+
+def _torch_rotary_mul(x: Tensor, cos: Tensor, sin: Tensor, pairing: str) -> Tensor:
+    x32 = x.float()
+    return (x32 * cos.float() + rotate_pairs(x32, pairing) * sin.float()).to(x.dtype)
+
+
+def _unsupported_anywhere(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, variant: RoPEVariant) -> str | None:
+    """cos and sin as `rotate` takes them, before the table is widened."""
+    if cos.requires_grad or sin.requires_grad:
+        return "cos or sin needs a gradient"
+    for x in (*tensors, cos, sin):
+        if not is_plain(x):
+            return "tensor subclass"
+        if x.device != cos.device or x.dtype not in FLOAT_DTYPES or x.numel() == 0:
+            return f"{x.dtype} with {x.numel()} elements on {x.device.type}"
+    width = _rotary_dim(cos, variant)
+    for x in tensors:
+        if cos.shape != sin.shape or cos.dim() != x.dim() or x.dim() not in (3, 4) or width > x.shape[-1] or width % 2:
+            return f"tables of shape {tuple(cos.shape)} for an input of shape {tuple(x.shape)}"
+    return None
+
+
+def _unsupported_on_npu(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, variant: RoPEVariant) -> str | None:
+    """Limits of npu_rotary_mul (operator documentation): rows under 896 elements, batch and heads under 1000, a table
+    with one head and the input's length; interleaved pairs only with one table for all samples and B * N < 1000."""
+    reason = _unsupported_anywhere(tensors, cos, sin, variant)
+    if reason is not None:
+        return reason
+    if _rotary_dim(cos, variant) >= 896:
+        return f"{_rotary_dim(cos, variant)} rotated dimensions, the operator takes fewer than 896"
+    for x in tensors:
+        batch, table_batch = (x.shape[0], cos.shape[0]) if x.dim() == 4 else (1, 1)
+        heads = _heads(x, cos)
+        if heads is None or table_batch not in (1, batch):
+            return f"tables of shape {tuple(cos.shape)} for an input of shape {tuple(x.shape)}"
+        if batch >= 1000 or heads >= 1000:
+            return f"batch {batch} and {heads} heads, the operator takes fewer than 1000"
+        if variant.pairing == INTERLEAVE and (table_batch != 1 or batch * heads >= 1000):
+            return "interleaved pairs with a table for each sample or 1000 rows of heads"
+    return None
+
+
+def _heads(x: Tensor, cos: Tensor) -> int | None:
+    """How many heads the input has where the table has one, its other dimensions being equal."""
+    for head_axis, length_axis in ((-3, -2), (-2, -3)) if x.dim() == 4 else ((-2, -3),):
+        if cos.shape[head_axis] == 1 and cos.shape[length_axis] == x.shape[length_axis]:
+            return x.shape[head_axis]
+    return None
+
+
+def _rotary_dim(cos: Tensor, variant: RoPEVariant) -> int:
+    return cos.shape[-1] * 2 if variant.table.width(2) == 1 else cos.shape[-1]
+
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Implementation(
+        "torch_npu.npu_rotary_mul", ("npu",), _npu_rotary_mul, _unsupported_on_npu, needs_operators("npu_rotary_mul")
+    ),
+    Implementation("torch, float32", ("cuda", "cpu"), _torch_rotary_mul, _unsupported_anywhere),
+)

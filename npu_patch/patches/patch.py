@@ -1,0 +1,153 @@
+"""What a patch is made of, and how its replacements behave at call time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from npu_patch.ops.implementation import Implementation
+from npu_patch.outcome import Calls
+from npu_patch.sites import Site
+from npu_patch.switches import Switches
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a patch knows when it decides on a site. `live` maps a class to the given model's modules that run its
+    forward; None where no model was given."""
+
+    device_type: str
+    implementation: Implementation
+    switches: Switches
+    live: Mapping[type, Sequence[torch.nn.Module]] | None = None
+
+    def live_modules(self, cls: type) -> Sequence[torch.nn.Module]:
+        return () if self.live is None else self.live.get(cls, ())
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What takes the place of a site's original, and the variant that the original was observed to compute."""
+
+    function: Callable[..., Any]
+    variant: str
+    calls: Calls
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Why a site is left alone. Not `notable`: it has nothing to do with this patch, and the report stays silent."""
+
+    reason: str
+    notable: bool = True
+
+
+def _nothing_in(layer: torch.nn.Module) -> Iterable[Site]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One entry of the catalogue.
+
+    `find(module)` yields the sites to look at in a modeling module, `registered()` those in transformers' registries,
+    `in_layer(layer)` those on one live module of the given model. `replace(site, context)` observes one and decides,
+    with the first of the op's `implementations` that serves the device.
+    """
+
+    name: str
+    switch: str
+    implementations: Sequence[Implementation]
+    find: Callable[[ModuleType], Iterable[Site]]
+    replace: Callable[[Site, Context], Replacement | Skip]
+    registered: Callable[[], Iterable[Site]] = tuple
+    in_layer: Callable[[torch.nn.Module], Iterable[Site]] = _nothing_in
+
+
+class Unserved(str):
+    """Why a replacement lets this one call through to the original."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Unfused:
+    """A result that the replacement had to compute in the original's own way, because by then parts of it (modules
+    with dropout, say) had already run; and why."""
+
+    result: Any
+    reason: str
+
+
+def replacement_for(
+    original: Callable[..., Any], calls: Calls, serve: Callable[..., Any], named_after: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """A function with the original's name and signature that returns `serve(*args, **kwargs)`, or the original's
+    result where `serve` returns `Unserved`, and counts which. `named_after` is the function inside a wrapped one."""
+
+    @functools.wraps(named_after or original)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        if not calls.active:
+            return original(*args, **kwargs)
+        result = serve(*args, **kwargs)
+        counted = not torch.compiler.is_compiling()  # a count would be a guard to the compiler
+        if type(result) is Unserved:
+            if counted:
+                calls.fell_through[str(result)] += 1
+            return original(*args, **kwargs)
+        if type(result) is Unfused:
+            if counted:
+                calls.fell_through[result.reason] += 1
+            return result.result
+        if counted:
+            calls.ran += 1
+        return result
+
+    return replacement
+
+
+def bind(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any] | None:
+    """The arguments in the order of `names`, None for one not given; None if they do not fit."""
+    if len(args) > len(names):
+        return None
+    bound = [*args, *[None] * (len(names) - len(args))]
+    for name, value in kwargs.items():
+        if name not in names or names.index(name) < len(args):
+            return None
+        bound[names.index(name)] = value
+    return bound
+
+
+@dataclass
+class Readings:
+    """What each kind of instance of a patched class computes, observed once per kind.
+
+    A kind is the instance's class (a subclass may override what the forward calls) with the values of the attributes
+    in `configuration` (flags, names of activations). `read(cls, attributes)` observes a new kind.
+    """
+
+    read: Callable[[type, Mapping[str, Any]], Any | None]
+    configuration: tuple[str, ...] = ()
+    known: dict[Any, Any | None] = field(default_factory=dict)
+
+    def of(self, module: torch.nn.Module) -> Any | None:
+        kind: Any = type(module)
+        if self.configuration:
+            kind = (kind, *(getattr(module, name, None) for name in self.configuration))
+        try:
+            return self.known[kind]
+        except KeyError:
+            pass
+        except TypeError:  # an unhashable attribute
+            return None
+        if torch.compiler.is_compiling():
+            return None
+        attributes = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+        reading = self.read(type(module), attributes | dict(module.named_parameters(recurse=False)))
+        self.known[kind] = reading
+        return reading

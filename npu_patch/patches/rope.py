@@ -1,0 +1,75 @@
+"""RoPE: every module-level function that rotates one or two tensors by given cos and sin.
+
+Rebinds    the function's name in the modeling module: all callers look it up there at call time, in every version.
+To         `npu_rotary_mul`, through an autograd function whose backward is the same kernel.
+Not when   positions or sections the function takes matter in a way that is not known, or it rotates complex numbers.
+           A call falls through for tensors on another device, tables that need a gradient, and the operator's limits.
+Delete     when transformers has a registration point for rotary functions that works without the kernels package.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from npu_patch.ops.rope import IMPLEMENTATIONS, mix_sections, rotate
+from npu_patch.outcome import Calls
+from npu_patch.patches.patch import Context, Patch, Replacement, Skip, Unserved, bind, replacement_for
+from npu_patch.probe.rope import read_rope
+from npu_patch.sites import Site, functions, unwrapped
+
+
+def find(module: ModuleType) -> Iterable[Site]:
+    """Functions that take cos and sin, or call themselves rotary."""
+    for site in functions(module):
+        parameters = inspect.signature(unwrapped(site.original)).parameters
+        if ("cos" in parameters and "sin" in parameters) or "rotary" in site.name:
+            yield site
+
+
+def replace(site: Site, context: Context) -> Replacement | Skip:
+    original = site.original
+    reading = read_rope(unwrapped(original))
+    if isinstance(reading, str):
+        return Skip(reading, notable="rotary" in site.name)
+    signature, variant = reading.signature, reading.variant
+    run, unsupported = context.implementation.run, context.implementation.unsupported
+    calls = Calls()
+
+    def serve(*args: Any, **kwargs: Any) -> Any:
+        bound = bind(signature.names, args, kwargs)
+        if bound is None:
+            return Unserved("arguments that the function does not name")
+        given = dict(zip(signature.names, bound, strict=True))
+        tensors = [given[name] for name in signature.tensors]
+        cos, sin = given["cos"], given["sin"]
+        if not all(isinstance(tensor, Tensor) for tensor in (*tensors, cos, sin)):
+            return Unserved("arguments that are no tensors")
+        if tensors[0].device.type != context.device_type:
+            return Unserved(f"input on {tensors[0].device.type}")
+        if signature.sections:
+            if cos.dim() == 0 or cos.shape[0] != 3 or 2 * sum(given[signature.sections]) != cos.shape[-1]:
+                return Unserved(f"sections {given[signature.sections]} of tables of shape {tuple(cos.shape)}")
+            cos, sin = mix_sections(cos, given[signature.sections]), mix_sections(sin, given[signature.sections])
+        dimension = given.get(signature.dimension)
+        dimension = reading.unsqueeze_dim if dimension is None else dimension
+        if dimension is not None:
+            cos, sin = cos.unsqueeze(dimension), sin.unsqueeze(dimension)
+        reason = unsupported(tensors, cos, sin, variant)
+        if reason is not None:
+            return Unserved(reason)
+        if not reading.partial and any(2 * cos.shape[-1] // variant.table.width(2) != x.shape[-1] for x in tensors):
+            return Unserved("tables narrower than the head")
+        rotated = rotate(variant, run, tensors, cos, sin)
+        return rotated[0] if len(tensors) == 1 else tuple(rotated)
+
+    # What the kernels package wrapped into a module keeps its wrapper as the way to fall through.
+    function = replacement_for(original, calls, serve, named_after=unwrapped(original))
+    return Replacement(function, variant.name, calls)
+
+
+PATCH = Patch("rope", "rope", IMPLEMENTATIONS, find, replace)

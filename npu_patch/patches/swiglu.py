@@ -1,0 +1,127 @@
+"""SwiGLU: every feed-forward module that computes `down(silu(gate(x)) * up(x))` through its own projections.
+
+Rebinds    `forward` of the class. The projections are called as the modules they are: LoRA wrappers, hooks and
+           quantised layers stay in effect; no weight is read.
+To         `npu_swiglu` on one gate_up projection, or on two concatenated ones where a backward will follow.
+Not when   the activation of the instance at hand is not SiLU, or anything (dropout, clamp, norm, scale) stands between
+           the parts. A call falls through for tensors on another device and where no gradient is needed by two
+           projections (see ops/swiglu.py for the counts).
+Delete     when transformers has a registration point for feed-forward layers.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npu_patch.ops.swiglu import IMPLEMENTATIONS, swiglu, swiglu_of_halves
+from npu_patch.outcome import Calls
+from npu_patch.patches.patch import (
+    Context,
+    Patch,
+    Readings,
+    Replacement,
+    Skip,
+    Unfused,
+    Unserved,
+    bind,
+    replacement_for,
+)
+from npu_patch.probe.swiglu import NoSwiGLU, SwiGLUReading, computes_silu, read_swiglu
+from npu_patch.sites import Site, forwards, is_checkpointing_layer, parameter_names
+
+NO_BACKWARD = "no backward follows, for which concatenating gate and up would pay"
+
+
+def find(module: ModuleType) -> Iterable[Site]:
+    """Forwards of one tensor."""
+    for site in forwards(module):
+        names = parameter_names(site.original)
+        if names is not None and len(names) == 1:
+            yield site
+
+
+def replace(site: Site, context: Context) -> Replacement | Skip:
+    cls, original = site.owner, site.original
+    names = parameter_names(original)
+    found = read_swiglu(cls, original)
+    if isinstance(found, NoSwiGLU):
+        return Skip(found.reason, notable=found.gated)
+    if is_checkpointing_layer(cls):
+        return Skip("assigning forward on a gradient checkpointing layer would turn checkpointing off")
+    activations = Activations(found.activation)
+    live = context.live_modules(cls)
+    if live and not any([activations.is_silu(module) for module in live]):
+        return Skip(f"the activation is {activations.name_of(live[0])}, not SiLU")
+
+    def read(its_class: type, attributes: Mapping[str, Any]) -> SwiGLUReading | None:
+        reading = read_swiglu(its_class, original)
+        return reading if reading == found else None
+
+    readings = Readings(read, known={cls: found})
+    calls = Calls()
+    run, unsupported = context.implementation.run, context.implementation.unsupported
+
+    def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
+        bound = bind(names, args, kwargs)
+        if bound is None or not isinstance(bound[0], Tensor):
+            return Unserved("arguments that are no tensors")
+        (x,) = bound
+        if x.device.type != context.device_type:
+            return Unserved(f"input on {x.device.type}")
+        if readings.of(self) is None:
+            return Unserved("this instance computes no SwiGLU")
+        if not activations.is_silu(self):
+            return Unserved(f"the activation is {activations.name_of(self)}")
+        if found.up is not None and not torch.is_grad_enabled():
+            return Unserved(NO_BACKWARD)
+        down = getattr(self, found.down)
+        gate = getattr(self, found.gate)(x)
+        up = None if found.up is None else getattr(self, found.up)(x)
+        reason = unsupported(gate) if up is None else unsupported(gate, up)
+        if reason is None and up is not None and not (gate.requires_grad or up.requires_grad):
+            reason = NO_BACKWARD
+        if reason is not None:
+            gate, up = gate.chunk(2, -1) if up is None else (gate, up)
+            return Unfused(down(activations.of(self)(gate) * up), reason)
+        return down(swiglu_of_halves(run, gate) if up is None else swiglu(run, gate, up))
+
+    return Replacement(replacement_for(original, calls, serve), found.name, calls)
+
+
+class Activations:
+    """Which live activations are SiLU, each looked at once."""
+
+    def __init__(self, name: str | None) -> None:
+        self._name = name
+        self._silu: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+
+    def of(self, module: torch.nn.Module) -> Any:
+        return torch.nn.functional.silu if self._name is None else getattr(module, self._name, None)
+
+    def is_silu(self, module: torch.nn.Module) -> bool:
+        if self._name is None:
+            return True
+        activation = self.of(module)
+        try:
+            return self._silu[activation]
+        except KeyError:
+            pass
+        except TypeError:  # nothing that can be called and referred to
+            return False
+        if torch.compiler.is_compiling():
+            return False
+        self._silu[activation] = computes_silu(activation)
+        return self._silu[activation]
+
+    def name_of(self, module: torch.nn.Module) -> str:
+        activation = self.of(module)
+        return getattr(activation, "__name__", type(activation).__name__)
+
+
+PATCH = Patch("swiglu", "swiglu", IMPLEMENTATIONS, find, replace)

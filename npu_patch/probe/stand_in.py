@@ -1,0 +1,56 @@
+"""A `self` that is no module: what a method under probe is called on.
+
+Nothing is constructed for a probe: no random number is drawn, no parameter is registered (DeepSpeed's `zero.Init` and
+accelerate's `init_empty_weights` hook those), no weight is touched. A stand-in owns only the attributes that it was
+given, takes methods from the class, and reports every other attribute that the method asks for.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from types import FunctionType
+from typing import Any
+
+
+class Missing(BaseException):
+    """The method under probe asked its stand-in for an attribute that it was not given.
+
+    Not an `Exception`, so that a `getattr(self, name, default)` or a `try` in the original does not swallow it.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+class StandIn:
+    """A `self` for a method of `cls` that has `attributes` and nothing else.
+
+    `on_missing(name)` supplies an attribute that was not given; by default it raises `Missing`.
+    """
+
+    def __init__(
+        self, cls: type, attributes: Mapping[str, Any], on_missing: Callable[[str], Any] | None = None
+    ) -> None:
+        vars(self).update(attributes)
+        vars(self)["_stand_in"] = (cls, on_missing)
+
+    def __getattr__(self, name: str) -> Any:
+        cls, on_missing = vars(self)["_stand_in"]
+        found = inspect.getattr_static(cls, name, None)
+        if isinstance(found, (FunctionType, property, classmethod, staticmethod)):
+            owner = cls if isinstance(found, classmethod) else self
+            return found.__get__(owner, cls)
+        if found is not None:
+            return found
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if on_missing is None:
+            raise Missing(name)
+        value = on_missing(name)
+        vars(self)[name] = value
+        return value
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("a stand-in is not a module")

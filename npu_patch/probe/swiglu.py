@@ -1,0 +1,188 @@
+"""Whether a feed-forward module computes SwiGLU through its own projections, and which attribute plays which part.
+
+The forward runs on a stand-in whose unknown attributes are recorders: each is called like a module, remembers what
+it was given, and answers with fresh random numbers. Which recorder saw the input, whose answer another one saw, and
+that the last one was given exactly `activation(gate) * up`, shows the parts without naming or building any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from npu_patch.probe.closeness import difference, distance
+from npu_patch.probe.room import quiet_room, values
+from npu_patch.probe.stand_in import Missing, StandIn
+
+SHAPE = (3, 5, 6)
+
+
+@dataclass(frozen=True)
+class SwiGLUReading:
+    """`down(activation(gate(x)) * up(x))`, or with `up` None `down(activation(first half) * second half)` of `gate(x)`.
+
+    Each is an attribute's name. `activation` None means that the forward itself applies SiLU; otherwise the attribute
+    of each instance has to be looked at: `computes_silu`.
+    """
+
+    gate: str
+    up: str | None
+    activation: str | None
+    down: str
+
+    @property
+    def name(self) -> str:
+        return "gate and up" if self.up else "gate_up in one"
+
+
+@dataclass(frozen=True)
+class NoSwiGLU:
+    """Why it is none; `gated` if it does multiply two projections of its input in some other way."""
+
+    reason: str
+    gated: bool
+
+
+@dataclass(frozen=True)
+class Call:
+    name: str
+    given: Tensor
+    answered: Tensor
+
+
+def read_swiglu(
+    cls: type, forward: Callable[..., Any], attributes: Mapping[str, Any] | None = None
+) -> SwiGLUReading | NoSwiGLU:
+    """Runs `forward(self, x)` on a stand-in for an instance of `cls`, with its plain `attributes` where it is known."""
+    with quiet_room():
+        reading: SwiGLUReading | NoSwiGLU = NoSwiGLU("", gated=False)
+        for dtype in (torch.float32, torch.bfloat16):
+            reading = _read(cls, forward, attributes, dtype)
+            if isinstance(reading, NoSwiGLU):
+                return reading
+        return reading
+
+
+def computes_silu(activation: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a live activation is SiLU on CPU tensors, forward and backward."""
+    with quiet_room():
+        observed_input, expected_input = values(SHAPE, 30, grad=True), values(SHAPE, 30, grad=True)
+        try:
+            observed = activation(observed_input)
+        except Exception:
+            return False
+        return distance([observed], [F.silu(expected_input)], [observed_input], [expected_input]) <= 1.0
+
+
+def _read(
+    cls: type, forward: Callable[..., Any], attributes: Mapping[str, Any] | None, dtype: torch.dtype
+) -> SwiGLUReading | NoSwiGLU:
+    calls: list[Call] = []
+    x = values(SHAPE, 31, dtype, grad=True)
+    known = {"training": True} | {name: value for name, value in (attributes or {}).items() if not callable(value)}
+
+    def recorder(name: str) -> Callable[[Tensor], Tensor]:
+        if attributes is not None and name not in attributes:
+            raise Missing(name)
+
+        def record(given: Tensor) -> Tensor:
+            answered = values(given.shape, 40 + len(calls), given.dtype, grad=True)
+            calls.append(Call(name, given, answered))
+            return answered
+
+        return record
+
+    try:
+        returned = forward(StandIn(cls, known, recorder), x)
+    except (Missing, Exception) as problem:
+        on_input = [call for call in calls if call.given is x]
+        return NoSwiGLU(f"its forward does more than call its parts ({_short(problem)})", gated=len(on_input) > 1)
+    return _parts(x, calls, returned)
+
+
+def _short(problem: BaseException) -> str:
+    if isinstance(problem, Missing):
+        return f"it asks for {problem.name!r}"
+    text = str(problem).splitlines() or [""]
+    return f"{type(problem).__name__}: {text[0]}"[:120]
+
+
+def _parts(x: Tensor, calls: list[Call], returned: Any) -> SwiGLUReading | NoSwiGLU:
+    on_input = [call for call in calls if call.given is x]
+    if not on_input or calls[-1].answered is not returned:
+        return NoSwiGLU("its result is not the answer of a projection", gated=len(on_input) > 1)
+    down = calls[-1]
+    between = [call for call in calls if call.given is not x and call is not down]
+    if len(on_input) == 2 and len(between) <= 1:
+        return _separate(on_input, between, down)
+    if len(on_input) == 1 and len(between) <= 1 and down is not on_input[0]:
+        return _fused(on_input[0], between, down)
+    return NoSwiGLU(f"it calls {len(calls)} parts, SwiGLU has 3 or 4", gated=len(on_input) > 1)
+
+
+def _separate(on_input: list[Call], between: list[Call], down: Call) -> SwiGLUReading | NoSwiGLU:
+    for gate, up in (on_input, on_input[::-1]):
+        if not between and _is_product(down.given, gate.answered, up.answered, F.silu):
+            return SwiGLUReading(gate.name, up.name, None, down.name)
+        if between and between[0].given is gate.answered:
+            if _is_product(down.given, between[0].answered, up.answered, _identity):
+                return SwiGLUReading(gate.name, up.name, between[0].name, down.name)
+    gated = any(_scales_with(down.given, call.answered) for call in on_input)
+    return NoSwiGLU("its last projection is not given activation(gate) * up", gated)
+
+
+def _fused(gate_up: Call, between: list[Call], down: Call) -> SwiGLUReading | NoSwiGLU:
+    halves = gate_up.answered.chunk(2, -1)
+    for gate, second_first in ((halves[0], False), (halves[1], True)):
+        reading = None
+        if not between and _is_product_of_halves(down.given, gate_up.answered, second_first):
+            reading = SwiGLUReading(gate_up.name, None, None, down.name)
+        elif between and difference(between[0].given, gate.detach()) == 0.0:
+            if _is_product(down.given, between[0].answered, gate_up.answered, _identity, second_first):
+                reading = SwiGLUReading(gate_up.name, None, between[0].name, down.name)
+        if reading is not None:
+            if second_first:
+                return NoSwiGLU("it activates the second half, npu_swiglu the first", gated=True)
+            return reading
+    gated = bool(between) and between[0].given.shape == halves[0].shape
+    return NoSwiGLU("its last projection is not given activation(first half) * second half", gated)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def _is_product(
+    product: Tensor,
+    left: Tensor,
+    right: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    first_half_is_up: bool | None = None,
+) -> bool:
+    """Whether `product` is activation(left) * right, forward and backward; with `first_half_is_up`, that half of
+    `right` (which the other half gated)."""
+    expected_left, expected_right = (tensor.detach().clone().requires_grad_(True) for tensor in (left, right))
+    used = expected_right
+    if first_half_is_up is not None:
+        used = expected_right.chunk(2, -1)[0 if first_half_is_up else 1]
+    expected = activation(expected_left) * used
+    return distance([product], [expected], [left, right], [expected_left, expected_right]) <= 1.0
+
+
+def _scales_with(result: Tensor, factor: Tensor) -> bool:
+    """Whether `result` is linear in `factor` without an offset: a product, not a sum of branches."""
+    if result.shape != factor.shape or not result.requires_grad:
+        return False
+    (slope,) = torch.autograd.grad(result.sum(), factor, retain_graph=True, allow_unused=True)
+    return slope is not None and difference((slope * factor).to(result.dtype), result.detach()) < 2.0**-6
+
+
+def _is_product_of_halves(product: Tensor, gate_up: Tensor, second_first: bool) -> bool:
+    expected_input = gate_up.detach().clone().requires_grad_(True)
+    gate, up = expected_input.chunk(2, -1)[:: -1 if second_first else 1]
+    return distance([product], [F.silu(gate) * up], [gate_up], [expected_input]) <= 1.0

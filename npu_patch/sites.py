@@ -1,0 +1,204 @@
+"""Where things can be rebound: modeling modules, their classes and functions, live instances, and late imports."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+
+MODELING_PACKAGES = ("transformers.models.", "transformers_modules.")
+# Classes of a model that are defined here are not modeling code: wrappers, hooks, kernels, building blocks.
+FOREIGN_PACKAGES = (
+    "torch",
+    "torch_npu",
+    "transformers",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "trl",
+    "kernels",
+    "builtins",
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """`name` in the namespace of `owner`, bound to `original` when it was found.
+
+    The owner is a module, a class, a live instance or a mapping (a transformers registry); for the last two,
+    `described` says in the report what it is.
+    """
+
+    owner: Any
+    name: str
+    original: Any
+    described: str = ""
+
+    @property
+    def label(self) -> str:
+        if self.described:
+            return self.described
+        if isinstance(self.owner, ModuleType):
+            return f"{self.owner.__name__}.{self.name}"
+        return f"{self.owner.__module__}.{self.owner.__qualname__}.{self.name}"
+
+
+def is_modeling_module(name: str) -> bool:
+    return name.startswith(MODELING_PACKAGES) and name.rsplit(".", 1)[-1].startswith("modeling_")
+
+
+def loaded_modeling_modules() -> list[ModuleType]:
+    modules = [module for name, module in list(sys.modules.items()) if is_modeling_module(name)]
+    return [module for module in modules if isinstance(module, ModuleType)]
+
+
+def modules_of_model(model: torch.nn.Module) -> list[ModuleType]:
+    """The modules that define the classes of `model`, wherever its author put them."""
+    names = {cls.__module__: None for module in model.modules() for cls in type(module).__mro__}
+    found = [sys.modules[name] for name in names if name in sys.modules and _is_own(name)]
+    return [module for module in found if isinstance(module, ModuleType)]
+
+
+def _is_own(name: str) -> bool:
+    return is_modeling_module(name) or name.split(".", 1)[0] not in FOREIGN_PACKAGES
+
+
+def forwards(module: ModuleType) -> Iterator[Site]:
+    """The `forward` of each `nn.Module` class that `module` defines itself."""
+    for cls in list(vars(module).values()):
+        if isinstance(cls, type) and issubclass(cls, torch.nn.Module) and cls.__module__ == module.__name__:
+            forward = vars(cls).get("forward")
+            if isinstance(forward, FunctionType):
+                yield Site(cls, "forward", forward)
+
+
+def functions(module: ModuleType) -> Iterator[Site]:
+    """Each function in the namespace of `module` that comes from modeling code, as it is bound there."""
+    for name, value in list(vars(module).items()):
+        function = unwrapped(value)
+        if function is not None and function.__module__ is not None and _is_own(function.__module__):
+            yield Site(module, name, value)
+
+
+def unwrapped(value: Any) -> FunctionType | None:
+    """The Python function behind `value`: itself, or what the `kernels` package wrapped into an `nn.Module`."""
+    if isinstance(value, FunctionType):
+        return value
+    if isinstance(value, torch.nn.Module):
+        forward = vars(type(value)).get("forward")
+        cells = getattr(forward, "__closure__", None) or ()
+        inner = [cell.cell_contents for cell in cells if isinstance(cell.cell_contents, FunctionType)]
+        return inner[0] if len(inner) == 1 else None
+    return None
+
+
+def parameter_names(function: Callable[..., Any]) -> tuple[str, ...] | None:
+    """The names of the parameters after `self`, or None if there is a `*args` or `**kwargs`."""
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    if any(parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in parameters):
+        return None
+    return tuple(parameter.name for parameter in parameters)
+
+
+def is_checkpointing_layer(cls: type) -> bool:
+    """Whether assigning `cls.forward` could turn gradient checkpointing off.
+
+    transformers 5.23 checkpoints in a wrapper that `GradientCheckpointingLayer.__init_subclass__` puts on
+    `cls.forward` and that looks whether it is still the class's own.
+    """
+    layers = sys.modules.get("transformers.modeling_layers")
+    base = getattr(layers, "GradientCheckpointingLayer", None)
+    return base is not None and issubclass(cls, base)
+
+
+@dataclass(frozen=True)
+class BoundForward:
+    """A forward on a live instance that keeps a class-level rebinding from reaching it. `name`: under which
+    attribute the instance keeps it; `reachable`: it is the class's own, so it can be bound anew."""
+
+    module: torch.nn.Module
+    name: str
+    bound: Any
+    reachable: bool
+
+
+def bound_forward(module: torch.nn.Module, originals: Sequence[Any]) -> BoundForward | None:
+    """What `module` has in place of its class's forward, if anything.
+
+    accelerate keeps the bound forward of the time of hooking in `_old_forward`; `kernels` and others bind `forward`.
+    """
+    namespace = vars(module)
+    if "forward" not in namespace:
+        return None
+    name = "_old_forward" if "_hf_hook" in namespace and "_old_forward" in namespace else "forward"
+    bound = namespace[name]
+    is_method = isinstance(bound, MethodType) and bound.__self__ is module
+    reachable = is_method and any(innermost(bound) is innermost(original) for original in originals)
+    return BoundForward(module, name, bound, reachable)
+
+
+def innermost(function: Any) -> Any:
+    """Through bound methods and `functools.wraps`."""
+    while True:
+        inner = getattr(function, "__func__", None) or getattr(function, "__wrapped__", None)
+        if inner is None:
+            return function
+        function = inner
+
+
+def defining_class(module: torch.nn.Module) -> type:
+    """The class whose `forward` an instance runs."""
+    return next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+
+
+class LateImports(importlib.abc.MetaPathFinder):
+    """Calls `after_import(module)` once each modeling module that is imported from now on has been executed."""
+
+    def __init__(self, after_import: Callable[[ModuleType], None]) -> None:
+        self._after_import = after_import
+        self._searching: set[str] = set()
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if not is_modeling_module(fullname) or fullname in self._searching:
+            return None
+        self._searching.add(fullname)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._searching.discard(fullname)
+        if spec is not None and spec.loader is not None and hasattr(spec.loader, "exec_module"):
+            spec.loader = _NotifyingLoader(spec.loader, self._after_import)
+        return spec
+
+
+class _NotifyingLoader(importlib.abc.Loader):
+    def __init__(self, loader: Any, after_import: Callable[[ModuleType], None]) -> None:
+        self._loader, self._after_import = loader, after_import
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__.loader = module.__loader__ = self._loader  # inspect.getsource and pickling see no wrapper
+        self._loader.exec_module(module)
+        self._after_import(module)
+
+
+def instances_by_class(modules: Iterable[torch.nn.Module]) -> dict[type, list[torch.nn.Module]]:
+    """Live modules under the class whose forward they run."""
+    found: dict[type, list[torch.nn.Module]] = {}
+    for module in modules:
+        found.setdefault(defining_class(module), []).append(module)
+    return found

@@ -1,0 +1,128 @@
+"""The switches: what the user asked for. The only reader of `TWINKLE_NPU_*` environment variables.
+
+`resolve()` runs once per `apply()` and returns a frozen `Switches`. Keyword arguments of `apply` win over the
+environment, a switch of its own wins over its group, and `TWINKLE_NPU_PATCH=0` turns everything off.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+PREFIX = "TWINKLE_NPU_"
+TRUE_WORDS = ("1", "true", "on", "yes")
+FALSE_WORDS = ("0", "false", "off", "no")
+
+
+@dataclass(frozen=True)
+class Switch:
+    """One on/off switch: the environment variable `TWINKLE_NPU_<variable>`, the keyword `name` of `apply()`."""
+
+    name: str
+    variable: str
+    default: bool
+    gates: str
+    group: str | None = None  # the switch whose value is this one's default
+    aliases: tuple[str, ...] = ()
+
+
+SWITCHES: tuple[Switch, ...] = (
+    Switch("patch", "PATCH", True, "everything"),
+    Switch("fused_ops", "FUSED_OPS", True, "RMSNorm, RoPE, SwiGLU and attention together"),
+    Switch("rms_norm", "RMS_NORM", True, "RMSNorm", group="fused_ops"),
+    Switch("rope", "ROPE", True, "rotary position embedding", group="fused_ops"),
+    Switch("swiglu", "SWIGLU", True, "SwiGLU feed-forward layers", group="fused_ops"),
+    Switch("sdpa", "SDPA", True, "attention", group="fused_ops"),
+    Switch("moe_patch", "MOE_PATCH", True, "grouped-matmul experts", aliases=("GMM_PATCH",)),
+    Switch("fla", "FLA", True, "gated delta rule, causal conv1d and gating"),
+    Switch("gated_rmsnorm_fp32", "GATED_RMSNorm_FP32", False, "gated RMSNorm computed in float32"),
+)
+BY_NAME: Mapping[str, Switch] = MappingProxyType({switch.name: switch for switch in SWITCHES})
+
+
+@dataclass(frozen=True)
+class Switches:
+    """The resolved switches. `switches["rope"]` is a bool; `switches.sources["rope"]` says where it came from."""
+
+    values: Mapping[str, bool]
+    sources: Mapping[str, str]
+
+    def __getitem__(self, name: str) -> bool:
+        return self.values[name]
+
+
+def resolve(keywords: Mapping[str, bool] | None = None, environ: Mapping[str, str] | None = None) -> Switches:
+    """Reads every switch once.
+
+    Raises `ValueError` naming the variable (or keyword), its value and what is accepted; warns about an unknown
+    `TWINKLE_NPU_*` variable, naming the closest real one.
+    """
+    environ = os.environ if environ is None else environ
+    keywords = keywords or {}
+    _check_keywords(keywords)
+    _warn_about_unknown_variables(environ)
+
+    values: dict[str, bool] = {}
+    sources: dict[str, str] = {}
+    for switch in SWITCHES:  # a group stands before its members
+        if switch.name in keywords:
+            values[switch.name], sources[switch.name] = keywords[switch.name], f"apply({switch.name}=...)"
+            continue
+        found = _read_environment(switch, environ)
+        if found is not None:
+            values[switch.name], sources[switch.name] = found
+        elif switch.group is not None:
+            values[switch.name] = values[switch.group]
+            sources[switch.name] = sources[switch.group]
+        else:
+            values[switch.name], sources[switch.name] = switch.default, "default"
+    return Switches(MappingProxyType(values), MappingProxyType(sources))
+
+
+def _check_keywords(keywords: Mapping[str, bool]) -> None:
+    for name, value in keywords.items():
+        if name not in BY_NAME:
+            raise TypeError(
+                f"apply() got the unknown switch {name!r}{_closest(name, BY_NAME)}; accepted: {', '.join(BY_NAME)}"
+            )
+        if not isinstance(value, bool):
+            raise ValueError(f"apply({name}={value!r}): accepted are True and False")
+
+
+def _read_environment(switch: Switch, environ: Mapping[str, str]) -> tuple[bool, str] | None:
+    found: dict[str, bool] = {}
+    for variable in (switch.variable, *switch.aliases):
+        full_name = PREFIX + variable
+        if full_name in environ:
+            found[full_name] = _as_bool(full_name, environ[full_name])
+    if len(set(found.values())) > 1:
+        both = " and ".join(f"{name}={environ[name]!r}" for name in found)
+        raise ValueError(f"{both} contradict each other: they name the same switch ({switch.gates})")
+    for full_name, value in found.items():
+        return value, full_name
+    return None
+
+
+def _as_bool(name: str, text: str) -> bool:
+    word = text.strip().lower()
+    if word in TRUE_WORDS:
+        return True
+    if word in FALSE_WORDS:
+        return False
+    raise ValueError(f"{name}={text!r}: accepted are {'/'.join(TRUE_WORDS)} and {'/'.join(FALSE_WORDS)}")
+
+
+def _warn_about_unknown_variables(environ: Mapping[str, str]) -> None:
+    known = [PREFIX + variable for switch in SWITCHES for variable in (switch.variable, *switch.aliases)]
+    for name in environ:
+        if name.startswith(PREFIX) and name not in known:
+            warnings.warn(f"unknown environment variable {name}{_closest(name, known)}", UserWarning, stacklevel=2)
+
+
+def _closest(name: str, known: Mapping[str, object] | list[str]) -> str:
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
+    return f" (did you mean {match[0]}?)" if match else ""
