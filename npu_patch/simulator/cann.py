@@ -104,13 +104,14 @@ def _libraries(version: str) -> list[Path]:
         folder = parent / key
         if all((folder / name).exists() for name in LIBRARIES):
             return [folder / name for name in LIBRARIES]
+    compiler = _compiler()
     for parent in _cache_parents():
         try:
             parent.mkdir(parents=True, exist_ok=True)
             work = Path(tempfile.mkdtemp(prefix=f"{key}-", dir=parent))
         except OSError:
             continue
-        return _compile_into(work, parent / key)
+        return _compile_into(work, parent / key, compiler)
     raise SimulatorError(f"no writable folder for the compiled CANN stub: {', '.join(map(str, _cache_parents()))}")
 
 
@@ -126,9 +127,8 @@ def _cache_parents() -> list[Path]:
     return [folder / "npu_patch" / "simulator" for folder in folders]
 
 
-def _compile_into(work: Path, folder: Path) -> list[Path]:
+def _compile_into(work: Path, folder: Path, compiler: list[str]) -> list[Path]:
     """Compile in `work`, then rename it to `folder`: a process that starts at the same time sees all or nothing."""
-    compiler = _compiler()
     for name in LIBRARIES:
         command = [*compiler, "-shared", "-fPIC", "-w", "-O1", "-pthread", "-o", str(work / name), str(SOURCE)]
         done = subprocess.run([*command, f"-Wl,-soname,{name}"], capture_output=True, text=True, check=False)

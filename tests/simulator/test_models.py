@@ -33,7 +33,7 @@ def in_float64(model: torch.nn.Module) -> torch.nn.Module:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_every_gradient_equal_the_cpu(family: str, npu: torch.device) -> None:
-    """To 1e-6 relative, or to five times the error that the CPU's float32 itself has against float64 where that is larger: some
+    """To 1e-6 relative, or five times the error of the CPU's float32 against float64 where that is larger: some
     gradients (dt_bias of the gated delta rule) are small differences of large numbers."""
     on_cpu = tiny(family)
     batch = tiny_batch()

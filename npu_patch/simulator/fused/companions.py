@@ -64,6 +64,16 @@ def kl_div_backward(
     return grad / input.numel() if reduction == 1 else grad.contiguous()
 
 
+def kl_div_target_backward(
+    grad_output: Tensor, self: Tensor, target: Tensor, reduction: int = 1, *, log_target: bool = False
+) -> Tensor:
+    by_target = target.exp() * (target + 1 - self) if log_target else target.log() + 1 - self
+    if not log_target:
+        by_target = by_target.masked_fill(target == 0, 0.0)
+    grad = by_target * grad_output
+    return grad / self.numel() if reduction == 1 else grad
+
+
 def binary_cross_entropy_with_logits_backward(
     grad_output: Tensor,
     input: Tensor,
@@ -142,6 +152,7 @@ KERNELS = {
     "repeat_interleave_backward_tensor": Kernel(repeat_interleave_backward),
     "l1_loss_backward": Kernel(l1_loss_backward),
     "kl_div_backward": Kernel(kl_div_backward),
+    "kl_div_target_backward": Kernel(kl_div_target_backward),
     "npu_binary_cross_entropy_with_logits_backward": Kernel(binary_cross_entropy_with_logits_backward),
     "npu_silu": Kernel(functional.silu),
     "npu_silu_backward": Kernel(npu_silu_backward),
