@@ -136,6 +136,7 @@ def _attend_backward(
     dtype = query.dtype
     wide = grad.float()
     probabilities = (scores.of(query, key) - maximum[..., None]).exp() / total[..., None]
+    probabilities = probabilities.masked_fill(total[..., None] == HIGHEST, 0.0)  # rows that attend marked as empty
     dropped = probabilities if scores.kept is None else probabilities * scores.kept / scores.keep_prob
     by_probability = wide @ value.float().mT
     if scores.kept is not None:
