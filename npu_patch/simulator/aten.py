@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from . import aten_formulas, counters, memory, rng
+from . import aten_copies, aten_formulas, counters, memory, rng
 from .memory import CPU
 
 # torch_npu's own kernels stay for what only concerns shapes, storages and streams. Views stay as well (`is_view`).
@@ -40,7 +40,11 @@ ONLY_WRITTEN = {"zero_", "fill_", "normal_", "uniform_", "bernoulli_", "exponent
 # Operators that accept indices or lengths on the CPU next to npu tensors.
 CPU_TENSORS_ALLOWED = {"index", "index_put", "index_put_", "_index_put_impl_", "_ctc_loss", "_pack_padded_sequence"}
 
+# These wait for the device only if an index is boolean: torch turns it into integers first.
 BOOLEAN_INDEX = {"index", "index_put", "index_put_", "_index_put_impl_"}
+
+# Operators that wait for the device more than once: bincount reads the smallest and the largest value.
+HOST_COPIES = {"bincount": 2}
 
 _libraries: list[torch.library.Library] = []  # registrations end with the library object
 
@@ -61,7 +65,7 @@ def register() -> None:
         library.impl(name, kernel, "PrivateUse1", allow_override=True)
         if name in AUTOGRAD_TOO:
             library.impl(name, kernel, "AutogradPrivateUse1", allow_override=True)
-    for name, kernel in _OWN_KERNELS.items():
+    for name, kernel in aten_copies.KERNELS.items():
         library.impl(name, kernel, "PrivateUse1", allow_override=True)
 
 
@@ -105,7 +109,7 @@ def kernel_for(operator: OpOverload) -> Callable[..., Any]:
             else:
                 named[key] = shared.take(value)
         if has_device:
-            shared.device = _device_index(kwargs.get("device"), shared.device)
+            shared.device = memory.device_index(kwargs.get("device"), shared.device)
             named.pop("pin_memory", None)
         if shared.device is None:
             shared.device = torch.npu.current_device()
@@ -138,8 +142,9 @@ def kernel_for(operator: OpOverload) -> Callable[..., Any]:
                 if source is None
             ]
             counters.launch(name, inputs, [*changed, *new])
-            if is_sync and (not boolean_index or _has_boolean_index(on_cpu)):
-                counters.host_copy(name, 8)
+            if _has_boolean_index(on_cpu) if boolean_index else is_sync and named.get("output_size") is None:
+                for _ in range(HOST_COPIES.get(short, 1)):
+                    counters.host_copy(name, 8)
 
         if not returned:
             return None
@@ -311,127 +316,3 @@ def _has_boolean_index(args: list[Any]) -> bool:
         if isinstance(value, list | tuple)
         for index in value
     )
-
-
-def _device_index(device: torch.device | None, default: int | None) -> int | None:
-    if device is None or device.type != "npu":
-        return default
-    return torch.npu.current_device() if device.index is None else device.index
-
-
-def _copy_(self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
-    to_npu, from_npu = self.device.type == "npu", src.device.type == "npu"
-    to, source = (memory.alias(self) if to_npu else self), (memory.alias(src) if from_npu else src)
-    with torch._C._AutoDispatchBelowAutograd():
-        to.copy_(source)
-    if counters._counting:
-        if to_npu and from_npu:
-            counters.launch("aten::copy_", [source], [to])
-        elif from_npu:
-            counters.host_copy("aten::copy_", counters.tensor_bytes(source))
-        else:
-            counters.upload(counters.tensor_bytes(source))
-    return self
-
-
-def _copy_from(self: Tensor, dst: Tensor, non_blocking: bool = False) -> Tensor:
-    return _copy_(dst, self)
-
-
-def _copy_from_and_resize(self: Tensor, dst: Tensor) -> Tensor:
-    if dst.shape != self.shape:
-        dst.resize_(self.shape)
-    return _copy_(dst, self)
-
-
-def _to_copy(
-    self: Tensor,
-    *,
-    dtype: torch.dtype | None = None,
-    layout: torch.layout | None = None,
-    device: torch.device | None = None,
-    pin_memory: bool | None = None,
-    non_blocking: bool = False,
-    memory_format: torch.memory_format | None = None,
-) -> Tensor:
-    source = memory.alias(self) if self.device.type == "npu" else self
-    target = self.device if device is None else device
-    elsewhere = CPU if target.type == "npu" else target
-    with torch._C._AutoDispatchBelowAutograd():
-        copied = torch.ops.aten._to_copy.default(
-            source, dtype=dtype, layout=layout, device=elsewhere, memory_format=memory_format
-        )
-    if target.type == "npu":
-        if counters._counting:
-            if self.device.type == "npu":
-                counters.launch("aten::_to_copy", [source], [copied])
-            else:
-                counters.upload(counters.tensor_bytes(source))
-        return memory.to_device(copied, _device_index(target, None))
-    if counters._counting and target.type == "cpu":
-        counters.host_copy("aten::_to_copy", counters.tensor_bytes(source))
-    return copied
-
-
-def _local_scalar_dense(self: Tensor) -> Any:
-    if counters._counting:
-        counters.host_copy("aten::_local_scalar_dense", self.element_size())
-    return memory.alias(self).item()
-
-
-def _empty(
-    size: Any,
-    *,
-    dtype: torch.dtype | None = None,
-    layout: torch.layout | None = None,
-    device: torch.device | None = None,
-    pin_memory: bool | None = None,
-    memory_format: torch.memory_format | None = None,
-) -> Tensor:
-    stride = None
-    if memory_format not in (None, torch.contiguous_format, torch.preserve_format):
-        stride = torch.empty(size, device="meta", memory_format=memory_format).stride()
-    return memory.poisoned(size, stride, dtype or torch.get_default_dtype(), _device_index(device, None) or 0)
-
-
-def _empty_strided(
-    size: Any,
-    stride: Any,
-    *,
-    dtype: torch.dtype | None = None,
-    layout: torch.layout | None = None,
-    device: torch.device | None = None,
-    pin_memory: bool | None = None,
-) -> Tensor:
-    return memory.poisoned(size, stride, dtype or torch.get_default_dtype(), _device_index(device, None) or 0)
-
-
-def _empty_like(
-    self: Tensor,
-    *,
-    dtype: torch.dtype | None = None,
-    layout: torch.layout | None = None,
-    device: torch.device | None = None,
-    pin_memory: bool | None = None,
-    memory_format: torch.memory_format | None = None,
-) -> Tensor:
-    with torch._C._AutoDispatchBelowAutograd():
-        like = torch.ops.aten.empty_like.default(
-            memory.alias(self), dtype=dtype, device="meta", memory_format=memory_format
-        )
-    target = self.device if device is None else device
-    if target.type != "npu":
-        return torch.empty_strided(like.size(), like.stride(), dtype=like.dtype, device=target)
-    return memory.poisoned(like.size(), like.stride(), like.dtype, _device_index(target, None))
-
-
-_OWN_KERNELS = {
-    "copy_": _copy_,
-    "_copy_from": _copy_from,
-    "_copy_from_and_resize": _copy_from_and_resize,
-    "_to_copy": _to_copy,
-    "_local_scalar_dense": _local_scalar_dense,
-    "empty.memory_format": _empty,
-    "empty_strided": _empty_strided,
-    "empty_like": _empty_like,
-}

@@ -77,6 +77,13 @@ def poisoned(size: torch.Size, stride: tuple[int, ...] | None, dtype: torch.dtyp
     return result
 
 
+def device_index(device: torch.device | None, default: int | None) -> int | None:
+    """The index of an npu device (without one: the current device); `default` for any other device."""
+    if device is None or device.type != "npu":
+        return default
+    return torch.npu.current_device() if device.index is None else device.index
+
+
 def _span(size: torch.Size, stride: tuple[int, ...]) -> int:
     """Elements from the first to the last, inclusive."""
     if 0 in size:

@@ -68,10 +68,13 @@ def test_host_copies(npu: torch.device) -> None:
         x.nonzero()
         x[x > 0]
         torch.equal(x, x)
-        x[torch.tensor([0], device=npu)]  # integer indices do not wait
-    assert counted.host_copies == 5
+        x[x > 0] = torch.ones(3, device=npu)
+        x.long().bincount(minlength=4)  # reads the smallest and the largest
+        x[torch.zeros(1, dtype=torch.long, device=npu)]  # integer indices do not wait
+        x.long().histc(4, 0, 4)
+    assert counted.host_copies == 8
     assert counted.host_copies_by_op["aten::_local_scalar_dense"] == (1, 4)
-    assert sum(times for times, _ in counted.host_copies_by_op.values()) == 5
+    assert sum(times for times, _ in counted.host_copies_by_op.values()) == 8
     with simulator.count() as counted:
         torch.ones(3).to(npu)
     assert (counted.host_copies, counted.launches, counted.uploads, counted.upload_bytes) == (0, 0, 1, 12)

@@ -2,10 +2,32 @@
 
 import torch
 
-from . import attention, companions, grouped_matmul, moe_permute, rms_norm, rotary, swiglu
+from . import (
+    attention,
+    attention_inference,
+    attention_v2,
+    companions,
+    gated_delta_rule,
+    grouped_matmul,
+    moe_permute,
+    rms_norm,
+    rotary,
+    swiglu,
+)
 from .kernel import npu_kernel
 
-FAMILIES = (rms_norm, rotary, swiglu, attention, grouped_matmul, moe_permute, companions)
+FAMILIES = (
+    rms_norm,
+    rotary,
+    swiglu,
+    attention,
+    attention_v2,
+    attention_inference,
+    grouped_matmul,
+    moe_permute,
+    gated_delta_rule,
+    companions,
+)
 
 _libraries: list[torch.library.Library] = []  # registrations end with the library object
 

@@ -63,7 +63,7 @@ class Problem:
         )
 
 
-def _problem(
+def problem_of(
     operator: str,
     query: Tensor,
     key: Tensor,
@@ -159,7 +159,7 @@ def _forward(
     return join(outs, layout.name), *statistics, query.new_empty(0, dtype=torch.float32)
 
 
-def _backward(
+def backward(
     problem: Problem,
     query: Tensor,
     key: Tensor,
@@ -290,16 +290,16 @@ def npu_fusion_attention(
     """
     name = "npu_fusion_attention"
     require(dropout_mask is None and seed == 0 and offset == 0, name, "dropout_mask, seed and offset are not simulated")
-    problem = _problem(
+    problem = problem_of(
         name, query, key, value, head_num, input_layout, pse=pse, padding_mask=padding_mask, atten_mask=atten_mask,
         scale=scale, keep_prob=keep_prob, before=pre_tockens, after=next_tockens, inner_precise=inner_precise,
         prefix=prefix, query_ends=actual_seq_qlen, key_ends=actual_seq_kvlen, sparse_mode=sparse_mode,
         softmax_layout=softmax_layout, sink=sink, pse_type=1,
     )  # fmt: skip
-    return _forward_with_integers(problem, query, key, value, draw)
+    return forward_with_integers(problem, query, key, value, draw)
 
 
-def _forward_with_integers(
+def forward_with_integers(
     problem: Problem, query: Tensor, key: Tensor, value: Tensor, draw: Callable[[], tuple[int, int]]
 ) -> tuple[Any, ...]:
     seed, offset, drawn = 0, 0, 0
@@ -345,13 +345,13 @@ def npu_fusion_attention_grad(
     **unused: Any,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of npu_fusion_attention: dq, dk, dv, dpse, dsink (None where there was no pse or sink)."""
-    problem = _problem(
+    problem = problem_of(
         "npu_fusion_attention_grad", query, key, value, head_num, input_layout, pse=pse, padding_mask=padding_mask,
         atten_mask=atten_mask, scale=scale_value, keep_prob=keep_prob, before=pre_tockens, after=next_tockens,
         inner_precise=inner_precise, prefix=prefix, query_ends=actual_seq_qlen, key_ends=actual_seq_kvlen,
         sparse_mode=sparse_mode, softmax_layout=softmax_layout, sink=sink, pse_type=1,
     )  # fmt: skip
-    return _backward(problem, query, key, value, dy, softmax_max, softmax_sum, attention_in, seed, offset)
+    return backward(problem, query, key, value, dy, softmax_max, softmax_sum, attention_in, seed, offset)
 
 
 def npu_fusion_attention_v3(
@@ -381,7 +381,7 @@ def npu_fusion_attention_v3(
 ) -> tuple[Any, ...]:
     """npu_fusion_attention with lengths as CPU int64 tensors; seed and offset come back as CPU int64 tensors [1]."""
     name = "npu_fusion_attention_v3"
-    problem = _problem(
+    problem = problem_of(
         name, query, key, value, head_num, input_layout, pse=pse, padding_mask=padding_mask, atten_mask=atten_mask,
         scale=scale, keep_prob=keep_prob, before=pre_tockens, after=next_tockens, inner_precise=inner_precise,
         prefix=prefix, query_ends=_lengths(name, "actual_seq_qlen", actual_seq_qlen),
@@ -427,7 +427,7 @@ def npu_fusion_attention_grad_v3(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of npu_fusion_attention_v3: dq, dk, dv, dpse, dsink."""
     name = "npu_fusion_attention_grad_v3"
-    problem = _problem(
+    problem = problem_of(
         name, query, key, value, head_num, input_layout, pse=pse, padding_mask=padding_mask, atten_mask=atten_mask,
         scale=scale_value, keep_prob=keep_prob, before=pre_tockens, after=next_tockens, inner_precise=inner_precise,
         prefix=prefix, query_ends=_lengths(name, "actual_seq_qlen", actual_seq_qlen),
@@ -435,7 +435,7 @@ def npu_fusion_attention_grad_v3(
         softmax_layout=softmax_layout, sink=sink, pse_type=1,
     )  # fmt: skip
     state = (0, 0) if seed is None or offset is None else (int(seed), int(offset))
-    return _backward(problem, query, key, value, dy, softmax_max, softmax_sum, attention_in, *state)
+    return backward(problem, query, key, value, dy, softmax_max, softmax_sum, attention_in, *state)
 
 
 V3_ON_HOST = ("actual_seq_qlen", "actual_seq_kvlen")

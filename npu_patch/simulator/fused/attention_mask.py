@@ -65,7 +65,7 @@ def _compressed(operator: str, layout: Layout, mask: Tensor, sparse_mode: int, b
         f"not {list(mask.shape)}",
     )
     require(
-        bool(torch.equal(mask.bool(), _upper_triangle())),
+        bool(torch.equal(mask.bool(), upper_triangle())),
         operator,
         f"sparse_mode {sparse_mode} ({SPARSE_MODES[sparse_mode]}) needs atten_mask to be ones above the diagonal "
         "(triu(1)): 1 means masked",
@@ -74,11 +74,11 @@ def _compressed(operator: str, layout: Layout, mask: Tensor, sparse_mode: int, b
         for queries, keys in zip(layout.query_lengths, layout.key_lengths, strict=True):
             require(queries <= keys, operator, f"sparse_mode 3 in TND needs Sq <= Skv, not {queries} and {keys}")
     if sparse_mode == 2:
-        return Hidden(lambda index, queries, keys: _outside_band(queries, keys, 0, UNLIMITED, 0))
+        return Hidden(lambda index, queries, keys: outside_band(queries, keys, 0, UNLIMITED, 0))
     if sparse_mode == 3:
         before, after = UNLIMITED, 0
     return Hidden(
-        lambda index, queries, keys: _outside_band(queries, keys, keys - queries, before, after),
+        lambda index, queries, keys: outside_band(queries, keys, keys - queries, before, after),
         empty_rows_give_zero=True,
     )
 
@@ -116,7 +116,7 @@ def _full(operator: str, layout: Layout, mask: Tensor, sparse_mode: int, before:
         # pre/next only tell the kernel which blocks to skip: what they skip must be masked, or the result depends on
         # the block size.
         for index, (rows, columns) in enumerate(zip(layout.query_lengths, layout.key_lengths, strict=True)):
-            skipped = _outside_band(rows, columns, 0, before, after)
+            skipped = outside_band(rows, columns, 0, before, after)
             require(
                 not bool((skipped & ~of(index, rows, columns)).any()),
                 operator,
@@ -125,12 +125,12 @@ def _full(operator: str, layout: Layout, mask: Tensor, sparse_mode: int, before:
     return Hidden(of)
 
 
-def _outside_band(queries: int, keys: int, shift: int, before: int, after: int) -> Tensor:
+def outside_band(queries: int, keys: int, shift: int, before: int, after: int) -> Tensor:
     """True where key j is not within [i + shift - before, i + shift + after] of query i."""
     offset = torch.arange(keys)[None, :] - torch.arange(queries)[:, None] - shift
     return (offset > after) | (offset < -before)
 
 
 @cache
-def _upper_triangle() -> Tensor:
+def upper_triangle() -> Tensor:
     return torch.ones(COMPRESSED, COMPRESSED, dtype=torch.bool).triu_(1)
