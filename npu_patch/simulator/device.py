@@ -1,13 +1,10 @@
 """Puts the simulated kernels under torch_npu's dispatcher."""
 
-import os
 import warnings
 
 
 def install() -> None:
     """Import torch and torch_npu on the CANN stub and register every kernel. Called once, by `start()`."""
-    # Kernels run when they are called, so torch_npu's queue of launches has nothing to hold: no thread for it.
-    os.environ.setdefault("TASK_QUEUE_ENABLE", "0")
     with warnings.catch_warnings():
         # Overriding a kernel of torch_npu's is what happens here, about 1100 times.
         warnings.filterwarnings("ignore", message=".*[Oo]verriding a previously registered kernel.*")
