@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Sets everything up, then lints and tests. Arguments are pytest's: scripts/test.sh tests/test_demo.py -k png
+# PYTHON, VENV and NO_VENV as in scripts/demo.sh.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$root"
+
+prepare_environment transformers peft accelerate matplotlib tqdm pytest xdist ruff
+
+"$python" -m ruff check
+"$python" -m ruff format --check
+# loadfile: the tests of one file share its models and its simulated device.
+exec "$python" -m pytest -n 2 --dist loadfile "$@"
