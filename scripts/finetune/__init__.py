@@ -1,0 +1,1 @@
+"""The parts of scripts/lora_finetune.py, in the order in which it uses them."""
