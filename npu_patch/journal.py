@@ -2,7 +2,8 @@
 
 An entry remembers an owner, a name and the very object that stood there, read from the owner's own namespace (never
 through inheritance or descriptors), so that undoing restores identity, not equality. Owners are modules, classes,
-live instances and mappings. Instances are held weakly: a patched model can still be freed.
+live instances and mappings. Instances are held weakly, so that a patched model can be freed, except while the object
+that stood there holds its instance itself (a bound method, as accelerate's hooks leave behind).
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ class Entry:
     owner: Callable[[], Any]
     name: Any
     before: Any
-    after: Any
     on_undo: Callable[[], None] | None
 
 
@@ -43,7 +43,7 @@ class Journal:
     def rebind(self, owner: Any, name: Any, new: Any, on_undo: Callable[[], None] | None = None) -> None:
         """Binds `name` in `owner`'s own namespace to `new`. `on_undo` runs after the old object is back."""
         with self.lock:
-            entry = Entry(_reference(owner), name, _read(owner, name), new, on_undo)
+            entry = Entry(_reference(owner), name, _read(owner, name), on_undo)
             _write(owner, name, new)
             self._entries.append(entry)
             self._held.setdefault((id(owner), name), []).append(entry)
@@ -51,7 +51,7 @@ class Journal:
     def insert(self, sequence: list, new: Any) -> None:
         """Puts `new` first in `sequence` (an import hook in `sys.meta_path`, say) until it is undone."""
         with self.lock:
-            self._entries.append(Entry(lambda: None, None, None, new, lambda: _remove_identical(sequence, new)))
+            self._entries.append(Entry(lambda: None, None, None, lambda: _remove_identical(sequence, new)))
             sequence.insert(0, new)
 
     def holds(self, owner: Any, name: Any) -> bool:
@@ -64,7 +64,7 @@ class Journal:
         return len(self._entries)
 
     def undo_to(self, mark: int) -> None:
-        """Undoes every rebinding made since `mark`, the last one first. What cannot be undone does not stop the rest."""
+        """Undoes every rebinding made since `mark`, the last one first; one that fails does not stop the rest."""
         errors = []
         with self.lock:
             while len(self._entries) > mark:

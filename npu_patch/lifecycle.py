@@ -152,10 +152,7 @@ class _Walk:
 
     def run(self) -> None:
         patches = self._enabled()
-        if self.model is None:
-            modules = loaded_modeling_modules()
-        else:
-            modules = modules_of_model(self.model)
+        modules = loaded_modeling_modules() if self.model is None else modules_of_model(self.model)
         self._patch_modules(patches, modules)
         if self.model is None:
             hook = LateImports(lambda module: self._after_late_import(patches, module))

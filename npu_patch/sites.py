@@ -107,6 +107,9 @@ def parameter_names(function: Callable[..., Any]) -> tuple[str, ...] | None:
     return tuple(parameter.name for parameter in parameters)
 
 
+CHECKPOINTING_LAYER = "assigning forward on a gradient checkpointing layer would turn checkpointing off"
+
+
 def is_checkpointing_layer(cls: type) -> bool:
     """Whether assigning `cls.forward` could turn gradient checkpointing off.
 

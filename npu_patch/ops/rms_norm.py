@@ -25,8 +25,9 @@ FLOAT_DTYPES = (torch.float32, *HALF_DTYPES)
 class RMSNormVariant:
     """A function that RMSNorm modules compute.
 
-    `gamma`: "weight", "1 + weight", "rounded 1 + weight" (summed in the weight's dtype) or "none". `output`: whose dtype is returned, "input", "promoted" (of input and
-    weight) or "weight". `gate`: the activation of the gate that multiplies the norm, or None.
+    `gamma`: "weight", "1 + weight", "rounded 1 + weight" (summed in the weight's dtype) or "none". `output`: whose
+    dtype is returned, "input", "promoted" (of input and weight) or "weight". `gate`: the activation of the gate that
+    multiplies the norm, or None.
     `rounds_before_gate`: the norm is rounded to the input's dtype before the gate multiplies it.
     `reference(x, weight, eps)` or `reference(x, weight, eps, gate)` is the original's arithmetic in plain torch.
     """

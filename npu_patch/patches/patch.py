@@ -69,10 +69,11 @@ class Patch:
     in_layer: Callable[[torch.nn.Module], Iterable[Site]] = _nothing_in
 
 
-class Unserved(str):
+@dataclass(frozen=True)
+class Unserved:
     """Why a replacement lets this one call through to the original."""
 
-    __slots__ = ()
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -94,19 +95,17 @@ def replacement_for(
     def replacement(*args: Any, **kwargs: Any) -> Any:
         if not calls.active:
             return original(*args, **kwargs)
-        result = serve(*args, **kwargs)
-        counted = not torch.compiler.is_compiling()  # a count would be a guard to the compiler
-        if type(result) is Unserved:
-            if counted:
-                calls.fell_through[str(result)] += 1
-            return original(*args, **kwargs)
-        if type(result) is Unfused:
-            if counted:
+        if torch.compiler.is_compiling():  # a count would be a guard to the compiler
+            result = serve(*args, **kwargs)
+        else:
+            calls.ran += 1  # before: checkpointing's recomputation leaves a forward by an exception once it has enough
+            result = serve(*args, **kwargs)
+            if isinstance(result, (Unserved, Unfused)):
+                calls.ran -= 1
                 calls.fell_through[result.reason] += 1
-            return result.result
-        if counted:
-            calls.ran += 1
-        return result
+        if isinstance(result, Unserved):
+            return original(*args, **kwargs)
+        return result.result if isinstance(result, Unfused) else result
 
     return replacement
 

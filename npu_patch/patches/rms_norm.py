@@ -20,7 +20,7 @@ from npu_patch.ops.rms_norm import IMPLEMENTATIONS, normalize
 from npu_patch.outcome import Calls
 from npu_patch.patches.patch import Context, Patch, Readings, Replacement, Skip, Unserved, bind, replacement_for
 from npu_patch.probe.rms_norm import RMSNormReading, read_rms_norm
-from npu_patch.sites import Site, forwards, is_checkpointing_layer, parameter_names
+from npu_patch.sites import CHECKPOINTING_LAYER, Site, forwards, is_checkpointing_layer, parameter_names
 
 
 def find(module: ModuleType) -> Iterable[Site]:
@@ -33,13 +33,13 @@ def find(module: ModuleType) -> Iterable[Site]:
 
 def replace(site: Site, context: Context) -> Replacement | Skip:
     cls, original = site.owner, site.original
+    if is_checkpointing_layer(cls):
+        return Skip(CHECKPOINTING_LAYER, notable=False)
     names = parameter_names(original)
     gated = len(names) == 2
     found = read_rms_norm(cls, original, gated)
     if not found.readings:
         return Skip(found.why_none, notable="rmsnorm" in cls.__name__.lower())
-    if is_checkpointing_layer(cls):
-        return Skip("assigning forward on a gradient checkpointing layer would turn checkpointing off")
     configuration = tuple({name: None for reading in found.readings for name in reading.configuration})
 
     def read(its_class: type, attributes: Mapping[str, Any]) -> RMSNormReading | None:
@@ -51,7 +51,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         values = tuple(reading.configuration.get(name) for name in configuration)
         readings.known[(cls, *values) if configuration else cls] = reading
     calls = Calls()
-    in_float32 = context.switches["gated_rmsnorm_fp32"]
+    device_type, in_float32 = context.device_type, context.switches["gated_rmsnorm_fp32"]
     run, unsupported = context.implementation.run, context.implementation.unsupported
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
@@ -59,7 +59,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         if bound is None or not all(isinstance(value, Tensor) for value in bound):
             return Unserved("arguments that are no tensors")
         x, *gate = bound
-        if x.device.type != context.device_type:
+        if x.device.type != device_type:
             return Unserved(f"input on {x.device.type}")
         reading = readings.of(self)
         if reading is None:

@@ -38,7 +38,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         return Skip(reading, notable="rotary" in site.name)
     signature, variant = reading.signature, reading.variant
     run, unsupported = context.implementation.run, context.implementation.unsupported
-    calls = Calls()
+    calls, device_type = Calls(), context.device_type
 
     def serve(*args: Any, **kwargs: Any) -> Any:
         bound = bind(signature.names, args, kwargs)
@@ -49,7 +49,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         cos, sin = given["cos"], given["sin"]
         if not all(isinstance(tensor, Tensor) for tensor in (*tensors, cos, sin)):
             return Unserved("arguments that are no tensors")
-        if tensors[0].device.type != context.device_type:
+        if tensors[0].device.type != device_type:
             return Unserved(f"input on {tensors[0].device.type}")
         if signature.sections:
             if cos.dim() == 0 or cos.shape[0] != 3 or 2 * sum(given[signature.sections]) != cos.shape[-1]:

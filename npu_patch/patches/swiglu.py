@@ -33,7 +33,7 @@ from npu_patch.patches.patch import (
     replacement_for,
 )
 from npu_patch.probe.swiglu import NoSwiGLU, SwiGLUReading, computes_silu, read_swiglu
-from npu_patch.sites import Site, forwards, is_checkpointing_layer, parameter_names
+from npu_patch.sites import CHECKPOINTING_LAYER, Site, forwards, is_checkpointing_layer, parameter_names
 
 NO_BACKWARD = "no backward follows, for which concatenating gate and up would pay"
 
@@ -48,12 +48,12 @@ def find(module: ModuleType) -> Iterable[Site]:
 
 def replace(site: Site, context: Context) -> Replacement | Skip:
     cls, original = site.owner, site.original
+    if is_checkpointing_layer(cls):
+        return Skip(CHECKPOINTING_LAYER, notable=False)
     names = parameter_names(original)
     found = read_swiglu(cls, original)
     if isinstance(found, NoSwiGLU):
         return Skip(found.reason, notable=found.gated)
-    if is_checkpointing_layer(cls):
-        return Skip("assigning forward on a gradient checkpointing layer would turn checkpointing off")
     activations = Activations(found.activation)
     live = context.live_modules(cls)
     if live and not any([activations.is_silu(module) for module in live]):
@@ -64,7 +64,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         return reading if reading == found else None
 
     readings = Readings(read, known={cls: found})
-    calls = Calls()
+    calls, device_type = Calls(), context.device_type
     run, unsupported = context.implementation.run, context.implementation.unsupported
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
@@ -72,7 +72,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         if bound is None or not isinstance(bound[0], Tensor):
             return Unserved("arguments that are no tensors")
         (x,) = bound
-        if x.device.type != context.device_type:
+        if x.device.type != device_type:
             return Unserved(f"input on {x.device.type}")
         if readings.of(self) is None:
             return Unserved("this instance computes no SwiGLU")

@@ -129,9 +129,9 @@ def _separate(on_input: list[Call], between: list[Call], down: Call) -> SwiGLURe
     for gate, up in (on_input, on_input[::-1]):
         if not between and _is_product(down.given, gate.answered, up.answered, F.silu):
             return SwiGLUReading(gate.name, up.name, None, down.name)
-        if between and between[0].given is gate.answered:
-            if _is_product(down.given, between[0].answered, up.answered, _identity):
-                return SwiGLUReading(gate.name, up.name, between[0].name, down.name)
+        activated = between and between[0].given is gate.answered
+        if activated and _is_product(down.given, between[0].answered, up.answered, _identity):
+            return SwiGLUReading(gate.name, up.name, between[0].name, down.name)
     gated = any(_scales_with(down.given, call.answered) for call in on_input)
     return NoSwiGLU("its last projection is not given activation(gate) * up", gated)
 
@@ -142,9 +142,9 @@ def _fused(gate_up: Call, between: list[Call], down: Call) -> SwiGLUReading | No
         reading = None
         if not between and _is_product_of_halves(down.given, gate_up.answered, second_first):
             reading = SwiGLUReading(gate_up.name, None, None, down.name)
-        elif between and difference(between[0].given, gate.detach()) == 0.0:
-            if _is_product(down.given, between[0].answered, gate_up.answered, _identity, second_first):
-                reading = SwiGLUReading(gate_up.name, None, between[0].name, down.name)
+        activated = between and difference(between[0].given, gate.detach()) == 0.0
+        if activated and _is_product(down.given, between[0].answered, gate_up.answered, _identity, second_first):
+            reading = SwiGLUReading(gate_up.name, None, between[0].name, down.name)
         if reading is not None:
             if second_first:
                 return NoSwiGLU("it activates the second half, npu_swiglu the first", gated=True)

@@ -1,0 +1,85 @@
+"""The switches: defaults, groups, aliases, precedence, and what a wrong value says."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+import npu_patch
+from npu_patch.switches import BY_NAME, SWITCHES, resolve
+
+
+def test_defaults() -> None:
+    switches = resolve({}, {})
+    assert {name for name in BY_NAME if not switches[name]} == {"gated_rmsnorm_fp32"}
+    assert switches.sources["rope"] == "default"
+
+
+@pytest.mark.parametrize("word", ["0", "false", "OFF", "no", " No "])
+def test_every_word_for_off(word: str) -> None:
+    switches = resolve({}, {"TWINKLE_NPU_FLA": word})
+    assert not switches["fla"]
+    assert switches.sources["fla"] == "TWINKLE_NPU_FLA"
+
+
+@pytest.mark.parametrize("word", ["1", "true", "On", "yes"])
+def test_every_word_for_on(word: str) -> None:
+    assert resolve({}, {"TWINKLE_NPU_GATED_RMSNorm_FP32": word})["gated_rmsnorm_fp32"]
+
+
+@pytest.mark.parametrize("word", ["", "2", "yep", "None"])
+def test_another_word_is_an_error_that_names_variable_value_and_accepted(word: str) -> None:
+    with pytest.raises(ValueError, match=rf"TWINKLE_NPU_ROPE='{word}': accepted are 1/true/on/yes and 0/false/off/no"):
+        resolve({}, {"TWINKLE_NPU_ROPE": word})
+
+
+def test_a_group_is_the_default_of_its_members_and_a_member_wins() -> None:
+    switches = resolve({}, {"TWINKLE_NPU_FUSED_OPS": "0", "TWINKLE_NPU_ROPE": "1"})
+    assert switches["rope"]
+    assert not any(switches[name] for name in ("rms_norm", "swiglu", "sdpa"))
+    assert switches["fla"] and switches["moe_patch"]
+    assert switches.sources["rms_norm"] == "TWINKLE_NPU_FUSED_OPS"
+
+
+def test_keywords_win_over_the_environment() -> None:
+    switches = resolve({"rope": True}, {"TWINKLE_NPU_ROPE": "0"})
+    assert switches["rope"]
+    assert "apply(rope=...)" in switches.sources["rope"]
+
+
+def test_the_older_name_is_an_alias_and_must_not_contradict() -> None:
+    assert not resolve({}, {"TWINKLE_NPU_GMM_PATCH": "0"})["moe_patch"]
+    with pytest.raises(ValueError, match="TWINKLE_NPU_MOE_PATCH='1' and TWINKLE_NPU_GMM_PATCH='0' contradict"):
+        resolve({}, {"TWINKLE_NPU_MOE_PATCH": "1", "TWINKLE_NPU_GMM_PATCH": "0"})
+
+
+def test_an_unknown_variable_gets_a_warning_with_the_closest_name() -> None:
+    with pytest.warns(UserWarning, match=r"TWINKLE_NPU_ROPES .did you mean TWINKLE_NPU_ROPE\?"):
+        resolve({}, {"TWINKLE_NPU_ROPES": "1"})
+
+
+def test_foreign_variables_are_not_looked_at() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve({}, {"ASCEND_LAUNCH_BLOCKING": "1", "TWINKLE_MODE": "x"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"ropes": True}, TypeError, "'ropes'.*did you mean rope"),
+        ({"rope": "yes"}, ValueError, r"apply\(rope='yes'\): accepted are True and False"),
+    ],
+)
+def test_a_wrong_keyword_names_itself_and_applies_nothing(
+    arguments: dict[str, object], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        npu_patch.apply(**arguments)
+    assert not npu_patch.report().outcomes
+
+
+def test_a_group_stands_before_its_members() -> None:
+    order = [switch.name for switch in SWITCHES]
+    assert all(order.index(switch.group) < order.index(switch.name) for switch in SWITCHES if switch.group)
