@@ -62,8 +62,8 @@ def normalize(
     gamma = _gamma(variant, weight)
     output_dtype = variant.output_dtype(x, weight)
     gated = variant.gate is not None
-    if output_dtype == torch.float32 or (gated and (gate_in_float32 or not variant.rounds_before_gate)):
-        x = x.float()
+    if output_dtype != x.dtype or (gated and (gate_in_float32 or not variant.rounds_before_gate)):
+        x = x.float()  # the kernel returns the dtype of x: a half precision x would round to the wrong one first
     if gamma is not None and gamma.dtype not in (x.dtype, torch.float32):
         gamma = gamma.float()  # the operator takes gamma in the dtype of x or, beside half precision, in float32
     y = kernel(x, gamma, eps)

@@ -186,7 +186,7 @@ def _npu_rotary_mul(x: Tensor, cos: Tensor, sin: Tensor, pairing: str) -> Tensor
     if x.dim() == 4 and not x.is_contiguous() and x.transpose(1, 2).is_contiguous():
         turned = _npu_rotary_mul(x.transpose(1, 2), cos.transpose(1, 2), sin.transpose(1, 2), pairing)
         return turned.transpose(1, 2)
-    if _block_skip_is_refused(x, cos):
+    if pairing == HALF and _block_skip_is_refused(x, cos):
         shape = (x.shape[0], *cos.shape[1:])
         cos, sin = cos.expand(shape).contiguous(), sin.expand(shape).contiguous()
     return torch.ops.npu.npu_rotary_mul(x, cos, sin, rotary_mode=pairing)

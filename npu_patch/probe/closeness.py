@@ -32,7 +32,7 @@ def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], seed: int = 9
     if not any(output.requires_grad for output in outputs):
         return [None] * len(inputs)
     seeds = [values(output.shape, seed + index, output.dtype) for index, output in enumerate(outputs)]
-    return list(torch.autograd.grad(list(outputs), list(inputs), seeds, allow_unused=True))
+    return list(torch.autograd.grad(list(outputs), list(inputs), seeds, retain_graph=True, allow_unused=True))
 
 
 def distance(
