@@ -269,8 +269,8 @@ class _Walk:
     def _warn(self, patches: Iterable[tuple[Patch, Choice]]) -> None:
         """A patch that found something it should serve in this model, and serves none of it."""
         for patch, _ in patches:
-            outcomes = [outcome for outcome in self.report if outcome.patch == patch.name]
-            if outcomes and not any(o.status == PATCHED and o.layers != 0 for o in outcomes):
+            outcomes = [o for o in self.report if o.patch == patch.name and o.layers != 0]
+            if outcomes and not any(outcome.status == PATCHED for outcome in outcomes):
                 self.report.warnings.append(
                     f"{patch.name}: nothing in {type(self.model).__name__} is served; {len(outcomes)} sites were found"
                 )

@@ -465,3 +465,11 @@ def test_the_report_counts_and_reads_at_a_glance(npu: torch.device) -> None:
     (norm,) = [entry for entry in content["outcomes"] if entry["patch"] == "rms_norm"]
     assert (norm["status"], norm["layers"], norm["ran"], norm["fell_through"]) == ("patched", 9, 9, {})
     assert norm["declined"] == {"torch.nn.functional.rms_norm": "serves cuda, cpu only"}
+
+
+def test_a_patch_that_serves_nothing_it_should_is_a_warning(npu: torch.device) -> None:
+    """gemma3's feed-forward layers use GELU: SwiGLU finds them and serves none. MoE layers without dense ones do not
+    warn."""
+    warnings = npu_patch.apply(tiny("gemma3")).warnings
+    assert warnings == ["swiglu: nothing in Gemma3ForCausalLM is served; 1 sites were found"]
+    assert not any("swiglu" in warning for warning in npu_patch.apply(tiny("qwen3_moe")).warnings)

@@ -1,8 +1,8 @@
 """SwiGLU: `silu(gate) * up` (https://arxiv.org/abs/2002.05202).
 
 `npu_swiglu` takes gate and up as the two halves of one tensor. A feed-forward layer with one gate_up projection has
-that tensor; one with two projections must concatenate first. With I elements in gate, in bytes per element and kernel
-launches, forward + backward, and values kept for the backward (counted by scripts/count_swiglu.py):
+that tensor; one with two projections must concatenate first. For I elements in gate: values moved, in how many
+kernel launches, and values kept for the backward (counted by scripts/count_swiglu.py on the simulated NPU):
 
     silu and mul                  forward 5 I in 2    backward 9 I in 3    keeps 3 I
     concatenate and npu_swiglu    forward 7 I in 2    backward 5 I in 1    keeps 2 I
