@@ -49,13 +49,11 @@ def cost_table(runs: Mapping[str, Run], device: Device) -> str:
         _row("peak memory", [cost.peak_memory for cost in costs], 1e6, "{:,.1f} MB"),
     ]
     columns = [*runs, "change"] if len(runs) == 2 else [*runs]
-    title = f"per step, counted on the simulated NPU{'':<4}" if device.simulated else f"per step, on {device}{'':<4}"
+    title = f"per step, counted on {device}    "
     lines = [title + "".join(f"{column:>14}" for column in columns)]
     lines += [f"{name:<{len(title)}}" + "".join(f"{cell:>14}" for cell in cells) for name, cells in rows if cells]
-    if len(lines) == 1:
-        return f"launches, bytes and peak memory: not known on {device}; --device simulated counts them"
     if not device.simulated:
-        lines.append("launches and bytes are counted on the simulated NPU only: --device simulated")
+        lines.append("launches and bytes are counted on a simulated NPU only: --device simulated")
     return "\n".join(lines)
 
 

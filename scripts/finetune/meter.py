@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from npu_patch import simulator
@@ -16,12 +17,12 @@ from .device import Device
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one step. `None`: this device does not tell."""
+    """Of one step. `None`: only a simulated NPU counts it."""
 
     launches: float | None
     bytes: float | None
     host_copies: float | None
-    peak_memory: float | None
+    peak_memory: int
 
 
 @dataclass
@@ -34,15 +35,13 @@ class Meter(TrainerCallback):
     _counting: ExitStack = field(default_factory=ExitStack)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        if self.device.module is not None:
-            self.device.module.reset_peak_memory_stats()
+        torch.npu.reset_peak_memory_stats()
         if self.device.simulated:
             self._counted.append(self._counting.enter_context(simulator.count()))
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self._counting.close()
-        if self.device.module is not None:
-            self._peaks.append(self.device.module.max_memory_allocated())
+        self._peaks.append(torch.npu.max_memory_allocated())
 
     def cost(self) -> Cost:
         """The mean of all steps but the first, which also makes the optimizer's state; the highest peak of all."""
@@ -51,5 +50,5 @@ class Meter(TrainerCallback):
             launches=mean(counted.launches for counted in usual) if usual else None,
             bytes=mean(counted.bytes for counted in usual) if usual else None,
             host_copies=mean(counted.host_copies for counted in usual) if usual else None,
-            peak_memory=max(self._peaks, default=None),
+            peak_memory=max(self._peaks),
         )

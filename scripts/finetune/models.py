@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 import transformers
@@ -34,6 +35,7 @@ QWEN3_5 = {
     "linear_value_head_dim": 32,
 }
 QWEN3_MOE = {"moe_intermediate_size": 192, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}
+ACCEPTED_MODEL = "accepted is a causal LM with its tokenizer, as saved by transformers"
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,14 @@ def _users_own(path: Path, settings: Settings) -> Candidate:
     )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-        config = build().config.get_text_config()  # read once before any training, so that it fails here or never
+        model, loading = build(output_loading_info=True)  # once before any training, so that it fails here or never
     except Exception as error:  # whatever transformers raises for a file that is missing or broken
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Unacceptable(
-            "--model", path, f"{reason} (accepted: a causal LM and its tokenizer, as saved by transformers)"
-        ) from None
+        reason = shorten(str(error) or type(error).__name__, width=200)
+        raise Unacceptable("--model", path, f"{reason}; {ACCEPTED_MODEL}") from None
+    if loading["missing_keys"]:
+        missing = shorten(", ".join(sorted(loading["missing_keys"])), width=200)
+        raise Unacceptable("--model", path, f"no weights for {missing}; {ACCEPTED_MODEL}")
+    config = model.config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and settings.sequence_length > longest:
         raise Unacceptable("--sequence-length", settings.sequence_length, f"the model accepts at most {longest}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RUNS = ("unpatched", "patched")
-DEVICES = ("auto", "npu", "simulated", "cuda", "cpu")
+DEVICES = ("auto", "npu", "simulated")
 
 
 class Unacceptable(ValueError):

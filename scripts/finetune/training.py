@@ -52,17 +52,17 @@ def train(
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=False,
-            **device.trainer_arguments(),
         ),
         train_dataset=data,
         callbacks=[meter, losses],
     )
     trainer.remove_callback(PrinterCallback)
-    with npu_patch.applied(model, device=device.type) if run == "patched" else nullcontext() as report:
+    with npu_patch.applied(model) if run == "patched" else nullcontext() as report:
         trainer.train()
     model.save_pretrained(folder)
     del trainer, model
-    _free_memory(device)
+    gc.collect()
+    torch.npu.empty_cache()
     return Run(losses.values, meter.cost(), report)
 
 
@@ -78,10 +78,3 @@ class Losses(TrainerCallback):
             self.values.append(logs["loss"])
             self._bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
             self._bar.update()
-
-
-def _free_memory(device: Device) -> None:
-    """So that the next run starts from nothing."""
-    gc.collect()
-    if device.module is not None:
-        device.module.empty_cache()
