@@ -72,9 +72,8 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
             reading.variant, run, x, weight, getattr(self, reading.eps_name), *gate, gate_in_float32=in_float32
         )
 
-    for module in context.live_modules(cls):
-        readings.of(module)
-    variants = dict.fromkeys(reading.variant.name for reading in found.readings)
+    live = [reading for reading in map(readings.of, context.live_modules(cls)) if reading is not None]
+    variants = dict.fromkeys(reading.variant.name for reading in live or found.readings)
     return Replacement(replacement_for(original, calls, serve), " or ".join(variants), calls)
 
 
