@@ -20,10 +20,10 @@ from npu_patch.patches import CATALOGUE
 from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.sites import (
     LateImports,
+    LiveModules,
     Site,
     bound_forward,
     defining_class,
-    instances_by_class,
     loaded_modeling_modules,
     modules_of_model,
 )
@@ -176,7 +176,7 @@ class _Walk:
         return enabled
 
     def _patch_modules(self, patches: Iterable[tuple[Patch, Choice]], modules: Iterable[ModuleType]) -> None:
-        live = None if self.model is None else instances_by_class(self.model.modules())
+        live = None if self.model is None else LiveModules(self.model)
         modules = list(modules)
         for patch, choice in patches:
             context = Context(self.device_type, choice.chosen, self.switches, live)

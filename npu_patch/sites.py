@@ -6,7 +6,8 @@ import importlib.abc
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -199,9 +200,14 @@ class _NotifyingLoader(importlib.abc.Loader):
         self._after_import(module)
 
 
-def instances_by_class(modules: Iterable[torch.nn.Module]) -> dict[type, list[torch.nn.Module]]:
-    """Live modules under the class whose forward they run."""
-    found: dict[type, list[torch.nn.Module]] = {}
-    for module in modules:
-        found.setdefault(defining_class(module), []).append(module)
-    return found
+class LiveModules:
+    """The modules of a model under the class whose forward they run, held weakly: replacements outlive models."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._by_class: dict[type, list[weakref.ref[torch.nn.Module]]] = {}
+        for module in model.modules():
+            self._by_class.setdefault(defining_class(module), []).append(weakref.ref(module))
+
+    def of(self, cls: type) -> list[torch.nn.Module]:
+        modules = [reference() for reference in self._by_class.get(cls, ())]
+        return [module for module in modules if module is not None]

@@ -12,22 +12,21 @@ import torch
 
 from npu_patch.ops.implementation import Implementation
 from npu_patch.outcome import Calls
-from npu_patch.sites import Site
+from npu_patch.sites import LiveModules, Site
 from npu_patch.switches import Switches
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a patch knows when it decides on a site. `live` maps a class to the given model's modules that run its
-    forward; None where no model was given."""
+    """What a patch knows when it decides on a site. `live` holds the given model's modules; None where none was."""
 
     device_type: str
     implementation: Implementation
     switches: Switches
-    live: Mapping[type, Sequence[torch.nn.Module]] | None = None
+    live: LiveModules | None = None
 
     def live_modules(self, cls: type) -> Sequence[torch.nn.Module]:
-        return () if self.live is None else self.live.get(cls, ())
+        return () if self.live is None else self.live.of(cls)
 
 
 @dataclass(frozen=True)
