@@ -10,7 +10,7 @@ from torch._ops import OpOverload
 from . import aten_copies, aten_formulas, counters, memory, rng
 from .memory import CPU
 
-# torch_npu's own kernels stay for what only concerns shapes, storages and streams. Views stay as well (`is_view`).
+# torch_npu's own kernels stay for what only concerns shapes, storages, allocations and streams. Views stay as well (`is_view`).
 KEPT = {
     "_has_compatible_shallow_copy_type",
     "_lazy_clone",
@@ -18,6 +18,7 @@ KEPT = {
     "as_strided_",
     "is_pinned",
     "is_set_to",
+    "new_empty_strided",
     "record_stream",
     "resize_",
     "resize_as_",
