@@ -149,6 +149,7 @@ class _Walk:
     strict: bool
     switches: Switches
     report: Report
+    searched: set[tuple[str, int, str]] = field(default_factory=set)  # in registries: patch, id of the registry, name
 
     def run(self) -> None:
         patches = self._enabled()
@@ -170,7 +171,8 @@ class _Walk:
             if not self.switches[patch.switch]:
                 self.report.notes.append(f"{patch.name}: switched off by {self.switches.sources[patch.switch]}")
             elif choice.chosen is None:
-                self.report.warnings.append(f"{patch.name}: {choice.why_none()}")
+                served = any(self.device_type in each.device_types for each in patch.implementations)
+                (self.report.warnings if served else self.report.notes).append(f"{patch.name}: {choice.why_none()}")
             else:
                 enabled.append((patch, choice))
         return enabled
@@ -186,7 +188,7 @@ class _Walk:
     def _found(self, patch: Patch, modules: Iterable[ModuleType]) -> Iterator[Site]:
         """Registries first, then modeling modules, then the layers of the given model."""
         layers = () if self.model is None else self.model.modules()
-        searches = [("transformers' registries", patch.registered)]
+        searches = [("transformers' registries", partial(self._registered, patch))]
         searches += [(module.__name__, partial(patch.find, module)) for module in modules]
         searches += [(type(layer).__name__, partial(patch.in_layer, layer)) for layer in layers]
         for where, search in searches:
@@ -195,8 +197,16 @@ class _Walk:
             except Exception as error:
                 self._failed(patch, where, error)
 
+    def _registered(self, patch: Patch) -> Iterator[Site]:
+        """Each entry once per `apply()`, however many modeling files are imported later."""
+        for site in patch.registered():
+            key = (patch.name, id(site.owner), site.name)
+            if key not in self.searched:
+                self.searched.add(key)
+                yield site
+
     def _patch_site(self, patch: Patch, choice: Choice, site: Site, context: Context) -> None:
-        layers = len(context.live_modules(site.owner)) if isinstance(site.owner, type) and context.live else None
+        layers = patch.layers(site, context)
         held = _STATE.patched.get((id(site.owner), site.name))
         if held is not None:
             if held.outcome.patch == patch.name:

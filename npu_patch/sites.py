@@ -211,3 +211,7 @@ class LiveModules:
     def of(self, cls: type) -> list[torch.nn.Module]:
         modules = [reference() for reference in self._by_class.get(cls, ())]
         return [module for module in modules if module is not None]
+
+    def __iter__(self) -> Iterator[torch.nn.Module]:
+        for cls in self._by_class:
+            yield from self.of(cls)

@@ -50,13 +50,19 @@ def _nothing_in(layer: torch.nn.Module) -> Iterable[Site]:
     return ()
 
 
+def layers_of_class(site: Site, context: Context) -> int | None:
+    """How many layers of the given model a site of a class reaches; None for other sites and without a model."""
+    return len(context.live_modules(site.owner)) if isinstance(site.owner, type) and context.live else None
+
+
 @dataclass(frozen=True)
 class Patch:
     """One entry of the catalogue.
 
     `find(module)` yields the sites to look at in a modeling module, `registered()` those in transformers' registries,
     `in_layer(layer)` those on one live module of the given model. `replace(site, context)` observes one and decides,
-    with the first of the op's `implementations` that serves the device.
+    with the first of the op's `implementations` that serves the device. `layers(site, context)` is how many layers of
+    the given model the site reaches.
     """
 
     name: str
@@ -66,6 +72,7 @@ class Patch:
     replace: Callable[[Site, Context], Replacement | Skip]
     registered: Callable[[], Iterable[Site]] = tuple
     in_layer: Callable[[torch.nn.Module], Iterable[Site]] = _nothing_in
+    layers: Callable[[Site, Context], int | None] = layers_of_class
 
 
 @dataclass(frozen=True)

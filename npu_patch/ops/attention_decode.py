@@ -1,0 +1,58 @@
+"""One new token per sample: `npu_fused_infer_attention_score`, which has no backward and keeps nothing for one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from npu_patch.ops.attention import Attention
+
+MOST_SHARED = 64  # query heads per key head
+WIDEST_HEAD = 512
+
+
+def serves(query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> bool:
+    """Limits of the operator for a single query (operator documentation): float16 and bfloat16, heads a multiple of 16
+    wide, contiguous keys and values. It differentiates nothing: torch_npu would warn and leave the gradients out."""
+    if query.shape[2] != 1 or query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
+        return False
+    if attention.bias is not None or attention.sink is not None or attention.dropout:
+        return False
+    head_dim = query.shape[3]
+    return (
+        hasattr(torch.ops.npu, "npu_fused_infer_attention_score")
+        and attention.band.within(1, key.shape[2]).is_full
+        and (attention.hidden is None or attention.hidden.shape[1] == 1)
+        and head_dim % 16 == 0
+        and head_dim <= WIDEST_HEAD
+        and value.shape[3] == head_dim
+        and query.shape[1] <= MOST_SHARED * key.shape[1]
+        and key.is_contiguous()
+        and value.is_contiguous()
+    )
+
+
+def decode(query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> Tensor:
+    """query `[B, N, 1, D]`, key and value `[B, Nkv, Skv, D]` -> `[B, 1, N, D]`."""
+    hidden = attention.hidden
+    if hidden is not None:  # the mask of a single query has a row for each sample
+        hidden = hidden.expand(query.shape[0], 1, 1, key.shape[2]).contiguous()
+    out, _ = torch.ops.npu.npu_fused_infer_attention_score(
+        query.contiguous(),
+        key,
+        value,
+        atten_mask=hidden,
+        num_heads=query.shape[1],
+        num_key_value_heads=key.shape[1],
+        scale=attention.scale,
+        input_layout="BNSD",
+        sparse_mode=0,
+        inner_precise=0,
+        softmax_lse_flag=False,
+    )
+    return out.transpose(1, 2).contiguous()

@@ -1,0 +1,152 @@
+"""Attention: what transformers' registries hold under `sdpa` and `flash_attention_2`, and a name of our own, `npu`.
+
+Rebinds    entries of `AttentionInterface` and `AttentionMaskInterface`, which every model looks up at call time, and
+           the function of masking_utils that reads packed position ids.
+To         `npu_fusion_attention`, with masks as patterns wherever transformers makes them from patterns; single tokens
+           that need no backward to `npu_fused_infer_attention_score`.
+Not when   the model's attention is eager, flex or its own. A call falls through for softcap, requested attention
+           weights, paged caches, compilation, tensors on another device and the operator's limits.
+Delete     when transformers' sdpa on NPU keeps additive masks and makes no mask for windows and packed sequences, and
+           its flash attention there honours windows and sinks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, MutableMapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from npu_patch.ops.attention import IMPLEMENTATIONS
+from npu_patch.outcome import Calls
+from npu_patch.patches import attention_flash, attention_mask, attention_sdpa
+from npu_patch.patches.mask_pattern import plain
+from npu_patch.patches.patch import Context, Patch, Replacement, Skip, replacement_for
+from npu_patch.probe.attention import why_not_attention, why_not_mask, why_not_packing
+from npu_patch.sites import Site
+
+OWN_NAME = "npu"
+
+
+@dataclass(frozen=True)
+class Door:
+    """One place where transformers lets attention be replaced: `holder()[name]`, or an attribute of a module.
+
+    `observe(original)` says why it is not what it should be, or None; `serve(original, context)` makes what takes its
+    place; `stands_for`: the entry whose original it calls, for a name that transformers does not have.
+    """
+
+    described: str
+    holder: Callable[[], MutableMapping | ModuleType]
+    name: str
+    variant: str
+    observe: Callable[[Any], str | None]
+    serve: Callable[[Any, Context], Callable[..., Any]]
+    stands_for: str | None = None
+
+
+def _attention_entries() -> MutableMapping:
+    from transformers.modeling_utils import AttentionInterface
+
+    return AttentionInterface._global_mapping
+
+
+def _mask_entries() -> MutableMapping:
+    from transformers.masking_utils import AttentionMaskInterface
+
+    return AttentionMaskInterface._global_mapping
+
+
+def _masking_utils() -> ModuleType:
+    from transformers import masking_utils
+
+    return masking_utils
+
+
+DOORS: tuple[Door, ...] = (
+    Door(
+        "AttentionInterface['sdpa']",
+        _attention_entries,
+        "sdpa",
+        "scaled dot-product attention",
+        why_not_attention,
+        attention_sdpa.serve,
+    ),
+    Door(
+        "AttentionInterface['npu']",
+        _attention_entries,
+        OWN_NAME,
+        "scaled dot-product attention",
+        why_not_attention,
+        attention_sdpa.serve,
+        stands_for="sdpa",
+    ),
+    Door(
+        "AttentionInterface['flash_attention_2']",
+        _attention_entries,
+        "flash_attention_2",
+        "flash attention",
+        attention_flash.why_not_flash,
+        attention_flash.serve,
+    ),
+    Door(
+        "AttentionMaskInterface['sdpa']",
+        _mask_entries,
+        "sdpa",
+        "bool mask",
+        why_not_mask,
+        attention_mask.serve,
+    ),
+    Door(
+        "AttentionMaskInterface['npu']",
+        _mask_entries,
+        OWN_NAME,
+        "bool mask",
+        why_not_mask,
+        attention_mask.serve,
+        stands_for="sdpa",
+    ),
+    Door(
+        "masking_utils.find_packed_sequence_indices",
+        _masking_utils,
+        "find_packed_sequence_indices",
+        "packed position ids",
+        why_not_packing,
+        attention_mask.serve_packing,
+    ),
+)
+_BY_DESCRIPTION = {door.described: door for door in DOORS}
+
+
+def registered() -> Iterable[Site]:
+    for door in DOORS:
+        holder = door.holder()
+        names = vars(holder) if isinstance(holder, ModuleType) else holder
+        original = names.get(door.stands_for or door.name)
+        if original is not None:
+            yield Site(holder, door.name, original, door.described)
+
+
+def replace(site: Site, context: Context) -> Replacement | Skip:
+    door = _BY_DESCRIPTION[site.described]
+    if door.stands_for is not None and door.name in site.owner:
+        return Skip(f"another package has registered the name {door.name!r}")
+    reason = door.observe(site.original)
+    if reason is not None:
+        return Skip(reason)
+    calls = Calls()
+
+    def original(*args: Any, **kwargs: Any) -> Any:
+        """What falls through sees masks, not patterns."""
+        return site.original(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+
+    function = replacement_for(original, calls, door.serve(site.original, context), named_after=site.original)
+    return Replacement(function, door.variant, calls)
+
+
+def find(module: ModuleType) -> Iterable[Site]:
+    """No site is in modeling code."""
+    return ()
+
+
+PATCH = Patch("attention", "sdpa", IMPLEMENTATIONS, find, replace, registered)

@@ -1,0 +1,93 @@
+"""Whether what stands in transformers' attention registries is what its name says.
+
+The registries are open: another package may have put its own function under `sdpa`. Each of these observes a function
+on a few small CPU tensors and says what is wrong with it, or None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npu_patch.ops.attention_mask import CAUSAL_TOP_LEFT, FULL, Band
+from npu_patch.probe.closeness import distance
+from npu_patch.probe.room import quiet_room, values
+
+BATCH, HEADS, KEY_HEADS, QUERIES, KEYS, HEAD_DIM, VALUE_DIM = 2, 6, 2, 3, 5, 8, 4
+SCALE = 0.3
+
+
+def why_not_attention(function: Callable[..., Any]) -> str | None:
+    """It should compute grouped attention: causal from the top left without a mask, else what a bool mask shows."""
+    shown = Band(before=1, after=2, bottom_right=False).visible(QUERIES, KEYS).expand(BATCH, 1, -1, -1)
+    causal = CAUSAL_TOP_LEFT.visible(QUERIES, KEYS)
+    cases = (
+        ("without a mask", None, {}, causal),
+        ("bidirectional", None, {"is_causal": False}, FULL.visible(QUERIES, KEYS)),
+        ("with a bool mask", shown, {}, shown),
+    )
+    with quiet_room():
+        for what, mask, keywords, seen in cases:
+            for dtype in (torch.float32, torch.bfloat16):
+                try:
+                    apart = _distance(function, mask, keywords, seen, dtype)
+                except Exception as problem:
+                    return f"{what} it fails: {type(problem).__name__}: {problem}"[:160]
+                if apart > 1.0:
+                    return f"{what} it computes no scaled dot-product attention"
+    return None
+
+
+def why_not_mask(function: Callable[..., Any]) -> str | None:
+    """It should make bool masks `[B, 1, Sq, Skv]`, True where the mask function says so."""
+    from transformers.masking_utils import sliding_window_causal_mask_function
+
+    expected = Band(before=1, after=0).visible(4, 4).expand(2, 1, 4, 4)
+    arguments = {"batch_size": 2, "q_length": 4, "kv_length": 4, "local_size": 2, "attention_mask": None}
+    with quiet_room():
+        try:
+            made = function(mask_function=sliding_window_causal_mask_function(2), **arguments)
+        except Exception as problem:
+            return f"it fails: {type(problem).__name__}: {problem}"[:160]
+    same = isinstance(made, Tensor) and made.dtype == torch.bool and made.shape == expected.shape
+    return None if same and torch.equal(made, expected) else "it makes other masks than bool ones, True where seen"
+
+
+def why_not_packing(function: Callable[..., Any]) -> str | None:
+    """It should number the packed sequences of position ids, and return None where there is one in each row."""
+    packed, plain = torch.tensor([[0, 1, 2, 0, 1, 0], [3, 4, 5, 6, 7, 8]]), torch.arange(6)[None]
+    expected = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 0, 0]])
+    with quiet_room():
+        try:
+            numbered, nothing = function(packed), function(plain)
+        except Exception as problem:
+            return f"it fails: {type(problem).__name__}: {problem}"[:160]
+    same = isinstance(numbered, Tensor) and numbered.dtype == expected.dtype and torch.equal(numbered, expected)
+    return None if same and nothing is None else "it does not number packed sequences"
+
+
+def _distance(
+    function: Callable[..., Any], mask: Tensor | None, keywords: dict[str, Any], seen: Tensor, dtype: torch.dtype
+) -> float:
+    module = SimpleNamespace(num_key_value_groups=HEADS // KEY_HEADS, is_causal=True, training=True)
+    shapes = (
+        (BATCH, HEADS, QUERIES, HEAD_DIM),
+        (BATCH, KEY_HEADS, KEYS, HEAD_DIM),
+        (BATCH, KEY_HEADS, KEYS, VALUE_DIM),
+    )
+    inputs, expected_inputs = (
+        [values(shape, 60 + index, dtype, grad=True) for index, shape in enumerate(shapes)] for _ in range(2)
+    )
+    out, _ = function(module, *inputs, attention_mask=mask, dropout=0.0, scaling=SCALE, **keywords)
+    return distance([out], [_reference(*expected_inputs, seen)], inputs, expected_inputs)
+
+
+def _reference(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+    """`[B, Sq, N, Dv]`, computed in float32 and rounded once."""
+    key, value = (t.float().repeat_interleave(HEADS // KEY_HEADS, 1) for t in (key, value))
+    scores = (query.float() @ key.mT * SCALE).masked_fill(~seen, float("-inf"))
+    return (scores.softmax(-1) @ value).transpose(1, 2).to(query.dtype)
