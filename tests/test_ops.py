@@ -22,7 +22,7 @@ def npu_implementation(implementations: Sequence[Implementation]) -> Implementat
     return choose(implementations, "npu").chosen
 
 
-def compare(
+def check_against_float64(
     served: Callable[..., Any],
     original: Callable[..., Any],
     inputs: Sequence[Tensor],
@@ -61,14 +61,14 @@ def test_rms_norm(variant: rms_norm.RMSNormVariant, dtypes: tuple[torch.dtype, t
     x = (torch.randn(3, 17, 88, generator=generator) * torch.tensor([1e-3, 1.0, 30.0])[:, None, None]).to(dtypes[0])
     weight = torch.randn(88, generator=generator).to(dtypes[1])
     if variant.gamma == "none":
-        compare(
+        check_against_float64(
             lambda x: rms_norm.normalize(variant, kernel, x, None, 1e-6),
             lambda x: variant.reference(x, None, 1e-6),
             [x],
             npu,
         )
     else:
-        compare(
+        check_against_float64(
             lambda x, weight: rms_norm.normalize(variant, kernel, x, weight, 1e-6),
             lambda x, weight: variant.reference(x, weight, 1e-6),
             [x, weight],
@@ -85,7 +85,7 @@ def test_gated_rms_norm(
     kernel = npu_implementation(rms_norm.IMPLEMENTATIONS).run
     x, gate = torch.randn(2, 4, 37, 240, generator=torch.Generator().manual_seed(1)).to(dtype)
     weight = torch.randn(240, generator=torch.Generator().manual_seed(2)).to(dtype)
-    compare(
+    check_against_float64(
         lambda x, weight, gate: rms_norm.normalize(variant, kernel, x, weight, 1e-6, gate, gate_in_float32=in_float32),
         lambda x, weight, gate: variant.reference(x, weight, 1e-6, gate),
         [x, weight, gate],
@@ -173,7 +173,7 @@ def check_rope(
         return [variant.reference(x, *tables) for x in (q, k)]
 
     tensors = [torch.randn(*shape, generator=generator).to(dtypes[0]) for shape in (query, key)]
-    compare(served, original, tensors, npu)
+    check_against_float64(served, original, tensors, npu)
 
 
 def test_rope_keeps_only_its_tables_for_the_backward(npu: torch.device) -> None:
@@ -247,8 +247,8 @@ def test_m_rope_sections_follow_their_positions() -> None:
 def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype, npu: torch.device) -> None:
     kernel = npu_implementation(swiglu.IMPLEMENTATIONS).run
     gate, up = (torch.randn(2, *shape, generator=torch.Generator().manual_seed(4)) * 3).to(dtype)
-    compare(lambda gate, up: swiglu.swiglu(kernel, gate, up), swiglu.reference, [gate, up], npu)
-    compare(
+    check_against_float64(lambda gate, up: swiglu.swiglu(kernel, gate, up), swiglu.reference, [gate, up], npu)
+    check_against_float64(
         lambda gate_up: swiglu.swiglu_of_halves(kernel, gate_up),
         lambda gate_up: swiglu.reference(*gate_up.chunk(2, -1)),
         [torch.cat((gate, up), -1)],

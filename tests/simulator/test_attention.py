@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import torch_npu
 from torch import Tensor
 
-from tests.simulator.test_fused import DTYPES, check, close, randn
+from tests.simulator.test_fused import DTYPES, check_operator, expect_close, randn
 
 pytestmark = pytest.mark.usefixtures("simulated")
 
@@ -75,7 +75,7 @@ def test_layouts(layout: str, dtype: torch.dtype, npu: torch.device) -> None:
         assert results[4:] == (0, 0, 0)
         return results[0]
 
-    check(operator, lambda **some: to(exact(**some)), inputs(), dtype, npu)
+    check_operator(operator, lambda **some: to(exact(**some)), inputs(), dtype, npu)
 
 
 def band(queries: int, keys: int, shift: int, before: int, after: int) -> Tensor:
@@ -94,7 +94,7 @@ def band(queries: int, keys: int, shift: int, before: int, after: int) -> Tensor
 )
 def test_compressed_sparse_modes(mode: int, arguments: dict[str, int], hidden: Tensor, npu: torch.device) -> None:
     mask = TRIANGLE.to(npu)
-    check(
+    check_operator(
         lambda **some: fused(**some, atten_mask=mask, sparse_mode=mode, **arguments),
         lambda **some: exact(**some, hidden=hidden),
         inputs(),
@@ -105,7 +105,7 @@ def test_compressed_sparse_modes(mode: int, arguments: dict[str, int], hidden: T
 
 @pytest.mark.parametrize("mode", [2, 3, 4])
 def test_without_a_mask_the_sparse_mode_is_ignored(mode: int, npu: torch.device) -> None:
-    check(lambda **some: fused(**some, sparse_mode=mode, next_tockens=0), exact, inputs(), torch.float32, npu)
+    check_operator(lambda **some: fused(**some, sparse_mode=mode, next_tockens=0), exact, inputs(), torch.float32, npu)
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 5, 7), (2, 1, 5, 7), (1, 1, 5, 7), (5, 7)])
@@ -114,7 +114,7 @@ def test_masks_hide_where_they_are_one(shape: tuple[int, ...], dtype: torch.dtyp
     hidden = randn(*shape) > 0.3
     hidden[..., 0] = False
     mask = hidden.to(dtype).to(npu)
-    check(
+    check_operator(
         lambda **some: fused(**some, atten_mask=mask),
         lambda **some: exact(**some, hidden=hidden),
         inputs(),
@@ -139,11 +139,11 @@ def test_fully_hidden_rows(npu: torch.device) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pse_is_added_before_scaling(dtype: torch.dtype, npu: torch.device) -> None:
     some = {**inputs(), "pse": randn(2, HEADS, 5, 7)}
-    check(fused, exact, some, dtype, npu)
+    check_operator(fused, exact, some, dtype, npu)
 
 
 def test_sink(npu: torch.device) -> None:
-    check(fused, exact, {**inputs(), "sink": randn(HEADS)}, torch.bfloat16, npu, keep=("sink",))
+    check_operator(fused, exact, {**inputs(), "sink": randn(HEADS)}, torch.bfloat16, npu, keep=("sink",))
 
 
 @pytest.mark.parametrize("softmax_layout", ["", "TND"])
@@ -169,7 +169,7 @@ def test_packed_sequences(mode: int, softmax_layout: str, npu: torch.device) -> 
         return torch.cat(parts)
 
     some = {"query": randn(9, HEADS, WIDTH), "key": randn(13, KEY_HEADS, WIDTH), "value": randn(13, KEY_HEADS, WIDTH)}
-    check(operator, formula, some, torch.float32, npu)
+    check_operator(operator, formula, some, torch.float32, npu)
 
 
 def test_statistics_give_the_logsumexp(npu: torch.device) -> None:
@@ -178,7 +178,7 @@ def test_statistics_give_the_logsumexp(npu: torch.device) -> None:
         *(value.to(npu) for value in some.values()), HEADS, "BNSD", scale=SCALE
     )
     scores = SCALE * some["query"] @ some["key"].repeat_interleave(2, 1).mT
-    close((maximum + total.log())[..., 0], scores.double().logsumexp(-1), torch.float32)
+    expect_close((maximum + total.log())[..., 0], scores.double().logsumexp(-1), torch.float32)
     assert (maximum == maximum[..., :1]).all()
 
 
@@ -204,7 +204,7 @@ def test_dropout_is_the_same_in_backward_and_for_the_same_state(npu: torch.devic
 def test_scaled_dot_product_attention(causal: bool, dtype: torch.dtype, npu: torch.device) -> None:
     """Fused, with GQA although enable_gqa is False."""
     hidden = band(5, 7, 0, 99, 0) if causal else None
-    check(
+    check_operator(
         lambda query, key, value: F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=SCALE),
         lambda **some: exact(**some, hidden=hidden),
         inputs(),
@@ -240,5 +240,5 @@ def test_default_scale_is_one(npu: torch.device) -> None:
     some = [value.float() for value in inputs().values()]
     actual = torch_npu.npu_fusion_attention(*(value.to(npu) for value in some), HEADS, "BNSD")[0]
     expected = exact(some[0].double() / SCALE, some[1].double(), some[2].double())
-    close(actual, expected, torch.float32)
+    expect_close(actual, expected, torch.float32)
     assert not math.isclose(SCALE, 1.0)

@@ -22,7 +22,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
 
 
-def check(
+def check_operator(
     operator: Callable[..., Tensor],
     formula: Callable[..., Tensor],
     inputs: dict[str, Tensor],
@@ -41,13 +41,13 @@ def check(
     grad = randn(*expected.shape, seed=9).to(dtype)
     expected.backward(grad.double())
     actual.backward(grad.to(npu))
-    close(actual, expected, dtype)
+    expect_close(actual, expected, dtype)
     for name, value in given.items():
         assert value.grad.dtype == dtypes[name]
-        close(value.grad, exact[name].grad, dtype, name)
+        expect_close(value.grad, exact[name].grad, dtype, name)
 
 
-def close(actual: Tensor, expected: Tensor, dtype: torch.dtype, name: str = "result") -> None:
+def expect_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, name: str = "result") -> None:
     error = (actual.detach().cpu().double() - expected.detach()).abs().max().item()
     assert error <= TOLERANCE[dtype] * max(expected.abs().max().item(), 1.0), name
 
@@ -67,7 +67,7 @@ def test_rms_norm(normalised: tuple[int, ...], dtype: torch.dtype, npu: torch.de
     def operator(x, gamma):
         return torch_npu.npu_rms_norm(x, gamma, 1e-5)[0]
 
-    check(operator, exact_rms_norm, inputs, dtype, npu)
+    check_operator(operator, exact_rms_norm, inputs, dtype, npu)
 
 
 def test_rms_norm_with_float32_gamma(npu: torch.device) -> None:
@@ -76,7 +76,7 @@ def test_rms_norm_with_float32_gamma(npu: torch.device) -> None:
     def operator(x, gamma):
         return torch_npu.npu_rms_norm(x, gamma, 1e-5)[0]
 
-    check(operator, exact_rms_norm, inputs, torch.bfloat16, npu, keep=("gamma",))
+    check_operator(operator, exact_rms_norm, inputs, torch.bfloat16, npu, keep=("gamma",))
 
 
 def test_rms_norm_rounds_once_and_gives_float32_statistics(npu: torch.device) -> None:
@@ -95,7 +95,7 @@ def test_rms_norm_rounds_once_and_gives_float32_statistics(npu: torch.device) ->
 def test_gemma_rms_norm(dtype: torch.dtype, npu: torch.device) -> None:
     x, gamma = randn(3, 7).to(dtype), randn(7).to(dtype)
     y = torch_npu.npu_gemma_rms_norm(x.to(npu), gamma.to(npu), 1e-5)[0]
-    close(y, exact_rms_norm(x.double(), 1 + gamma.double()), dtype)
+    expect_close(y, exact_rms_norm(x.double(), 1 + gamma.double()), dtype)
 
 
 def test_add_rms_norm_rounds_twice(npu: torch.device) -> None:
@@ -114,7 +114,7 @@ def test_swiglu(dim: int, dtype: torch.dtype, npu: torch.device) -> None:
         a, b = x.chunk(2, dim)
         return a / (1 + (-a).exp()) * b
 
-    check(lambda x: torch_npu.npu_swiglu(x, dim), formula, {"x": randn(3, 4, 10)}, dtype, npu)
+    check_operator(lambda x: torch_npu.npu_swiglu(x, dim), formula, {"x": randn(3, 4, 10)}, dtype, npu)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -128,7 +128,7 @@ def test_geglu(approximate: int, left: bool, dtype: torch.dtype, npu: torch.devi
     def operator(x):
         return torch_npu.npu_geglu(x, -1, approximate, left)[0]
 
-    check(operator, formula, {"x": randn(3, 10)}, dtype, npu)
+    check_operator(operator, formula, {"x": randn(3, 10)}, dtype, npu)
 
 
 # ---- rotary ----
@@ -159,7 +159,7 @@ def rotated(x: Tensor, mode: str) -> Tensor:
 )
 def test_rotary_mul(x: tuple[int, ...], cos: tuple[int, ...], mode: str, dtype: torch.dtype, npu: torch.device) -> None:
     inputs = {"x": randn(*x), "cos": randn(*cos), "sin": randn(*cos, seed=1)}
-    check(
+    check_operator(
         lambda x, cos, sin: torch_npu.npu_rotary_mul(x, cos, sin, mode),
         lambda x, cos, sin: x * cos + rotated(x, mode) * sin,
         inputs,
@@ -198,7 +198,7 @@ def test_grouped_matmul_rows(counts: bool, transposed: bool, dtype: torch.dtype,
         [x.to(npu)], [given], group_list=groups, split_item=3, group_type=0, group_list_type=int(counts)
     )
     expected = torch.cat([x[:2].double() @ weight[0].double(), x[2:6].double() @ weight[2].double()])
-    close(y[:6], expected, dtype)
+    expect_close(y[:6], expected, dtype)
     assert y[6:].isnan().all()
 
 
@@ -210,8 +210,8 @@ def test_grouped_matmul_columns(dtype: torch.dtype, npu: torch.device) -> None:
         [x.to(npu).t()], [dy.to(npu)], group_list=groups, split_item=3, group_type=2, group_list_type=1
     )
     assert dw.shape == (3, 5, 4)
-    close(dw[0], x[:2].double().T @ dy[:2].double(), dtype)
-    close(dw[2], x[2:6].double().T @ dy[2:6].double(), dtype)
+    expect_close(dw[0], x[:2].double().T @ dy[:2].double(), dtype)
+    expect_close(dw[2], x[2:6].double().T @ dy[2:6].double(), dtype)
     assert (dw[1] == 0).all()
 
 
@@ -236,7 +236,7 @@ def test_token_permutation_and_back(dtype: torch.dtype, npu: torch.device) -> No
     def formula(tokens: Tensor, probs: Tensor) -> Tensor:
         return (tokens[:, None] ** 2 * probs[..., None]).sum(1)
 
-    check(operator, formula, {"tokens": randn(5, 3), "probs": randn(5, 2)}, dtype, npu)
+    check_operator(operator, formula, {"tokens": randn(5, 3), "probs": randn(5, 2)}, dtype, npu)
 
 
 def test_permuted_rows_are_sorted_by_expert(npu: torch.device) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from npu_patch.simulator import Refused
 from tests.simulator.test_attention import TRIANGLE, band
-from tests.simulator.test_fused import close, randn
+from tests.simulator.test_fused import expect_close, randn
 
 pytestmark = pytest.mark.usefixtures("simulated")
 
@@ -55,21 +55,21 @@ def test_fused_infer_layouts(layout: str, dtype: torch.dtype) -> None:
     out, lse = fused_infer(to(q), to(k), to(v), layout=layout, softmax_lse_flag=True)
     expected = exact(q, k, v)
     expected = expected.transpose(1, 2) if layout == "BNSD_BSND" else to(expected)
-    close(out, expected, dtype)
+    expect_close(out, expected, dtype)
     scores = q.double() @ k.repeat_interleave(2, 1).double().mT * SCALE
-    close(lse, scores.logsumexp(-1, keepdim=True), torch.float32)
+    expect_close(lse, scores.logsumexp(-1, keepdim=True), torch.float32)
 
 
 def test_fused_infer_masks_lengths_and_sinks() -> None:
     q, k, v = inputs(5, 7, torch.bfloat16)
     out, lse = fused_infer(q, k, v, atten_mask=TRIANGLE.to("npu:0"), sparse_mode=3)
-    close(out, exact(q, k, v, band(5, 7, 2, 99, 0)), torch.bfloat16)
+    expect_close(out, exact(q, k, v, band(5, 7, 2, 99, 0)), torch.bfloat16)
     assert lse.numel() == 0
     out, _ = fused_infer(q, k, v, sparse_mode=3)
-    close(out, exact(q, k, v), torch.bfloat16)
+    expect_close(out, exact(q, k, v), torch.bfloat16)
     out, _ = fused_infer(q, k, v, actual_seq_lengths=[5, 3], actual_seq_lengths_kv=[7, 4])
-    close(out[0], exact(q, k, v)[0], torch.bfloat16)
-    close(out[1, :, :3], exact(q, k[:, :, :4], v[:, :, :4])[1, :, :3], torch.bfloat16)
+    expect_close(out[0], exact(q, k, v)[0], torch.bfloat16)
+    expect_close(out[1, :, :3], exact(q, k[:, :, :4], v[:, :, :4])[1, :, :3], torch.bfloat16)
     assert out[1, :, 3:].isnan().all()
     sink = torch.full((HEADS,), 50.0, device="npu:0")  # takes all of the probability
     out, _ = torch_npu.npu_fused_infer_attention_score_v2(
@@ -83,7 +83,7 @@ def test_fused_infer_packed() -> None:
     q, k = randn(9, HEADS, 128).bfloat16(), randn(9, KEY_HEADS, 128).bfloat16()
     out, _ = fused_infer(q, k, k, layout="TND", actual_seq_lengths=[4, 9], actual_seq_lengths_kv=[4, 9])
     second = exact(*(x[4:].transpose(0, 1)[None] for x in (q, k, k)))[0].transpose(0, 1)
-    close(out[4:], second, torch.bfloat16)
+    expect_close(out[4:], second, torch.bfloat16)
 
 
 def test_decoding_ignores_the_sparse_mode_and_reads_pages() -> None:
@@ -92,12 +92,12 @@ def test_decoding_ignores_the_sparse_mode_and_reads_pages() -> None:
     hidden[1, ..., :5] = True  # left padding
     out, _ = fused_infer(q, k, v, atten_mask=hidden.to("npu:0"), sparse_mode=3)
     expected = exact(q, k, v, hidden)
-    close(out, expected, torch.bfloat16)
+    expect_close(out, expected, torch.bfloat16)
     incremental = torch_npu.npu_incre_flash_attention(
         *(x.to("npu:0") for x in (q, k, v)), atten_mask=hidden.to("npu:0"), num_heads=HEADS, scale_value=SCALE,
         num_key_value_heads=KEY_HEADS, input_layout="BNSD",
     )  # fmt: skip
-    close(incremental, expected, torch.bfloat16)
+    expect_close(incremental, expected, torch.bfloat16)
 
     table = torch.tensor([[5, 2, 0], [1, 4, 3]], dtype=torch.int32)
     pages = []
@@ -110,8 +110,8 @@ def test_decoding_ignores_the_sparse_mode_and_reads_pages() -> None:
                 cache[table[entry, page], : len(part)] = part
         pages.append(cache)
     out, _ = fused_infer(q, *pages, block_table=table.to("npu:0"), block_size=16, actual_seq_lengths_kv=[40, 33])
-    close(out[0], exact(q, k, v)[0], torch.bfloat16)
-    close(out[1], exact(q, k[:, :, :33], v[:, :, :33])[1], torch.bfloat16)
+    expect_close(out[0], exact(q, k, v)[0], torch.bfloat16)
+    expect_close(out[1], exact(q, k[:, :, :33], v[:, :, :33])[1], torch.bfloat16)
 
 
 def test_prompt_attention() -> None:
@@ -119,7 +119,7 @@ def test_prompt_attention() -> None:
     causal = band(5, 5, 0, 99, 0)
     options = {"num_heads": HEADS, "num_key_value_heads": KEY_HEADS, "scale_value": SCALE, "input_layout": "BNSD"}
     out = torch_npu.npu_prompt_flash_attention(q, k, v, atten_mask=causal.to("npu:0"), **options)
-    close(out, exact(q.cpu(), k.cpu(), v.cpu(), causal), torch.float16)
+    expect_close(out, exact(q.cpu(), k.cpu(), v.cpu(), causal), torch.float16)
     with pytest.raises(Refused, match="next_tokens=0 skip keys"):
         torch_npu.npu_prompt_flash_attention(q, k, v, atten_mask=torch.zeros_like(causal).to("npu:0"), **options)
 
@@ -129,7 +129,7 @@ def test_fusion_attention_v2_adds_pse_before_or_after_scaling(pse_type: int) -> 
     from tests.simulator import test_attention as training
 
     some = {**training.inputs(), "pse": randn(2, HEADS, 5, 7)}
-    training.check(
+    training.check_operator(
         lambda query, key, value, pse: torch_npu.npu_fusion_attention_v2(
             query, key, value, HEADS, "BNSD", scale=training.SCALE, pse=pse, pse_type=pse_type
         )[0],
@@ -177,8 +177,8 @@ def test_chunk_gated_delta_rule(npu: torch.device) -> None:
     )
     for index, part in enumerate((slice(0, 3), slice(3, 7))):
         expected, state = exact_delta(states[index], **{name: value[part] for name, value in some.items()})
-        close(out[part], expected, torch.bfloat16)
-        close(final[index], state, torch.bfloat16)
+        expect_close(out[part], expected, torch.bfloat16)
+        expect_close(final[index], state, torch.bfloat16)
 
 
 def test_recurrent_gated_delta_rule_changes_the_states(npu: torch.device) -> None:
@@ -193,8 +193,8 @@ def test_recurrent_gated_delta_rule_changes_the_states(npu: torch.device) -> Non
     )
     for block, part in ((3, slice(0, 1)), (1, slice(1, 3))):
         expected, state = exact_delta(states[block], **{name: value[part] for name, value in some.items()})
-        close(out[part], expected, torch.bfloat16)
-        close(pool[block], state, torch.bfloat16)
+        expect_close(out[part], expected, torch.bfloat16)
+        expect_close(pool[block], state, torch.bfloat16)
     assert torch.equal(pool[[0, 2, 4]].cpu(), states[[0, 2, 4]])
 
 
