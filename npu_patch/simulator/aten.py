@@ -10,7 +10,8 @@ from torch._ops import OpOverload
 from . import aten_copies, aten_formulas, counters, memory, rng
 from .memory import CPU
 
-# torch_npu's own kernels stay for what only concerns shapes, storages, allocations and streams. Views stay as well (`is_view`).
+# torch_npu's own kernels stay for what only concerns shapes, storages, allocations and streams. Views stay as well
+# (`is_view`).
 KEPT = {
     "_has_compatible_shallow_copy_type",
     "_lazy_clone",
