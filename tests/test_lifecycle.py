@@ -362,7 +362,7 @@ def test_sixty_layers_on_meta_take_under_a_second_and_no_random_number(npu: torc
     assert time.perf_counter() - started < 1.0
     assert torch.equal(torch.get_rng_state(), states[0])
     assert torch.equal(torch.npu.get_rng_state(), states[1])
-    assert torch.npu.memory_allocated() == allocated
+    assert torch.npu.memory_allocated() <= allocated  # less, if an earlier test left garbage
     assert all(parameter.device.type == "meta" for parameter in model.parameters())
     assert {outcome.layers for outcome in report.patched if outcome.patch == "rms_norm"} == {4 * 60 + 1}
 
