@@ -1,0 +1,142 @@
+"""Causal depth-wise convolution over time, as linear attention layers apply it to q, k and v.
+
+    y_t = activation(bias + sum over lags j < W of weight_{W-1-j} x_{t-j})
+
+x is `[B, D, T]`, weight `[D, W]`, bias `[D]` or None, activation "silu" (or "swish"), or None. Without packing this is
+torch's own convolution, as transformers writes it. Packed sequences are a sum of W products with shifted x, which can
+leave out what reaches into another sequence, keeps the memory layout of x and rounds once, to its dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+ACTIVATIONS = (None, "silu", "swish")
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """y `[B, D, T]` in the dtype of x.
+
+    Packed sequences: seq_idx `[B, T]`, the number of the sequence of each token, or cu_seqlens `[N + 1]` with B = 1,
+    cumulative lengths; values of neither are read on the host.
+    """
+    _check(x, weight, activation)
+    if seq_idx is None and cu_seqlens is not None:
+        if x.shape[0] != 1:
+            raise ValueError(f"with cu_seqlens the batch must be 1, not {x.shape[0]}")
+        position = torch.arange(x.shape[-1], device=x.device, dtype=cu_seqlens.dtype)
+        seq_idx = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)[None]
+    if seq_idx is not None:
+        return _PackedConv1d.apply(x, weight, bias, seq_idx, activation is not None)
+    width = weight.shape[-1]
+    y = F.conv1d(
+        x, weight[:, None].to(x.dtype), None if bias is None else bias.to(x.dtype), padding=width - 1, groups=x.shape[1]
+    )[..., : x.shape[-1]]
+    return y if activation is None else F.silu(y)
+
+
+def causal_conv1d_update(
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    """y `[B, D, S]` for the next S tokens x `[B, D, S]`, after those in conv_state `[B, D, at least W - 1]`, which then
+    holds the latest ones, in place."""
+    _check(x, weight, activation)
+    width = weight.shape[-1]
+    if conv_state.shape[-1] < width - 1:
+        raise ValueError(f"the state must hold at least {width - 1} tokens, not {conv_state.shape[-1]}")
+    known = torch.cat((conv_state.to(x.dtype), x), -1)
+    conv_state.copy_(known[..., -conv_state.shape[-1] :].detach())
+    windows = known[..., -(x.shape[-1] + width - 1) :].unfold(-1, width, 1)  # [B, D, S, W]
+    y = (windows * weight[:, None].to(_sum_dtype(x))).sum(-1)
+    if bias is not None:
+        y = y + bias[:, None]
+    return (y if activation is None else F.silu(y)).to(x.dtype)
+
+
+class _PackedConv1d(torch.autograd.Function):
+    """Keeps the arguments only; the sum is made again for the activation's gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor, activated: bool
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, seq_idx)
+        ctx.activated = activated
+        y = _sum(x, weight, bias, seq_idx)
+        return (F.silu(y, inplace=True) if activated else y).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, seq_idx = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        width = weight.shape[-1]
+        d_sum = dy.to(_sum_dtype(x))
+        if ctx.activated:
+            d_sum = torch.ops.aten.silu_backward(d_sum, _sum(x, weight, bias, seq_idx))
+        dx = _transposed_sum(d_sum, weight, seq_idx).to(x.dtype) if needs_x else None
+        d_weight = None
+        if needs_weight:
+            d_weight = torch.stack(
+                [(d_sum[..., lag:] * seen).sum((0, -1)) for lag, seen in _lagged(x, width, seq_idx)][::-1], -1
+            )
+            if d_weight.shape[-1] < width:  # fewer tokens than weights
+                d_weight = F.pad(d_weight, (width - d_weight.shape[-1], 0))
+            d_weight = d_weight.to(weight.dtype)
+        d_bias = d_sum.sum((0, -1)).to(bias.dtype) if needs_bias else None
+        return dx, d_weight, d_bias, None, None
+
+
+def _sum(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor) -> Tensor:
+    """y before the activation, in float32 at least."""
+    taps = weight.to(_sum_dtype(x)).unsqueeze(-1).unbind(1)  # W of [D, 1]
+    y = None
+    for lag, seen in _lagged(x, weight.shape[-1], seq_idx):
+        if y is None:
+            y = x * taps[-1] if bias is None else torch.addcmul(bias[:, None].to(taps[0].dtype), x, taps[-1])
+        else:
+            y[..., lag:].addcmul_(seen, taps[-1 - lag])
+    return y
+
+
+def _transposed_sum(d_sum: Tensor, weight: Tensor, seq_idx: Tensor) -> Tensor:
+    taps = weight.to(d_sum.dtype).unsqueeze(-1).unbind(1)
+    dx = d_sum * taps[-1]
+    for lag in range(1, min(weight.shape[-1], d_sum.shape[-1])):
+        dx[..., :-lag].addcmul_(d_sum[..., lag:] * _same(seq_idx, lag), taps[-1 - lag])
+    return dx
+
+
+def _lagged(x: Tensor, width: int, seq_idx: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Each lag j with x_{t-j} for t from j, 0 where that token is of another sequence."""
+    yield 0, x
+    for lag in range(1, min(width, x.shape[-1])):
+        yield lag, x[..., :-lag] * _same(seq_idx, lag)
+
+
+def _same(seq_idx: Tensor, lag: int) -> Tensor:
+    """Whether a token and the one `lag` before it are of one sequence: bool `[B, 1, T - lag]`."""
+    return (seq_idx[:, lag:] == seq_idx[:, :-lag])[:, None]
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _check(x: Tensor, weight: Tensor, activation: str | None) -> None:
+    if x.dim() != 3 or weight.dim() != 2 or x.shape[1] != weight.shape[0]:
+        raise ValueError(f"x must be [B, D, T] and weight [D, W], not {list(x.shape)} and {list(weight.shape)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, not {activation!r}")
