@@ -1,0 +1,20 @@
+"""What multiplies a normalized row: the weight, 1 + weight, or nothing. The names are those of `ops.rms_norm`."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+GAMMAS = {"none": 0, "weight": 1, "1 + weight": 2, "rounded 1 + weight": 3}
+
+
+@triton.jit
+def load_gamma(weight, columns, mask, GAMMA: tl.constexpr):
+    """Gamma at `columns`, float32. Its gradient is the weight's, whichever it is."""
+    loaded = tl.load(weight + columns, mask=mask, other=0.0)
+    gamma = loaded.to(tl.float32)
+    if GAMMA > 1:
+        gamma = gamma + 1.0
+    if GAMMA == 3:  # summed in the weight's dtype
+        gamma = gamma.to(loaded.dtype).to(tl.float32)
+    return gamma

@@ -1,0 +1,61 @@
+"""Tiles of some tokens by some heads by a part of a head, and what belongs to them: tables and gammas."""
+
+import triton
+import triton.language as tl
+
+from npu_patch.kernels.gamma import load_gamma
+
+
+@triton.jit
+def places(
+    token_stride,
+    head_stride,
+    start,
+    left,
+    columns,
+    HEADS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Offsets and mask of a tile `[BLOCK_T, BLOCK_H, WIDTH]` of heads from `start` on."""
+    token = tl.arange(0, BLOCK_T)[:, None, None]
+    head = start + tl.arange(0, BLOCK_H)[None, :, None]
+    column = tl.arange(0, WIDTH)[None, None, :]
+    return token * token_stride + head * head_stride + column, (token < left) & (head < HEADS) & (column < columns)
+
+
+@triton.jit
+def table(table, token_stride, left, ROTARY: tl.constexpr, BLOCK_T: tl.constexpr, HALF: tl.constexpr):
+    """The two halves of cos or sin, float32 `[BLOCK_T, HALF]`."""
+    token = tl.arange(0, BLOCK_T)[:, None]
+    column = tl.arange(0, HALF)[None, :]
+    here = table + token * token_stride + column
+    inside = (token < left) & (column < ROTARY // 2)
+    first = tl.load(here, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(here + ROTARY // 2, mask=inside, other=0.0).to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def gammas(
+    weight,
+    GAMMA: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """Gamma of the first half, the second half and the rest; zeros, unused, where there is none."""
+    first = tl.zeros([HALF], tl.float32)
+    second = tl.zeros([HALF], tl.float32)
+    rest = tl.zeros([REST if REST > 0 else 1], tl.float32)
+    if GAMMA > 0:
+        column = tl.arange(0, HALF)
+        inside = column < ROTARY // 2
+        first = load_gamma(weight, column, inside, GAMMA)
+        second = load_gamma(weight + ROTARY // 2, column, inside, GAMMA)
+        if REST > 0:
+            column = tl.arange(0, REST)
+            rest = load_gamma(weight + ROTARY, column, column < HEAD_DIM - ROTARY, GAMMA)
+    return first, second, rest

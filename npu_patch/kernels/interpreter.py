@@ -1,0 +1,33 @@
+"""Makes triton's interpreter round to bfloat16 as every device does.
+
+The interpreter (`TRITON_INTERPRET=1`, kernels on the CPU) cuts off the low bits of a float32 that becomes a bfloat16:
+twice the error of rounding to nearest, and a bias. (triton-ascend 3.2.0, runtime/interpreter.py, `_convert_float`.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def round_to_nearest() -> None:
+    """Replaces the interpreter's conversions between float32 and bfloat16. Calling it again does nothing."""
+    import numpy
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    kept = interpreter._convert_float
+    if getattr(kept, "rounds_to_nearest", False):
+        return
+
+    def convert(input: Any, input_dtype: Any, output_dtype: Any, rounding_mode: Any) -> Any:
+        if (input_dtype, output_dtype) == (tl.float32, tl.bfloat16):
+            wide = torch.frombuffer(bytearray(input.tobytes()), dtype=torch.float32)
+            return wide.bfloat16().view(torch.int16).numpy().view(numpy.uint16).reshape(input.shape)
+        if (input_dtype, output_dtype) == (tl.bfloat16, tl.float32):
+            return numpy.frombuffer(input.tobytes(), numpy.uint16).astype(numpy.uint32).reshape(input.shape) << 16
+        return kept(input, input_dtype, output_dtype, rounding_mode)
+
+    convert.rounds_to_nearest = True
+    interpreter._convert_float = convert

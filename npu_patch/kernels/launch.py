@@ -1,0 +1,111 @@
+"""How a kernel is spread over a device: how many programs, how large a tile, and the launch itself.
+
+Every kernel has a one-dimensional grid and loops over its blocks with the stride of the grid, so any number of programs
+computes the same. An Ascend device gets as many programs as it has vector cores, each with the largest tile that its
+on-chip buffer holds; a CUDA device gets one program for each small tile, for its scheduler hides the latency, except
+where each program leaves a row of partial sums.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Of one vector core of an Ascend 910B. triton-ascend has no query for it; the larger buffer of a later chip is not
+# exhausted. The compiler refuses a kernel that needs more, and double-buffers one that needs less than half.
+UNIFIED_BUFFER = 192 * 1024
+MOST_WARPS = 16
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What grids and tiles are chosen from. `on_chip_bytes` of one core, or None where registers hold the tile.
+
+    `exact_widths`: the compiler takes `arange` of any length, not of powers of two alone (triton-ascend does).
+    """
+
+    device_type: str
+    cores: int
+    on_chip_bytes: int | None = None
+    exact_widths: bool = False
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What suits one kernel, on either device.
+
+    `bytes_per_element`: what the Ascend compiler plans on chip for each element of a tile, double buffers included.
+    On CUDA: `elements` of a program's tile, of one of its threads, and how many programs a multiprocessor gets where
+    each leaves a row of partial sums.
+    """
+
+    bytes_per_element: int
+    elements: int
+    elements_per_thread: int = 32
+    programs: int = 4
+
+
+@functools.lru_cache
+def machine_of(device: torch.device) -> Machine:
+    if device.type == "npu":
+        cores = torch.npu.get_device_properties(device).vector_core_num
+        return Machine("npu", max(1, cores), UNIFIED_BUFFER, exact_widths=True)
+    if device.type == "cuda":
+        return Machine("cuda", torch.cuda.get_device_properties(device).multi_processor_count)
+    return Machine(device.type, os.cpu_count() or 1)  # the interpreter
+
+
+def programs(machine: Machine, blocks: int, tile: Tile, leave_partial_sums: bool = False) -> int:
+    """The size of the grid that works through `blocks` blocks."""
+    if machine.device_type != "cuda":
+        return max(1, min(machine.cores, blocks))
+    return max(1, min(machine.cores * tile.programs, blocks) if leave_partial_sums else blocks)
+
+
+def width(machine: Machine, length: int) -> int:
+    """The extent of a tile that spans `length` elements."""
+    return length if machine.exact_widths else power_of_two(length)
+
+
+def tile_rows(machine: Machine, tile: Tile, row: int, rows: int) -> int:
+    """How many rows of `row` elements make a tile, a power of two; no more than leave every core some of `rows`."""
+    room = machine.on_chip_bytes // tile.bytes_per_element if machine.on_chip_bytes else tile.elements
+    fair = power_of_two(-(-rows // machine.cores))
+    return max(1, min(_power_of_two_within(max(1, room // row)), fair))
+
+
+def power_of_two(length: int) -> int:
+    """The smallest that is no less than `length`."""
+    return 1 << max(0, length - 1).bit_length()
+
+
+def warps(tile: Tile, elements: int) -> int:
+    """Warps of a CUDA program that holds a tile of `elements`."""
+    return max(1, min(MOST_WARPS, power_of_two(elements) // (32 * tile.elements_per_thread)))
+
+
+def launch(
+    kernel: Any, device: torch.device, grid: int, *arguments: Any, num_warps: int | None = None, **constants: Any
+) -> None:
+    """Runs `kernel` as `grid` programs. `num_warps` is for CUDA: nothing depends on it but time."""
+    if device.type == "cuda" and num_warps is not None:
+        constants["num_warps"] = num_warps
+    with _current(device):
+        kernel[(grid,)](*arguments, **constants)
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which under a device map is not always the tensors'."""
+    module = getattr(torch, device.type, None)
+    guard: Callable[..., Any] | None = getattr(module, "device", None) if device.type != "cpu" else None
+    return contextlib.nullcontext() if guard is None else guard(device)
+
+
+def _power_of_two_within(length: int) -> int:
+    return 1 << (length.bit_length() - 1)

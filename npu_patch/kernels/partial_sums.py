@@ -1,0 +1,45 @@
+"""The second step of a gradient that sums over all rows: each program leaves a row, and this adds the rows."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from npu_patch.kernels import launch
+
+BLOCK_ROWS, BLOCK_COLUMNS = 32, 64
+TILE = launch.Tile(bytes_per_element=16, elements=BLOCK_ROWS * BLOCK_COLUMNS)
+
+
+def sum_rows(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of float32 `[P, N]` over P, rounded once to `dtype`: `[N]`. One launch."""
+    rows, columns = partial.shape
+    total = torch.empty(columns, dtype=dtype, device=partial.device)
+    grid = launch.programs(launch.machine_of(partial.device), triton.cdiv(columns, BLOCK_COLUMNS), TILE)
+    launch.launch(
+        _sum_rows,
+        partial.device,
+        grid,
+        partial,
+        total,
+        rows,
+        columns,
+        num_warps=4,
+        BLOCK_ROWS=BLOCK_ROWS,
+        BLOCK_COLUMNS=BLOCK_COLUMNS,
+    )
+    return total
+
+
+@triton.jit
+def _sum_rows(partial, total, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    for block in range(tl.program_id(0), tl.cdiv(columns, BLOCK_COLUMNS), tl.num_programs(0)):
+        column = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+        row = tl.arange(0, BLOCK_ROWS)
+        sums = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+        for start in range(0, rows, BLOCK_ROWS):
+            inside = ((start + row) < rows)[:, None] & (column < columns)[None, :]
+            sums += tl.load(partial + (start + row)[:, None] * columns + column[None, :], mask=inside, other=0.0)
+        tl.store(total + column, tl.sum(sums, 0), mask=column < columns)

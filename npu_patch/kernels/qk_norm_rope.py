@@ -1,0 +1,299 @@
+"""RMSNorm of each head of q and k, then rotary embedding, in one launch forward and one backward.
+
+q and k come as views of what the projections return (`[B, S, H, D]` of `[B, S, H * D]`, or of one packed tensor) and
+leave as attention wants them. Every element is read once and written once; all is float32 inside and rounded once.
+The backward reads the inputs again and computes their norms anew, so nothing else is kept. The rotation is that of
+rotate-half (https://arxiv.org/abs/2104.09864), of the first elements of a head if the table is narrower than it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from npu_patch.kernels import launch, qk_norm_rope_triton
+from npu_patch.kernels.gamma import GAMMAS
+from npu_patch.kernels.partial_sums import sum_rows
+
+FORWARD = launch.Tile(bytes_per_element=24, elements=4096)
+BACKWARD = launch.Tile(bytes_per_element=40, elements=4096)
+
+
+@dataclass(frozen=True)
+class QKNorm:
+    """How q and k are normalized. `gamma` is a name of `kernels.gamma.GAMMAS`; "none" takes no weights."""
+
+    q_eps: float = 1e-6
+    k_eps: float = 1e-6
+    gamma: str = "weight"
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    norm: QKNorm,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """q `[B, S, H, D]` and k `[B, S, K, D]` become `[B, H, S, D]` and `[B, K, S, D]`, views of `[B, S, H, D]`.
+
+    The weights are `[D]`; cos and sin, `[B or 1, S, R]` with even R up to D, take no gradient. `dtype` is that of the
+    results, by default that of q and k.
+    """
+    return _QKNormRoPE.apply(q, k, q_weight, k_weight, cos, sin, norm, dtype)
+
+
+def packed_qk_norm_rope(
+    qkv: Tensor,
+    heads: tuple[int, int],
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    norm: QKNorm,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from one projection `[B, S, (H + 2 K) * D]`, `heads` being (H, K), with v `[B, K, S, D]` as a view.
+
+    Its backward writes the gradients of q, k and v next to each other, where autograd would concatenate.
+    """
+    return _PackedQKNormRoPE.apply(qkv, heads, q_weight, k_weight, cos, sin, norm, dtype)
+
+
+class _QKNormRoPE(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        q: Tensor,
+        k: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        norm: QKNorm,
+        dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
+        ctx.norm = norm
+        q_out, k_out = forward(q, k, q_weight, k_weight, cos, sin, norm, dtype or q.dtype)
+        return q_out.transpose(1, 2), k_out.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, q_weight, k_weight, cos, sin = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:4]
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if needs[0] else None
+        dk = torch.empty(k.shape, dtype=k.dtype, device=k.device) if needs[1] else None
+        outputs = dq_out.transpose(1, 2), dk_out.transpose(1, 2)
+        weights = backward(*outputs, q, k, q_weight, k_weight, cos, sin, ctx.norm, dq, dk, *needs[2:])
+        return dq, dk, *weights, None, None, None, None
+
+
+class _PackedQKNormRoPE(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        qkv: Tensor,
+        heads: tuple[int, int],
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        norm: QKNorm,
+        dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin)
+        ctx.heads, ctx.norm = heads, norm
+        q, k, v = _unpacked(qkv, heads)
+        q_out, k_out = forward(q, k, q_weight, k_weight, cos, sin, norm, dtype or qkv.dtype)
+        return q_out.transpose(1, 2), k_out.transpose(1, 2), v.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dq_out: Tensor, dk_out: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, q_weight, k_weight, cos, sin = ctx.saved_tensors
+        needs_qkv, _, *needs_weights = ctx.needs_input_grad[:4]
+        d_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device) if needs_qkv else None
+        dq, dk, d_v = (None, None, None) if d_qkv is None else _unpacked(d_qkv, ctx.heads)
+        q, k, _ = _unpacked(qkv, ctx.heads)
+        outputs = dq_out.transpose(1, 2), dk_out.transpose(1, 2)
+        weights = backward(*outputs, q, k, q_weight, k_weight, cos, sin, ctx.norm, dq, dk, *needs_weights)
+        if d_v is not None:
+            d_v.copy_(dv.transpose(1, 2))
+        return d_qkv, None, *weights, None, None, None, None
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    norm: QKNorm,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The results as `[B, S, H, D]`, contiguous."""
+    q, k, cos, sin = _adjacent(q), _adjacent(k), _adjacent(cos), _adjacent(sin)
+    q_out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    k_out = torch.empty(k.shape, dtype=dtype, device=k.device)
+    tiling = _tiling(q, k, cos, FORWARD)
+    launch.launch(
+        qk_norm_rope_triton.forward,
+        q.device,
+        launch.programs(launch.machine_of(q.device), tiling.blocks, FORWARD),
+        q,
+        k,
+        q_out,
+        k_out,
+        q_weight,
+        k_weight,
+        cos,
+        sin,
+        q.shape[1],
+        tiling.blocks,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *_table_strides(cos),
+        *_table_strides(sin),
+        norm.q_eps,
+        norm.k_eps,
+        num_warps=tiling.num_warps,
+        GAMMA=GAMMAS[norm.gamma],
+        **tiling.constants,
+    )
+    return q_out, k_out
+
+
+def backward(
+    dq_out: Tensor,
+    dk_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    norm: QKNorm,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    needs_q_weight: bool,
+    needs_k_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Fills dq and dk where given, all `[B, S, H, D]`, and returns the gradients of the two weights where needed."""
+    q, k, cos, sin, dq_out, dk_out = (_adjacent(x) for x in (q, k, cos, sin, dq_out, dk_out))
+    machine = launch.machine_of(q.device)
+    tiling = _tiling(q, k, cos, BACKWARD)
+    needs_weights = needs_q_weight or needs_k_weight
+    grid = launch.programs(machine, tiling.blocks, BACKWARD, leave_partial_sums=needs_weights)
+    head_dim = q.shape[-1]
+    partial = torch.empty(grid, 2 * head_dim, dtype=torch.float32, device=q.device) if needs_weights else None
+    launch.launch(
+        qk_norm_rope_triton.backward,
+        q.device,
+        grid,
+        dq_out,
+        dk_out,
+        q,
+        k,
+        q_weight,
+        k_weight,
+        cos,
+        sin,
+        dq,
+        dk,
+        partial,
+        q.shape[1],
+        tiling.blocks,
+        *dq_out.stride()[:3],
+        *dk_out.stride()[:3],
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *((0, 0, 0) if dq is None else dq.stride()[:3]),
+        *((0, 0, 0) if dk is None else dk.stride()[:3]),
+        *_table_strides(cos),
+        *_table_strides(sin),
+        norm.q_eps,
+        norm.k_eps,
+        num_warps=tiling.num_warps,
+        GAMMA=GAMMAS[norm.gamma],
+        NEEDS_Q=dq is not None,
+        NEEDS_K=dk is not None,
+        NEEDS_Q_WEIGHT=needs_q_weight,
+        NEEDS_K_WEIGHT=needs_k_weight,
+        **tiling.constants,
+    )
+    if not needs_weights:
+        return None, None
+    weight = q_weight if needs_q_weight else k_weight
+    both = sum_rows(partial if needs_q_weight and needs_k_weight else _half(partial, needs_q_weight), weight.dtype)
+    return (both[:head_dim] if needs_q_weight else None), (both[-head_dim:] if needs_k_weight else None)
+
+
+@dataclass(frozen=True)
+class _Tiling:
+    """A tile is `BLOCK_T` tokens of one sequence by some heads by half of the rotated elements."""
+
+    blocks: int
+    num_warps: int
+    constants: dict[str, int]
+
+
+def _tiling(q: Tensor, k: Tensor, cos: Tensor, tile: launch.Tile) -> _Tiling:
+    machine = launch.machine_of(q.device)
+    batch, length, q_heads, head_dim = q.shape
+    k_heads, rotary = k.shape[2], cos.shape[-1]
+    half = launch.width(machine, rotary // 2)
+    rest = launch.width(machine, head_dim - rotary) if rotary < head_dim else 0
+    row = 2 * half + rest
+    at_once = launch.tile_rows(machine, tile, row, batch * length * q_heads)
+    q_block, k_block = _head_block(q_heads, at_once), _head_block(k_heads, at_once)
+    tokens = max(1, at_once // max(q_block, k_block))
+    tokens = min(tokens, launch.power_of_two(length))
+    constants = {
+        "Q_HEADS": q_heads,
+        "K_HEADS": k_heads,
+        "HEAD_DIM": head_dim,
+        "ROTARY": rotary,
+        "BLOCK_T": tokens,
+        "BLOCK_Q": q_block,
+        "BLOCK_K": k_block,
+        "HALF": half,
+        "REST": rest,
+    }
+    return _Tiling(batch * triton.cdiv(length, tokens), launch.warps(tile, tokens * q_block * row), constants)
+
+
+def _head_block(heads: int, most: int) -> int:
+    """Heads in a tile, a power of two: all if they fit, else as many as fill every tile, unless that is very few."""
+    block = min(launch.power_of_two(heads), most)
+    while block > 4 and heads % block:
+        block //= 2
+    return block if heads % block == 0 else min(launch.power_of_two(heads), most)
+
+
+def _adjacent(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _table_strides(table: Tensor) -> tuple[int, int]:
+    return (table.stride(0) if table.shape[0] > 1 else 0), table.stride(1)
+
+
+def _half(partial: Tensor, first: bool) -> Tensor:
+    head_dim = partial.shape[1] // 2
+    return (partial[:, :head_dim] if first else partial[:, head_dim:]).contiguous()
+
+
+def _unpacked(qkv: Tensor, heads: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    q_heads, k_heads = heads
+    by_head = qkv.unflatten(-1, (q_heads + 2 * k_heads, -1))
+    return by_head.split([q_heads, k_heads, k_heads], dim=2)

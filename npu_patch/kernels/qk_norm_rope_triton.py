@@ -1,0 +1,407 @@
+"""The Triton sources of `qk_norm_rope`: a tile is some tokens of one sequence by some heads by half of what is rotated.
+
+A head is held as the first half of its rotated elements, the second half, and the rest, each a tile of its own, so that
+rotate-half moves nothing. The offset of a block is one int64; offsets within it are int32.
+"""
+
+import triton
+import triton.language as tl
+
+from npu_patch.kernels.head_tiles import gammas, places, table
+
+
+@triton.jit
+def forward(
+    q,
+    k,
+    q_out,
+    k_out,
+    q_weight,
+    k_weight,
+    cos,
+    sin,
+    length,
+    blocks,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    cos_batch,
+    cos_token,
+    sin_batch,
+    sin_token,
+    q_eps,
+    k_eps,
+    GAMMA: tl.constexpr,
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+):
+    q1, q2, q3 = gammas(q_weight, GAMMA, HEAD_DIM, ROTARY, HALF, REST)
+    k1, k2, k3 = gammas(k_weight, GAMMA, HEAD_DIM, ROTARY, HALF, REST)
+    per_sequence = tl.cdiv(length, BLOCK_T)
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        sequence = tl.cast(block // per_sequence, tl.int64)
+        first = (block % per_sequence) * BLOCK_T
+        left = length - first
+        token = tl.cast(first, tl.int64)
+        c1, c2 = table(cos + sequence * cos_batch + token * cos_token, cos_token, left, ROTARY, BLOCK_T, HALF)
+        s1, s2 = table(sin + sequence * sin_batch + token * sin_token, sin_token, left, ROTARY, BLOCK_T, HALF)
+        out_token = sequence * length + token
+        _forward_heads(
+            q + sequence * q_batch + token * q_token,
+            q_out + out_token * (Q_HEADS * HEAD_DIM),
+            q_token,
+            q_head,
+            left,
+            q_eps,
+            q1,
+            q2,
+            q3,
+            c1,
+            c2,
+            s1,
+            s2,
+            GAMMA,
+            Q_HEADS,
+            HEAD_DIM,
+            ROTARY,
+            BLOCK_T,
+            BLOCK_Q,
+            HALF,
+            REST,
+        )
+        _forward_heads(
+            k + sequence * k_batch + token * k_token,
+            k_out + out_token * (K_HEADS * HEAD_DIM),
+            k_token,
+            k_head,
+            left,
+            k_eps,
+            k1,
+            k2,
+            k3,
+            c1,
+            c2,
+            s1,
+            s2,
+            GAMMA,
+            K_HEADS,
+            HEAD_DIM,
+            ROTARY,
+            BLOCK_T,
+            BLOCK_K,
+            HALF,
+            REST,
+        )
+
+
+@triton.jit
+def backward(
+    dq_out,
+    dk_out,
+    q,
+    k,
+    q_weight,
+    k_weight,
+    cos,
+    sin,
+    dq,
+    dk,
+    partial,
+    length,
+    blocks,
+    dq_out_batch,
+    dq_out_token,
+    dq_out_head,
+    dk_out_batch,
+    dk_out_token,
+    dk_out_head,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    dq_batch,
+    dq_token,
+    dq_head,
+    dk_batch,
+    dk_token,
+    dk_head,
+    cos_batch,
+    cos_token,
+    sin_batch,
+    sin_token,
+    q_eps,
+    k_eps,
+    GAMMA: tl.constexpr,
+    NEEDS_Q: tl.constexpr,
+    NEEDS_K: tl.constexpr,
+    NEEDS_Q_WEIGHT: tl.constexpr,
+    NEEDS_K_WEIGHT: tl.constexpr,
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+):
+    q1, q2, q3 = gammas(q_weight, GAMMA, HEAD_DIM, ROTARY, HALF, REST)
+    k1, k2, k3 = gammas(k_weight, GAMMA, HEAD_DIM, ROTARY, HALF, REST)
+    q_sum1, q_sum2, q_sum3 = _zeros(BLOCK_Q, HALF, REST)
+    k_sum1, k_sum2, k_sum3 = _zeros(BLOCK_K, HALF, REST)
+    per_sequence = tl.cdiv(length, BLOCK_T)
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        sequence = tl.cast(block // per_sequence, tl.int64)
+        first = (block % per_sequence) * BLOCK_T
+        left = length - first
+        token = tl.cast(first, tl.int64)
+        c1, c2 = table(cos + sequence * cos_batch + token * cos_token, cos_token, left, ROTARY, BLOCK_T, HALF)
+        s1, s2 = table(sin + sequence * sin_batch + token * sin_token, sin_token, left, ROTARY, BLOCK_T, HALF)
+        if NEEDS_Q or NEEDS_Q_WEIGHT:
+            q_sum1, q_sum2, q_sum3 = _backward_heads(
+                dq_out + sequence * dq_out_batch + token * dq_out_token,
+                q + sequence * q_batch + token * q_token,
+                dq,
+                sequence * dq_batch + token * dq_token,
+                dq_out_token,
+                dq_out_head,
+                q_token,
+                q_head,
+                dq_token,
+                dq_head,
+                left,
+                q_eps,
+                q1,
+                q2,
+                q3,
+                c1,
+                c2,
+                s1,
+                s2,
+                q_sum1,
+                q_sum2,
+                q_sum3,
+                GAMMA,
+                NEEDS_Q,
+                NEEDS_Q_WEIGHT,
+                Q_HEADS,
+                HEAD_DIM,
+                ROTARY,
+                BLOCK_T,
+                BLOCK_Q,
+                HALF,
+                REST,
+            )
+        if NEEDS_K or NEEDS_K_WEIGHT:
+            k_sum1, k_sum2, k_sum3 = _backward_heads(
+                dk_out + sequence * dk_out_batch + token * dk_out_token,
+                k + sequence * k_batch + token * k_token,
+                dk,
+                sequence * dk_batch + token * dk_token,
+                dk_out_token,
+                dk_out_head,
+                k_token,
+                k_head,
+                dk_token,
+                dk_head,
+                left,
+                k_eps,
+                k1,
+                k2,
+                k3,
+                c1,
+                c2,
+                s1,
+                s2,
+                k_sum1,
+                k_sum2,
+                k_sum3,
+                GAMMA,
+                NEEDS_K,
+                NEEDS_K_WEIGHT,
+                K_HEADS,
+                HEAD_DIM,
+                ROTARY,
+                BLOCK_T,
+                BLOCK_K,
+                HALF,
+                REST,
+            )
+    if NEEDS_Q_WEIGHT:
+        row = partial + tl.program_id(0).to(tl.int64) * (2 * HEAD_DIM)
+        _store_sums(row, q_sum1, q_sum2, q_sum3, HEAD_DIM, ROTARY, HALF, REST)
+    if NEEDS_K_WEIGHT:
+        row = partial + tl.program_id(0).to(tl.int64) * (2 * HEAD_DIM) + HEAD_DIM
+        _store_sums(row, k_sum1, k_sum2, k_sum3, HEAD_DIM, ROTARY, HALF, REST)
+
+
+@triton.jit
+def _forward_heads(
+    x,
+    y,
+    x_token,
+    x_head,
+    left,
+    eps,
+    g1,
+    g2,
+    g3,
+    c1,
+    c2,
+    s1,
+    s2,
+    GAMMA: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+):
+    for start in range(0, HEADS, BLOCK_H):
+        here, inside = places(x_token, x_head, start, left, ROTARY // 2, HEADS, BLOCK_T, BLOCK_H, HALF)
+        x1 = tl.load(x + here, mask=inside, other=0.0).to(tl.float32)
+        x2 = tl.load(x + here + ROTARY // 2, mask=inside, other=0.0).to(tl.float32)
+        squares = tl.sum(x1 * x1 + x2 * x2, 2)
+        if REST > 0:
+            here3, inside3 = places(x_token, x_head, start, left, HEAD_DIM - ROTARY, HEADS, BLOCK_T, BLOCK_H, REST)
+            x3 = tl.load(x + here3 + ROTARY, mask=inside3, other=0.0).to(tl.float32)
+            squares += tl.sum(x3 * x3, 2)
+        rstd = tl.rsqrt(squares * (1.0 / HEAD_DIM) + eps)[:, :, None]
+        x1 = x1 * rstd
+        x2 = x2 * rstd
+        if GAMMA > 0:
+            x1 = x1 * g1[None, None, :]
+            x2 = x2 * g2[None, None, :]
+        there, inside = places(HEADS * HEAD_DIM, HEAD_DIM, start, left, ROTARY // 2, HEADS, BLOCK_T, BLOCK_H, HALF)
+        tl.store(y + there, x1 * c1[:, None, :] - x2 * s1[:, None, :], mask=inside)
+        tl.store(y + there + ROTARY // 2, x2 * c2[:, None, :] + x1 * s2[:, None, :], mask=inside)
+        if REST > 0:
+            x3 = x3 * rstd
+            if GAMMA > 0:
+                x3 = x3 * g3[None, None, :]
+            there, inside = places(
+                HEADS * HEAD_DIM, HEAD_DIM, start, left, HEAD_DIM - ROTARY, HEADS, BLOCK_T, BLOCK_H, REST
+            )
+            tl.store(y + there + ROTARY, x3, mask=inside)
+
+
+@triton.jit
+def _backward_heads(
+    dy,
+    x,
+    dx,
+    dx_start,
+    dy_token,
+    dy_head,
+    x_token,
+    x_head,
+    dx_token,
+    dx_head,
+    left,
+    eps,
+    g1,
+    g2,
+    g3,
+    c1,
+    c2,
+    s1,
+    s2,
+    sum1,
+    sum2,
+    sum3,
+    GAMMA: tl.constexpr,
+    NEEDS_X: tl.constexpr,
+    NEEDS_WEIGHT: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """With n = x * rstd and d = the rotation back of dy: d gamma = sum d n, dx = rstd (d gamma - n mean(d gamma n))."""
+    for start in range(0, HEADS, BLOCK_H):
+        here, inside = places(x_token, x_head, start, left, ROTARY // 2, HEADS, BLOCK_T, BLOCK_H, HALF)
+        x1 = tl.load(x + here, mask=inside, other=0.0).to(tl.float32)
+        x2 = tl.load(x + here + ROTARY // 2, mask=inside, other=0.0).to(tl.float32)
+        there, inside = places(dy_token, dy_head, start, left, ROTARY // 2, HEADS, BLOCK_T, BLOCK_H, HALF)
+        y1 = tl.load(dy + there, mask=inside, other=0.0).to(tl.float32)
+        y2 = tl.load(dy + there + ROTARY // 2, mask=inside, other=0.0).to(tl.float32)
+        d1 = y1 * c1[:, None, :] + y2 * s2[:, None, :]
+        d2 = y2 * c2[:, None, :] - y1 * s1[:, None, :]
+        squares = tl.sum(x1 * x1 + x2 * x2, 2)
+        if REST > 0:
+            here3, inside3 = places(x_token, x_head, start, left, HEAD_DIM - ROTARY, HEADS, BLOCK_T, BLOCK_H, REST)
+            x3 = tl.load(x + here3 + ROTARY, mask=inside3, other=0.0).to(tl.float32)
+            there3, inside3 = places(dy_token, dy_head, start, left, HEAD_DIM - ROTARY, HEADS, BLOCK_T, BLOCK_H, REST)
+            d3 = tl.load(dy + there3 + ROTARY, mask=inside3, other=0.0).to(tl.float32)
+            squares += tl.sum(x3 * x3, 2)
+        rstd = tl.rsqrt(squares * (1.0 / HEAD_DIM) + eps)[:, :, None]
+        x1 = x1 * rstd
+        x2 = x2 * rstd
+        if NEEDS_WEIGHT:
+            sum1 += tl.sum(d1 * x1, 0)
+            sum2 += tl.sum(d2 * x2, 0)
+        if GAMMA > 0:
+            d1 = d1 * g1[None, None, :]
+            d2 = d2 * g2[None, None, :]
+        along = tl.sum(d1 * x1 + d2 * x2, 2)
+        if REST > 0:
+            x3 = x3 * rstd
+            if NEEDS_WEIGHT:
+                sum3 += tl.sum(d3 * x3, 0)
+            if GAMMA > 0:
+                d3 = d3 * g3[None, None, :]
+            along += tl.sum(d3 * x3, 2)
+        if NEEDS_X:
+            mean = (along * (1.0 / HEAD_DIM))[:, :, None]
+            back, inside = places(dx_token, dx_head, start, left, ROTARY // 2, HEADS, BLOCK_T, BLOCK_H, HALF)
+            tl.store(dx + dx_start + back, rstd * (d1 - x1 * mean), mask=inside)
+            tl.store(dx + dx_start + back + ROTARY // 2, rstd * (d2 - x2 * mean), mask=inside)
+            if REST > 0:
+                back, inside = places(dx_token, dx_head, start, left, HEAD_DIM - ROTARY, HEADS, BLOCK_T, BLOCK_H, REST)
+                tl.store(dx + dx_start + back + ROTARY, rstd * (d3 - x3 * mean), mask=inside)
+    return sum1, sum2, sum3
+
+
+@triton.jit
+def _zeros(BLOCK_H: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr):
+    first = tl.zeros([BLOCK_H, HALF], tl.float32)
+    second = tl.zeros([BLOCK_H, HALF], tl.float32)
+    rest = tl.zeros([BLOCK_H, REST if REST > 0 else 1], tl.float32)
+    return first, second, rest
+
+
+@triton.jit
+def _store_sums(
+    row,
+    sum1,
+    sum2,
+    sum3,
+    HEAD_DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+):
+    column = tl.arange(0, HALF)
+    tl.store(row + column, tl.sum(sum1, 0), mask=column < ROTARY // 2)
+    tl.store(row + ROTARY // 2 + column, tl.sum(sum2, 0), mask=column < ROTARY // 2)
+    if REST > 0:
+        column = tl.arange(0, REST)
+        tl.store(row + ROTARY + column, tl.sum(sum3, 0), mask=column < HEAD_DIM - ROTARY)

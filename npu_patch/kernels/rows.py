@@ -1,0 +1,23 @@
+"""Tiles of whole rows, for kernels that treat every row of `[..., D]` alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from npu_patch.kernels import launch
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """`[..., D]` as `[rows, D]` with adjacent columns: a view wherever one is possible."""
+    return (x if x.stride(-1) == 1 else x.contiguous()).reshape(-1, x.shape[-1])
+
+
+def row_tiling(rows: Tensor, tile: launch.Tile, leave_partial_sums: bool = False) -> tuple[int, dict[str, Any]]:
+    """The grid, and BLOCK rows by BLOCK_D columns of a tile."""
+    machine = launch.machine_of(rows.device)
+    block_d = launch.width(machine, rows.shape[1])
+    block = launch.tile_rows(machine, tile, block_d, rows.shape[0])
+    grid = launch.programs(machine, -(-rows.shape[0] // block), tile, leave_partial_sums)
+    return grid, {"BLOCK": block, "BLOCK_D": block_d, "num_warps": launch.warps(tile, block * block_d)}

@@ -1,0 +1,156 @@
+"""Every kernel at the shapes of five models, compiled for Ascend in a process of its own.
+
+    python -m tests.kernels.ascend_cases FAMILY...       # prints JSON: tests/kernels/test_ascend_compile.py reads it
+
+A process of its own, because the compiler takes kernels that were defined without the interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor
+
+from npu_patch.kernels.add_rms_norm import add_rms_norm, rms_norm
+from npu_patch.kernels.ascend_compile import Launch, Plan, lower, plan, recorded_launches
+from npu_patch.kernels.delta_gating import delta_gating
+from npu_patch.kernels.gated_rms_norm import gated_rms_norm
+from npu_patch.kernels.qk_norm_rope import QKNorm, packed_qk_norm_rope, qk_norm_rope
+from npu_patch.kernels.swiglu import swiglu
+
+TOKENS, EPS = 4096, 1e-6
+
+
+@dataclass(frozen=True)
+class Model:
+    """The dimensions of a published configuration. `gamma` is how its norms use their weight."""
+
+    hidden: int
+    intermediate: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary: int
+    gamma: str = "weight"
+    delta_heads: int = 0
+    delta_dim: int = 128
+
+
+MODELS = {
+    "Qwen3-0.6B": Model(1024, (3072,), 16, 8, 128, 128),
+    "Qwen3-8B": Model(4096, (12288,), 32, 8, 128, 128),
+    "Qwen3-32B": Model(5120, (25600,), 64, 8, 128, 128),
+    "Qwen3-30B-A3B": Model(2048, (768, 6144), 32, 4, 128, 128),
+    "Qwen3.5-35B-A3B": Model(2048, (512,), 16, 2, 256, 64, "1 + weight", delta_heads=32),
+}
+
+
+def qk_norm_rope_cases(model: Model) -> None:
+    tables = empty(1, TOKENS, model.rotary), empty(1, TOKENS, model.rotary)
+    norm = QKNorm(EPS, EPS, model.gamma)
+    q, k = empty(1, TOKENS, model.heads, model.head_dim), empty(1, TOKENS, model.kv_heads, model.head_dim)
+    weights = [empty(model.head_dim), empty(model.head_dim)]
+    trace(lambda *given: qk_norm_rope(*given, *tables, norm), q, k, *weights)
+    trace(lambda q, k: qk_norm_rope(q, k, *weights, *tables, norm), q, k)
+    packed = empty(1, TOKENS, (model.heads + 2 * model.kv_heads) * model.head_dim)
+    heads = model.heads, model.kv_heads
+    trace(lambda qkv, a, b: packed_qk_norm_rope(qkv, heads, a, b, *tables, norm), packed, *weights)
+
+
+def swiglu_cases(model: Model) -> None:
+    for width in model.intermediate:
+        trace(swiglu, empty(1, TOKENS, width), empty(1, TOKENS, width))
+        trace(lambda both: swiglu(*both.chunk(2, -1)), empty(1, TOKENS, 2 * width))
+
+
+def add_rms_norm_cases(model: Model) -> None:
+    x, weight = empty(1, TOKENS, model.hidden), empty(model.hidden)
+    trace(lambda x, residual, weight: add_rms_norm(x, residual, weight, EPS, model.gamma), x, x.clone(), weight)
+    trace(lambda x, residual: add_rms_norm(x, residual, weight, EPS, model.gamma), x, x.clone())
+    trace(lambda x, weight: rms_norm(x, weight, EPS, model.gamma), x, weight)
+
+
+def gated_rms_norm_cases(model: Model) -> None:
+    if model.delta_heads:
+        x, weight = empty(TOKENS * model.delta_heads, model.delta_dim), empty(model.delta_dim)
+        for activation in ("silu", "sigmoid"):
+            trace(lambda x, gate, w: gated_rms_norm(x, gate, w, EPS, activation), x, x.clone(), weight)  # noqa: B023
+        trace(lambda x, gate: gated_rms_norm(x, gate, weight, EPS), x, x.clone())
+
+
+def delta_gating_cases(model: Model) -> None:
+    if model.delta_heads:
+        a, per_head = empty(1, TOKENS, model.delta_heads), torch.empty(model.delta_heads, device="meta")
+        trace(delta_gating, a, a.clone(), per_head, per_head.clone())
+        trace(lambda a, b: delta_gating(a, b, per_head, per_head), a, a.clone())
+
+
+FAMILIES: dict[str, Callable[[Model], None]] = {
+    "qk_norm_rope": qk_norm_rope_cases,
+    "swiglu": swiglu_cases,
+    "add_rms_norm": add_rms_norm_cases,
+    "gated_rms_norm": gated_rms_norm_cases,
+    "delta_gating": delta_gating_cases,
+}
+
+
+def empty(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+
+def trace(function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> None:
+    """Runs the forward and the backward on the meta device, where launches are recorded."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.autograd.grad(outputs, leaves, [torch.empty_like(y) for y in outputs])
+
+
+def launches(family: str) -> dict[Launch, list[str]]:
+    """Each distinct specialization, with the models that use it."""
+    found: dict[Launch, list[str]] = {}
+    for name, model in MODELS.items():
+        with recorded_launches() as recorded:
+            FAMILIES[family](model)
+        for one in dict.fromkeys(recorded):
+            found.setdefault(one, []).append(name)
+    return found
+
+
+def compiled(family: str) -> list[dict[str, object]]:
+    found = launches(family)
+    sources = [lower(one) for one in found]
+    with ThreadPoolExecutor(2) as pool:
+        plans = list(pool.map(plan, sources))
+    return [row(one, models, made) for (one, models), made in zip(found.items(), plans, strict=True)]
+
+
+def row(one: Launch, models: list[str], made: Plan) -> dict[str, object]:
+    constants = {name: value for name, value in one.constants if value is not None}
+    return {"kernel": one.name, "models": models, "constants": constants, **asdict(made)}
+
+
+def oversized() -> list[dict[str, object]]:
+    """A tile of SwiGLU's backward that cannot fit, which the compiler must refuse."""
+    one = next(one for one in launches("swiglu") if one.name == "swiglu._backward")
+    constants = tuple((name, 16384 if name == "BLOCK" else value) for name, value in one.constants)
+    one = replace(one, constants=constants)
+    return [row(one, [], plan(lower(one)))]
+
+
+def scalar() -> list[dict[str, object]]:
+    """A gather, for which the chip has no vector instruction."""
+    from tests.kernels import gather_kernel
+
+    one = Launch(gather_kernel.gather, (("x", "*fp32"), ("index", "*i32"), ("y", "*fp32")), (("BLOCK", 256),))
+    return [row(one, [], plan(lower(one)))]
+
+
+if __name__ == "__main__":
+    special = {"oversized": oversized, "scalar": scalar}
+    print(json.dumps({name: special[name]() if name in special else compiled(name) for name in sys.argv[1:]}))

@@ -1,0 +1,28 @@
+"""Runs the kernels in triton's interpreter, on the CPU, tiled once as for CUDA and once as for an Ascend chip."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+try:
+    os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined: before any module of npu_patch.kernels is
+    import triton  # noqa: F401
+except ImportError:
+    # triton-ascend needs pybind11, pyyaml, attrs and decorator, which the dev extra does not install yet.
+    del os.environ["TRITON_INTERPRET"]
+    collect_ignore_glob = ["*.py"]
+else:
+    from npu_patch.kernels import launch
+    from npu_patch.kernels.interpreter import round_to_nearest
+
+    round_to_nearest()
+
+
+@pytest.fixture(params=["powers of two", "exact widths, many blocks"])
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> launch.Machine:
+    """Few cores and, for the second, little room on chip, so that each program loops over several blocks."""
+    chosen = launch.Machine("cpu", 3) if request.param == "powers of two" else launch.Machine("npu", 2, 8192, True)
+    monkeypatch.setattr(launch, "machine_of", lambda device: chosen)
+    return chosen

@@ -1,0 +1,67 @@
+"""Compares a kernel and the original with float64: outputs and all gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MANY = 500
+
+
+def assert_exact(
+    ours: Callable[..., Any],
+    original: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    needed: Sequence[bool] | None = None,
+    seed: int = 0,
+) -> None:
+    """float32 within 1e-6 of float64; half precision no further from it than 1.1 times what `original` is.
+
+    A few rounded numbers say little: results of under MANY elements get 3 times.
+
+    `needed` says which inputs get a gradient, all by default; the others must get none.
+    """
+    needed = [True] * len(inputs) if needed is None else needed
+    outputs, gradients = run(ours, inputs, needed, seed)
+    exact_outputs, exact_gradients = run(original, [x.double() for x in inputs], needed, seed)
+    their_outputs, their_gradients = run(original, inputs, needed, seed)
+    results = zip(
+        (*outputs, *gradients), (*exact_outputs, *exact_gradients), (*their_outputs, *their_gradients), strict=True
+    )
+    for index, (got, exact, theirs) in enumerate(results):
+        assert got.shape == exact.shape, f"result {index}: shape {got.shape} instead of {exact.shape}"
+        bar = (
+            1e-6
+            if inputs[0].dtype == torch.float32
+            else 1e-6 + (1.1 if exact.numel() >= MANY else 3) * relative(theirs, exact)
+        )
+        assert relative(got, exact) <= bar, f"result {index}: {relative(got, exact):.2e}, allowed {bar:.2e}"
+    for x, gradient in zip([x for x, need in zip(inputs, needed, strict=True) if need], gradients, strict=True):
+        assert gradient.dtype == x.dtype
+
+
+def run(
+    function: Callable[..., Any], inputs: Sequence[Tensor], needed: Sequence[bool], seed: int
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    leaves = [x.detach().clone().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(seed)
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    gradients: tuple[Tensor, ...] = ()
+    if wanted:
+        directions = [torch.randn(y.shape, generator=generator).bfloat16().to(y.dtype) for y in outputs]
+        used = [(y, d) for y, d in zip(outputs, directions, strict=True) if y.requires_grad]
+        gradients = torch.autograd.grad([y for y, _ in used], wanted, [d for _, d in used])
+    return tuple(y.detach() for y in outputs), gradients
+
+
+def relative(got: Tensor, exact: Tensor) -> float:
+    return ((got.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)

@@ -1,0 +1,178 @@
+"""SwiGLU, the RMSNorms and the delta net's gates in the interpreter, against float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from npu_patch.kernels.add_rms_norm import add_rms_norm, rms_norm
+from npu_patch.kernels.delta_gating import delta_gating
+from npu_patch.kernels.gated_rms_norm import gated_rms_norm
+from npu_patch.kernels.swiglu import recomputed, swiglu
+from tests.kernels.exactness import assert_exact, normal
+
+pytestmark = pytest.mark.usefixtures("machine")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+SHAPES = pytest.mark.parametrize("shape", [(1, 64), (7, 80), (2, 5, 128), (3, 100), (2, 3, 256), (9, 70)], ids=str)
+EPS = 1e-6
+
+
+def wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def original_norm(x: Tensor, weight: Tensor) -> Tensor:
+    n = x.to(wide(x))
+    return weight * (n * torch.rsqrt(n.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+
+
+def some(count: int) -> list[tuple[bool, ...]]:
+    return [needed for needed in itertools.product((True, False), repeat=count) if any(needed)]
+
+
+@DTYPES
+@SHAPES
+def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert_exact(swiglu, lambda a, b: F.silu(a) * b, [normal(*shape, dtype=dtype), normal(*shape, dtype=dtype, seed=2)])
+
+
+@pytest.mark.parametrize("needed", some(2))
+def test_swiglu_gradients_asked_for(needed: tuple[bool, ...]) -> None:
+    assert_exact(swiglu, lambda a, b: F.silu(a) * b, [normal(5, 33), normal(5, 33, seed=2)], needed)
+
+
+def test_swiglu_of_halves() -> None:
+    both = normal(2, 5, 2 * 33)
+    assert_exact(lambda x: swiglu(*x.chunk(2, -1)), lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1], [both])
+
+
+def test_swiglu_of_large_values() -> None:
+    x = torch.tensor([-200.0, -90.0, 0.0, 90.0, 200.0])
+    gate = x.clone().requires_grad_()
+    y = swiglu(gate, torch.ones(5))
+    (gradient,) = torch.autograd.grad(y.sum(), gate)
+    torch.testing.assert_close(y.detach(), F.silu(x))
+    torch.testing.assert_close(gradient, torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
+
+
+def test_recomputed_keeps_gate_and_up_alone() -> None:
+    """Through a linear layer with a second branch, as LoRA adds one."""
+    weight, branch = normal(6, 33).requires_grad_(), normal(6, 33, seed=2).requires_grad_()
+
+    def consume(h: Tensor) -> Tensor:
+        return F.linear(h, weight) + F.linear(h, branch)
+
+    gate, up = normal(2, 5, 33).requires_grad_(), normal(2, 5, 33, seed=2).requires_grad_()
+    wanted = torch.autograd.grad(consume(swiglu(gate, up)).square().sum(), (gate, up, weight, branch))
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()) or x, lambda x: x):
+        product = swiglu(gate, up)
+        with recomputed(product, gate, up):
+            y = consume(product)
+    assert product.data_ptr() not in kept
+    got = torch.autograd.grad(y.square().sum(), (gate, up, weight, branch))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@DTYPES
+@SHAPES
+def test_add_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert_exact(
+        lambda x, residual, weight: add_rms_norm(x, residual, weight, EPS),
+        lambda x, residual, weight: (original_norm(x + residual, weight), x + residual),
+        [normal(*shape, dtype=dtype), normal(*shape, dtype=dtype, seed=2), normal(shape[-1], dtype=dtype, seed=3)],
+    )
+
+
+@pytest.mark.parametrize("needed", some(3))
+def test_add_rms_norm_gradients_asked_for(needed: tuple[bool, ...]) -> None:
+    assert_exact(
+        lambda x, residual, weight: add_rms_norm(x, residual, weight, EPS),
+        lambda x, residual, weight: (original_norm(x + residual, weight), x + residual),
+        [normal(5, 33), normal(5, 33, seed=2), normal(33, seed=3)],
+        needed,
+    )
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_add_rms_norm_of_which_one_result_is_used(used: int) -> None:
+    assert_exact(
+        lambda x, residual, weight: add_rms_norm(x, residual, weight, EPS)[used] + 0 * weight,
+        lambda x, residual, weight: (original_norm(x + residual, weight), x + residual)[used] + 0 * weight,
+        [normal(5, 33), normal(5, 33, seed=2), normal(33, seed=3)],
+    )
+
+
+@DTYPES
+@SHAPES
+def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    inputs = [normal(*shape, dtype=dtype), normal(shape[-1], dtype=dtype, seed=3)]
+    assert_exact(lambda x, weight: rms_norm(x, weight, EPS), original_norm, inputs)
+
+
+def test_rms_norm_of_one_plus_weight_and_of_none() -> None:
+    x, weight = normal(5, 33), normal(33, seed=3) / 8
+    ours, original = (lambda x, w: rms_norm(x, w, EPS, "1 + weight")), (lambda x, w: original_norm(x, 1 + w))
+    assert_exact(ours, original, [x, weight])
+    assert_exact(lambda x: rms_norm(x, None, EPS, "none"), lambda x: original_norm(x, torch.ones(33)), [x])
+
+
+@DTYPES
+@pytest.mark.parametrize("activation", ["silu", "sigmoid"])
+@SHAPES
+def test_gated_rms_norm(shape: tuple[int, ...], activation: str, dtype: torch.dtype) -> None:
+    act = {"silu": F.silu, "sigmoid": torch.sigmoid}[activation]
+    assert_exact(
+        lambda x, gate, weight: gated_rms_norm(x, gate, weight, EPS, activation),
+        lambda x, gate, weight: (original_norm(x, weight) * act(gate.to(wide(gate)))).to(x.dtype),
+        [normal(*shape, dtype=dtype), normal(*shape, dtype=dtype, seed=2), normal(shape[-1], dtype=dtype, seed=3)],
+    )
+
+
+@pytest.mark.parametrize("needed", some(3))
+def test_gated_rms_norm_gradients_asked_for(needed: tuple[bool, ...]) -> None:
+    assert_exact(
+        lambda x, gate, weight: gated_rms_norm(x, gate, weight, EPS),
+        lambda x, gate, weight: original_norm(x, weight) * F.silu(gate),
+        [normal(5, 33), normal(5, 33, seed=2), normal(33, seed=3)],
+        needed,
+    )
+
+
+def test_gated_rms_norm_of_strided_rows() -> None:
+    """x and gate as slices of one projection."""
+    assert_exact(
+        lambda both, weight: gated_rms_norm(both[..., :16], both[..., 16:], weight, EPS),
+        lambda both, weight: original_norm(both[..., :16], weight) * F.silu(both[..., 16:]),
+        [normal(2, 5, 32), normal(16)],
+    )
+
+
+def original_gating(a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
+    return -a_log.to(wide(a)).exp() * F.softplus(a.to(wide(a)) + dt_bias), torch.sigmoid(b)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 32), (7, 5), (2, 5, 16)], ids=str)
+def test_delta_gating(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    heads = shape[-1]
+    inputs = [normal(*shape, dtype=dtype), normal(*shape, dtype=dtype, seed=2), normal(heads, seed=3), normal(heads)]
+    assert_exact(delta_gating, original_gating, inputs)
+
+
+@pytest.mark.parametrize("needed", some(4))
+def test_delta_gating_gradients_asked_for(needed: tuple[bool, ...]) -> None:
+    assert_exact(
+        delta_gating, original_gating, [normal(5, 6), normal(5, 6, seed=2), normal(6), normal(6, seed=2)], needed
+    )
+
+
+def test_delta_gating_of_far_values() -> None:
+    a = torch.tensor([[-80.0, -15.0, 0.0, 15.0, 80.0]])
+    g, _ = delta_gating(a, a, torch.zeros(5), torch.zeros(5))
+    torch.testing.assert_close(g.double(), -F.softplus(a.double(), threshold=1000), rtol=1e-6, atol=0)
