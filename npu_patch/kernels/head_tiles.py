@@ -59,3 +59,22 @@ def gammas(
             column = tl.arange(0, REST)
             rest = load_gamma(weight + ROTARY, column, column < HEAD_DIM - ROTARY, GAMMA)
     return first, second, rest
+
+
+@triton.jit
+def store_sums(
+    row,
+    sum1,
+    sum2,
+    sum3,
+    HEAD_DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+):
+    column = tl.arange(0, HALF)
+    tl.store(row + column, tl.sum(sum1, 0), mask=column < ROTARY // 2)
+    tl.store(row + ROTARY // 2 + column, tl.sum(sum2, 0), mask=column < ROTARY // 2)
+    if REST > 0:
+        column = tl.arange(0, REST)
+        tl.store(row + ROTARY + column, tl.sum(sum3, 0), mask=column < HEAD_DIM - ROTARY)

@@ -7,7 +7,7 @@ rotate-half moves nothing. The offset of a block is one int64; offsets within it
 import triton
 import triton.language as tl
 
-from npu_patch.kernels.head_tiles import gammas, places, table
+from npu_patch.kernels.head_tiles import gammas, places, store_sums, table
 
 
 @triton.jit
@@ -242,10 +242,10 @@ def backward(
             )
     if NEEDS_Q_WEIGHT:
         row = partial + tl.program_id(0).to(tl.int64) * (2 * HEAD_DIM)
-        _store_sums(row, q_sum1, q_sum2, q_sum3, HEAD_DIM, ROTARY, HALF, REST)
+        store_sums(row, q_sum1, q_sum2, q_sum3, HEAD_DIM, ROTARY, HALF, REST)
     if NEEDS_K_WEIGHT:
         row = partial + tl.program_id(0).to(tl.int64) * (2 * HEAD_DIM) + HEAD_DIM
-        _store_sums(row, k_sum1, k_sum2, k_sum3, HEAD_DIM, ROTARY, HALF, REST)
+        store_sums(row, k_sum1, k_sum2, k_sum3, HEAD_DIM, ROTARY, HALF, REST)
 
 
 @triton.jit
@@ -386,22 +386,3 @@ def _zeros(BLOCK_H: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr):
     second = tl.zeros([BLOCK_H, HALF], tl.float32)
     rest = tl.zeros([BLOCK_H, REST if REST > 0 else 1], tl.float32)
     return first, second, rest
-
-
-@triton.jit
-def _store_sums(
-    row,
-    sum1,
-    sum2,
-    sum3,
-    HEAD_DIM: tl.constexpr,
-    ROTARY: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-):
-    column = tl.arange(0, HALF)
-    tl.store(row + column, tl.sum(sum1, 0), mask=column < ROTARY // 2)
-    tl.store(row + ROTARY // 2 + column, tl.sum(sum2, 0), mask=column < ROTARY // 2)
-    if REST > 0:
-        column = tl.arange(0, REST)
-        tl.store(row + ROTARY + column, tl.sum(sum3, 0), mask=column < HEAD_DIM - ROTARY)
