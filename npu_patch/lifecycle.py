@@ -226,6 +226,7 @@ class _Walk:
             self._failed(patch, site.label, error)
 
     def _rebind(self, patch: Patch, choice: Choice, site: Site, replacement: Replacement, layers: int | None) -> None:
+        choice = replacement.choice or choice
         outcome = Outcome(
             patch.name,
             site.label,

@@ -17,11 +17,15 @@ class Calls:
 
     `active` turns false when the site is restored: a reference to the replacement that somebody captured meanwhile
     (a hook's bound method, a `from ... import`) then behaves as the original.
+    A replacement with several implementations counts in `ran_by` which one ran, and says in `declined` why another was
+    passed over when it was last asked.
     """
 
     active: bool = True
     ran: int = 0
     fell_through: Counter[str] = field(default_factory=Counter)
+    ran_by: Counter[str] = field(default_factory=Counter)
+    declined: dict[str, str] = field(default_factory=dict)
 
     def deactivate(self) -> None:
         self.active = False
@@ -49,9 +53,10 @@ class Outcome:
             "reason": self.reason,
             "variant": self.variant,
             "implementation": self.implementation,
-            "declined": dict(self.declined),
+            "declined": {**self.declined, **self.calls.declined},
             "layers": self.layers,
             "ran": self.calls.ran,
+            "ran_by": dict(self.calls.ran_by),
             "fell_through": dict(self.calls.fell_through),
         }
 
@@ -112,7 +117,7 @@ def _rows(outcomes: Iterable[Outcome]) -> list[tuple[str, ...]]:
 def _row(members: list[Outcome]) -> tuple[str, ...]:
     first = members[0]
     layers = [member.layers for member in members if member.layers is not None]
-    what = f"{first.variant} -> {first.implementation}" if first.status == PATCHED else first.reason
+    what = f"{first.variant} -> {_implementations(members)}" if first.status == PATCHED else first.reason
     fell_through: Counter[str] = sum((member.calls.fell_through for member in members), Counter())
     reasons = "; ".join(f"{count} ({reason})" for reason, count in fell_through.most_common())
     return (
@@ -124,6 +129,17 @@ def _row(members: list[Outcome]) -> tuple[str, ...]:
         str(sum(member.calls.ran for member in members)) if first.status == PATCHED else "-",
         reasons or ("0" if first.status == PATCHED else "-"),
     )
+
+
+def _implementations(members: list[Outcome]) -> str:
+    """The one chosen; after a forward pass those that ran, and why the chosen one did not."""
+    chosen = members[0].implementation
+    ran_by: Counter[str] = sum((member.calls.ran_by for member in members), Counter())
+    if not ran_by or list(ran_by) == [chosen]:
+        return chosen
+    names = ", ".join(f"{name} ({count})" for name, count in ran_by.most_common())
+    declined = [member.calls.declined[chosen] for member in members if chosen in member.calls.declined]
+    return f"{names}, not {chosen} ({declined[0]})" if declined and chosen not in ran_by else names
 
 
 def _names(members: list[Outcome], most: int = 3) -> str:

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+
+from npu_patch.probe.gated_delta_reference import recurrence
 
 
 def loss_and_gradients(model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -31,10 +39,29 @@ def token_losses(model: torch.nn.Module, ids: Tensor) -> Tensor:
 
 
 def in_float64(model: torch.nn.Module) -> torch.nn.Module:
-    """A float64 copy on the CPU. Experts run eagerly: torch's grouped product has no float64."""
+    """A float64 copy on the CPU. Experts run eagerly: torch's grouped product has no float64. Gated delta nets, which
+    cast to float32 themselves, run by definition."""
     copied = copy.deepcopy(model).cpu().double()
     for module in copied.modules():
+        file = sys.modules[type(module).__module__]
+        if "GatedDeltaNet" in type(module).__name__ and hasattr(file, "torch_chunk_gated_delta_rule"):
+            module.forward = functools.partial(_by_definition, module.forward, file)
         config = getattr(module, "config", None)
         if hasattr(config, "_experts_implementation_internal"):
             config._experts_implementation_internal = "eager"
     return copied
+
+
+def _by_definition(forward: Callable[..., Tensor], file: ModuleType, *args: Any, **kwargs: Any) -> Tensor:
+    with (
+        mock.patch.object(file, "torch_chunk_gated_delta_rule", _rule_by_definition),
+        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+    ):
+        return forward(*args, **kwargs)
+
+
+def _rule_by_definition(
+    query: Tensor, key: Tensor, value: Tensor, *, g: Tensor, beta: Tensor, output_final_state: bool, **_: Any
+) -> tuple[Tensor, Tensor | None]:
+    o, final = recurrence(query, key, value, g, beta, normalize=True)
+    return o, final if output_final_state else None

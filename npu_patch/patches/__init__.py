@@ -1,6 +1,13 @@
 """The catalogue: one module per switch. `apply()` walks `CATALOGUE` in order."""
 
-from npu_patch.patches import attention, experts, rms_norm, rope, swiglu
+from npu_patch.patches import attention, experts, gated_delta_net, rms_norm, rope, swiglu
 from npu_patch.patches.patch import Patch
 
-CATALOGUE: tuple[Patch, ...] = (rms_norm.PATCH, rope.PATCH, swiglu.PATCH, attention.PATCH, experts.PATCH)
+CATALOGUE: tuple[Patch, ...] = (
+    rms_norm.PATCH,
+    rope.PATCH,
+    swiglu.PATCH,
+    attention.PATCH,
+    experts.PATCH,
+    gated_delta_net.PATCH,
+)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from npu_patch.ops.implementation import Implementation
+from npu_patch.ops.implementation import Choice, Implementation
 from npu_patch.outcome import Calls
 from npu_patch.sites import LiveModules, Site
 from npu_patch.switches import Switches
@@ -31,11 +31,15 @@ class Context:
 
 @dataclass(frozen=True)
 class Replacement:
-    """What takes the place of a site's original, and the variant that the original was observed to compute."""
+    """What takes the place of a site's original, and the variant that the original was observed to compute.
+
+    `choice`: of this site's implementations, where a patch has sites of several ops.
+    """
 
     function: Callable[..., Any]
     variant: str
     calls: Calls
+    choice: Choice | None = None
 
 
 @dataclass(frozen=True)
