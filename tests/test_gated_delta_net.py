@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+import statistics
 from typing import Any
 from unittest import mock
 
@@ -67,6 +68,24 @@ def test_generation_token_for_token(family: str, npu: torch.device) -> None:
     assert torch.equal(found, expected)
     assert counted(report) == dict(zip(NAMES, (1, 11, 1, 11), strict=True))
     assert not any(outcome.calls.fell_through for outcome in report)
+
+
+def test_training_under_autocast(npu: torch.device) -> None:
+    """As Trainer(bf16=True) trains a float32 model; over several, since roundings favour either in one."""
+    ratios = []
+    for seed in range(4):
+        model = tiny("qwen3_5", seed=seed)
+        batch = tiny_batch(length=70, seed=seed)
+        exact = loss_and_gradients(in_float64(model), batch)
+        model = model.to(npu)
+        with torch.autocast("npu", torch.bfloat16):
+            original = loss_and_gradients(model, batch)
+            with applied(model) as report:
+                patched = loss_and_gradients(model, batch)
+        assert not any(outcome.calls.fell_through for outcome in report)
+        errors = [[relative_error(found[name], exact[name]) for name in exact] for found in (patched, original)]
+        ratios += [ours / original for ours, original in zip(*errors, strict=True)]
+    assert statistics.geometric_mean(ratios) < 1.1
 
 
 def test_launches_of_a_step(npu: torch.device, simulated: None) -> None:

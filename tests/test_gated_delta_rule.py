@@ -276,6 +276,21 @@ def test_steps_continue_a_prefill() -> None:
     assert relative_error(torch.cat(steps, 1), o) < 1e-12
 
 
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_autocast_rounds_nothing_inside(tokens: int, npu: torch.device) -> None:
+    """Mixed precision hands over rounded arguments; the states stay in float32."""
+    arguments = [x.to(npu).requires_grad_() for x in make(tokens, states=1)]
+    rule = recurrent_gated_delta_rule if tokens == 1 else chunk_gated_delta_rule
+
+    def results(autocast: bool) -> list[Tensor]:
+        with torch.autocast("npu", torch.bfloat16, enabled=autocast):
+            o, final = rule(*arguments[:5], initial_state=arguments[5], output_final_state=True)
+        return [o, final, *torch.autograd.grad(o.square().sum() + final.square().sum(), arguments)]
+
+    expected, found = results(autocast=False), results(autocast=True)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 def test_arguments_of_any_memory_layout() -> None:
     arguments = make(40, batch=2, dtype=torch.float64)
     strided = [x if x is None else x.transpose(1, -1).contiguous().transpose(1, -1) for x in arguments]

@@ -357,9 +357,9 @@ def test_sixty_layers_on_meta_take_under_a_second_and_no_random_number(npu: torc
         model = tiny("qwen3", num_hidden_layers=60)
     states = torch.get_rng_state(), torch.npu.get_rng_state()
     allocated = torch.npu.memory_allocated()
-    started = time.perf_counter()
+    started = time.process_time()  # not the clock: the machine may be busy with something else
     report = npu_patch.apply(model)
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 1.0
     assert torch.equal(torch.get_rng_state(), states[0])
     assert torch.equal(torch.npu.get_rng_state(), states[1])
     assert torch.npu.memory_allocated() <= allocated  # less, if an earlier test left garbage

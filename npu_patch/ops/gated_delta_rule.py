@@ -79,11 +79,27 @@ def recurrent_gated_delta_rule(
         )
     _check(q, k, v, g, beta, initial_state, cu_seqlens)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
+    with _no_autocast(q):
+        return _step(q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel)
+
+
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    normalize: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """One token."""
     batch, _, key_heads, width = k.shape
     heads, value_width = v.shape[2:]
     dtype = torch.promote_types(q.dtype, torch.float32)
     qk = torch.cat((q, k), 1).transpose(1, 2).to(dtype)  # [B, Hk, 2, K]
-    if use_qk_l2norm_in_kernel:
+    if normalize:
         qk = qk * torch.rsqrt((qk * qk).sum(-1, keepdim=True) + NORM_EPS)
     qk = qk[:, :, None].expand(-1, -1, heads // key_heads, -1, -1).reshape(-1, 2, width)
     beta, v = beta.reshape(-1, 1, 1).to(dtype), v.reshape(-1, 1, value_width).to(dtype)
@@ -123,7 +139,8 @@ class _ChunkGatedDeltaRule(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.options = scale, normalize, tiling
         problem = _problem(q, k, v, g, beta, initial_state, cu_seqlens, *ctx.options)
-        o, final, inverse = algebra.forward(problem, wants_final)
+        with _no_autocast(q):
+            o, final, inverse = algebra.forward(problem, wants_final)
         ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, inverse)
         return o, final
 
@@ -133,8 +150,15 @@ class _ChunkGatedDeltaRule(torch.autograd.Function):
         *arguments, inverse = ctx.saved_tensors
         if do is None and d_final is None:
             return (None,) * 11
-        gradients = algebra.backward(_problem(*arguments, *ctx.options), inverse, do, d_final, ctx.needs_input_grad[:6])
+        problem = _problem(*arguments, *ctx.options)
+        with _no_autocast(problem.q):
+            gradients = algebra.backward(problem, inverse, do, d_final, ctx.needs_input_grad[:6])
         return *gradients, None, None, None, None, None
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Autocast would round the operands of every product."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _problem(
