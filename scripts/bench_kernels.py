@@ -1,7 +1,7 @@
 """Times the Triton kernels on a CUDA device against eager transformers, torch, Liger-Kernel and the copy limit.
 
     python scripts/bench_kernels.py --output out/kernels              # table, kernels.json and kernels.png
-    python scripts/bench_kernels.py --only "qk norm" swiglu --tune    # the best tile of each kernel first
+    python scripts/bench_kernels.py --only "qk norm + rope" swiglu --tune    # the best tile of each kernel first
 
 Each variant is checked first: the relative error (norm of the difference over the norm) of every result and gradient
 against float64, which for ours may be 1.1 times that of eager at most. Then the variants are timed in turns, forward
@@ -59,7 +59,7 @@ def main() -> None:
     )
     right = True
     for case in all_cases(options.tokens, dtype, device):
-        if options.only and not any(case.name.startswith(name) for name in options.only):
+        if options.only and case.name not in options.only:
             continue
         record["cases"][case.name] = found = {"bytes": {FORWARD: case.bytes_forward, BOTH: case.bytes_both}}
         found["error"] = errors(case)
@@ -85,8 +85,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=15, help="timings of each variant, of which the median is taken")
     parser.add_argument("--calls", type=int, default=8, help="calls in one timing")
     parser.add_argument("--sets", type=int, default=3, help="sets of inputs, used in turn")
-    parser.add_argument("--only", nargs="+", help="beginnings of the names of cases")
+    parser.add_argument("--only", nargs="+", help="names of cases")
     parser.add_argument("--tune", action="store_true", help="try tiles first; the best are used and printed")
+    parser.add_argument("--tune-seconds", type=float, default=40, help="for each of a case's two kernels")
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
 
@@ -181,31 +182,55 @@ def between_events(run: Callable[[], Any], calls: int) -> float:
     return start.elapsed_time(end) / calls
 
 
+TRIALS = {  # of each setting of a tile; programs matter only to a backward that leaves partial sums
+    "FORWARD": {
+        "heads": (2, 4, 8, 16, 32),
+        "elements": (1024, 2048, 4096, 8192),
+        "elements_per_thread": (8, 16, 32, 64),
+        "stages": (1, 2, 3),
+    },
+    "BACKWARD": {
+        "heads": (2, 4, 8, 16, 32),
+        "elements": (1024, 2048, 4096, 8192),
+        "programs": (1, 2, 3, 4, 6, 8),
+        "elements_per_thread": (8, 16, 32, 64),
+        "stages": (1, 2, 3),
+    },
+}
+
+
 def tune(case: Case, options: argparse.Namespace) -> dict[str, dict[str, int]]:
-    """Tries tiles for our forward, then for our backward; leaves the best in place."""
+    """Tries tiles for our forward, then for our backward, one setting after the other, twice over or until the time
+    is up; leaves the best in place."""
     if case.tiles is None:
         return {}
     module = importlib.import_module(case.tiles)
     quick = argparse.Namespace(**{**vars(options), "samples": 5})
     best = {}
-    for which, mode, most_programs in (("FORWARD", FORWARD, (4,)), ("BACKWARD", BOTH, (2, 4, 8))):
-        given, tried = getattr(module, which), {}
-        for elements, per_thread, programs in itertools.product(
-            (1024, 2048, 4096, 8192), (8, 16, 32), most_programs if case.has_partial_sums else (4,)
-        ):
-            tile = dataclasses.replace(given, elements=elements, elements_per_thread=per_thread, programs=programs)
-            setattr(module, which, tile)
-            if times := timed(case, mode, quick, OURS):
-                tried[tile] = times[OURS]
+    for which, mode in (("FORWARD", FORWARD), ("BACKWARD", BOTH)):
+        given, until = getattr(module, which), time.monotonic() + options.tune_seconds
+        tried: dict[Any, float] = {}
+
+        def milliseconds(tile: Any) -> float:
+            if tile not in tried:  # noqa: B023
+                setattr(module, which, tile)  # noqa: B023
+                tried[tile] = timed(case, mode, quick, OURS).get(OURS, float("inf"))  # noqa: B023
+            return tried[tile]  # noqa: B023
+
+        chosen = given
+        for setting, values in (*TRIALS[which].items(), *TRIALS[which].items()):
+            if setting == "heads" and not case.name.startswith("qk"):
+                continue
+            if setting == "programs" and not case.has_partial_sums:
+                continue
+            trials = [chosen, *(dataclasses.replace(chosen, **{setting: value}) for value in values)]
+            chosen = min((tile for tile in trials if tile in tried or time.monotonic() < until), key=milliseconds)
+        setattr(module, which, chosen)
+        best[which] = dataclasses.asdict(chosen)
         ranked = sorted(tried.items(), key=lambda item: item[1])
-        setattr(module, which, ranked[0][0] if ranked else given)
-        best[which] = dataclasses.asdict(getattr(module, which))
         for tile, ms in [*ranked[:4], *((tile, ms) for tile, ms in ranked if tile == given)]:
-            print(
-                f"{case.name} {which}: {ms:.4f} ms with elements={tile.elements}, "
-                f"elements_per_thread={tile.elements_per_thread}, programs={tile.programs}"
-                f"{' (given)' if tile == given else ''}"
-            )
+            settings = ", ".join(f"{name}={getattr(tile, name)}" for name in TRIALS["BACKWARD"])
+            print(f"{case.name} {which}: {ms:.4f} ms with {settings}{' (given)' if tile == given else ''}")
     return best
 
 

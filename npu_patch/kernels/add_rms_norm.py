@@ -159,13 +159,14 @@ def _forward(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, BLOCK_D)
     if GAMMA > 0:
         gamma = load_gamma(weight, column, column < D, GAMMA)[None, :]
     column = column[None, :]
-    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK), tl.num_programs(0), num_stages=STAGES):
         first = tl.cast(block * BLOCK, tl.int64)
         inside = (row < rows - block * BLOCK) & (column < D)
         a = tl.load(x + first * x_row + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
@@ -200,6 +201,7 @@ def _backward(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """With n = x * rstd: d gamma = sum dy n, dx = d total + rstd (dy gamma - n mean(dy gamma n))."""
     row = tl.arange(0, BLOCK)[:, None]
@@ -208,7 +210,7 @@ def _backward(
         gamma = load_gamma(weight, column, column < D, GAMMA)[None, :]
     column = column[None, :]
     sums = tl.zeros([BLOCK_D], tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK), tl.num_programs(0), num_stages=STAGES):
         first = tl.cast(block * BLOCK, tl.int64)
         inside = (row < rows - block * BLOCK) & (column < D)
         n = tl.load(x + first * x_row + row * x_row + column, mask=inside, other=0.0).to(tl.float32)

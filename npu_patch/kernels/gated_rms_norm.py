@@ -131,13 +131,14 @@ def _forward(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, BLOCK_D)
     if GAMMA > 0:
         gamma = load_gamma(weight, column, column < D, GAMMA)[None, :]
     column = column[None, :]
-    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK), tl.num_programs(0), num_stages=STAGES):
         first = tl.cast(block * BLOCK, tl.int64)
         inside = (row < rows - block * BLOCK) & (column < D)
         n = tl.load(x + first * x_row + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
@@ -173,6 +174,7 @@ def _backward(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """With n = x * rstd, a = act(gate): d gate = dy n gamma a', and the norm's backward for dy a."""
     row = tl.arange(0, BLOCK)[:, None]
@@ -181,7 +183,7 @@ def _backward(
         gamma = load_gamma(weight, column, column < D, GAMMA)[None, :]
     column = column[None, :]
     sums = tl.zeros([BLOCK_D], tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK), tl.num_programs(0), num_stages=STAGES):
         first = tl.cast(block * BLOCK, tl.int64)
         inside = (row < rows - block * BLOCK) & (column < D)
         n = tl.load(x + first * x_row + row * x_row + column, mask=inside, other=0.0).to(tl.float32)

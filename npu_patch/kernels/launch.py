@@ -41,14 +41,16 @@ class Tile:
     """What suits one kernel, on either device.
 
     `bytes_per_element`: what the Ascend compiler plans on chip for each element of a tile, double buffers included.
-    On CUDA: `elements` of a program's tile, of one of its threads, and how many programs a multiprocessor gets where
-    each leaves a row of partial sums.
+    On CUDA: `elements` of a program's tile, of one of its threads, how many programs a multiprocessor gets where each
+    leaves a row of partial sums, how many turns of its loop are in flight, and the most heads in a tile of heads.
     """
 
     bytes_per_element: int
     elements: int
     elements_per_thread: int = 32
     programs: int = 4
+    stages: int = 1
+    heads: int = 1024
 
 
 @functools.lru_cache
@@ -78,6 +80,11 @@ def tile_rows(machine: Machine, tile: Tile, row: int, rows: int) -> int:
     room = machine.on_chip_bytes // tile.bytes_per_element if machine.on_chip_bytes else tile.elements
     fair = power_of_two(-(-rows // machine.cores))
     return max(1, min(_power_of_two_within(max(1, room // row)), fair))
+
+
+def stages(machine: Machine, tile: Tile) -> int:
+    """How many turns of a loop are in flight. Ascend's compiler double-buffers by itself."""
+    return tile.stages if machine.device_type == "cuda" else 1
 
 
 def power_of_two(length: int) -> int:

@@ -9,15 +9,20 @@ from torch import Tensor
 
 from npu_patch.kernels import launch
 
-BLOCK_ROWS, BLOCK_COLUMNS = 32, 64
-TILE = launch.Tile(bytes_per_element=16, elements=BLOCK_ROWS * BLOCK_COLUMNS)
+# Rows and columns of a tile. A CUDA device has hundreds of rows to add: few columns make many programs, and many rows
+# at once few waits for memory.
+BLOCKS = {"cuda": (256, 16)}
+OTHER_BLOCKS = (32, 64)
+TILE = launch.Tile(bytes_per_element=16, elements=2048)
 
 
 def sum_rows(partial: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum of float32 `[P, N]` over P, rounded once to `dtype`: `[N]`. One launch."""
     rows, columns = partial.shape
+    machine = launch.machine_of(partial.device)
+    block_rows, block_columns = BLOCKS.get(machine.device_type, OTHER_BLOCKS)
     total = torch.empty(columns, dtype=dtype, device=partial.device)
-    grid = launch.programs(launch.machine_of(partial.device), triton.cdiv(columns, BLOCK_COLUMNS), TILE)
+    grid = launch.programs(machine, triton.cdiv(columns, block_columns), TILE)
     launch.launch(
         _sum_rows,
         partial.device,
@@ -27,8 +32,8 @@ def sum_rows(partial: Tensor, dtype: torch.dtype) -> Tensor:
         rows,
         columns,
         num_warps=4,
-        BLOCK_ROWS=BLOCK_ROWS,
-        BLOCK_COLUMNS=BLOCK_COLUMNS,
+        BLOCK_ROWS=block_rows,
+        BLOCK_COLUMNS=block_columns,
     )
     return total
 

@@ -255,7 +255,8 @@ def _tiling(q: Tensor, k: Tensor, cos: Tensor, tile: launch.Tile) -> _Tiling:
     rest = launch.width(machine, head_dim - rotary) if rotary < head_dim else 0
     row = 2 * half + rest
     at_once = launch.tile_rows(machine, tile, row, batch * length * q_heads)
-    q_block, k_block = _head_block(q_heads, at_once), _head_block(k_heads, at_once)
+    most = min(at_once, tile.heads) if machine.device_type == "cuda" else at_once
+    q_block, k_block = _head_block(q_heads, most), _head_block(k_heads, most)
     tokens = max(1, at_once // max(q_block, k_block))
     tokens = min(tokens, launch.power_of_two(length))
     constants = {
@@ -268,6 +269,7 @@ def _tiling(q: Tensor, k: Tensor, cos: Tensor, tile: launch.Tile) -> _Tiling:
         "BLOCK_K": k_block,
         "HALF": half,
         "REST": rest,
+        "STAGES": launch.stages(machine, tile),
     }
     return _Tiling(batch * triton.cdiv(length, tokens), launch.warps(tile, tokens * q_block * row), constants)
 

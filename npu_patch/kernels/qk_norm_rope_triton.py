@@ -44,6 +44,7 @@ def forward(
     BLOCK_K: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     q1, q2, q3 = gammas(q_weight, GAMMA, HEAD_DIM, ROTARY, HALF, REST)
     k1, k2, k3 = gammas(k_weight, GAMMA, HEAD_DIM, ROTARY, HALF, REST)
@@ -78,6 +79,7 @@ def forward(
             BLOCK_Q,
             HALF,
             REST,
+            STAGES,
         )
         _forward_heads(
             k + sequence * k_batch + token * k_token,
@@ -101,6 +103,7 @@ def forward(
             BLOCK_K,
             HALF,
             REST,
+            STAGES,
         )
 
 
@@ -157,6 +160,7 @@ def backward(
     BLOCK_K: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     q1, q2, q3 = gammas(q_weight, GAMMA, HEAD_DIM, ROTARY, HALF, REST)
     k1, k2, k3 = gammas(k_weight, GAMMA, HEAD_DIM, ROTARY, HALF, REST)
@@ -204,6 +208,7 @@ def backward(
                 BLOCK_Q,
                 HALF,
                 REST,
+                STAGES,
             )
         if NEEDS_K or NEEDS_K_WEIGHT:
             k_sum1, k_sum2, k_sum3 = _backward_heads(
@@ -239,6 +244,7 @@ def backward(
                 BLOCK_K,
                 HALF,
                 REST,
+                STAGES,
             )
     if NEEDS_Q_WEIGHT:
         row = partial + tl.program_id(0).to(tl.int64) * (2 * HEAD_DIM)
@@ -271,8 +277,9 @@ def _forward_heads(
     BLOCK_H: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    for start in range(0, HEADS, BLOCK_H):
+    for start in tl.range(0, HEADS, BLOCK_H, num_stages=STAGES):
         here, inside = places(x_token, x_head, start, left, ROTARY // 2, HEADS, BLOCK_T, BLOCK_H, HALF)
         x1 = tl.load(x + here, mask=inside, other=0.0).to(tl.float32)
         x2 = tl.load(x + here + ROTARY // 2, mask=inside, other=0.0).to(tl.float32)
@@ -334,9 +341,10 @@ def _backward_heads(
     BLOCK_H: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """With n = x * rstd and d = the rotation back of dy: d gamma = sum d n, dx = rstd (d gamma - n mean(d gamma n))."""
-    for start in range(0, HEADS, BLOCK_H):
+    for start in tl.range(0, HEADS, BLOCK_H, num_stages=STAGES):
         here, inside = places(x_token, x_head, start, left, ROTARY // 2, HEADS, BLOCK_T, BLOCK_H, HALF)
         x1 = tl.load(x + here, mask=inside, other=0.0).to(tl.float32)
         x2 = tl.load(x + here + ROTARY // 2, mask=inside, other=0.0).to(tl.float32)

@@ -15,9 +15,10 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def row_tiling(rows: Tensor, tile: launch.Tile, leave_partial_sums: bool = False) -> tuple[int, dict[str, Any]]:
-    """The grid, and BLOCK rows by BLOCK_D columns of a tile."""
+    """The grid, and BLOCK rows by BLOCK_D columns of a tile, STAGES of which are in flight."""
     machine = launch.machine_of(rows.device)
     block_d = launch.width(machine, rows.shape[1])
     block = launch.tile_rows(machine, tile, block_d, rows.shape[0])
     grid = launch.programs(machine, -(-rows.shape[0] // block), tile, leave_partial_sums)
-    return grid, {"BLOCK": block, "BLOCK_D": block_d, "num_warps": launch.warps(tile, block * block_d)}
+    constants = {"BLOCK": block, "BLOCK_D": block_d, "STAGES": launch.stages(machine, tile)}
+    return grid, constants | {"num_warps": launch.warps(tile, block * block_d)}
