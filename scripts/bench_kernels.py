@@ -184,13 +184,11 @@ def between_events(run: Callable[[], Any], calls: int) -> float:
 
 TRIALS = {  # of each setting of a tile; programs matter only to a backward that leaves partial sums
     "FORWARD": {
-        "heads": (2, 4, 8, 16, 32),
         "elements": (1024, 2048, 4096, 8192),
         "elements_per_thread": (8, 16, 32, 64),
         "stages": (1, 2, 3),
     },
     "BACKWARD": {
-        "heads": (2, 4, 8, 16, 32),
         "elements": (1024, 2048, 4096, 8192),
         "programs": (1, 2, 3, 4, 6, 8),
         "elements_per_thread": (8, 16, 32, 64),
@@ -219,8 +217,6 @@ def tune(case: Case, options: argparse.Namespace) -> dict[str, dict[str, int]]:
 
         chosen = given
         for setting, values in (*TRIALS[which].items(), *TRIALS[which].items()):
-            if setting == "heads" and not case.name.startswith("qk"):
-                continue
             if setting == "programs" and not case.has_partial_sums:
                 continue
             trials = [chosen, *(dataclasses.replace(chosen, **{setting: value}) for value in values)]

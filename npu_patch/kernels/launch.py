@@ -42,7 +42,7 @@ class Tile:
 
     `bytes_per_element`: what the Ascend compiler plans on chip for each element of a tile, double buffers included.
     On CUDA: `elements` of a program's tile, of one of its threads, how many programs a multiprocessor gets where each
-    leaves a row of partial sums, how many turns of its loop are in flight, and the most heads in a tile of heads.
+    leaves a row of partial sums, and how many turns of its loop are in flight.
     """
 
     bytes_per_element: int
@@ -50,7 +50,6 @@ class Tile:
     elements_per_thread: int = 32
     programs: int = 4
     stages: int = 1
-    heads: int = 1024
 
 
 @functools.lru_cache

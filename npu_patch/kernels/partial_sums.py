@@ -11,7 +11,7 @@ from npu_patch.kernels import launch
 
 # Rows and columns of a tile. A CUDA device has hundreds of rows to add: few columns make many programs, and many rows
 # at once few waits for memory.
-BLOCKS = {"cuda": (256, 16)}
+BLOCKS = {"cuda": (64, 16)}
 OTHER_BLOCKS = (32, 64)
 TILE = launch.Tile(bytes_per_element=16, elements=2048)
 

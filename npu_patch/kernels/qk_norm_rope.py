@@ -20,7 +20,7 @@ from npu_patch.kernels.gamma import GAMMAS
 from npu_patch.kernels.partial_sums import sum_rows
 
 FORWARD = launch.Tile(bytes_per_element=24, elements=4096)
-BACKWARD = launch.Tile(bytes_per_element=40, elements=4096)
+BACKWARD = launch.Tile(bytes_per_element=40, elements=4096, programs=3)
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,8 @@ def forward(
         cos,
         sin,
         q.shape[1],
-        tiling.blocks,
+        tiling.q_blocks,
+        tiling.k_blocks,
         *q.stride()[:3],
         *k.stride()[:3],
         *_table_strides(cos),
@@ -212,7 +213,8 @@ def backward(
         dk,
         partial,
         q.shape[1],
-        tiling.blocks,
+        tiling.q_blocks,
+        tiling.k_blocks,
         *dq_out.stride()[:3],
         *dk_out.stride()[:3],
         *q.stride()[:3],
@@ -240,11 +242,16 @@ def backward(
 
 @dataclass(frozen=True)
 class _Tiling:
-    """A tile is `BLOCK_T` tokens of one sequence by some heads by half of the rotated elements."""
+    """A tile is some tokens of one sequence by some heads of q, or of k, by half of the rotated elements."""
 
-    blocks: int
+    q_blocks: int
+    k_blocks: int
     num_warps: int
     constants: dict[str, int]
+
+    @property
+    def blocks(self) -> int:
+        return self.q_blocks + self.k_blocks
 
 
 def _tiling(q: Tensor, k: Tensor, cos: Tensor, tile: launch.Tile) -> _Tiling:
@@ -254,24 +261,28 @@ def _tiling(q: Tensor, k: Tensor, cos: Tensor, tile: launch.Tile) -> _Tiling:
     half = launch.width(machine, rotary // 2)
     rest = launch.width(machine, head_dim - rotary) if rotary < head_dim else 0
     row = 2 * half + rest
-    at_once = launch.tile_rows(machine, tile, row, batch * length * q_heads)
-    most = min(at_once, tile.heads) if machine.device_type == "cuda" else at_once
-    q_block, k_block = _head_block(q_heads, most), _head_block(k_heads, most)
-    tokens = max(1, at_once // max(q_block, k_block))
-    tokens = min(tokens, launch.power_of_two(length))
+
+    def block(heads: int) -> tuple[int, int]:
+        at_once = launch.tile_rows(machine, tile, row, batch * length * heads)
+        head_block = _head_block(heads, at_once)
+        return head_block, min(max(1, at_once // head_block), launch.power_of_two(length))
+
+    (q_block, q_tokens), (k_block, k_tokens) = block(q_heads), block(k_heads)
     constants = {
         "Q_HEADS": q_heads,
         "K_HEADS": k_heads,
         "HEAD_DIM": head_dim,
         "ROTARY": rotary,
-        "BLOCK_T": tokens,
+        "Q_TOKENS": q_tokens,
+        "K_TOKENS": k_tokens,
         "BLOCK_Q": q_block,
         "BLOCK_K": k_block,
         "HALF": half,
         "REST": rest,
         "STAGES": launch.stages(machine, tile),
     }
-    return _Tiling(batch * triton.cdiv(length, tokens), launch.warps(tile, tokens * q_block * row), constants)
+    blocks = [batch * triton.cdiv(length, tokens) for tokens in (q_tokens, k_tokens)]
+    return _Tiling(*blocks, launch.warps(tile, q_tokens * q_block * row), constants)
 
 
 def _head_block(heads: int, most: int) -> int:

@@ -1,7 +1,8 @@
 """The Triton sources of `qk_norm_rope`: a tile is some tokens of one sequence by some heads by half of what is rotated.
 
 A head is held as the first half of its rotated elements, the second half, and the rest, each a tile of its own, so that
-rotate-half moves nothing. The offset of a block is one int64; offsets within it are int32.
+rotate-half moves nothing. The offset of a block is one int64; offsets within it are int32. The blocks of k are numbered
+after those of q, and dealt to the programs in turn: tiles of both are full, however few heads k has.
 """
 
 import triton
@@ -21,7 +22,8 @@ def forward(
     cos,
     sin,
     length,
-    blocks,
+    q_blocks,
+    k_blocks,
     q_batch,
     q_token,
     q_head,
@@ -39,71 +41,71 @@ def forward(
     K_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     ROTARY: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    Q_TOKENS: tl.constexpr,
+    K_TOKENS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    q1, q2, q3 = gammas(q_weight, GAMMA, HEAD_DIM, ROTARY, HALF, REST)
-    k1, k2, k3 = gammas(k_weight, GAMMA, HEAD_DIM, ROTARY, HALF, REST)
-    per_sequence = tl.cdiv(length, BLOCK_T)
-    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        sequence = tl.cast(block // per_sequence, tl.int64)
-        first = (block % per_sequence) * BLOCK_T
-        left = length - first
-        token = tl.cast(first, tl.int64)
-        c1, c2 = table(cos + sequence * cos_batch + token * cos_token, cos_token, left, ROTARY, BLOCK_T, HALF)
-        s1, s2 = table(sin + sequence * sin_batch + token * sin_token, sin_token, left, ROTARY, BLOCK_T, HALF)
-        out_token = sequence * length + token
-        _forward_heads(
-            q + sequence * q_batch + token * q_token,
-            q_out + out_token * (Q_HEADS * HEAD_DIM),
+    g1, g2, g3 = gammas(q_weight, GAMMA, HEAD_DIM, ROTARY, HALF, REST)
+    for block in tl.range(tl.program_id(0), q_blocks, tl.num_programs(0), num_stages=STAGES):
+        _forward_tile(
+            q,
+            q_out,
+            cos,
+            sin,
+            block,
+            length,
+            q_batch,
             q_token,
             q_head,
-            left,
+            cos_batch,
+            cos_token,
+            sin_batch,
+            sin_token,
             q_eps,
-            q1,
-            q2,
-            q3,
-            c1,
-            c2,
-            s1,
-            s2,
+            g1,
+            g2,
+            g3,
             GAMMA,
             Q_HEADS,
             HEAD_DIM,
             ROTARY,
-            BLOCK_T,
+            Q_TOKENS,
             BLOCK_Q,
             HALF,
             REST,
-            STAGES,
         )
-        _forward_heads(
-            k + sequence * k_batch + token * k_token,
-            k_out + out_token * (K_HEADS * HEAD_DIM),
+    g1, g2, g3 = gammas(k_weight, GAMMA, HEAD_DIM, ROTARY, HALF, REST)
+    for block in tl.range(_first_after(q_blocks), k_blocks, tl.num_programs(0), num_stages=STAGES):
+        _forward_tile(
+            k,
+            k_out,
+            cos,
+            sin,
+            block,
+            length,
+            k_batch,
             k_token,
             k_head,
-            left,
+            cos_batch,
+            cos_token,
+            sin_batch,
+            sin_token,
             k_eps,
-            k1,
-            k2,
-            k3,
-            c1,
-            c2,
-            s1,
-            s2,
+            g1,
+            g2,
+            g3,
             GAMMA,
             K_HEADS,
             HEAD_DIM,
             ROTARY,
-            BLOCK_T,
+            K_TOKENS,
             BLOCK_K,
             HALF,
             REST,
-            STAGES,
         )
 
 
@@ -121,7 +123,8 @@ def backward(
     dk,
     partial,
     length,
-    blocks,
+    q_blocks,
+    k_blocks,
     dq_out_batch,
     dq_out_token,
     dq_out_head,
@@ -155,120 +158,134 @@ def backward(
     K_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     ROTARY: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    Q_TOKENS: tl.constexpr,
+    K_TOKENS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    q1, q2, q3 = gammas(q_weight, GAMMA, HEAD_DIM, ROTARY, HALF, REST)
-    k1, k2, k3 = gammas(k_weight, GAMMA, HEAD_DIM, ROTARY, HALF, REST)
-    q_sum1, q_sum2, q_sum3 = _zeros(BLOCK_Q, HALF, REST)
-    k_sum1, k_sum2, k_sum3 = _zeros(BLOCK_K, HALF, REST)
-    per_sequence = tl.cdiv(length, BLOCK_T)
-    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        sequence = tl.cast(block // per_sequence, tl.int64)
-        first = (block % per_sequence) * BLOCK_T
-        left = length - first
-        token = tl.cast(first, tl.int64)
-        c1, c2 = table(cos + sequence * cos_batch + token * cos_token, cos_token, left, ROTARY, BLOCK_T, HALF)
-        s1, s2 = table(sin + sequence * sin_batch + token * sin_token, sin_token, left, ROTARY, BLOCK_T, HALF)
-        if NEEDS_Q or NEEDS_Q_WEIGHT:
-            q_sum1, q_sum2, q_sum3 = _backward_heads(
-                dq_out + sequence * dq_out_batch + token * dq_out_token,
-                q + sequence * q_batch + token * q_token,
+    if NEEDS_Q or NEEDS_Q_WEIGHT:
+        g1, g2, g3 = gammas(q_weight, GAMMA, HEAD_DIM, ROTARY, HALF, REST)
+        sum1, sum2, sum3 = _zeros(BLOCK_Q, HALF, REST)
+        for block in tl.range(tl.program_id(0), q_blocks, tl.num_programs(0), num_stages=STAGES):
+            sum1, sum2, sum3 = _backward_tile(
+                dq_out,
+                q,
                 dq,
-                sequence * dq_batch + token * dq_token,
+                cos,
+                sin,
+                block,
+                length,
+                dq_out_batch,
                 dq_out_token,
                 dq_out_head,
+                q_batch,
                 q_token,
                 q_head,
+                dq_batch,
                 dq_token,
                 dq_head,
-                left,
+                cos_batch,
+                cos_token,
+                sin_batch,
+                sin_token,
                 q_eps,
-                q1,
-                q2,
-                q3,
-                c1,
-                c2,
-                s1,
-                s2,
-                q_sum1,
-                q_sum2,
-                q_sum3,
+                g1,
+                g2,
+                g3,
+                sum1,
+                sum2,
+                sum3,
                 GAMMA,
                 NEEDS_Q,
                 NEEDS_Q_WEIGHT,
                 Q_HEADS,
                 HEAD_DIM,
                 ROTARY,
-                BLOCK_T,
+                Q_TOKENS,
                 BLOCK_Q,
                 HALF,
                 REST,
-                STAGES,
             )
-        if NEEDS_K or NEEDS_K_WEIGHT:
-            k_sum1, k_sum2, k_sum3 = _backward_heads(
-                dk_out + sequence * dk_out_batch + token * dk_out_token,
-                k + sequence * k_batch + token * k_token,
+        if NEEDS_Q_WEIGHT:
+            row = partial + tl.program_id(0).to(tl.int64) * (2 * HEAD_DIM)
+            store_sums(row, sum1, sum2, sum3, HEAD_DIM, ROTARY, HALF, REST)
+    if NEEDS_K or NEEDS_K_WEIGHT:
+        g1, g2, g3 = gammas(k_weight, GAMMA, HEAD_DIM, ROTARY, HALF, REST)
+        sum1, sum2, sum3 = _zeros(BLOCK_K, HALF, REST)
+        for block in tl.range(_first_after(q_blocks), k_blocks, tl.num_programs(0), num_stages=STAGES):
+            sum1, sum2, sum3 = _backward_tile(
+                dk_out,
+                k,
                 dk,
-                sequence * dk_batch + token * dk_token,
+                cos,
+                sin,
+                block,
+                length,
+                dk_out_batch,
                 dk_out_token,
                 dk_out_head,
+                k_batch,
                 k_token,
                 k_head,
+                dk_batch,
                 dk_token,
                 dk_head,
-                left,
+                cos_batch,
+                cos_token,
+                sin_batch,
+                sin_token,
                 k_eps,
-                k1,
-                k2,
-                k3,
-                c1,
-                c2,
-                s1,
-                s2,
-                k_sum1,
-                k_sum2,
-                k_sum3,
+                g1,
+                g2,
+                g3,
+                sum1,
+                sum2,
+                sum3,
                 GAMMA,
                 NEEDS_K,
                 NEEDS_K_WEIGHT,
                 K_HEADS,
                 HEAD_DIM,
                 ROTARY,
-                BLOCK_T,
+                K_TOKENS,
                 BLOCK_K,
                 HALF,
                 REST,
-                STAGES,
             )
-    if NEEDS_Q_WEIGHT:
-        row = partial + tl.program_id(0).to(tl.int64) * (2 * HEAD_DIM)
-        store_sums(row, q_sum1, q_sum2, q_sum3, HEAD_DIM, ROTARY, HALF, REST)
-    if NEEDS_K_WEIGHT:
-        row = partial + tl.program_id(0).to(tl.int64) * (2 * HEAD_DIM) + HEAD_DIM
-        store_sums(row, k_sum1, k_sum2, k_sum3, HEAD_DIM, ROTARY, HALF, REST)
+        if NEEDS_K_WEIGHT:
+            row = partial + tl.program_id(0).to(tl.int64) * (2 * HEAD_DIM) + HEAD_DIM
+            store_sums(row, sum1, sum2, sum3, HEAD_DIM, ROTARY, HALF, REST)
 
 
 @triton.jit
-def _forward_heads(
+def _first_after(blocks):
+    """This program's first block of those that are dealt out after `blocks` others."""
+    programs = tl.num_programs(0)
+    return (tl.program_id(0) + programs - blocks % programs) % programs
+
+
+@triton.jit
+def _forward_tile(
     x,
     y,
+    cos,
+    sin,
+    block,
+    length,
+    x_batch,
     x_token,
     x_head,
-    left,
+    cos_batch,
+    cos_token,
+    sin_batch,
+    sin_token,
     eps,
     g1,
     g2,
     g3,
-    c1,
-    c2,
-    s1,
-    s2,
     GAMMA: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -277,9 +294,17 @@ def _forward_heads(
     BLOCK_H: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    for start in tl.range(0, HEADS, BLOCK_H, num_stages=STAGES):
+    per_sequence = tl.cdiv(length, BLOCK_T)
+    sequence = tl.cast(block // per_sequence, tl.int64)
+    first = (block % per_sequence) * BLOCK_T
+    left = length - first
+    token = tl.cast(first, tl.int64)
+    c1, c2 = table(cos + sequence * cos_batch + token * cos_token, cos_token, left, ROTARY, BLOCK_T, HALF)
+    s1, s2 = table(sin + sequence * sin_batch + token * sin_token, sin_token, left, ROTARY, BLOCK_T, HALF)
+    x += sequence * x_batch + token * x_token
+    y += (sequence * length + token) * (HEADS * HEAD_DIM)
+    for start in range(0, HEADS, BLOCK_H):
         here, inside = places(x_token, x_head, start, left, ROTARY // 2, HEADS, BLOCK_T, BLOCK_H, HALF)
         x1 = tl.load(x + here, mask=inside, other=0.0).to(tl.float32)
         x2 = tl.load(x + here + ROTARY // 2, mask=inside, other=0.0).to(tl.float32)
@@ -308,26 +333,31 @@ def _forward_heads(
 
 
 @triton.jit
-def _backward_heads(
+def _backward_tile(
     dy,
     x,
     dx,
-    dx_start,
+    cos,
+    sin,
+    block,
+    length,
+    dy_batch,
     dy_token,
     dy_head,
+    x_batch,
     x_token,
     x_head,
+    dx_batch,
     dx_token,
     dx_head,
-    left,
+    cos_batch,
+    cos_token,
+    sin_batch,
+    sin_token,
     eps,
     g1,
     g2,
     g3,
-    c1,
-    c2,
-    s1,
-    s2,
     sum1,
     sum2,
     sum3,
@@ -341,10 +371,20 @@ def _backward_heads(
     BLOCK_H: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """With n = x * rstd and d = the rotation back of dy: d gamma = sum d n, dx = rstd (d gamma - n mean(d gamma n))."""
-    for start in tl.range(0, HEADS, BLOCK_H, num_stages=STAGES):
+    per_sequence = tl.cdiv(length, BLOCK_T)
+    sequence = tl.cast(block // per_sequence, tl.int64)
+    first = (block % per_sequence) * BLOCK_T
+    left = length - first
+    token = tl.cast(first, tl.int64)
+    c1, c2 = table(cos + sequence * cos_batch + token * cos_token, cos_token, left, ROTARY, BLOCK_T, HALF)
+    s1, s2 = table(sin + sequence * sin_batch + token * sin_token, sin_token, left, ROTARY, BLOCK_T, HALF)
+    x += sequence * x_batch + token * x_token
+    dy += sequence * dy_batch + token * dy_token
+    if NEEDS_X:
+        dx += sequence * dx_batch + token * dx_token
+    for start in range(0, HEADS, BLOCK_H):
         here, inside = places(x_token, x_head, start, left, ROTARY // 2, HEADS, BLOCK_T, BLOCK_H, HALF)
         x1 = tl.load(x + here, mask=inside, other=0.0).to(tl.float32)
         x2 = tl.load(x + here + ROTARY // 2, mask=inside, other=0.0).to(tl.float32)
@@ -380,11 +420,11 @@ def _backward_heads(
         if NEEDS_X:
             mean = (along * (1.0 / HEAD_DIM))[:, :, None]
             back, inside = places(dx_token, dx_head, start, left, ROTARY // 2, HEADS, BLOCK_T, BLOCK_H, HALF)
-            tl.store(dx + dx_start + back, rstd * (d1 - x1 * mean), mask=inside)
-            tl.store(dx + dx_start + back + ROTARY // 2, rstd * (d2 - x2 * mean), mask=inside)
+            tl.store(dx + back, rstd * (d1 - x1 * mean), mask=inside)
+            tl.store(dx + back + ROTARY // 2, rstd * (d2 - x2 * mean), mask=inside)
             if REST > 0:
                 back, inside = places(dx_token, dx_head, start, left, HEAD_DIM - ROTARY, HEADS, BLOCK_T, BLOCK_H, REST)
-                tl.store(dx + dx_start + back + ROTARY, rstd * (d3 - x3 * mean), mask=inside)
+                tl.store(dx + back + ROTARY, rstd * (d3 - x3 * mean), mask=inside)
     return sum1, sum2, sum3
 
 
