@@ -182,18 +182,11 @@ def between_events(run: Callable[[], Any], calls: int) -> float:
     return start.elapsed_time(end) / calls
 
 
-TRIALS = {  # of each setting of a tile; programs matter only to a backward that leaves partial sums
-    "FORWARD": {
-        "elements": (1024, 2048, 4096, 8192),
-        "elements_per_thread": (8, 16, 32, 64),
-        "stages": (1, 2, 3),
-    },
-    "BACKWARD": {
-        "elements": (1024, 2048, 4096, 8192),
-        "programs": (1, 2, 3, 4, 6, 8),
-        "elements_per_thread": (8, 16, 32, 64),
-        "stages": (1, 2, 3),
-    },
+TRIALS = {  # of each setting of a tile; programs matter only where they leave partial sums
+    "stages": (1, 2, 3),
+    "elements": (1024, 2048, 4096, 8192),
+    "elements_per_thread": (8, 16, 32, 64),
+    "programs": (1, 2, 3, 4, 6, 8),
 }
 
 
@@ -216,8 +209,8 @@ def tune(case: Case, options: argparse.Namespace) -> dict[str, dict[str, int]]:
             return tried[tile]  # noqa: B023
 
         chosen = given
-        for setting, values in (*TRIALS[which].items(), *TRIALS[which].items()):
-            if setting == "programs" and not case.has_partial_sums:
+        for setting, values in (*TRIALS.items(), *TRIALS.items()):
+            if setting == "programs" and (which == "FORWARD" or not case.has_partial_sums):
                 continue
             trials = [chosen, *(dataclasses.replace(chosen, **{setting: value}) for value in values)]
             chosen = min((tile for tile in trials if tile in tried or time.monotonic() < until), key=milliseconds)
@@ -225,7 +218,7 @@ def tune(case: Case, options: argparse.Namespace) -> dict[str, dict[str, int]]:
         best[which] = dataclasses.asdict(chosen)
         ranked = sorted(tried.items(), key=lambda item: item[1])
         for tile, ms in [*ranked[:4], *((tile, ms) for tile, ms in ranked if tile == given)]:
-            settings = ", ".join(f"{name}={getattr(tile, name)}" for name in TRIALS["BACKWARD"])
+            settings = ", ".join(f"{name}={getattr(tile, name)}" for name in TRIALS)
             print(f"{case.name} {which}: {ms:.4f} ms with {settings}{' (given)' if tile == given else ''}")
     return best
 
