@@ -26,12 +26,21 @@ def places(
 
 
 @triton.jit
-def table(table, token_stride, left, ROTARY: tl.constexpr, BLOCK_T: tl.constexpr, HALF: tl.constexpr):
-    """The two halves of cos or sin, float32 `[BLOCK_T, HALF]`."""
-    token = tl.arange(0, BLOCK_T)[:, None]
-    column = tl.arange(0, HALF)[None, :]
-    here = table + token * token_stride + column
-    inside = (token < left) & (column < ROTARY // 2)
+def table(
+    table,
+    token_stride,
+    left,
+    ROTARY: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    TABLE_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """The two halves of cos or sin, float32 `[BLOCK_T, TABLE_HEADS, HALF]`, the same for every head."""
+    token = tl.arange(0, BLOCK_T)[:, None, None]
+    head = tl.arange(0, TABLE_HEADS)[None, :, None]
+    column = tl.arange(0, HALF)[None, None, :]
+    here = table + token * token_stride + head * 0 + column
+    inside = (token < left) & (head < TABLE_HEADS) & (column < ROTARY // 2)
     first = tl.load(here, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(here + ROTARY // 2, mask=inside, other=0.0).to(tl.float32)
     return first, second

@@ -240,6 +240,9 @@ def backward(
     return (both[:head_dim] if needs_q_weight else None), (both[-head_dim:] if needs_k_weight else None)
 
 
+PER_HEAD = True
+
+
 @dataclass(frozen=True)
 class _Tiling:
     """A tile is some tokens of one sequence by some heads of q, or of k, by half of the rotated elements."""
@@ -262,6 +265,8 @@ def _tiling(q: Tensor, k: Tensor, cos: Tensor, tile: launch.Tile) -> _Tiling:
     rest = launch.width(machine, head_dim - rotary) if rotary < head_dim else 0
     row = 2 * half + rest
 
+    per_head = machine.device_type == "cuda" and PER_HEAD
+
     def block(heads: int) -> tuple[int, int]:
         at_once = launch.tile_rows(machine, tile, row, batch * length * heads)
         head_block = _head_block(heads, at_once)
@@ -279,6 +284,8 @@ def _tiling(q: Tensor, k: Tensor, cos: Tensor, tile: launch.Tile) -> _Tiling:
         "BLOCK_K": k_block,
         "HALF": half,
         "REST": rest,
+        "TABLE_Q": q_block if per_head else 1,
+        "TABLE_K": k_block if per_head else 1,
         "STAGES": launch.stages(machine, tile),
     }
     blocks = [batch * triton.cdiv(length, tokens) for tokens in (q_tokens, k_tokens)]

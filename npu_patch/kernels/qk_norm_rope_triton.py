@@ -47,6 +47,8 @@ def forward(
     BLOCK_K: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
+    TABLE_Q: tl.constexpr,
+    TABLE_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     g1, g2, g3 = gammas(q_weight, GAMMA, HEAD_DIM, ROTARY, HALF, REST)
@@ -77,6 +79,7 @@ def forward(
             BLOCK_Q,
             HALF,
             REST,
+            TABLE_Q,
         )
     g1, g2, g3 = gammas(k_weight, GAMMA, HEAD_DIM, ROTARY, HALF, REST)
     for block in tl.range(_first_after(q_blocks), k_blocks, tl.num_programs(0), num_stages=STAGES):
@@ -106,6 +109,7 @@ def forward(
             BLOCK_K,
             HALF,
             REST,
+            TABLE_K,
         )
 
 
@@ -164,6 +168,8 @@ def backward(
     BLOCK_K: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
+    TABLE_Q: tl.constexpr,
+    TABLE_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     if NEEDS_Q or NEEDS_Q_WEIGHT:
@@ -208,6 +214,7 @@ def backward(
                 BLOCK_Q,
                 HALF,
                 REST,
+                TABLE_Q,
             )
         if NEEDS_Q_WEIGHT:
             row = partial + tl.program_id(0).to(tl.int64) * (2 * HEAD_DIM)
@@ -254,6 +261,7 @@ def backward(
                 BLOCK_K,
                 HALF,
                 REST,
+                TABLE_K,
             )
         if NEEDS_K_WEIGHT:
             row = partial + tl.program_id(0).to(tl.int64) * (2 * HEAD_DIM) + HEAD_DIM
@@ -294,14 +302,17 @@ def _forward_tile(
     BLOCK_H: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
+    TABLE_HEADS: tl.constexpr,
 ):
     per_sequence = tl.cdiv(length, BLOCK_T)
     sequence = tl.cast(block // per_sequence, tl.int64)
     first = (block % per_sequence) * BLOCK_T
     left = length - first
     token = tl.cast(first, tl.int64)
-    c1, c2 = table(cos + sequence * cos_batch + token * cos_token, cos_token, left, ROTARY, BLOCK_T, HALF)
-    s1, s2 = table(sin + sequence * sin_batch + token * sin_token, sin_token, left, ROTARY, BLOCK_T, HALF)
+    cos += sequence * cos_batch + token * cos_token
+    sin += sequence * sin_batch + token * sin_token
+    c1, c2 = table(cos, cos_token, left, ROTARY, BLOCK_T, TABLE_HEADS, HALF)
+    s1, s2 = table(sin, sin_token, left, ROTARY, BLOCK_T, TABLE_HEADS, HALF)
     x += sequence * x_batch + token * x_token
     y += (sequence * length + token) * (HEADS * HEAD_DIM)
     for start in range(0, HEADS, BLOCK_H):
@@ -320,8 +331,8 @@ def _forward_tile(
             x1 = x1 * g1[None, None, :]
             x2 = x2 * g2[None, None, :]
         there, inside = places(HEADS * HEAD_DIM, HEAD_DIM, start, left, ROTARY // 2, HEADS, BLOCK_T, BLOCK_H, HALF)
-        tl.store(y + there, x1 * c1[:, None, :] - x2 * s1[:, None, :], mask=inside)
-        tl.store(y + there + ROTARY // 2, x2 * c2[:, None, :] + x1 * s2[:, None, :], mask=inside)
+        tl.store(y + there, x1 * c1 - x2 * s1, mask=inside)
+        tl.store(y + there + ROTARY // 2, x2 * c2 + x1 * s2, mask=inside)
         if REST > 0:
             x3 = x3 * rstd
             if GAMMA > 0:
@@ -371,6 +382,7 @@ def _backward_tile(
     BLOCK_H: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
+    TABLE_HEADS: tl.constexpr,
 ):
     """With n = x * rstd and d = the rotation back of dy: d gamma = sum d n, dx = rstd (d gamma - n mean(d gamma n))."""
     per_sequence = tl.cdiv(length, BLOCK_T)
@@ -378,8 +390,10 @@ def _backward_tile(
     first = (block % per_sequence) * BLOCK_T
     left = length - first
     token = tl.cast(first, tl.int64)
-    c1, c2 = table(cos + sequence * cos_batch + token * cos_token, cos_token, left, ROTARY, BLOCK_T, HALF)
-    s1, s2 = table(sin + sequence * sin_batch + token * sin_token, sin_token, left, ROTARY, BLOCK_T, HALF)
+    cos += sequence * cos_batch + token * cos_token
+    sin += sequence * sin_batch + token * sin_token
+    c1, c2 = table(cos, cos_token, left, ROTARY, BLOCK_T, TABLE_HEADS, HALF)
+    s1, s2 = table(sin, sin_token, left, ROTARY, BLOCK_T, TABLE_HEADS, HALF)
     x += sequence * x_batch + token * x_token
     dy += sequence * dy_batch + token * dy_token
     if NEEDS_X:
@@ -391,8 +405,8 @@ def _backward_tile(
         there, inside = places(dy_token, dy_head, start, left, ROTARY // 2, HEADS, BLOCK_T, BLOCK_H, HALF)
         y1 = tl.load(dy + there, mask=inside, other=0.0).to(tl.float32)
         y2 = tl.load(dy + there + ROTARY // 2, mask=inside, other=0.0).to(tl.float32)
-        d1 = y1 * c1[:, None, :] + y2 * s2[:, None, :]
-        d2 = y2 * c2[:, None, :] - y1 * s1[:, None, :]
+        d1 = y1 * c1 + y2 * s2
+        d2 = y2 * c2 - y1 * s1
         squares = tl.sum(x1 * x1 + x2 * x2, 2)
         if REST > 0:
             here3, inside3 = places(x_token, x_head, start, left, HEAD_DIM - ROTARY, HEADS, BLOCK_T, BLOCK_H, REST)
