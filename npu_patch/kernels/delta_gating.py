@@ -126,13 +126,14 @@ def _forward(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = tl.arange(0, BLOCK)[:, None]
     head = tl.arange(0, BLOCK_D)
     rate = -tl.exp(tl.load(a_log + head, mask=head < D, other=0.0).to(tl.float32))[None, :]
     bias = tl.load(dt_bias + head, mask=head < D, other=0.0).to(tl.float32)[None, :]
     head = head[None, :]
-    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK), tl.num_programs(0), num_stages=STAGES):
         first = tl.cast(block * BLOCK, tl.int64)
         inside = (row < rows - block * BLOCK) & (head < D)
         x = tl.load(a + first * a_row + row * a_row + head, mask=inside, other=0.0).to(tl.float32) + bias
@@ -163,6 +164,7 @@ def _backward(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """With x = a + dt_bias and r = -exp(A_log): da = dg r sigmoid(x), d A_log = sum dg g, d dt_bias = sum da."""
     row = tl.arange(0, BLOCK)[:, None]
@@ -172,7 +174,7 @@ def _backward(
     head = place[None, :]
     a_log_sums = tl.zeros([BLOCK_D], tl.float32)
     bias_sums = tl.zeros([BLOCK_D], tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK), tl.num_programs(0), num_stages=STAGES):
         first = tl.cast(block * BLOCK, tl.int64)
         inside = (row < rows - block * BLOCK) & (head < D)
         if NEEDS_A or NEEDS_SUMS:

@@ -23,6 +23,6 @@ else:
 @pytest.fixture(params=["powers of two", "exact widths, many blocks"])
 def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> launch.Machine:
     """Few cores and, for the second, little room on chip, so that each program loops over several blocks."""
-    chosen = launch.Machine("cpu", 3) if request.param == "powers of two" else launch.Machine("npu", 2, 8192, True)
+    chosen = launch.Machine("cuda", 3) if request.param == "powers of two" else launch.Machine("npu", 2, 8192, True)
     monkeypatch.setattr(launch, "machine_of", lambda device: chosen)
     return chosen
