@@ -22,7 +22,11 @@ else:
 
 @pytest.fixture(params=["powers of two", "exact widths, many blocks"])
 def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> launch.Machine:
-    """Few cores and, for the second, little room on chip, so that each program loops over several blocks."""
+    """Few cores and, for the second, little room on chip, so that each program loops over several blocks.
+
+    Powers of two are tiled as for CUDA, exact widths as for Ascend. `tests.kernels.exactness.ONE_MACHINE` spares a test
+    of what no tiling decides the second run.
+    """
     chosen = launch.Machine("cuda", 3) if request.param == "powers of two" else launch.Machine("npu", 2, 8192, True)
     monkeypatch.setattr(launch, "machine_of", lambda device: chosen)
     return chosen

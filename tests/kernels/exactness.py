@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 MANY = 500
+ONE_MACHINE = pytest.mark.parametrize("machine", ["exact widths, many blocks"], indirect=True)
+
+
+def in_turn(cases: Sequence[Any]) -> list[tuple[Any, torch.dtype]]:
+    """Each case in one dtype: the first in float32, the second in bfloat16 and so on. The interpreter is slow."""
+    return [(case, (torch.float32, torch.bfloat16)[index % 2]) for index, case in enumerate(cases)]
 
 
 def assert_exact(
