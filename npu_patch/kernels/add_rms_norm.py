@@ -28,7 +28,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm(x + residual) and x + residual, for x and residual `[..., D]` of one dtype and weight `[D]`.
 
-    `gamma` is a name of `kernels.gamma.GAMMAS`.
+    `gamma` is a name of `kernels.gamma.GAMMAS`, `eps` is positive.
     """
     return _AddRMSNorm.apply(x, residual, weight, eps, gamma)
 

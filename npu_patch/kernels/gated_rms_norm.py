@@ -28,7 +28,7 @@ def gated_rms_norm(
 ) -> Tensor:
     """RMSNorm(x) * activation(gate) for x and gate `[..., D]` and weight `[D]`, in the dtype of x.
 
-    `activation` is "silu" or "sigmoid", `gamma` a name of `kernels.gamma.GAMMAS`.
+    `activation` is "silu" or "sigmoid", `gamma` a name of `kernels.gamma.GAMMAS`, `eps` positive.
     """
     return _GatedRMSNorm.apply(x, gate, weight, eps, activation, gamma)
 

@@ -44,8 +44,8 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:
     """q `[B, S, H, D]` and k `[B, S, K, D]` become `[B, H, S, D]` and `[B, K, S, D]`, views of `[B, S, H, D]`.
 
-    The weights are `[D]`; cos and sin, `[B or 1, S, R]` with even R up to D, take no gradient. `dtype` is that of the
-    results, by default that of q and k.
+    The weights are `[D]`, the epsilons of `norm` positive; cos and sin, `[B or 1, S, R]` with even R up to D, take no
+    gradient. `dtype` is that of the results, by default that of q and k.
     """
     return _QKNormRoPE.apply(q, k, q_weight, k_weight, cos, sin, norm, dtype)
 
@@ -235,12 +235,18 @@ def backward(
     )
     if not needs_weights:
         return None, None
-    weight = q_weight if needs_q_weight else k_weight
-    both = sum_rows(partial if needs_q_weight and needs_k_weight else _half(partial, needs_q_weight), weight.dtype)
-    return (both[:head_dim] if needs_q_weight else None), (both[-head_dim:] if needs_k_weight else None)
+    wanted = [weight for weight, needed in ((q_weight, needs_q_weight), (k_weight, needs_k_weight)) if needed]
+    dtype = wanted[0].dtype if wanted[0].dtype == wanted[-1].dtype else torch.float32
+    sums = sum_rows(partial if len(wanted) == 2 else _half(partial, needs_q_weight), dtype)
+    return (
+        sums[:head_dim].to(q_weight.dtype) if needs_q_weight else None,
+        sums[-head_dim:].to(k_weight.dtype) if needs_k_weight else None,
+    )
 
 
-PER_HEAD = True
+# On CUDA each thread reads the cosines and sines of the heads that it holds, from the cache: read once for all heads,
+# they would have to be exchanged between threads. An Ascend core has no such cache, and broadcasts what it read once.
+TABLES_PER_HEAD = True
 
 
 @dataclass(frozen=True)
@@ -265,7 +271,7 @@ def _tiling(q: Tensor, k: Tensor, cos: Tensor, tile: launch.Tile) -> _Tiling:
     rest = launch.width(machine, head_dim - rotary) if rotary < head_dim else 0
     row = 2 * half + rest
 
-    per_head = machine.device_type == "cuda" and PER_HEAD
+    per_head = machine.device_type == "cuda" and TABLES_PER_HEAD
 
     def block(heads: int) -> tuple[int, int]:
         at_once = launch.tile_rows(machine, tile, row, batch * length * heads)

@@ -121,6 +121,21 @@ def test_float32_weights_beside_bfloat16() -> None:
     assert_exact(lambda *given: qk_norm_rope(*given, cos, sin, QKNorm()), reference, [q, k, *weights])
 
 
+@ONE_MACHINE
+def test_weights_of_two_dtypes() -> None:
+    cos, sin = tables(1, 3, 32, torch.float32)
+    weights = [normal(32).bfloat16(), normal(32, seed=2)]
+    q, k = normal(1, 3, 2, 32).requires_grad_(), normal(1, 3, 1, 32).requires_grad_()
+    leaves = [weight.requires_grad_() for weight in weights]
+    outputs = qk_norm_rope(q, k, *leaves, cos, sin, QKNorm())
+    gradients = torch.autograd.grad([y.sum() for y in outputs], leaves)
+    floats = [weight.detach().float().requires_grad_() for weight in weights]
+    expected = torch.autograd.grad([y.sum() for y in qk_norm_rope(q, k, *floats, cos, sin, QKNorm())], floats)
+    for gradient, weight, exact in zip(gradients, weights, expected, strict=True):
+        assert gradient.dtype == weight.dtype
+        torch.testing.assert_close(gradient, exact.to(weight.dtype), rtol=0, atol=0)
+
+
 def test_float32_results_of_bfloat16() -> None:
     cos, sin = tables(1, 3, 32, torch.float32)
     q, k = normal(1, 3, 2, 32, dtype=torch.bfloat16), normal(1, 3, 1, 32, dtype=torch.bfloat16)
