@@ -1,9 +1,16 @@
-"""Tiles of some tokens by some heads by a part of a head, and what belongs to them: tables and gammas."""
+"""Tiles of some tokens by some heads by a part of a head, and what belongs to them: blocks, tables and gammas."""
 
 import triton
 import triton.language as tl
 
 from npu_patch.kernels.gamma import load_gamma
+
+
+@triton.jit
+def first_after(blocks):
+    """This program's first block of those that are dealt out after `blocks` others."""
+    programs = tl.num_programs(0)
+    return (tl.program_id(0) + programs - blocks % programs) % programs
 
 
 @triton.jit

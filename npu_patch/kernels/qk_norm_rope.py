@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from npu_patch.kernels import launch, qk_norm_rope_triton
+from npu_patch.kernels import launch, qk_norm_rope_backward, qk_norm_rope_forward
 from npu_patch.kernels.gamma import GAMMAS
 from npu_patch.kernels.partial_sums import sum_rows
 
@@ -147,7 +147,7 @@ def forward(
     k_out = torch.empty(k.shape, dtype=dtype, device=k.device)
     tiling = _tiling(q, k, cos, FORWARD)
     launch.launch(
-        qk_norm_rope_triton.forward,
+        qk_norm_rope_forward.forward,
         q.device,
         launch.programs(launch.machine_of(q.device), tiling.blocks, FORWARD),
         q,
@@ -198,7 +198,7 @@ def backward(
     head_dim = q.shape[-1]
     partial = torch.empty(grid, 2 * head_dim, dtype=torch.float32, device=q.device) if needs_weights else None
     launch.launch(
-        qk_norm_rope_triton.backward,
+        qk_norm_rope_backward.backward,
         q.device,
         grid,
         dq_out,
