@@ -106,7 +106,7 @@ def _qk(
         make,
         eager,
         variants,
-        "npu_patch.kernels.qk_norm_rope" if not frozen else None,
+        "npu_patch.kernels.qk_norm_rope" if rotary == dim and not frozen else None,
     )
 
 

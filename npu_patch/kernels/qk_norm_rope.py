@@ -19,8 +19,11 @@ from npu_patch.kernels import launch, qk_norm_rope_backward, qk_norm_rope_forwar
 from npu_patch.kernels.gamma import GAMMAS
 from npu_patch.kernels.partial_sums import sum_rows
 
-FORWARD = launch.Tile(bytes_per_element=24, elements=4096)
-BACKWARD = launch.Tile(bytes_per_element=40, elements=4096, programs=3)
+# As tuned on an H200; heads that are rotated in part hold two kinds of tiles, which suit other sizes.
+FORWARD = launch.Tile(bytes_per_element=24, elements=2048)
+BACKWARD = launch.Tile(bytes_per_element=40, elements=2048, elements_per_thread=16)
+PARTIAL_FORWARD = launch.Tile(bytes_per_element=24, elements=8192, elements_per_thread=64, stages=2)
+PARTIAL_BACKWARD = launch.Tile(bytes_per_element=40, elements=1024, programs=8, stages=2)
 
 
 @dataclass(frozen=True)
@@ -145,11 +148,12 @@ def forward(
     q, k, cos, sin = _adjacent(q), _adjacent(k), _adjacent(cos), _adjacent(sin)
     q_out = torch.empty(q.shape, dtype=dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=dtype, device=k.device)
-    tiling = _tiling(q, k, cos, FORWARD)
+    tile = FORWARD if cos.shape[-1] == q.shape[-1] else PARTIAL_FORWARD
+    tiling = _tiling(q, k, cos, tile)
     launch.launch(
         qk_norm_rope_forward.forward,
         q.device,
-        launch.programs(launch.machine_of(q.device), tiling.blocks, FORWARD),
+        launch.programs(launch.machine_of(q.device), tiling.blocks, tile),
         q,
         k,
         q_out,
@@ -192,9 +196,10 @@ def backward(
     """Fills dq and dk where given, all `[B, S, H, D]`, and returns the gradients of the two weights where needed."""
     q, k, cos, sin, dq_out, dk_out = (_adjacent(x) for x in (q, k, cos, sin, dq_out, dk_out))
     machine = launch.machine_of(q.device)
-    tiling = _tiling(q, k, cos, BACKWARD)
+    tile = BACKWARD if cos.shape[-1] == q.shape[-1] else PARTIAL_BACKWARD
+    tiling = _tiling(q, k, cos, tile)
     needs_weights = needs_q_weight or needs_k_weight
-    grid = launch.programs(machine, tiling.blocks, BACKWARD, leave_partial_sums=needs_weights)
+    grid = launch.programs(machine, tiling.blocks, tile, leave_partial_sums=needs_weights)
     head_dim = q.shape[-1]
     partial = torch.empty(grid, 2 * head_dim, dtype=torch.float32, device=q.device) if needs_weights else None
     launch.launch(
@@ -245,7 +250,8 @@ def backward(
 
 
 # On CUDA each thread reads the cosines and sines of the heads that it holds, from the cache: read once for all heads,
-# they would have to be exchanged between threads. An Ascend core has no such cache, and broadcasts what it read once.
+# they would have to be exchanged between threads, as partly rotated heads are anyway. An Ascend core has no such cache,
+# and broadcasts what it read once.
 TABLES_PER_HEAD = True
 
 
@@ -271,7 +277,7 @@ def _tiling(q: Tensor, k: Tensor, cos: Tensor, tile: launch.Tile) -> _Tiling:
     rest = launch.width(machine, head_dim - rotary) if rotary < head_dim else 0
     row = 2 * half + rest
 
-    per_head = machine.device_type == "cuda" and TABLES_PER_HEAD
+    per_head = machine.device_type == "cuda" and TABLES_PER_HEAD and not rest
 
     def block(heads: int) -> tuple[int, int]:
         at_once = launch.tile_rows(machine, tile, row, batch * length * heads)
