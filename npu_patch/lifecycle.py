@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
+from npu_patch import log
 from npu_patch.journal import Journal
 from npu_patch.ops.implementation import Choice, choose
 from npu_patch.outcome import FAILED, PATCHED, SKIPPED, Outcome, Report
 from npu_patch.patches import CATALOGUE
 from npu_patch.patches.patch import Context, Patch, Replacement
+from npu_patch.report_text import headline
 from npu_patch.sites import (
     LateImports,
     LiveModules,
@@ -75,6 +77,7 @@ def apply(
         except BaseException:
             _STATE.reports.remove(report)
             raise
+    _tell(report)
     return report
 
 
@@ -305,6 +308,15 @@ def _lacking(device_type: str) -> str | None:
     except Exception as error:  # a broken CANN raises more than ImportError
         return f"torch_npu cannot be imported: {error}"
     return None if torch.npu.is_available() else "torch.npu.is_available() is False"
+
+
+def _tell(report: Report) -> None:
+    """In the log: one line, and what the user should know without asking for the report."""
+    log.info(headline(report))
+    for message in report.warnings:
+        log.warning(message)
+    for outcome in report.failed:
+        log.warning(f"{outcome.patch}: {outcome.site} failed: {outcome.reason}")
 
 
 def _describe(device_type: str) -> str:

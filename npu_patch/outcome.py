@@ -1,11 +1,16 @@
-"""What happened at each site, and the report that says so: as a table, as JSON, live counters included."""
+"""What happened at each site, and the report that says so; live counters included.
+
+How it looks is in report_rows.py (what is put together), report_text.py and report_page.py.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 PATCHED, SKIPPED, FAILED = "patched", "skipped", "failed"
@@ -97,67 +102,17 @@ class Report:
         }
         return json.dumps(content, indent=indent)
 
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The report as one HTML page that needs nothing else; written to the file `path` too, if there is one."""
+        from npu_patch.report_page import page_of_report
+
+        page = page_of_report(self)
+        if path is not None:
+            Path(path).write_text(page, encoding="utf-8")
+        return page
+
     def __str__(self) -> str:
-        lines = [f"npu_patch on {self.device}"]
-        lines += _table(("patch", "status", "sites", "layers", "what", "ran", "fell through"), _rows(self.outcomes))
-        lines += [f"note: {note}" for note in self.notes]
-        lines += [f"WARNING: {warning}" for warning in self.warnings]
-        return "\n".join(lines)
+        """A table of at most 100 columns, whatever the model."""
+        from npu_patch.report_text import text_of_report
 
-
-def _rows(outcomes: Iterable[Outcome]) -> list[tuple[str, ...]]:
-    """One row for all sites of a patch that share status, variant, implementation and reason."""
-    groups: dict[tuple[str, ...], list[Outcome]] = {}
-    for outcome in outcomes:
-        key = (outcome.patch, outcome.status, outcome.variant, outcome.implementation, outcome.reason)
-        groups.setdefault(key, []).append(outcome)
-    return [_row(members) for members in groups.values()]
-
-
-def _row(members: list[Outcome]) -> tuple[str, ...]:
-    first = members[0]
-    layers = [member.layers for member in members if member.layers is not None]
-    what = f"{first.variant} -> {_implementations(members)}" if first.status == PATCHED else first.reason
-    fell_through: Counter[str] = sum((member.calls.fell_through for member in members), Counter())
-    reasons = "; ".join(f"{count} ({reason})" for reason, count in fell_through.most_common())
-    return (
-        first.patch,
-        first.status,
-        str(len(members)),
-        str(sum(layers)) if layers else "-",
-        f"{what}: {_names(members)}",
-        str(sum(member.calls.ran for member in members)) if first.status == PATCHED else "-",
-        reasons or ("0" if first.status == PATCHED else "-"),
-    )
-
-
-def _implementations(members: list[Outcome]) -> str:
-    """The one chosen; after a forward pass those that ran, and why the chosen one did not."""
-    chosen = members[0].implementation
-    ran_by: Counter[str] = sum((member.calls.ran_by for member in members), Counter())
-    if not ran_by or list(ran_by) == [chosen]:
-        return chosen
-    names = ", ".join(f"{name} ({count})" for name, count in ran_by.most_common())
-    declined = [member.calls.declined[chosen] for member in members if chosen in member.calls.declined]
-    return f"{names}, not {chosen} ({declined[0]})" if declined and chosen not in ran_by else names
-
-
-def _names(members: list[Outcome], most: int = 3) -> str:
-    names = list(dict.fromkeys(_short_name(member.site) for member in members))
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def _short_name(site: str) -> str:
-    return site.removesuffix(".forward").rsplit(".", 1)[-1]
-
-
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    if not rows:
-        return ["(no site was found)"]
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    ruler = tuple("-" * width for width in widths)
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [header, ruler, *rows]
-    ]
+        return text_of_report(self)

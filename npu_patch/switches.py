@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+
+from npu_patch import log
 
 PREFIX = "TWINKLE_NPU_"
 TRUE_WORDS = ("1", "true", "on", "yes")
@@ -120,7 +121,7 @@ def _warn_about_unknown_variables(environ: Mapping[str, str]) -> None:
     known = [PREFIX + variable for switch in SWITCHES for variable in (switch.variable, *switch.aliases)]
     for name in environ:
         if name.startswith(PREFIX) and name not in known:
-            warnings.warn(f"unknown environment variable {name}{_closest(name, known)}", UserWarning, stacklevel=2)
+            log.warning(f"unknown environment variable {name}{_closest(name, known)}")
 
 
 def _closest(name: str, known: Mapping[str, object] | list[str]) -> str:

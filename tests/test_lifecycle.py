@@ -452,21 +452,6 @@ def test_a_patched_model_can_be_freed(npu: torch.device) -> None:
     assert gone() is None
 
 
-def test_the_report_counts_and_reads_at_a_glance(npu: torch.device) -> None:
-    model = tiny("qwen3").to(npu)
-    report = npu_patch.apply(model)
-    loss_and_gradients(model, tiny_batch())
-    text = str(report)
-    assert "weight -> torch_npu.npu_rms_norm: Qwen3RMSNorm" in text
-    assert "half, promoted dtype -> torch_npu.npu_rotary_mul: apply_rotary_pos_emb" in text
-    import json
-
-    content = json.loads(report.json())
-    (norm,) = [entry for entry in content["outcomes"] if entry["patch"] == "rms_norm"]
-    assert (norm["status"], norm["layers"], norm["ran"], norm["fell_through"]) == ("patched", 9, 9, {})
-    assert norm["declined"] == {"torch.nn.functional.rms_norm": "serves cuda, cpu only"}
-
-
 def test_a_patch_that_serves_nothing_it_should_is_a_warning(npu: torch.device) -> None:
     """gemma3's feed-forward layers use GELU: SwiGLU finds them and serves none. MoE layers without dense ones do not
     warn."""

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from npu_patch.ops.attention_mask import Band
 from npu_patch.ops.implementation import is_plain
-from npu_patch.patches.mask_pattern import Pattern, PatternMask, read_mask_function
+from npu_patch.patches.mask_pattern import Pattern, PatternMask, plain, read_mask_function
 from npu_patch.patches.packing import HOST_READS
-from npu_patch.patches.patch import Context, Unserved
+from npu_patch.patches.patch import Context, Unfused, Unserved
 
 
 def serve(original: Callable[..., Any], context: Context) -> Callable[..., Any]:
-    def serve_mask(*args: Any, **arguments: Any) -> PatternMask | Unserved:
+    def serve_mask(*args: Any, **arguments: Any) -> PatternMask | Unserved | Unfused | None:
         device = torch.device(arguments.get("device", "cpu"))
         if args or "q_length" not in arguments or "mask_function" not in arguments:
             return Unserved("arguments of another version of transformers")
@@ -26,7 +26,9 @@ def serve(original: Callable[..., Any], context: Context) -> Callable[..., Any]:
             return Unserved("being compiled")
         pattern = _pattern(**arguments)
         if isinstance(pattern, Unserved):
-            return pattern
+            made = original(**{name: plain(value) for name, value in arguments.items()})
+            # That no mask is needed is what a mask that is never written out is for: nothing fell through.
+            return None if made is None else Unfused(made, pattern.reason)
         shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
         written_out = arguments | {"allow_is_causal_skip": False}
         return PatternMask(shape, device, pattern, lambda: original(**written_out))
@@ -78,7 +80,7 @@ def _pattern(
             return Unserved("a band of unknown positions")
         limited = band.within(q_length, kv_length)
         if limited.is_full or (allow_is_causal_skip and q_length == kv_length and limited.is_causal):
-            return Unserved("transformers makes no mask here, or one for padding")
+            return Unserved("a mask for padding")
         if attention_mask is not None and not _shows_everything(attention_mask, kv_length, kv_offset):
             return Unserved("padding")
         return Pattern(band)
