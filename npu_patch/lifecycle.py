@@ -67,7 +67,7 @@ def apply(
     if lacking is not None:
         report.notes.append(f"no {device_type} device ({lacking}): nothing was rebound")
         return report
-    walk = _Walk(model, device_type, strict, resolved, report)
+    walk = Walk(model, device_type, strict, resolved, report)
     with _STATE.journal.lock:
         _STATE.claim(device_type)
         _STATE.reports.append(report)
@@ -144,7 +144,7 @@ _STATE = _State()
 
 
 @dataclass
-class _Walk:
+class Walk:
     """One `apply()`: the catalogue in order, over the modeling modules in reach."""
 
     model: torch.nn.Module | None
@@ -170,7 +170,7 @@ class _Walk:
     def _enabled(self) -> list[tuple[Patch, Choice]]:
         enabled = []
         for patch in CATALOGUE:
-            choice = choose(patch.implementations, self.device_type)
+            choice = self._choose(patch)
             if not self.switches[patch.switch]:
                 self.report.notes.append(f"{patch.name}: switched off by {self.switches.sources[patch.switch]}")
             elif choice.chosen is None:
@@ -179,6 +179,9 @@ class _Walk:
             else:
                 enabled.append((patch, choice))
         return enabled
+
+    def _choose(self, patch: Patch) -> Choice:
+        return choose(patch.implementations, self.device_type)
 
     def _patch_modules(self, patches: Iterable[tuple[Patch, Choice]], modules: Iterable[ModuleType]) -> None:
         live = None if self.model is None else LiveModules(self.model)
@@ -210,7 +213,7 @@ class _Walk:
 
     def _patch_site(self, patch: Patch, choice: Choice, site: Site, context: Context) -> None:
         layers = patch.layers(site, context)
-        held = _STATE.patched.get((id(site.owner), site.name))
+        held = self._held(site)
         if held is not None:
             if held.outcome.patch == patch.name:
                 held.outcome.layers = layers
@@ -228,6 +231,9 @@ class _Walk:
         except Exception as error:
             self._failed(patch, site.label, error)
 
+    def _held(self, site: Site) -> PatchedSite | None:
+        return _STATE.patched.get((id(site.owner), site.name))
+
     def _rebind(self, patch: Patch, choice: Choice, site: Site, replacement: Replacement, layers: int | None) -> None:
         choice = replacement.choice or choice
         outcome = Outcome(
@@ -240,6 +246,10 @@ class _Walk:
             calls=replacement.calls,
             layers=layers,
         )
+        self._bind(site, replacement, outcome)
+        self.report.outcomes.append(outcome)
+
+    def _bind(self, site: Site, replacement: Replacement, outcome: Outcome) -> None:
         key = (id(site.owner), site.name)
 
         def forget() -> None:
@@ -248,7 +258,6 @@ class _Walk:
 
         _STATE.journal.rebind(site.owner, site.name, replacement.function, on_undo=forget)
         _STATE.patched[key] = PatchedSite(site, replacement, outcome)
-        self.report.outcomes.append(outcome)
 
     def _failed(self, patch: Patch, label: str, error: Exception) -> None:
         if self.strict:

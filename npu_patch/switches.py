@@ -65,7 +65,8 @@ def resolve(keywords: Mapping[str, bool] | None = None, environ: Mapping[str, st
     environ = os.environ if environ is None else environ
     keywords = keywords or {}
     _check_keywords(keywords)
-    _warn_about_unknown_variables(environ)
+    for fact in unknown_variables(environ):
+        log.warning(fact)
 
     values: dict[str, bool] = {}
     sources: dict[str, str] = {}
@@ -117,11 +118,11 @@ def _as_bool(name: str, text: str) -> bool:
     raise ValueError(f"{name}={text!r}: accepted are {'/'.join(TRUE_WORDS)} and {'/'.join(FALSE_WORDS)}")
 
 
-def _warn_about_unknown_variables(environ: Mapping[str, str]) -> None:
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """In words, each variable with our prefix that is no switch."""
     known = [PREFIX + variable for switch in SWITCHES for variable in (switch.variable, *switch.aliases)]
-    for name in environ:
-        if name.startswith(PREFIX) and name not in known:
-            log.warning(f"unknown environment variable {name}{_closest(name, known)}")
+    unknown = [name for name in environ if name.startswith(PREFIX) and name not in known]
+    return [f"unknown environment variable {name}{_closest(name, known)}" for name in unknown]
 
 
 def _closest(name: str, known: Mapping[str, object] | list[str]) -> str:

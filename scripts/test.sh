@@ -5,7 +5,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"
 
-prepare_environment transformers peft accelerate matplotlib tqdm pytest xdist ruff
+prepare_environment transformers peft accelerate matplotlib rich tqdm pytest xdist ruff
 
 python_files=(setup.py npu_patch scripts tests) # not the examples in README.md, which ruff would reflow
 "$python" -m ruff check "${python_files[@]}"

@@ -1,0 +1,134 @@
+"""doctor: what is installed, what of it is used, what is wrong and what to do about it.
+
+Imports neither torch nor anything that may be broken: each thing is probed in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from npu_patch.commands.doctor_faults import Complaint, complaints
+from npu_patch.commands.doctor_findings import NUMBER_OF_PROBES, OPERATORS, PACKAGES, Findings, look
+from npu_patch.commands.result import CommandError, Result
+from npu_patch.switches import SWITCHES, resolve
+from npu_patch.version import __version__
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--python", default=sys.executable, help="the interpreter to examine (default: this one)")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds that one probe may take (default 120)")
+
+
+def run(options: argparse.Namespace) -> Result:
+    python = shutil.which(options.python)
+    if python is None:
+        raise CommandError(f"--python {options.python}: accepted is the path of a Python interpreter")
+    if not options.timeout > 0:
+        raise CommandError(f"--timeout {options.timeout:g}: accepted are seconds above 0")
+    findings = _findings(python, options)
+    found = list(complaints(findings))
+    content = _content(findings, found)
+    return Result(content, lambda: _shown(content), fine=not any(each.serious for each in found))
+
+
+def _findings(python: str, options: argparse.Namespace) -> Findings:
+    simulator = sys.modules.get("npu_patch.simulator")
+    simulated = simulator is not None and simulator.is_active()
+    arguments = {"timeout": options.timeout, "simulated": simulated}
+    if options.json:
+        return look(python, os.environ, **arguments)
+    from npu_patch.commands.terminal import progress
+
+    with progress(quiet=False) as bar:
+        task = bar.add_task("looking around", total=NUMBER_OF_PROBES)
+        return look(python, os.environ, done=lambda: bar.advance(task), **arguments)
+
+
+def _content(findings: Findings, found: list[Complaint]) -> dict[str, Any]:
+    device = findings.torch_npu.found or {}
+    return {
+        "npu_patch": __version__,
+        "python": findings.python,
+        "simulated": findings.simulated,
+        "complaints": [asdict(each) for each in found],
+        "packages": {name: _package(findings, name) for name in PACKAGES},
+        "cann": asdict(findings.cann),
+        "chips": device.get("chips", []),
+        "operators": {
+            name: {"used_by": used_by, "schema": device.get("operators", {}).get(name)}
+            for name, used_by in OPERATORS.items()
+        },
+        "operators_unknown": findings.torch_npu.error,
+        "providers": findings.providers.found or {},
+        "providers_unknown": findings.providers.error,
+        "switches": _switches(findings),
+    }
+
+
+def _package(findings: Findings, name: str) -> dict[str, str | None]:
+    answer = findings.imports.get(PACKAGES[name])
+    version = findings.version(name)
+    return {"version": version, "error": None if version is None or answer is None else answer.error}
+
+
+def _switches(findings: Findings) -> list[dict[str, Any]]:
+    try:
+        resolved = resolve({}, findings.environ)
+    except ValueError:  # a complaint says which
+        return []
+    return [
+        {
+            "variable": f"TWINKLE_NPU_{switch.variable}",
+            "keyword": switch.name,
+            "value": resolved[switch.name],
+            "source": resolved.sources[switch.name],
+            "gates": switch.gates,
+        }
+        for switch in SWITCHES
+    ]
+
+
+def _shown(content: dict[str, Any]) -> Iterator[Any]:
+    from npu_patch.commands.terminal import table
+
+    yield f"npu_patch {content['npu_patch']}, examining {content['python']}"
+    packages = [
+        (name, package["version"], ("red", package["error"]) if package["error"] else "works")
+        for name, package in content["packages"].items()
+        if package["version"] is not None
+    ]
+    yield table("Packages", ("package", "version", "import"), packages)
+    absent = [name for name, package in content["packages"].items() if package["version"] is None]
+    yield f"not installed: {', '.join(absent) or 'none of them'}\n"
+    cann = content["cann"]
+    yield f"CANN: {cann['version'] or 'of unknown version'} in {cann['home']}" if cann["home"] else "CANN: not found"
+    yield f"chip: {', '.join(content['chips']) or 'none'}{' (simulated)' if content['simulated'] else ''}\n"
+    if content["operators_unknown"]:
+        yield f"operators: cannot be told: {content['operators_unknown']}\n"
+    else:
+        rows = [
+            (name, operator["used_by"], operator["schema"] or ("red", "this torch_npu does not have it"))
+            for name, operator in content["operators"].items()
+        ]
+        yield table("Operators of this torch_npu", ("operator", "used by", "signature"), rows)
+    if content["providers_unknown"]:
+        yield f"providers: cannot be told: {content['providers_unknown']}\n"
+    else:
+        rows = [
+            (op, name, ("green", "used") if used else "", why)
+            for op, implementations in content["providers"].items()
+            for name, used, why in implementations
+        ]
+        yield table("Providers, on an NPU", ("op", "provider", "", "why not"), rows)
+    rows = [(s["variable"], "1" if s["value"] else "0", s["source"], s["gates"]) for s in content["switches"]]
+    yield table("Switches", ("variable", "value", "from", "gates"), rows)
+    for each in content["complaints"]:
+        yield f"{'FAULT' if each['serious'] else 'note'}: {each['fault']}: {each['what']}\n    {each['remedy']}"
+    serious = sum(each["serious"] for each in content["complaints"])
+    yield f"\n{serious} faults found" if serious else "\nNothing wrong was found."

@@ -1,0 +1,246 @@
+"""What is known to break, how to see it, and what to do. A table; each row looks at `Findings` and nothing else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from npu_patch.commands.doctor_findings import Findings
+from npu_patch.switches import resolve, unknown_variables
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`seen(findings)` says what is wrong, or None. `remedy`: what to do. Not `serious`: worth knowing, and no more."""
+
+    name: str
+    seen: Callable[[Findings], str | None]
+    remedy: str
+    serious: bool = True
+
+
+@dataclass(frozen=True)
+class Complaint:
+    fault: str
+    what: str
+    remedy: str
+    serious: bool
+
+
+def complaints(findings: Findings) -> Iterator[Complaint]:
+    """Serious ones first."""
+    found = [(fault, fault.seen(findings)) for fault in FAULTS]
+    for fault, what in sorted(found, key=lambda pair: not pair[0].serious):
+        if what is not None:
+            yield Complaint(fault.name, what, fault.remedy, fault.serious)
+
+
+def _python(findings: Findings) -> str | None:
+    return "no distribution can be listed" if not findings.distributions else None
+
+
+def _two_tritons(findings: Findings) -> str | None:
+    one, other = findings.version("triton"), findings.version("triton-ascend")
+    if one is None or other is None:
+        return None
+    return f"triton {one} and triton-ascend {other} are both installed, and both own the folder triton"
+
+
+def _no_torch(findings: Findings) -> str | None:
+    if findings.version("torch") is None:
+        return "torch is not installed"
+    error = _error(findings, "torch")
+    return None if error is None else f"torch {findings.version('torch')} cannot be imported: {error}"
+
+
+def _no_torch_npu(findings: Findings) -> str | None:
+    return "torch_npu is not installed" if findings.version("torch_npu") is None else None
+
+
+def _mismatch(findings: Findings) -> str | None:
+    torch, npu = findings.release("torch"), findings.release("torch_npu")
+    if torch is None or npu is None or torch[:3] == npu[:3]:
+        return None
+    return f"torch {findings.version('torch')} with torch_npu {findings.version('torch_npu')}"
+
+
+def _no_cann(findings: Findings) -> str | None:
+    if findings.version("torch_npu") is None or findings.simulated or findings.cann.home or findings.cann.loadable:
+        return None
+    return f"torch_npu {findings.version('torch_npu')} is installed, CANN is not{_consequence(findings)}"
+
+
+def _cann_not_set_up(findings: Findings) -> str | None:
+    cann = findings.cann
+    if findings.version("torch_npu") is None or findings.simulated or cann.home is None or cann.loadable:
+        return None
+    return f"CANN is in {cann.home}, its libraries are not on LD_LIBRARY_PATH{_consequence(findings)}"
+
+
+def _consequence(findings: Findings) -> str:
+    return f" ({findings.torch_npu.error})" if findings.torch_npu.error else ""
+
+
+def _torch_npu_broken(findings: Findings) -> str | None:
+    explained = (_no_torch, _no_torch_npu, _mismatch, _no_cann, _cann_not_set_up)
+    if findings.torch_npu.error is None or any(explanation(findings) for explanation in explained):
+        return None
+    return f"torch_npu {findings.version('torch_npu')} cannot be imported: {findings.torch_npu.error}"
+
+
+def _no_npu(findings: Findings) -> str | None:
+    if findings.torch_npu.found is None or findings.torch_npu.found["available"]:
+        return None
+    return f"torch.npu.is_available() is False; devices of the driver: {', '.join(findings.cann.devices) or 'none'}"
+
+
+def _placeholder(findings: Findings) -> str | None:
+    version = findings.version("mindspeed")
+    if version is None or not re.fullmatch(r"0\.0\.\d+(\.?dev\d+)?", version):
+        return None
+    return f"mindspeed {version} is a placeholder on PyPI, not MindSpeed"
+
+
+def _old_fla(findings: Findings) -> str | None:
+    for name in ("flash-linear-attention", "fla-core"):
+        version = findings.release(name)
+        if version is not None and version <= (0, 5, 2):
+            return f"{name} {findings.version(name)}: its Ascend backend was corrected after 0.5.2"
+    return None
+
+
+def _fla_with_cuda_triton(findings: Findings) -> str | None:
+    if findings.version("flash-linear-attention") is None and findings.version("fla-core") is None:
+        return None
+    if findings.version("triton-ascend") is not None:
+        return None
+    return "fla is installed without triton-ascend: its kernels cannot run on an NPU"
+
+
+def _numpy(findings: Findings) -> str | None:
+    numpy = findings.release("numpy")
+    if numpy is None or numpy < (2, 3) or findings.version("triton-ascend") is None:
+        return None
+    return f"numpy {findings.version('numpy')} with triton-ascend {findings.version('triton-ascend')}"
+
+
+def _old_transformers(findings: Findings) -> str | None:
+    version = findings.release("transformers")
+    if version is not None and version < (4, 57):
+        return f"transformers {findings.version('transformers')} is older than 4.57"
+    return "transformers is not installed" if version is None else None
+
+
+# From which transformers on, which kernels it accepts: from, to below; outside it silently uses stubs instead.
+KERNELS = (
+    ((5, 23), (0, 18, 2), (0, 19)),
+    ((5, 18), (0, 17), (0, 18)),
+    ((5, 15), (0, 16), (0, 17)),
+    ((5, 13), (0, 15, 2), (0, 16)),
+    ((5, 0), (0, 9), (99,)),
+)
+
+
+def _kernels(findings: Findings) -> str | None:
+    kernels, transformers = findings.release("kernels"), findings.release("transformers")
+    if kernels is None or transformers is None:
+        return None
+    for since, least, below in KERNELS:
+        if transformers >= since:
+            if least <= kernels < below:
+                return None
+            wanted = f">={'.'.join(map(str, least))}" + (f",<{'.'.join(map(str, below))}" if below < (99,) else "")
+            return (
+                f"kernels {findings.version('kernels')} with transformers {findings.version('transformers')}, which "
+                f"takes kernels{wanted} and passes over any other"
+            )
+    return None
+
+
+def _others_broken(findings: Findings) -> str | None:
+    """Not those that only pass on what torch or torch_npu raised."""
+    explained = (_error(findings, "torch"), findings.torch_npu.error)
+    broken = [
+        f"{name}: {answer.error}"
+        for name, answer in findings.imports.items()
+        if answer.error is not None and name not in ("torch", "torch_npu") and answer.error not in explained
+    ]
+    return f"cannot be imported: {'; '.join(broken)}" if broken else None
+
+
+def _twice(findings: Findings) -> str | None:
+    seen: dict[tuple[str, str], set[str]] = {}
+    for name, version, folder in findings.distributions:
+        seen.setdefault((re.sub(r"[-_.]+", "-", name).lower(), folder), set()).add(version)
+    twice = [f"{name} {' and '.join(sorted(v))} in {folder}" for (name, folder), v in seen.items() if len(v) > 1]
+    return "; ".join(twice) or None
+
+
+def _switch(findings: Findings) -> str | None:
+    try:
+        resolve({}, findings.environ)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _unknown_variable(findings: Findings) -> str | None:
+    return "; ".join(unknown_variables(findings.environ)) or None
+
+
+def _autoload(findings: Findings) -> str | None:
+    if findings.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") != "0" or findings.version("torch_npu") is None:
+        return None
+    return "TORCH_DEVICE_BACKEND_AUTOLOAD=0: torch does not load torch_npu by itself"
+
+
+def _error(findings: Findings, module: str) -> str | None:
+    answer = findings.imports.get(module)
+    return None if answer is None else answer.error
+
+
+FAULTS: tuple[Fault, ...] = (
+    Fault("no packages", _python, "Check the interpreter and the virtual environment: nothing is installed in it."),
+    Fault("torch", _no_torch, "pip install torch, in the version that your torch_npu names."),
+    Fault("no torch_npu", _no_torch_npu, "pip install torch_npu, in the version of your torch."),
+    Fault(
+        "torch and torch_npu",
+        _mismatch,
+        "They must be of one release: pip install torch_npu==<the version of torch>, or the other way round.",
+    ),
+    Fault(
+        "no CANN",
+        _no_cann,
+        "Install the CANN toolkit and kernels, then source its set_env.sh. Until then TORCH_DEVICE_BACKEND_AUTOLOAD=0 "
+        "lets torch be imported; transformers' model files still import torch_npu, if it is installed.",
+    ),
+    Fault("CANN not set up", _cann_not_set_up, "source set_env.sh of that CANN, in every shell and service."),
+    Fault("torch_npu", _torch_npu_broken, "Compare the CANN version with the one this torch_npu was built for."),
+    Fault(
+        "no NPU",
+        _no_npu,
+        "Check the driver with npu-smi info, /dev/davinci* in the container, and ASCEND_RT_VISIBLE_DEVICES.",
+    ),
+    Fault(
+        "triton and triton-ascend",
+        _two_tritons,
+        "pip uninstall -y triton triton-ascend, then install triton-ascend alone: whichever came last overwrote "
+        "files of the other.",
+    ),
+    Fault(
+        "mindspeed placeholder",
+        _placeholder,
+        "pip uninstall mindspeed, then install it from https://gitcode.com/Ascend/MindSpeed (core_r0.16.0 or newer).",
+    ),
+    Fault("old fla", _old_fla, "Install a newer flash-linear-attention; until then its kernels are not used."),
+    Fault("fla without triton-ascend", _fla_with_cuda_triton, "Install triton-ascend.", serious=False),
+    Fault("numpy and triton-ascend", _numpy, "pip install 'numpy<2.3'."),
+    Fault("transformers", _old_transformers, "pip install 'transformers>=4.57'."),
+    Fault("kernels", _kernels, "Install the version named, or none.", serious=False),
+    Fault("packages that break", _others_broken, "Reinstall them, or uninstall those that are not needed."),
+    Fault("two versions in one place", _twice, "pip uninstall the package until it is gone, then install it once."),
+    Fault("switch", _switch, "Correct or unset the variable."),
+    Fault("unknown variable", _unknown_variable, "Correct or unset the variable: it does nothing.", serious=False),
+    Fault("autoload", _autoload, "import torch_npu before the first use of a device.", serious=False),
+)

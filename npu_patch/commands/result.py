@@ -1,0 +1,21 @@
+"""What a command hands back, and how it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+class CommandError(Exception):
+    """The command cannot run as asked; the message names the thing, the value and what is accepted."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """`content` is what `--json` prints, `shown()` gives what a person reads (strings and rich renderables), `fine`
+    is the exit code."""
+
+    content: Any
+    shown: Callable[[], Iterable[Any]]
+    fine: bool

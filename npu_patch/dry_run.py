@@ -1,0 +1,69 @@
+"""What `apply()` would do, without doing it: its own walk, with the rebinding left out.
+
+Needs no device: of an op it takes the implementation that a sound installation would use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import ModuleType
+
+import torch
+
+from npu_patch.lifecycle import PatchedSite, Walk
+from npu_patch.ops.implementation import Choice, choose
+from npu_patch.outcome import Outcome, Report
+from npu_patch.patches.patch import Patch, Replacement
+from npu_patch.sites import Site
+from npu_patch.switches import Switches, resolve
+
+
+def dry_run(
+    modules: Iterable[ModuleType],
+    model: torch.nn.Module | None = None,
+    *,
+    device_type: str = "npu",
+    registries: bool = True,
+    switches: Switches | None = None,
+) -> Report:
+    """The report that `apply(model)` would give for these modeling modules; nothing is rebound.
+
+    `model`: on any device, meta included; its live layers are looked at. `registries`: look at transformers'
+    registries too, which are the same for every module.
+    """
+    report = Report(device=f"{device_type}, dry run")
+    walk = DryWalk(model, device_type, False, switches or resolve(), report, registries=registries)
+    walk.look(modules)
+    return report
+
+
+class DryWalk(Walk):
+    def __init__(self, *arguments: object, registries: bool) -> None:
+        super().__init__(*arguments)
+        self._registries = registries
+
+    def look(self, modules: Iterable[ModuleType]) -> None:
+        patches = self._enabled()
+        self._patch_modules(patches, modules)
+        if self.model is not None:
+            self._warn(patches)
+
+    def _choose(self, patch: Patch) -> Choice:
+        """What is chosen here, or what would be if nothing were missing."""
+        choice = choose(patch.implementations, self.device_type)
+        if choice.chosen is not None:
+            return choice
+        serving = [each for each in patch.implementations if self.device_type in each.device_types]
+        chosen = serving[0] if serving else None
+        return Choice(chosen, {name: why for name, why in choice.declined.items() if chosen and name != chosen.name})
+
+    def _registered(self, patch: Patch) -> Iterable[Site]:
+        return super()._registered(patch) if self._registries else ()
+
+    def _held(self, site: Site) -> PatchedSite | None:
+        return None
+
+    def _bind(self, site: Site, replacement: Replacement, outcome: Outcome) -> None:
+        replacement.calls.deactivate()
+
+

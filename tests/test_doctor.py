@@ -1,0 +1,264 @@
+"""python -m npu_patch doctor, on installations that are broken on purpose: a virtual environment of fakes each."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import venv
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from npu_patch.commands import main
+from npu_patch.commands.cann import Cann, find_cann
+from npu_patch.commands.doctor_faults import FAULTS, complaints
+from npu_patch.commands.doctor_findings import OPERATORS, Answer, Findings
+
+WORKS = "__version__ = 'made up'\n"
+WORKING_TORCH_NPU = """
+import types, torch
+__version__ = "2.13.0"
+chip = "Ascend910B3"
+torch.npu = types.SimpleNamespace(
+    is_available=lambda: True, device_count=lambda: 1, get_device_name=lambda index: chip
+)
+torch.ops = types.SimpleNamespace(npu=types.SimpleNamespace())
+"""
+NO_CANN = "raise ImportError('libhccl.so: cannot open shared object file: No such file or directory')\n"
+HEALTHY = {
+    "torch": ("2.13.0+cpu", WORKS),
+    "torch_npu": ("2.13.0", WORKING_TORCH_NPU),
+    "transformers": ("5.23.0", WORKS),
+    "numpy": ("2.2.6", WORKS),
+}
+
+
+def environment(folder: Path, packages: Mapping[str, tuple[str, str]]) -> str:
+    """The interpreter of a virtual environment with these distributions: {name: (version, source of the module)}."""
+    venv.create(folder, with_pip=False, symlinks=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    for name, (version, source) in packages.items():
+        information = site / f"{name.replace('-', '_')}-{version}.dist-info"
+        information.mkdir()
+        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        module = {"triton-ascend": "triton", "flash-linear-attention": "fla"}.get(name, name)
+        (site / f"{module}.py").write_text(source)
+    return str(folder / "bin" / "python")
+
+
+@pytest.fixture
+def with_cann(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    home = tmp_path / "cann"
+    (home / "lib64").mkdir(parents=True)
+    (home / "lib64" / "libhccl.so").touch()
+    (home / "version.cfg").write_text("runtime_running_version=[8.5.0]\n")
+    monkeypatch.setenv("ASCEND_TOOLKIT_HOME", str(home))
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(home / "lib64"))
+    return home
+
+
+@pytest.fixture
+def real(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environments here have no use for the simulated NPU of the other tests."""
+    monkeypatch.setattr("npu_patch.simulator.is_active", lambda: False)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+
+
+BROKEN = {
+    "no CANN": ({"torch_npu": ("2.13.0", NO_CANN)}, "torch_npu 2.13.0 is installed, CANN is not .*libhccl.so"),
+    "triton and triton-ascend": (
+        {"triton": ("3.6.0", WORKS), "triton-ascend": ("3.2.0", WORKS)},
+        "triton 3.6.0 and triton-ascend 3.2.0 are both installed",
+    ),
+    "torch and torch_npu": (
+        {"torch_npu": ("2.9.0.post6", "raise ImportError('undefined symbol: _ZN3c10')\n")},
+        r"torch 2.13.0\+cpu with torch_npu 2.9.0.post6",
+    ),
+    "mindspeed placeholder": ({"mindspeed": ("0.0.1.dev1", WORKS)}, "mindspeed 0.0.1.dev1 is a placeholder"),
+    "old fla": (
+        {"flash-linear-attention": ("0.5.2", WORKS), "triton-ascend": ("3.2.0", WORKS)},
+        "flash-linear-attention 0.5.2: its Ascend backend was corrected after 0.5.2",
+    ),
+    "numpy and triton-ascend": (
+        {"numpy": ("2.3.1", WORKS), "triton-ascend": ("3.2.0", WORKS)},
+        "numpy 2.3.1 with triton-ascend 3.2.0",
+    ),
+    "torch": (
+        {"torch": ("2.13.0", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)\n")},
+        r"torch 2.13.0 cannot be imported: the process died \(killed by signal 11\)",
+    ),
+    "packages that break": (
+        {"peft": ("0.21.2", "raise RuntimeError('half installed')\n")},
+        "peft: RuntimeError: half installed",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_installation_is_told_its_fault(
+    fault: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+    real: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    broken, what = BROKEN[fault]
+    if fault != "no CANN":
+        request.getfixturevalue("with_cann")
+    else:
+        monkeypatch.setattr("npu_patch.commands.cann.USUAL", ())
+    python = environment(tmp_path / "venv", HEALTHY | broken)
+    assert main(["doctor", "--python", python]) == 1
+    text = " ".join(capsys.readouterr().out.split())
+    found = re.findall(r"FAULT: (.+?): ", text)
+    assert found == [fault]
+    assert re.search(what, text)
+    remedy = next(each.remedy for each in FAULTS if each.name == fault)
+    assert " ".join(remedy.split()) in text
+
+
+def test_a_sound_installation_is_fine(
+    tmp_path: Path, real: None, with_cann: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = environment(tmp_path / "venv", HEALTHY)
+    assert main(["doctor", "--python", python, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["chips"] == ["Ascend910B3"]
+    assert content["packages"]["torch"] == {"version": "2.13.0+cpu", "error": None}
+    assert content["packages"]["peft"] == {"version": None, "error": None}
+    assert (content["cann"]["version"], content["cann"]["loadable"]) == ("8.5.0", True)
+    assert content["operators"]["npu_rms_norm"] == {"used_by": "rms_norm", "schema": None}
+    assert content["complaints"] == []
+    assert "ImportError" in content["providers_unknown"] or "AttributeError" in content["providers_unknown"]
+
+
+def test_a_package_that_hangs_is_given_up(
+    tmp_path: Path, real: None, with_cann: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = environment(tmp_path / "venv", HEALTHY | {"peft": ("1.0", "import time; time.sleep(60)\n")})
+    assert main(["doctor", "--python", python, "--timeout", "4"]) == 1
+    assert "peft: no answer within 4 s" in " ".join(capsys.readouterr().out.split())
+
+
+def test_on_the_simulated_npu_it_shows_what_this_torch_npu_really_has(
+    simulated: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("doctor", "doctor_findings"):  # importing each takes seconds
+        monkeypatch.setattr(f"npu_patch.commands.{module}.PACKAGES", {"numpy": "numpy"})
+    monkeypatch.setenv("TWINKLE_NPU_ROPE", "0")
+    monkeypatch.setenv("TWINKLE_NPU_ROPES", "0")
+    main(["doctor", "--json"])
+    content = json.loads(capsys.readouterr().out)
+    assert content["simulated"] and content["chips"]
+    assert content["operators"]["npu_swiglu"]["schema"] == "npu::npu_swiglu(Tensor input, int dim=-1) -> Tensor"
+    assert all(operator["schema"] for operator in content["operators"].values())
+    assert [used for _, used, _ in content["providers"]["rms_norm"]] == [True, False]
+    assert ["MindSpeed chunk_gated_delta_rule", False] in [row[:2] for row in content["providers"]["gated_delta_net"]]
+    (rope,) = [switch for switch in content["switches"] if switch["keyword"] == "rope"]
+    assert (rope["value"], rope["source"]) == (False, "TWINKLE_NPU_ROPE")
+    (note,) = [each["what"] for each in content["complaints"] if each["fault"] == "unknown variable"]
+    assert note == "unknown environment variable TWINKLE_NPU_ROPES (did you mean TWINKLE_NPU_ROPE?)"
+
+
+def test_the_doctor_itself_imports_nothing_that_may_be_broken() -> None:
+    program = """
+import sys
+for name in ("torch", "torch_npu", "transformers", "triton", "peft"):
+    sys.modules[name] = None
+from npu_patch.commands import main
+code = main(["doctor", "--json", "--python", "/bin/false"])
+sys.exit(code + 40)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 41, done.stderr
+    assert json.loads(done.stdout)["complaints"][0]["fault"] == "no packages"
+
+
+SOUND = Findings(
+    "python",
+    (("torch", "2.13.0", "site"), ("torch_npu", "2.13.0", "site"), ("transformers", "5.23.0", "site")),
+    {},
+    Answer({"available": True, "chips": ["Ascend910B3"], "operators": {}}),
+    Answer({}),
+    Cann("/cann", "8.5.0", True, ("davinci0",)),
+    False,
+    {},
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault", "what"),
+    [
+        ({"cann": Cann("/cann", "8.5.0", False, ())}, "CANN not set up", "CANN is in /cann, its libraries are not on"),
+        (
+            {"torch_npu": Answer({"available": False})},
+            "no NPU",
+            r"is_available\(\) is False; devices of the driver: davinci0",
+        ),
+        ({"torch_npu": Answer(error="OSError: bad")}, "torch_npu", "torch_npu 2.13.0 cannot be imported: OSError: bad"),
+        ({"distributions": (("torch", "2.13.0", "site"), *SOUND.distributions[2:])}, "no torch_npu", "not installed"),
+        ({"distributions": (*SOUND.distributions[:2], ("transformers", "4.51.3", "x"))}, "transformers", "4.51.3 is"),
+        (
+            {"distributions": (*SOUND.distributions, ("Torch_NPU", "2.9.0", "site"))},
+            "two versions in one place",
+            "torch-npu 2.13.0 and 2.9.0 in site",
+        ),
+        ({"distributions": (*SOUND.distributions, ("kernels", "0.20.0", "x"))}, "kernels", r">=0.18.2,<0.19 and"),
+        ({"environ": {"TWINKLE_NPU_ROPE": "maybe"}}, "switch", "TWINKLE_NPU_ROPE='maybe': accepted are"),
+        ({"environ": {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}}, "autoload", "AUTOLOAD=0"),
+        (
+            {"distributions": (*SOUND.distributions, ("fla-core", "0.6.0", "x"))},
+            "fla without triton-ascend",
+            "without triton-ascend",
+        ),
+    ],
+)
+def test_each_known_fault_is_seen(change: dict[str, object], fault: str, what: str) -> None:
+    assert not list(complaints(SOUND))
+    (found,) = complaints(replace(SOUND, **change))
+    assert found.fault == fault
+    assert re.search(what, found.what)
+
+
+def test_cann_is_found_without_loading_it(tmp_path: Path) -> None:
+    home = tmp_path / "usr/local/Ascend/ascend-toolkit/latest"
+    (home / "lib64").mkdir(parents=True)
+    (home / "x86_64-linux").mkdir()
+    (home / "x86_64-linux/ascend_toolkit_install.info").write_text("package_name=toolkit\nversion=8.2.RC1\n")
+    (tmp_path / "dev").mkdir()
+    for name in ("davinci0", "davinci1", "davinci_manager", "null"):
+        (tmp_path / "dev" / name).touch()
+    assert find_cann({}, tmp_path) == Cann(str(home), "8.2.RC1", False, ("davinci0", "davinci1"))
+    assert find_cann({}, tmp_path / "nothing") == Cann(None, None, False, ())
+
+
+def test_the_table_of_operators_is_what_the_ops_call() -> None:
+    sources = "".join(file.read_text() for file in Path("npu_patch/ops").glob("*.py"))
+    called = set(re.findall(r"torch\.ops\.npu\.(npu_\w+)", sources)) | set(re.findall(r'"(npu_\w+)"', sources))
+    assert called == set(OPERATORS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--python", "no-such-python"], "--python no-such-python: accepted is the path"),
+        (["--timeout", "-1"], "--timeout -1: accepted are seconds above 0"),
+    ],
+)
+def test_bad_usage_is_told_what_is_accepted(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_rich_the_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert main(["doctor"]) == 2
+    captured = capsys.readouterr()
+    assert "pip install 'npu_patch[cli]', or ask for --json" in captured.err and not captured.out
