@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from npu_patch.lifecycle import PatchedSite, Walk
+from npu_patch.lifecycle import PatchedSite, PatchError, Walk, anything_applied
 from npu_patch.ops.implementation import Choice, choose
 from npu_patch.outcome import Outcome, Report
 from npu_patch.patches.patch import Patch, Replacement
@@ -30,7 +30,12 @@ def dry_run(
 
     `model`: on any device, meta included; its live layers are looked at. `registries`: look at transformers'
     registries too, which are the same for every module.
+
+    Raises:
+        PatchError: where patches are in place: then there are no originals to look at.
     """
+    if anything_applied():
+        raise PatchError("dry_run(): patches are in place; call restore() first")
     report = Report(device=f"{device_type}, dry run")
     walk = DryWalk(model, device_type, False, switches or resolve(), report, registries=registries)
     walk.look(modules)
@@ -65,5 +70,3 @@ class DryWalk(Walk):
 
     def _bind(self, site: Site, replacement: Replacement, outcome: Outcome) -> None:
         replacement.calls.deactivate()
-
-

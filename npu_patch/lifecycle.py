@@ -109,6 +109,16 @@ def report() -> Report:
     return combined
 
 
+def patched_sites(report: Report) -> list[PatchedSite]:
+    """What stands at the sites of a report that are patched now."""
+    own = {id(outcome) for outcome in report.outcomes}
+    return [held for held in _STATE.patched.values() if id(held.outcome) in own]
+
+
+def anything_applied() -> bool:
+    return len(_STATE.journal) > 0
+
+
 @dataclass
 class PatchedSite:
     site: Site

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ class Calls:
     (a hook's bound method, a `from ... import`) then behaves as the original.
     A replacement with several implementations counts in `ran_by` which one ran, and says in `declined` why another was
     passed over when it was last asked.
+    `watch(args, kwargs)` is told of each call beforehand, if somebody wants to know.
     """
 
     active: bool = True
@@ -31,6 +32,7 @@ class Calls:
     fell_through: Counter[str] = field(default_factory=Counter)
     ran_by: Counter[str] = field(default_factory=Counter)
     declined: dict[str, str] = field(default_factory=dict)
+    watch: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
 
     def deactivate(self) -> None:
         self.active = False

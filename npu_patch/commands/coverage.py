@@ -1,2 +1,183 @@
-def add_arguments(parser):
-    pass
+"""coverage: what `apply()` would patch in a model family, or in all of them, without weights or a device.
+
+It is apply()'s own walk with the rebinding left out, so that the two cannot disagree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from npu_patch.commands.coverage_survey import PROCESSES, Family, Tally, survey
+from npu_patch.commands.families import families, family_of, without_broken_torch_npu
+from npu_patch.commands.result import CommandError, Result
+
+if TYPE_CHECKING:
+    import torch
+
+    from npu_patch.outcome import Report
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("model", metavar="MODEL_TYPE", nargs="?", help="a model type of transformers, such as qwen3_moe")
+    which.add_argument("--all", action="store_true", help="every family of the installed transformers, as a matrix")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="write a page too")
+
+
+def run(options: argparse.Namespace) -> Result:
+    if options.html is not None and not options.html.absolute().parent.is_dir():
+        raise CommandError(f"--html {options.html}: there is no folder {options.html.absolute().parent}")
+    note = without_broken_torch_npu()
+    return _matrix(options, note) if options.all else _one(options, note)
+
+
+def _one(options: argparse.Namespace, note: str | None) -> Result:
+    """The report of a dry run over the family's modeling files and over a model of the default configuration."""
+    from npu_patch.dry_run import dry_run
+
+    family = family_of(options.model)
+    names = families().get(family, ())
+    try:
+        modules = [importlib.import_module(name) for name in names]
+    except Exception as error:
+        raise CommandError(f"{options.model}: its modeling file cannot be imported: {error}") from error
+    model, without = _model_without_weights(options.model)
+    report: Report = dry_run(modules, model)
+    report.notes += [each for each in (note, without) if each is not None]
+    if options.html is not None:
+        report.to_html(options.html)
+    content = {"model_type": options.model, "family": family, "modules": list(names), **json.loads(report.json())}
+    return Result(content, lambda: [str(report)], fine=not report.failed)
+
+
+def _model_without_weights(model_type: str) -> tuple[torch.nn.Module | None, str | None]:
+    """A model of the type's default configuration on the meta device; or None, and why."""
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.for_model(model_type)
+        auto = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
+        with torch.device("meta"):
+            return auto.from_config(config), None
+    except Exception as error:  # as many ways as there are families
+        first = (str(error).splitlines() or [""])[0]
+        return (
+            None,
+            f"layers are not counted: no model from the default configuration ({type(error).__name__}: {first})",
+        )
+
+
+def _matrix(options: argparse.Namespace, note: str | None) -> Result:
+    every = families()
+    count = sum(map(len, every.values()))
+    started = time.perf_counter()
+    if options.json:
+        found = survey(every)
+    else:
+        from npu_patch.commands.terminal import progress
+
+        with progress(quiet=False) as bar:
+            task = bar.add_task("modeling modules", total=count)
+            found = survey(every, done=lambda: bar.advance(task))
+    content = _content(found, count, time.perf_counter() - started, note)
+    if options.html is not None:
+        from npu_patch.commands.coverage_page import page_of_families
+
+        options.html.write_text(page_of_families(found, summary(content)), encoding="utf-8")
+    return Result(content, lambda: _shown(found, content), fine=not any(t.failed for t in totals(found).values()))
+
+
+def totals(found: list[Family]) -> dict[str, Tally]:
+    """By patch, over all families, in the order of the catalogue."""
+    from npu_patch.patches import CATALOGUE
+
+    return {
+        patch.name: sum((family.patches.get(patch.name, Tally()) for family in found), Tally()) for patch in CATALOGUE
+    }
+
+
+def _content(found: list[Family], modules: int, seconds: float, note: str | None) -> dict[str, Any]:
+    import transformers
+
+    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    # What the processes share (libraries, torch) is counted in each of them.
+    peak = own.ru_maxrss + PROCESSES * children.ru_maxrss
+    return {
+        "transformers": transformers.__version__,
+        "families": {
+            family.name: {
+                "patches": {name: tally.as_dict() for name, tally in family.patches.items()},
+                "errors": family.errors,
+            }
+            for family in found
+        },
+        "totals": {
+            name: {**tally.as_dict(), "families": sum(bool(_served(family, name)) for family in found)}
+            for name, tally in totals(found).items()
+        },
+        "modules": modules,
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime, 1),
+        "processes": PROCESSES,
+        "peak_gib": round(peak / 2**20, 2),
+        "note": note,
+    }
+
+
+def _served(family: Family, patch: str) -> int:
+    return family.patches.get(patch, Tally()).served
+
+
+def summary(content: dict[str, Any]) -> str:
+    untouched = [
+        name for name, each in content["families"].items() if not any(_any(t) for t in each["patches"].values())
+    ]
+    broken = sum(len(family["errors"]) for family in content["families"].values())
+    parts = [
+        f"{content['modules']} modeling modules of {len(content['families'])} families of transformers "
+        f"{content['transformers']} in {content['seconds']} s ({content['cpu_seconds']} s of processor time), "
+        f"{content['peak_gib']} GiB at most in {content['processes']} processes",
+        f"{len(content['families']) - len(untouched)} families have something that would be patched",
+    ]
+    return "; ".join(parts + ([f"{broken} modules cannot be imported here"] if broken else []))
+
+
+def _any(tally: dict[str, Any]) -> int:
+    return tally["patched"] + tally["by_registry"]
+
+
+def cell(tally: Tally | None) -> str:
+    """ "3" where all that was found is served, "3 of 4" where not."""
+    if tally is None or not tally.found:
+        return ""
+    return str(tally.served) if tally.served == tally.found else f"{tally.served} of {tally.found}"
+
+
+def _shown(found: list[Family], content: dict[str, Any]) -> Iterator[Any]:
+    from npu_patch.commands.terminal import table
+
+    patches = list(totals(found))
+    matrix = [(family.name, *(cell(family.patches.get(name)) for name in patches)) for family in found]
+    yield table("Sites that would be patched, by family", ("family", *patches), matrix, numbers=patches)
+    reasons = [
+        (name, count, reason) for name, tally in totals(found).items() for reason, count in tally.reasons.most_common()
+    ]
+    yield table("Why others are left alone", ("patch", "sites", "reason"), reasons, numbers=("sites",))
+    rows = [
+        (name, content["totals"][name]["families"], tally.patched, tally.by_registry, tally.skipped, tally.failed)
+        for name, tally in totals(found).items()
+    ]
+    columns = ("patch", "families", "patched", "through a registry", "skipped", "failed")
+    yield table("In all", columns, rows, numbers=columns[1:])
+    for family in found:
+        yield from (f"cannot be imported: {error}" for error in family.errors)
+    yield from [f"note: {content['note']}"] if content["note"] else []
+    yield summary(content)

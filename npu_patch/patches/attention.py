@@ -23,7 +23,7 @@ from npu_patch.patches import attention_flash, attention_mask, attention_sdpa
 from npu_patch.patches.mask_pattern import plain
 from npu_patch.patches.patch import Context, Patch, Replacement, Skip, replacement_for
 from npu_patch.probe.attention import why_not_attention, why_not_mask, why_not_packing
-from npu_patch.sites import Site
+from npu_patch.sites import Site, forwards, innermost
 
 OWN_NAME = "npu"
 
@@ -149,4 +149,11 @@ def find(module: ModuleType) -> Iterable[Site]:
     return ()
 
 
-PATCH = Patch("attention", "sdpa", IMPLEMENTATIONS, find, replace, registered)
+def customers(module: ModuleType) -> Iterable[type]:
+    """Layers whose forward asks AttentionInterface, which modeling files hold as ALL_ATTENTION_FUNCTIONS."""
+    for site in forwards(module):
+        if "ALL_ATTENTION_FUNCTIONS" in innermost(site.original).__code__.co_names:
+            yield site.owner
+
+
+PATCH = Patch("attention", "sdpa", IMPLEMENTATIONS, find, replace, registered, customers=customers)

@@ -38,7 +38,7 @@ from npu_patch.patches.patch import (
     replacement_for,
 )
 from npu_patch.probe.experts import Convention, ExpertsReading, declared, read_experts
-from npu_patch.sites import Site, innermost
+from npu_patch.sites import Site, forwards, innermost
 
 DOORS = ("grouped_mm", "batched_mm")
 ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
@@ -149,5 +149,10 @@ class _StandardExperts:
         return silu_of_halves(gate_up)
 
 
+def customers(module: ModuleType) -> Iterable[type]:
+    entries = registry()
+    return () if entries is None else (site.owner for site in forwards(module) if _looks_up(site.owner, entries))
+
+
 KINDS: Kinds[ExpertsReading] = Kinds(_read)
-PATCH = Patch("experts", "moe_patch", IMPLEMENTATIONS, find, replace, registered, in_layer, layers)
+PATCH = Patch("experts", "moe_patch", IMPLEMENTATIONS, find, replace, registered, in_layer, layers, customers)

@@ -54,6 +54,10 @@ def _nothing_in(layer: torch.nn.Module) -> Iterable[Site]:
     return ()
 
 
+def _no_customers(module: ModuleType) -> Iterable[type]:
+    return ()
+
+
 def layers_of_class(site: Site, context: Context) -> int | None:
     """How many layers of the given model a site of a class reaches; None for other sites and without a model."""
     return len(context.live_modules(site.owner)) if isinstance(site.owner, type) and context.live else None
@@ -66,7 +70,8 @@ class Patch:
     `find(module)` yields the sites to look at in a modeling module, `registered()` those in transformers' registries,
     `in_layer(layer)` those on one live module of the given model. `replace(site, context)` observes one and decides,
     with the first of the op's `implementations` that serves the device. `layers(site, context)` is how many layers of
-    the given model the site reaches.
+    the given model the site reaches. `customers(module)` are the classes of a modeling module that look up at call time
+    what `registered()` replaces.
     """
 
     name: str
@@ -77,6 +82,7 @@ class Patch:
     registered: Callable[[], Iterable[Site]] = tuple
     in_layer: Callable[[torch.nn.Module], Iterable[Site]] = _nothing_in
     layers: Callable[[Site, Context], int | None] = layers_of_class
+    customers: Callable[[ModuleType], Iterable[type]] = _no_customers
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,8 @@ def replacement_for(
         if torch.compiler.is_compiling():  # a count would be a guard to the compiler
             result = serve(*args, **kwargs)
         else:
+            if calls.watch is not None:
+                calls.watch(args, kwargs)
             calls.ran += 1  # before: checkpointing's recomputation leaves a forward by an exception once it has enough
             result = serve(*args, **kwargs)
             if isinstance(result, (Unserved, Unfused)):
