@@ -59,13 +59,13 @@ def apply(
     if model is not None and not isinstance(model, torch.nn.Module):
         raise TypeError(f"apply() takes a torch.nn.Module or nothing, not {type(model).__name__}")
     resolved = resolve(switches)
-    report = Report(device=_describe(device_type))
+    report = Report(device=describe(device_type))
     if not resolved["patch"]:
         report.notes.append(f"switched off by {resolved.sources['patch']}: nothing was rebound")
         return report
-    lacking = _lacking(device_type)
-    if lacking is not None:
-        report.notes.append(f"no {device_type} device ({lacking}): nothing was rebound")
+    reason = lacking(device_type)
+    if reason is not None:
+        report.notes.append(f"no {device_type} device ({reason}): nothing was rebound")
         return report
     walk = Walk(model, device_type, strict, resolved, report)
     with _STATE.journal.lock:
@@ -100,7 +100,7 @@ def applied(model: torch.nn.Module | None = None, **arguments: Any) -> Iterator[
 
 def report() -> Report:
     """Everything that is applied now, counters included, as one report."""
-    combined = Report(device=_describe(_STATE.device_type) if _STATE.device_type else "no device: nothing is applied")
+    combined = Report(device=describe(_STATE.device_type) if _STATE.device_type else "no device: nothing is applied")
     for each in _STATE.reports:
         known = {id(outcome) for outcome in combined.outcomes}
         combined.outcomes += [outcome for outcome in each.outcomes if id(outcome) not in known]
@@ -316,7 +316,7 @@ def _checked_device(device: str) -> str:
     return device_type
 
 
-def _lacking(device_type: str) -> str | None:
+def lacking(device_type: str) -> str | None:
     """Why there is no such device here, or None."""
     if device_type == "cpu":
         return None
@@ -338,7 +338,7 @@ def _tell(report: Report) -> None:
         log.warning(f"{outcome.patch}: {outcome.site} failed: {outcome.reason}")
 
 
-def _describe(device_type: str) -> str:
+def describe(device_type: str) -> str:
     simulator = sys.modules.get("npu_patch.simulator")
     simulated = device_type == "npu" and simulator is not None and simulator.is_active()
     return f"{device_type} (simulated)" if simulated else device_type

@@ -21,12 +21,15 @@ from npu_patch.commands.result import CommandError, Result
 COMMANDS = {
     "doctor": "what is installed, what is used, what is wrong and what to do",
     "coverage": "what would be patched in a model family, or in all of them; needs no weights and no device",
+    "verify": "on your device, each patched op and a whole model against float64, forward and gradients",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; see above for the exit code."""
-    options = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    chosen = next((each for each in arguments if not each.startswith("-")), None)
+    options = _parser(chosen).parse_args(arguments)
     module = importlib.import_module(f"npu_patch.commands.{options.command}")
     try:
         result: Result = module.run(options)
@@ -42,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if result.fine else 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(chosen: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m npu_patch",
         description="Fused kernels for Hugging Face models on Ascend NPUs: what they do here.",
@@ -51,7 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help_text in COMMANDS.items():
-        command = commands.add_parser(name, help=help_text, description=f"Says {help_text}.")
-        importlib.import_module(f"npu_patch.commands.{name}").add_arguments(command)
+        command = commands.add_parser(name, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}.")
+        if name == chosen:  # a command may need torch; doctor must not
+            importlib.import_module(f"npu_patch.commands.{name}").add_arguments(command)
         command.add_argument("--json", action="store_true", help="print JSON to stdout, and nothing else")
     return parser

@@ -1,0 +1,293 @@
+"""verify: on the user's own device, each patched op and then the whole model against float64, forward and gradients.
+
+Bars: verify_bars.py. A site that is patched, that the model has a use for, and that no forward reached is a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npu_patch import lifecycle
+from npu_patch.commands import models
+from npu_patch.commands.float64 import everything_in_float64, in_float64
+from npu_patch.commands.recording import (
+    Call,
+    Recording,
+    function_of,
+    recorded,
+    run_in_float64,
+    run_original,
+    run_replacement,
+)
+from npu_patch.commands.result import CommandError, Result
+from npu_patch.commands.verify_bars import FLOORS, Error, relative_error, why_not, worst
+from npu_patch.commands.verify_sites import why_expected
+from npu_patch.report_rows import short_name
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+UNUSED = "not used by this model"
+
+
+@dataclass
+class Check:
+    """One line of the result. `failure`: what missed the bar, where and by how much. `compared`: how many results."""
+
+    dtype: str
+    patch: str
+    site: str
+    what: str
+    compared: int = 0
+    error: float | None = None
+    original_error: float | None = None
+    failure: str | None = None
+    note: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    models.add_arguments(parser)
+    parser.add_argument(
+        "--dtype", choices=DTYPES, action="append", help="may be given again (default: float32 and bfloat16)"
+    )
+    parser.add_argument("--seeds", type=int, default=4, help="models, or batches of a stored model (default 4)")
+
+
+def run(options: argparse.Namespace) -> Result:
+    if options.seeds < 1:
+        raise CommandError(f"--seeds {options.seeds}: accepted are numbers from 1")
+    device = models.device_of(options)
+    source = models.source_of(options.model)
+    names = options.dtype or ["float32", "bfloat16"]
+    checks: list[Check] = []
+    with _progress(options) as (bar, task):
+        bar.update(task, total=len(names) * options.seeds)
+        for name in names:
+            checks += _verify(source, device, name, options.seeds, lambda: bar.advance(task))
+    if not any(check.patch != "model" for check in checks):
+        checks.append(Check("", "none", "", "sites", failure="nothing in this model is patched"))
+    fine = not any(check.failure for check in checks)
+    content = {"model": source.described, "device": lifecycle.describe(device.type), "fine": fine}
+    content["checks"] = [asdict(check) for check in checks]
+    return Result(content, lambda: _shown(content, checks), fine)
+
+
+def _progress(options: argparse.Namespace) -> Any:
+    """A context with a bar and its task; a silent one for --json."""
+    import contextlib
+    from unittest.mock import Mock
+
+    if options.json:
+        return contextlib.nullcontext((Mock(), 0))
+    from npu_patch.commands.terminal import progress
+
+    @contextlib.contextmanager
+    def shown() -> Iterator[Any]:
+        with progress(quiet=False) as bar:
+            yield bar, bar.add_task("verifying")
+
+    return shown()
+
+
+def _verify(source: models.Source, device: torch.device, name: str, seeds: int, done: Any) -> list[Check]:
+    """Ops at the first seed, the whole model at each."""
+    dtype = DTYPES[name]
+    checks: list[Check] = []
+    errors: list[Error] = []
+    model: torch.nn.Module | None = None
+    for seed in range(seeds):
+        if model is None or source.tiny:
+            # In bfloat16 a token near the border goes to another expert, patched or not: that says nothing.
+            model = source.make(seed, dtype != torch.float32).to(dtype)
+        batch = models.batch_for(model, seed=seed + 1)
+        try:
+            exact = _reference(model, batch)
+            model = model.to(device)
+            original = results(model, batch)
+        except Exception as error:
+            raise CommandError(f"{source.described} does not run unpatched: {_named(error)}") from error
+        with lifecycle.applied(model, device=device.type) as report:
+            sites = lifecycle.patched_sites(report)
+            with recorded(sites if seed == 0 else []) as recording:
+                try:
+                    patched = results(model, batch)
+                except Exception as error:
+                    raised = f"raises where the unpatched model does not: {_named(error)}"
+                    return [*checks, Check(name, "model", type(model).__name__, f"seed {seed}", failure=raised)]
+            if seed == 0:
+                checks += [_check_site(held, recording, model, name) for held in sites]
+                checks += [Check(name, each.patch, each.site, "site", failure=each.reason) for each in report.failed]
+        errors += [
+            Error(
+                f"{key} (seed {seed})",
+                relative_error(patched[key], exact[key]),
+                relative_error(original[key], exact[key]),
+            )
+            for key in exact
+            if key in patched and exact[key].any()
+        ]
+        missing = exact.keys() ^ patched.keys()
+        if missing:
+            checks.append(Check(name, "model", "", "gradients", failure=f"there or missing: {sorted(missing)[0]}"))
+        model = model.to("cpu")
+        done()
+    far = worst(errors, dtype)
+    checks.append(
+        Check(
+            name,
+            "model",
+            type(model).__name__,
+            f"loss, gradients, decoding; worst: {far.name}",
+            len(errors),
+            far.replaced,
+            far.original,
+            why_not(errors, dtype),
+            f"{statistics.geometric_mean(e.ratio(FLOORS[dtype]) for e in errors):.2f} times the original's error",
+        )
+    )
+    return checks
+
+
+def _check_site(held: Any, recording: Recording, model: torch.nn.Module, name: str) -> Check:
+    outcome = held.outcome
+    check = Check(name, outcome.patch, outcome.site, outcome.variant)
+    calls, expected = outcome.calls, why_expected(held, model)
+    if calls.ran == 0:
+        if expected is not None:
+            reasons = "; ".join(f"{count} fell through: {why}" for why, count in calls.fell_through.items())
+            check.failure = f"patched, but never ran in training or decoding ({expected}; {reasons or 'no call'})"
+        else:
+            check.note = UNUSED
+        return check
+    if function_of(held) is None or not recording.of(held):
+        check.note = f"ran {calls.ran} times; compared within the whole model"
+        return check
+    errors: list[Error] = []
+    ran = calls.ran
+    judged = [call for call in recording.of(held) if call.is_finite]
+    if not judged:
+        check.failure = "cannot be judged: it is given NaN, by something patched before it"
+    for call in judged:
+        found = _compare(held, call)
+        if isinstance(found, str):
+            check.failure = f"{found}, for {call.shapes}"
+            return check
+        errors += found
+    check.compared = len(errors)
+    if check.failure:
+        return check
+    if errors:
+        far = worst(errors, DTYPES[name])
+        check.what += f"; worst: {far.name}"
+        check.error, check.original_error = far.replaced, far.original
+        check.failure = why_not(errors, DTYPES[name])
+    else:
+        check.note = "equal to the original's"
+    check.note = check.note or f"ran {ran} times"
+    return check
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _compare(held: Any, call: Call) -> list[Error] | str:
+    replaced, original = run_replacement(held, call), run_original(held, call)
+    if not _equal(replaced.exact, original.exact):
+        return "what is no floating tensor differs from the original's"
+    if replaced.tensors.keys() != original.tensors.keys():
+        return f"gives {', '.join(replaced.tensors)}, the original {', '.join(original.tensors)}"
+    if not replaced.tensors:
+        return []
+    exact = run_in_float64(held, call).tensors
+    return [
+        Error(name, relative_error(replaced.tensors[name], exact[name]), relative_error(value, exact[name]))
+        for name, value in original.tensors.items()
+        if name in exact and exact[name].any()
+    ]
+
+
+def _equal(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    if len(one) != len(other):
+        return False
+    for left, right in zip(one, other, strict=True):
+        if isinstance(left, Tensor) != isinstance(right, Tensor):
+            return False
+        if isinstance(left, Tensor) and not (left.shape == right.shape and torch.equal(left.cpu(), right.cpu())):
+            return False
+        if not isinstance(left, Tensor) and left != right:
+            return False
+    return True
+
+
+def _reference(model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    with everything_in_float64():
+        return results(in_float64(model), batch)
+
+
+def results(model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The loss (or the mean square of the last hidden state), each parameter's gradient, and what a causal model with a
+    cache says after each of two single tokens; float64 on the CPU."""
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    model.zero_grad(set_to_none=True)
+    output = model(**batch)
+    loss = getattr(output, "loss", None)
+    loss = output[0].float().square().mean() if loss is None else loss
+    loss.backward()
+    gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found = {"loss": loss, **gradients, **_decoded(model, batch["input_ids"])}
+    model.zero_grad(set_to_none=True)
+    return {name: tensor.detach().cpu().double() for name, tensor in found.items()}
+
+
+@torch.no_grad()
+def _decoded(model: torch.nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    if not getattr(model.config, "is_decoder", False) and not model.can_generate():
+        return {}
+    output = model(input_ids=ids[:, :-2], use_cache=True)
+    found = {}
+    for index in (-2, -1):
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:
+            return {}
+        ids_of_one = ids[:, index:] if index == -1 else ids[:, index : index + 1]
+        output = model(input_ids=ids_of_one, past_key_values=cache, use_cache=True)
+        found[f"logits of single token {3 + index}"] = output[0]
+    return found
+
+
+def _shown(content: dict[str, Any], checks: list[Check]) -> Iterator[Any]:
+    from npu_patch.commands.terminal import table
+
+    yield f"{content['model']} on {content['device']}: error to float64, relative; patched and original"
+    unused = dict.fromkeys(f"{check.patch} {short_name(check.site)}" for check in checks if check.note == UNUSED)
+    rows = [
+        (
+            check.dtype,
+            check.patch,
+            f"{short_name(check.site)}: {check.what}",
+            "" if check.error is None else f"{check.error:.1e}",
+            "" if check.original_error is None else f"{check.original_error:.1e}",
+            ("red", "FAIL") if check.failure else ("green", "ok") if check.compared or "equal" in check.note else "-",
+            check.note,
+        )
+        for check in checks
+        if check.note != UNUSED
+    ]
+    columns = ("dtype", "patch", "what", "patched", "original", "", "")
+    yield table("", columns, rows, numbers=("patched", "original"))
+    if unused:
+        yield f"patched, and {UNUSED}: {', '.join(unused)}\n"
+    for check in checks:
+        if check.failure:
+            yield f"FAIL: {check.dtype} {check.patch} {check.site}: {check.failure}"
+    failures = sum(check.failure is not None for check in checks)
+    yield (
+        f"{failures} of {len(checks)} checks failed" if failures else f"All {len(checks)} checks are within their bars."
+    )
