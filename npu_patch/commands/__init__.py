@@ -22,6 +22,7 @@ COMMANDS = {
     "doctor": "what is installed, what is used, what is wrong and what to do",
     "coverage": "what would be patched in a model family, or in all of them; needs no weights and no device",
     "verify": "on your device, each patched op and a whole model against float64, forward and gradients",
+    "bench": "on your device, each patched op at a model's shapes and a LoRA step, patched against unpatched",
 }
 
 

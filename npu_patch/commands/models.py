@@ -12,7 +12,7 @@ from torch import Tensor
 
 from npu_patch.commands.families import model_types, unknown
 from npu_patch.commands.result import CommandError
-from npu_patch.commands.tiny_model import tiny_model
+from npu_patch.commands.tiny_model import few_layers, tiny_model
 
 
 @dataclass(frozen=True)
@@ -86,3 +86,11 @@ def batch_for(model: torch.nn.Module, *, batch: int = 2, length: int = 29, seed:
     if "input_ids" not in names:
         raise CommandError(f"{type(model).__name__} takes no input_ids: it cannot be run on random tokens")
     return {"input_ids": ids} | ({"labels": ids.clone()} if "labels" in names else {})
+
+
+def real_source_of(model: str) -> Source:
+    """As `source_of`, but a model type gives a random model with the type's own sizes and a layer of each kind."""
+    source = source_of(model)
+    if not source.tiny:
+        return source
+    return Source(f"a random {model} of few layers", lambda seed, every: few_layers(model, seed=seed), tiny=False)

@@ -71,6 +71,36 @@ def tiny_model(model_type: str, *, seed: int = 0, every_expert: bool = False) ->
     return model
 
 
+def few_layers(model_type: str, *, seed: int = 0) -> torch.nn.Module:
+    """A random model with the sizes of the type's default configuration and one layer of each kind (two, if they are
+    all alike); bfloat16, on the CPU, in evaluation mode.
+
+    Raises:
+        CommandError: if no such model can be built.
+    """
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.for_model(model_type).get_text_config()
+        if getattr(config, "layer_types", None):
+            config.layer_types = _kinds(config)
+            config.num_hidden_layers = len(config.layer_types)
+        else:
+            config.num_hidden_layers = 2
+        auto = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return auto.from_config(config, dtype=torch.bfloat16).eval()
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise CommandError(f"no {model_type} can be built ({type(error).__name__}: {first})") from error
+
+
+def _kinds(config: Any) -> list[str]:
+    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
+    return kinds * 2 if len(kinds) == 1 else kinds
+
+
 def tiny_config(model_type: str, every_expert: bool = False) -> Any:
     """The type's configuration (of its language model, where it has several) at the sizes above, with one layer of
     each kind."""
@@ -83,9 +113,9 @@ def tiny_config(model_type: str, every_expert: bool = False) -> Any:
     given |= {name: wanted[name] for name in ("eos_token_id", "pad_token_id", "bos_token_id") if hasattr(default, name)}
     if "qk_rope_head_dim" in given and "head_dim" in given:  # multi-head latent attention: its rotary part
         given["head_dim"] = given["qk_rope_head_dim"]
-    kinds = list(dict.fromkeys(getattr(default, "layer_types", None) or ()))
+    kinds = _kinds(default)
     if kinds:
-        given["layer_types"] = kinds if len(kinds) > 1 else kinds * 2
+        given["layer_types"] = kinds
         given["num_hidden_layers"] = len(given["layer_types"])
     return type(default)(**given)
 

@@ -1,0 +1,235 @@
+"""bench: on the user's own device, each patched op at the model's shapes and a LoRA step, patched against unpatched.
+
+Forward and backward together, in turns, medians with quartiles. On the simulated NPU a time means nothing: there,
+kernel launches and bytes are counted instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from npu_patch import lifecycle, simulator
+from npu_patch.commands import models
+from npu_patch.commands.bench_lora import RANK, lora_step
+from npu_patch.commands.recording import function_of, recorded, timed_forms
+from npu_patch.commands.result import CommandError, Result
+from npu_patch.commands.timing import Timing, in_turns
+from npu_patch.report_rows import short_name
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SIMULATED = (
+    "simulated NPU: its times mean nothing and are not shown; launches and MB moved are simulated counts, which are "
+    "properties of the program"
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One op at one set of shapes, or the step. Times in ms (None on the simulated NPU), counts there only."""
+
+    patch: str
+    site: str
+    shapes: str
+    patched: Timing | None = None
+    original: Timing | None = None
+    launches: tuple[int, int] | None = None  # patched, original
+    bytes: tuple[int, int] | None = None
+
+    @property
+    def gain(self) -> float | None:
+        """How many times faster, or with how many times fewer launches, it is patched."""
+        if self.patched is not None and self.original is not None:
+            return self.original.median / self.patched.median
+        return None if self.launches is None or not self.launches[0] else self.launches[1] / self.launches[0]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    models.add_arguments(parser)
+    add_sizes(parser)
+    parser.add_argument("--png", metavar="FILE", type=Path, help="draw it too")
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--tokens", type=int, help="in the one sequence of the batch (default 4096; 64 where tiny)")
+    parser.add_argument("--samples", type=int, default=20, help="of each time (default 20)")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny model, not one with the type's own sizes and a layer of each kind"
+    )
+
+
+def run(options: argparse.Namespace) -> Result:
+    png = options.png
+    if png is not None and not png.absolute().parent.is_dir():
+        raise CommandError(f"--png {png}: there is no folder {png.absolute().parent}")
+    if png is not None:
+        require_matplotlib()
+    device, model, batch = prepared(options)
+    measured = _ops(model, batch, device, options.samples)
+    measured.append(_step(model, batch, device, options.samples))
+    simulated = device.type == "npu" and simulator.is_active()
+    content = {
+        "model": options.model,
+        "device": lifecycle.describe(device.type),
+        "chip": chip(device),
+        "dtype": options.dtype,
+        "tokens": batch["input_ids"].shape[1],
+        "note": SIMULATED if simulated else None,
+        "results": [{**asdict(each), "gain": each.gain} for each in measured],
+    }
+    if png is not None:
+        from npu_patch.commands.bench_picture import draw
+
+        draw(content, measured, png)
+    return Result(content, lambda: _shown(content, measured), fine=True)
+
+
+def prepared(options: argparse.Namespace) -> tuple[torch.device, torch.nn.Module, dict[str, torch.Tensor]]:
+    """Device, model on it, batch; raises `CommandError` for numbers and names that are none."""
+    for name in ("tokens", "samples"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise CommandError(f"--{name} {value}: accepted are numbers from 1")
+    device = models.device_of(options)
+    tiny = options.tiny or device.type == "cpu" or simulator.is_active()
+    source = models.source_of(options.model) if tiny else models.real_source_of(options.model)
+    model = source.make(0, False).to(DTYPES[options.dtype]).to(device)
+    length = options.tokens or (64 if tiny else 4096)
+    return device, model, models.batch_for(model, batch=1, length=length)
+
+
+def chip(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else str(getattr(torch, device.type).get_device_name(0))
+
+
+def require_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise CommandError(f"--png needs matplotlib ({error}): pip install 'npu_patch[cli]'") from error
+
+
+def _ops(model: torch.nn.Module, batch: dict[str, torch.Tensor], device: torch.device, samples: int) -> list[Measured]:
+    found = []
+    with lifecycle.applied(model, device=device.type) as report:
+        sites = [held for held in lifecycle.patched_sites(report) if function_of(held) is not None]
+        with recorded(sites) as recording:
+            _forward_backward(model, batch, device)
+        for held in sites:
+            for call in recording.of(held):
+                patched, original = timed_forms(held, call)
+                name = short_name(held.outcome.site)
+                found.append(_measure(held.outcome.patch, name, call.shapes, patched, original, device, samples))
+    return found
+
+
+def _step(model: torch.nn.Module, batch: dict[str, torch.Tensor], device: torch.device, samples: int) -> Measured:
+    adapted, step = lora_step(model, batch)
+
+    def patched() -> None:
+        with lifecycle.applied(adapted, device=device.type):
+            step()
+
+    if device.type == "npu" and simulator.is_active():
+        return _measure("step", f"LoRA, r={RANK}", _shapes(batch), patched, step, device, samples)
+    forms = in_blocks(adapted, step, device, samples)
+    return Measured("step", f"LoRA, r={RANK}", _shapes(batch), forms["patched"], forms["original"])
+
+
+def in_blocks(
+    adapted: torch.nn.Module, step: Callable[[], None], device: torch.device, samples: int
+) -> dict[str, Timing]:
+    """Patched and unpatched steps in turns of four: applying is no part of a step."""
+    from npu_patch.commands.timing import merged
+
+    parts: dict[str, list[Timing]] = {"original": [], "patched": []}
+    for _ in range(max(1, samples // 4)):
+        parts["original"].append(in_turns({"": step}, device, samples=4, in_a_row=False)[""])
+        with lifecycle.applied(adapted, device=device.type):
+            parts["patched"].append(in_turns({"": step}, device, samples=4, in_a_row=False)[""])
+    return {name: merged(timings) for name, timings in parts.items()}
+
+
+def _measure(
+    patch: str,
+    site: str,
+    shapes: str,
+    patched: Callable[[], None],
+    original: Callable[[], None],
+    device: torch.device,
+    samples: int,
+) -> Measured:
+    if device.type == "npu" and simulator.is_active():
+        counted = [_counted(form) for form in (patched, original)]
+        launches, moved = zip(*counted, strict=True)
+        return Measured(patch, site, shapes, launches=tuple(launches), bytes=tuple(moved))
+    timings = in_turns({"patched": patched, "original": original}, device, samples=samples)
+    return Measured(patch, site, shapes, timings["patched"], timings["original"])
+
+
+def _counted(form: Callable[[], None]) -> tuple[int, int]:
+    form()  # whatever is made once
+    with simulator.count() as counted:
+        form()
+    return counted.launches, counted.bytes
+
+
+def _forward_backward(model: torch.nn.Module, batch: dict[str, torch.Tensor], device: torch.device) -> None:
+    output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
+    loss = getattr(output, "loss", None)
+    (output[0].float().square().mean() if loss is None else loss).backward()
+    model.zero_grad(set_to_none=True)
+
+
+def _shapes(batch: dict[str, torch.Tensor]) -> str:
+    return "x".join(map(str, batch["input_ids"].shape)) + " tokens"
+
+
+def _shown(content: dict[str, Any], measured: list[Measured]) -> Iterator[Any]:
+    from npu_patch.commands.terminal import table
+
+    yield f"{content['model']} on {content['device']} ({content['chip']}), {content['dtype']}: forward and backward"
+    if content["note"]:
+        yield content["note"]
+        columns = ("patch", "site", "shapes", "launches", "unpatched", "MB", "unpatched", "fewer launches")
+        rows = [
+            (
+                each.patch,
+                each.site,
+                each.shapes,
+                *each.launches,
+                *(f"{moved / 1e6:.2f}" for moved in each.bytes),
+                "" if each.gain is None else f"{each.gain:.1f} x",
+            )
+            for each in measured
+        ]
+    else:
+        columns = ("patch", "site", "shapes", "ms", "unpatched", "peak MiB", "unpatched", "faster")
+        rows = [
+            (
+                each.patch,
+                each.site,
+                each.shapes,
+                _time(each.patched),
+                _time(each.original),
+                _peak(each.patched),
+                _peak(each.original),
+                (("green" if each.gain >= 1 else "red"), f"{each.gain:.2f} x"),
+            )
+            for each in measured
+        ]
+    yield table("", columns, rows, numbers=columns[3:])
+
+
+def _time(timing: Timing) -> str:
+    return f"{timing.median:.3f} ({timing.low:.3f} to {timing.high:.3f})"
+
+
+def _peak(timing: Timing) -> str:
+    return "" if timing.peak is None else f"{timing.peak / 2**20:.1f}"

@@ -1,0 +1,86 @@
+"""Times of several ways to do the same, taken in turns, so that what else the machine does falls on all alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+WARM_UPS = 3
+SHORTEST = 2e-3  # seconds that one sample lasts: shorter ones are runs in a row, divided
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds: the median of the samples and their quartiles. `peak`: bytes allocated at the most beyond what was
+    there before; None where the device does not tell."""
+
+    median: float
+    low: float
+    high: float
+    peak: int | None
+
+
+def in_turns(
+    forms: Mapping[str, Callable[[], None]], device: torch.device, *, samples: int, in_a_row: bool = True
+) -> dict[str, Timing]:
+    """Each form `samples` times, one after the other. `in_a_row`: short ones several times per sample."""
+    peaks = {name: _peak(form, device) for name, form in forms.items()}
+    for form in forms.values():
+        for _ in range(WARM_UPS - 1):
+            form()
+    runs = {name: _runs(form, device) if in_a_row else 1 for name, form in forms.items()}
+    taken: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(samples):
+        for name, form in forms.items():
+            taken[name].append(_seconds(form, device, runs[name]) / runs[name] * 1e3)
+    return {name: _timing(times, peaks[name]) for name, times in taken.items()}
+
+
+def _runs(form: Callable[[], None], device: torch.device) -> int:
+    return max(1, min(100, int(SHORTEST / max(_seconds(form, device, 1), 1e-6))))
+
+
+def _seconds(form: Callable[[], None], device: torch.device, runs: int) -> float:
+    synchronize(device)
+    started = time.perf_counter()
+    for _ in range(runs):
+        form()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def _timing(times: list[float], peak: int | None) -> Timing:
+    if len(times) == 1:
+        return Timing(times[0], times[0], times[0], peak)
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+    return Timing(median, low, high, peak)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def _peak(form: Callable[[], None], device: torch.device) -> int | None:
+    if device.type == "cpu":
+        form()
+        return None
+    backend = getattr(torch, device.type)
+    form()  # whatever is made once
+    synchronize(device)
+    backend.reset_peak_memory_stats()
+    before = backend.memory_allocated()
+    form()
+    synchronize(device)
+    return backend.max_memory_allocated() - before
+
+
+def merged(timings: list[Timing]) -> Timing:
+    """Of several turns: the medians of their numbers, the highest peak."""
+    peaks = [timing.peak for timing in timings if timing.peak is not None]
+    numbers = (statistics.median(getattr(timing, name) for timing in timings) for name in ("median", "low", "high"))
+    return Timing(*numbers, max(peaks) if peaks else None)
