@@ -24,6 +24,7 @@ LIBRARIES = (
     "libge_runner.so",
     "libgraph.so",
     "libacl_tdt_channel.so",
+    "libopapi.so",
 )
 
 HBM_BYTES = 64 << 30  # Ascend910B3

@@ -45,6 +45,11 @@ UNSUPPORTED(aclrtMapMem) UNSUPPORTED(aclrtUnmapMem)
 UNSUPPORTED(aclrtMemExportToShareableHandle) UNSUPPORTED(aclrtMemImportFromShareableHandle)
 UNSUPPORTED(aclrtMemSetPidToShareableHandle)
 
+/* Communication between NPUs, which torch_npu 2.9 is linked against and 2.13 looks up by name. */
+UNSUPPORTED(HcclAllGather) UNSUPPORTED(HcclAllReduce) UNSUPPORTED(HcclBroadcast) UNSUPPORTED(HcclReduceScatter)
+UNSUPPORTED(HcclSend) UNSUPPORTED(HcclRecv) UNSUPPORTED(HcclGetRootInfo) UNSUPPORTED(HcclCommInitAll)
+UNSUPPORTED(HcclCommInitRootInfo) UNSUPPORTED(HcclCommDestroy)
+
 /* ---- Devices. ---- */
 
 #define MOST_DEVICES 16
