@@ -17,7 +17,7 @@ from tests.gradients import loss_and_gradients, relative_error
 from tests.tiny_models import FAMILIES, tiny, tiny_batch
 
 SITE = "AttentionInterface['{}']"
-ATTENTION_ONLY = {"rms_norm": False, "rope": False, "swiglu": False}
+ATTENTION_ONLY = {"rms_norm": False, "rope": False, "swiglu": False, "fla": False}
 
 
 @pytest.fixture

@@ -63,6 +63,12 @@ def _masking_utils() -> ModuleType:
     return masking_utils
 
 
+def _why_not_own_name(function: Callable[..., Any]) -> str | None:
+    """transformers makes no mask at all for an attention whose name has no mask function."""
+    why_no_mask = why_not_mask(_mask_entries()["sdpa"])
+    return why_not_attention(function) or (why_no_mask and f"no mask can be made for this name: {why_no_mask}")
+
+
 DOORS: tuple[Door, ...] = (
     Door(
         "AttentionInterface['sdpa']",
@@ -77,7 +83,7 @@ DOORS: tuple[Door, ...] = (
         _attention_entries,
         OWN_NAME,
         "scaled dot-product attention",
-        why_not_attention,
+        _why_not_own_name,
         attention_sdpa.serve,
         stands_for="sdpa",
     ),

@@ -107,9 +107,21 @@ def _is_padding_mask(mask: Tensor, query: Tensor, key: Tensor) -> bool:
 
 def _target_dtype(query: Tensor, module: torch.nn.Module) -> torch.dtype:
     """transformers casts what peft left in float32 back to the dtype of the model."""
-    from transformers.integrations.flash_attention import get_target_dtype
-
+    try:
+        from transformers.integrations.flash_attention import get_target_dtype
+    except ImportError:  # transformers 4 has it inside its flash attention
+        return _dtype_of_model(query, module)
     return get_target_dtype(query, module) or query.dtype
+
+
+def _dtype_of_model(query: Tensor, module: torch.nn.Module) -> torch.dtype:
+    if query.dtype != torch.float32:
+        return query.dtype
+    if torch.is_autocast_enabled(query.device.type):
+        return torch.get_autocast_dtype(query.device.type)
+    if hasattr(module.config, "_pre_quantization_dtype"):
+        return module.config._pre_quantization_dtype
+    return next(layer for layer in module.modules() if isinstance(layer, torch.nn.Linear)).weight.dtype
 
 
 def _band(is_causal: bool, sliding_window: int | None, queries: int, keys: int) -> Band:

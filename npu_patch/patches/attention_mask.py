@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,21 +18,24 @@ from npu_patch.patches.patch import Context, Unfused, Unserved
 
 def serve(original: Callable[..., Any], context: Context) -> Callable[..., Any]:
     def serve_mask(*args: Any, **arguments: Any) -> PatternMask | Unserved | Unfused | None:
-        device = torch.device(arguments.get("device", "cpu"))
-        if args or "q_length" not in arguments or "mask_function" not in arguments:
+        queries = None if args or "mask_function" not in arguments else _queries(arguments)
+        if queries is None:
             return Unserved("arguments of another version of transformers")
-        if device.type != context.device_type:
-            return Unserved(f"a mask on {device.type}")
+        if queries.device.type != context.device_type:
+            return Unserved(f"a mask on {queries.device.type}")
         if torch.compiler.is_compiling():
             return Unserved("being compiled")
-        pattern = _pattern(**arguments)
+        if queries.offset is None:
+            return Unserved("tokens in the cache, whose number is on the device")
+        others = {name: value for name, value in arguments.items() if name not in ("q_length", "q_offset")}
+        pattern = _pattern(q_length=queries.length, q_offset=queries.offset, **others)
         if isinstance(pattern, Unserved):
             made = original(**{name: plain(value) for name, value in arguments.items()})
             # That no mask is needed is what a mask that is never written out is for: nothing fell through.
             return None if made is None else Unfused(made, pattern.reason)
-        shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
+        shape = (arguments["batch_size"], 1, queries.length, arguments["kv_length"])
         written_out = arguments | {"allow_is_causal_skip": False}
-        return PatternMask(shape, device, pattern, lambda: original(**written_out))
+        return PatternMask(shape, queries.device, pattern, lambda: original(**written_out))
 
     return serve_mask
 
@@ -49,12 +53,35 @@ def serve_packing(original: Callable[..., Any], context: Context) -> Callable[..
     return find_packed_sequence_indices
 
 
+@dataclass(frozen=True)
+class _Queries:
+    """How many queries there are, and how many tokens come before them; None if that is known on the device only."""
+
+    length: int
+    offset: int | None
+    device: torch.device
+
+
+def _queries(arguments: dict[str, Any]) -> _Queries | None:
+    """From arguments of transformers' `sdpa_mask`: `q_length` and `q_offset` or, up to 5.3, `cache_position`."""
+    if "q_length" in arguments:
+        offset = arguments.get("q_offset", 0)
+        known = None if isinstance(offset, Tensor) else offset
+        return _Queries(arguments["q_length"], known, torch.device(arguments.get("device", "cpu")))
+    positions = arguments.get("cache_position")
+    if not isinstance(positions, Tensor) or positions.dim() != 1:
+        return None
+    # The queries are among the keys, so as many of them as there are keys start at the first one.
+    starts_at_zero = positions.shape[0] == arguments["kv_length"] and arguments.get("kv_offset", 0) == 0
+    return _Queries(positions.shape[0], 0 if starts_at_zero else None, positions.device)
+
+
 def _pattern(
     batch_size: int,
     q_length: int,
     kv_length: int,
     mask_function: Callable[..., Any],
-    q_offset: int | Tensor = 0,
+    q_offset: int = 0,
     kv_offset: int = 0,
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,
@@ -66,8 +93,6 @@ def _pattern(
     """
     if q_length == 1:
         return Unserved("a mask for one query is small")
-    if isinstance(q_offset, Tensor):
-        return Unserved("a static cache, whose length is on the device")
     reading = read_mask_function(mask_function)
     if reading is None:
         return Unserved("a mask function that is no band")

@@ -102,9 +102,10 @@ def read_mask_function(function: Any) -> MaskFunctionReading | None:
     """
     from transformers import masking_utils
 
-    if function is masking_utils.causal_mask_function:
+    causal = masking_utils.causal_mask_function
+    if function is causal:
         return MaskFunctionReading(after=0)
-    if function is masking_utils.bidirectional_mask_function:
+    if function is getattr(masking_utils, "bidirectional_mask_function", causal):
         return MaskFunctionReading()
     if not isinstance(function, FunctionType):
         return None

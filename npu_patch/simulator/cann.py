@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .errors import SimulatorError
 
-TESTED_VERSIONS = ("2.13.0",)
+TESTED_VERSIONS = ("2.9.0", "2.13.0")
 SOURCE = Path(__file__).with_name("cann_stub.c")
 
 # The libraries that torch_npu 2.13.0 is linked against (readelf -d libtorch_npu.so). The dynamic loader takes a library

@@ -38,6 +38,12 @@ class OnHost:
     tensor: Tensor
 
 
+def is_declared(name: str) -> bool:
+    """Whether this torch_npu has the operator (and overload) `npu::name`."""
+    packet, _, overload = name.partition(".")
+    return hasattr(torch.ops.npu, packet) and (overload or "default") in getattr(torch.ops.npu, packet).overloads()
+
+
 def npu_kernel(name: str, kernel: Kernel) -> Callable[..., Any]:
     """The function to register for `npu::name` at the dispatch key PrivateUse1."""
     packet, _, overload = name.partition(".")
