@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from npu_patch.sites import (
     Site,
     bound_forward,
     defining_class,
+    kept_functions,
     loaded_modeling_modules,
     modules_of_model,
 )
@@ -151,6 +153,12 @@ class _State:
 
 
 _STATE = _State()
+# A process that is forked while another thread applies or restores would find half of it done, and the lock taken.
+os.register_at_fork(
+    before=_STATE.journal.lock.acquire,
+    after_in_parent=_STATE.journal.lock.release,
+    after_in_child=_STATE.journal.lock.release,
+)
 
 
 @dataclass
@@ -279,9 +287,17 @@ class Walk:
             self._patch_modules(patches, [module])
 
     def _reach_live_layers(self, model: torch.nn.Module) -> None:
-        """Layers that keep a forward of their own are bound to the replacement too, or reported."""
+        """Layers that keep a forward or a function of their own are bound to the replacement too, or reported."""
         unreached: dict[tuple[str, str], list[torch.nn.Module]] = {}
+        functions = {
+            id(each.site.original): each.replacement.function
+            for each in _STATE.patched.values()
+            if isinstance(each.site.owner, ModuleType)
+        }
         for module in model.modules():
+            for owner, name, kept in list(kept_functions(module)):
+                if id(kept) in functions:
+                    _STATE.journal.rebind(owner, name, functions[id(kept)])
             held = _STATE.patched.get((id(defining_class(module)), "forward"))
             if held is None:
                 continue

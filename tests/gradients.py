@@ -46,6 +46,8 @@ def in_float64(model: torch.nn.Module) -> torch.nn.Module:
         file = sys.modules[type(module).__module__]
         if "GatedDeltaNet" in type(module).__name__ and hasattr(file, "torch_chunk_gated_delta_rule"):
             module.forward = functools.partial(_by_definition, module.forward, file)
+            if "chunk_gated_delta_rule" in vars(module):  # up to transformers 5.14 each layer keeps its own
+                module.chunk_gated_delta_rule = _rule_by_definition
         config = getattr(module, "config", None)
         if hasattr(config, "_experts_implementation_internal"):
             config._experts_implementation_internal = "eager"

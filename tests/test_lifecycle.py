@@ -104,6 +104,18 @@ def test_names_signatures_state_and_copies_do_not_change(npu: torch.device) -> N
     assert pickle.loads(pickle.dumps(module.apply_rotary_pos_emb)) is module.apply_rotary_pos_emb
 
 
+def test_a_function_that_a_layer_keeps_is_pickled_with_it(npu: torch.device) -> None:
+    """As transformers 5.0 to 5.14 keep functions on attention layers, in an attribute or in a dictionary."""
+    model = tiny("qwen3").to(npu)
+    rope = sys.modules[type(model).__module__].apply_rotary_pos_emb
+    attention = model.model.layers[0].self_attn
+    attention.rotary_fn, attention._hidden_kernels = rope, {"rotary": rope}
+    with npu_patch.applied(model):
+        assert attention.rotary_fn is attention._hidden_kernels["rotary"] is not rope
+        assert pickle.loads(pickle.dumps(attention)).rotary_fn is attention.rotary_fn
+    assert attention.rotary_fn is attention._hidden_kernels["rotary"] is rope
+
+
 def test_apply_twice_is_apply_once(npu: torch.device) -> None:
     model = tiny("qwen3").to(npu)
     first = npu_patch.apply(model)

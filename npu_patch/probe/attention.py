@@ -58,7 +58,8 @@ def why_not_mask(function: Callable[..., Any]) -> str | None:
                 problems.append(f"it fails: {type(problem).__name__}: {problem}"[:160])
                 continue
             same = isinstance(made, Tensor) and made.dtype == torch.bool and made.shape == expected.shape
-            return None if same and torch.equal(made, expected) else "it makes other masks than bool ones, True where seen"
+            right = same and torch.equal(made, expected)
+            return None if right else "it makes other masks than bool ones, True where seen"
     return problems[0]
 
 

@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# The tests that hold on every supported transformers, on each of them, over one shared torch; then the table of
+# versions in README.md, or a check of it. PYTHON, VENV and NO_VENV as in scripts/demo.sh.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/layered.sh"
+cd "$root"
+
+# Each is another code path somewhere in transformers. The newest is the one that setup.cfg pins.
+VERSIONS=(4.57.6 5.2.0 5.9.0 5.12.1 5.14.1 5.15.1 5.17.0 5.20.2 5.23.0)
+SUITE=(
+    tests/test_versions.py tests/test_lifecycle.py tests/test_older_signatures.py tests/test_attention_models.py
+    tests/test_parity.py::test_loss_and_every_gradient_in_float32
+)
+AT_ONCE=2
+
+usage() {
+    cat <<HELP
+usage: scripts/test_matrix.sh [--check | --ci] [VERSION...]
+
+  (nothing)    every version, then writes the table into README.md
+  VERSION...   these versions; the table is only compared
+  --check      every version; the table is only compared
+  --ci         the oldest version and one of the others, another one for each commit; the table is only compared
+
+Versions: ${VERSIONS[*]}
+HELP
+}
+
+choose_versions() {
+    write_table=0
+    chosen=("$@")
+    case ${1:-} in
+        -h | --help) usage && exit 0 ;;
+        "") write_table=1 chosen=("${VERSIONS[@]}") ;;
+        --check) chosen=("${VERSIONS[@]}") ;;
+        --ci)
+            local between=("${VERSIONS[@]:1:${#VERSIONS[@]}-2}") commits
+            commits=$(git rev-list --count HEAD 2>/dev/null || date +%j)
+            # The newest has the whole of the tests in scripts/test.sh.
+            chosen=("${VERSIONS[0]}" "${between[$((10#$commits % ${#between[@]}))]}")
+            ;;
+        -*) usage >&2 && exit 2 ;;
+    esac
+}
+
+# In a process of its own, with its output in a file: two versions run at the same time.
+test_version() {
+    local version=$1
+    layered_environment "$matrix/environments/$version" "transformers==$version"
+    "$layered_python" -m tests.version_cells "$matrix/$version.json" || return 1
+    "$layered_python" -m pytest -q -p no:cacheprovider "${SUITE[@]}"
+}
+
+choose_versions "$@"
+prepare_environment transformers peft accelerate pytest
+matrix=${MATRIX:-$root/.venv-matrix}
+mkdir -p "$matrix/environments"
+echo "matrix: transformers ${chosen[*]}"
+
+declare -A job
+for version in "${chosen[@]}"; do
+    while (($(jobs -rp | wc -l) >= AT_ONCE)); do wait -n || true; done
+    rm -f "$matrix/$version.json"
+    test_version "$version" >"$matrix/$version.log" 2>&1 &
+    job[$version]=$!
+done
+
+failed=()
+for version in "${chosen[@]}"; do
+    if ! wait "${job[$version]}"; then
+        failed+=("$version")
+        tail -n 60 "$matrix/$version.log"
+    fi
+    echo "matrix: transformers $version: $(tail -n 1 "$matrix/$version.log")"
+done
+[[ ${#failed[@]} == 0 ]] || fail "the tests fail on transformers ${failed[*]}: $matrix/VERSION.log"
+
+files=("${chosen[@]/#/$matrix/}")
+if [[ $write_table == 1 ]]; then
+    "$python" scripts/version_table.py "${files[@]/%/.json}"
+else
+    "$python" scripts/version_table.py --check "${files[@]/%/.json}" || fail "run scripts/test_matrix.sh"
+fi

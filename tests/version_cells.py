@@ -1,0 +1,111 @@
+"""What each patch does for each family on the installed transformers: the cells of the compatibility table.
+
+python -m tests.version_cells FILE.json
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import json
+import sys
+import unittest
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from npu_patch import simulator
+
+if simulator.real_device() is None:
+    simulator.start()
+
+import torch
+from torch import Tensor
+
+import npu_patch
+from npu_patch.patches import CATALOGUE
+from npu_patch.patches.patch import Patch
+from tests.gradients import in_float64, loss_and_gradients, relative_error
+from tests.tiny_models import FAMILIES, tiny, tiny_batch
+
+EQUAL, DIFFERENT, SKIPPED, FAILED, NOTHING, NO_FAMILY = (
+    "equal",
+    "different",
+    "skipped",
+    "failed",
+    "nothing",
+    "no family",
+)
+Results = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`status` is "equal" (it ran; loss and every gradient are the unpatched model's), "different" (they are not),
+    "skipped" or "failed" (with the report's reason), "nothing" (the family has nothing for this patch) or "no family".
+    """
+
+    status: str
+    reason: str = ""
+
+
+def cells_of(family: str, device: torch.device) -> dict[str, Cell]:
+    """By the name of the patch: a tiny float32 model of `family` trains with that patch alone."""
+
+    names = [patch.name for patch in CATALOGUE]
+    try:
+        on_cpu = tiny(family)
+    except unittest.SkipTest as missing:
+        return dict.fromkeys(names, Cell(NO_FAMILY, str(missing).rsplit(" has ", 1)[-1]))
+    batch = tiny_batch()
+    original = loss_and_gradients(tiny(family).to(device), batch)
+    return {patch.name: _cell(patch, on_cpu, original, batch, device) for patch in CATALOGUE}
+
+
+def _cell(patch: Patch, on_cpu: torch.nn.Module, original: Results, batch: Results, device: torch.device) -> Cell:
+
+    model = copy.deepcopy(on_cpu).to(device)
+    with npu_patch.applied(model, **{each.switch: each is patch for each in CATALOGUE}) as report:
+        patched = loss_and_gradients(model, batch)
+    outcomes = [outcome for outcome in report if outcome.patch == patch.name]
+    failed = [outcome.reason for outcome in outcomes if outcome.status == "failed"]
+    if failed:
+        return Cell(FAILED, failed[0])
+    fell_through = [reason for outcome in outcomes for reason in outcome.calls.fell_through]
+    ran = any(outcome.calls.ran for outcome in outcomes)
+    skipped = [outcome.reason for outcome in outcomes if outcome.status == "skipped" and outcome.layers != 0]
+    remarks = "; ".join(dict.fromkeys(fell_through + (skipped if not ran else [])))
+    if ran:
+        worst = _unequal(on_cpu, original, patched, batch)
+        return Cell(DIFFERENT, worst) if worst else Cell(EQUAL, remarks)
+    return Cell(SKIPPED, remarks) if remarks else Cell(NOTHING)
+
+
+def _unequal(on_cpu: torch.nn.Module, original: Results, patched: Results, batch: Results) -> str | None:
+    """The first gradient further than 1e-6 from the original and, by 5 times, further from float64 than that."""
+
+    if patched.keys() != original.keys():
+        return f"gradients of {sorted(patched.keys() ^ original.keys())[:3]}"
+    apart = [name for name in original if relative_error(patched[name], original[name]) >= 1e-6]
+    if not apart:
+        return None
+    exact = loss_and_gradients(in_float64(on_cpu), batch)
+    for name in apart:
+        error = relative_error(patched[name], exact[name])
+        if error >= 5 * relative_error(original[name], exact[name]):
+            return f"{name} is {error:.1e} from float64"
+    return None
+
+
+def measured(device: torch.device) -> dict[str, object]:
+    """Every cell, with the versions that they hold for."""
+
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in ("transformers", "torch", "torch_npu")},
+        "cells": {
+            family: {patch: asdict(cell) for patch, cell in cells_of(family, device).items()} for family in FAMILIES
+        },
+    }
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps(measured(torch.device("npu:0")), indent=1))
