@@ -50,7 +50,8 @@ def render(found: Found) -> str:
             rows.setdefault((patch, *words), []).append(family)
     reasons = list(dict.fromkeys(word for _, *words in rows for word in words if word not in (EQUAL, NOTHING)))
     lines = [_row(["patch", "families", *versions]), _row(["---"] * (2 + len(versions)))]
-    for (patch, *words), families in sorted(rows.items(), key=lambda row: list(found).index((row[0][0], row[1][0]))):
+    patches = list(dict.fromkeys(patch for patch, _ in found))
+    for (patch, *words), families in sorted(rows.items(), key=lambda row: patches.index(row[0][0])):
         marks = [word if word in (EQUAL, NOTHING) else str(reasons.index(word) + 1) for word in words]
         lines.append(_row([patch, ", ".join(families), *marks]))
     notes = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]

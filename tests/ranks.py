@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path[0] = str(Path(__file__).parents[1])
@@ -45,15 +46,27 @@ def fsdp(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def accelerate(model: torch.nn.Module) -> torch.nn.Module:
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    """accelerate's own wrapping by class names. Its front door takes FSDP for accelerators only, so the function behind
+    it is called, with what it looks at."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["Qwen3DecoderLayer"],
         reshard_after_forward=True,
+        cpu_ram_efficient_loading=False,
     )
-    return Accelerator(cpu=True, fsdp_plugin=plugin).prepare(model)
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        torch_device_mesh=MESH,
+        parallelism_config=SimpleNamespace(fsdp_dim_names=MESH.mesh_dim_names),
+        device=torch.device("cpu"),
+        is_main_process=dist.get_rank() == 0,
+        mixed_precision="no",
+    )
+    return fsdp2_prepare_model(accelerator, model)
 
 
 WRAPPERS: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {"ddp": ddp, "fsdp": fsdp, "accelerate": accelerate}
@@ -109,7 +122,7 @@ def trained(wrapper: str, patched: str, directory: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    MESH = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    MESH = dist.init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("shards",))
     torch.set_num_threads(1)
     results = {}
     for when in ("never", "before", "after"):
