@@ -138,9 +138,13 @@ GATED_VARIANTS: tuple[RMSNormVariant, ...] = tuple(
 
 
 def _npu_rms_norm(x: Tensor, gamma: Tensor | None, eps: float) -> Tensor:
+    """The operator copies what is not contiguous, while its shape function, which the compiler believes, keeps the
+    strides. Heads `[B, N, S, D]` are mostly `[B, S, N, D]` in memory: handing over that needs no copy."""
+    if x.dim() == 4 and not x.is_contiguous() and x.transpose(1, 2).is_contiguous():
+        return _npu_rms_norm(x.transpose(1, 2), gamma, eps).transpose(1, 2)
     if gamma is None:  # the operator has no form without gamma
         gamma = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
-    return torch.ops.npu.npu_rms_norm(x, gamma, epsilon=eps)[0]
+    return torch.ops.npu.npu_rms_norm(x.contiguous(), gamma, epsilon=eps)[0]
 
 
 def _torch_rms_norm(x: Tensor, gamma: Tensor | None, eps: float) -> Tensor:

@@ -74,8 +74,11 @@ def refuse_if_untold(op: str) -> None:
     """For a call of `op` that was given no boundaries.
 
     Raises:
-        ValueError: if the model whose forward is running was given packed sequences.
+        ValueError: if the model whose forward is running was given packed sequences. Never while being compiled: what
+            the model was given is no part of the graph.
     """
+    if torch.compiler.is_compiling():
+        return
     given = _GIVEN.get()
     sign = None if given is None else _sign_of_packing(given)
     if sign is not None:

@@ -132,7 +132,8 @@ class _Aliases:
             for over, tensor in self.pairs:
                 if value is over:
                     return tensor
-            return memory.to_device(value, self.device)
+            # torch_npu allocates results by their sizes: a formula's strides are those of whatever it computed with.
+            return memory.to_device(value.contiguous(), self.device)
         if isinstance(value, OnHost):
             return value.tensor
         if isinstance(value, tuple):
