@@ -2,7 +2,7 @@
 
     python scripts/bench_gated_delta.py                      # CUDA if there is one, else the CPU
     python scripts/bench_gated_delta.py --tokens 512 --key-heads 4 --heads 4
-    python scripts/bench_gated_delta.py --tilings 64:1 64:4 64:8 32:8 --only ours
+    python scripts/bench_gated_delta.py --tilings 64:1 64:4 128:2 --only ours
     python scripts/bench_gated_delta.py --count              # kernel launches and bytes on the simulated NPU instead
     python scripts/bench_gated_delta.py --profile 64:4       # the kernels of one forward and backward, by time
 
@@ -108,7 +108,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--key-heads", type=int, default=None, help="default: as many as value heads")
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--tilings", nargs="+", default=["64:auto", "64:1", "64:2", "64:4", "64:8", "32:auto"])
+    parser.add_argument("--tilings", nargs="+", default=["64:auto", "64:1", "64:4", "128:1", "128:2"])
     parser.add_argument("--precision", default="highest", choices=("highest", "high"), help="high: TF32, for everyone")
     parser.add_argument("--only", nargs="+", default=None, help="prefixes of the variants to run")
     parser.add_argument("--repeats", type=int, default=15)

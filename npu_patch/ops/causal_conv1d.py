@@ -82,19 +82,10 @@ class _PackedConv1d(torch.autograd.Function):
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, seq_idx = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        width = weight.shape[-1]
         d_sum = dy.to(_sum_dtype(x))
         if ctx.activated:
             d_sum = torch.ops.aten.silu_backward(d_sum, _sum(x, weight, bias, seq_idx))
-        dx = _transposed_sum(d_sum, weight, seq_idx).to(x.dtype) if needs_x else None
-        d_weight = None
-        if needs_weight:
-            d_weight = torch.stack(
-                [(d_sum[..., lag:] * seen).sum((0, -1)) for lag, seen in _lagged(x, width, seq_idx)][::-1], -1
-            )
-            if d_weight.shape[-1] < width:  # fewer tokens than weights
-                d_weight = F.pad(d_weight, (width - d_weight.shape[-1], 0))
-            d_weight = d_weight.to(weight.dtype)
+        dx, d_weight = _gradients(d_sum, x, weight, seq_idx, needs_x, needs_weight)
         d_bias = d_sum.sum((0, -1)).to(bias.dtype) if needs_bias else None
         return dx, d_weight, d_bias, None, None
 
@@ -111,24 +102,38 @@ def _sum(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor) -> Ten
     return y
 
 
-def _transposed_sum(d_sum: Tensor, weight: Tensor, seq_idx: Tensor) -> Tensor:
+def _gradients(
+    d_sum: Tensor, x: Tensor, weight: Tensor, seq_idx: Tensor, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of x and weight; what a lag hides from the sum it hides from both, so d_sum is masked once for each lag."""
     taps = weight.to(d_sum.dtype).unsqueeze(-1).unbind(1)
-    dx = d_sum * taps[-1]
-    for lag in range(1, min(weight.shape[-1], d_sum.shape[-1])):
-        dx[..., :-lag].addcmul_(d_sum[..., lag:] * _same(seq_idx, lag), taps[-1 - lag])
-    return dx
+    width, tokens = weight.shape[-1], x.shape[-1]
+    dx = d_sum * taps[-1] if needs_x else None
+    of_lags = [(d_sum * x).sum((0, -1))] if needs_weight else []
+    for lag in range(1, min(width, tokens) if needs_x or needs_weight else 1):
+        seen = d_sum[..., lag:] * _same(seq_idx, lag, d_sum.dtype)
+        if dx is not None:
+            dx[..., :-lag].addcmul_(seen, taps[-1 - lag])
+        if needs_weight:
+            of_lags.append(seen.mul_(x[..., :-lag]).sum((0, -1)))
+    d_weight = None
+    if needs_weight:
+        missing = width - len(of_lags)  # where there are fewer tokens than weights
+        d_weight = F.pad(torch.stack(of_lags[::-1], -1), (missing, 0)).to(weight.dtype)
+    return None if dx is None else dx.to(x.dtype), d_weight
 
 
 def _lagged(x: Tensor, width: int, seq_idx: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Each lag j with x_{t-j} for t from j, 0 where that token is of another sequence."""
     yield 0, x
     for lag in range(1, min(width, x.shape[-1])):
-        yield lag, x[..., :-lag] * _same(seq_idx, lag)
+        yield lag, x[..., :-lag] * _same(seq_idx, lag, x.dtype)
 
 
-def _same(seq_idx: Tensor, lag: int) -> Tensor:
-    """Whether a token and the one `lag` before it are of one sequence: bool `[B, 1, T - lag]`."""
-    return (seq_idx[:, lag:] == seq_idx[:, :-lag])[:, None]
+def _same(seq_idx: Tensor, lag: int, dtype: torch.dtype) -> Tensor:
+    """1 where a token and the one `lag` before it are of one sequence, else 0: `[B, 1, T - lag]`, in the dtype of what
+    it masks, as products of two dtypes are slower."""
+    return (seq_idx[:, lag:] == seq_idx[:, :-lag])[:, None].to(dtype)
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:

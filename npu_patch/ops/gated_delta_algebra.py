@@ -201,7 +201,7 @@ class _Local:
 
 def _inverse(chunks: Chunks) -> Tensor:
     c = chunks.decay.shape[-1]
-    return unit_lower_inverse((chunks.pairs[:, c:] * chunks.rows[:, c:, None]).neg_())
+    return unit_lower_inverse(chunks.pairs[:, c:] * chunks.rows[:, c:, None].neg())
 
 
 def _erase(problem: Problem, chunks: Chunks, inverse: Tensor) -> Tensor:
