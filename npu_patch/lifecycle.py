@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MethodType, ModuleType
 from typing import Any
@@ -32,6 +32,8 @@ from npu_patch.sites import (
     modules_of_model,
 )
 from npu_patch.switches import Switches, resolve
+from npu_patch.tuning import Tuning, tuned
+from npu_patch.tuning import read as read_tuning
 
 DEVICE_TYPES = ("npu", "cuda", "cpu")
 
@@ -69,7 +71,8 @@ def apply(
     if reason is not None:
         report.notes.append(f"no {device_type} device ({reason}): nothing was rebound")
         return report
-    walk = Walk(model, device_type, strict, resolved, report)
+    tuning = _tuning(resolved, device_type, report)
+    walk = Walk(model, device_type, strict, resolved, report, tuning)
     with _STATE.journal.lock:
         _STATE.claim(device_type)
         _STATE.reports.append(report)
@@ -170,6 +173,7 @@ class Walk:
     strict: bool
     switches: Switches
     report: Report
+    tuning: Tuning = field(default_factory=Tuning)
     searched: set[tuple[str, int, str]] = field(default_factory=set)  # in registries: patch, id of the registry, name
 
     def run(self) -> None:
@@ -241,6 +245,7 @@ class Walk:
             with _STATE.journal.transaction():
                 decision = patch.replace(site, context)
                 if isinstance(decision, Replacement):
+                    decision = self._tuned(patch, choice, site, decision, context)
                     self._rebind(patch, choice, site, decision, layers)
                 elif decision.notable:
                     self.report.outcomes.append(
@@ -248,6 +253,22 @@ class Walk:
                     )
         except Exception as error:
             self._failed(patch, site.label, error)
+
+    def _tuned(
+        self, patch: Patch, choice: Choice, site: Site, replacement: Replacement, context: Context
+    ) -> Replacement:
+        """The replacement, with the choices of the tuning file if it has any for this site."""
+        choices = self.tuning.of(patch.name, replacement.variant) if patch.tunable else {}
+        if not choices:
+            return replacement
+        others = {
+            each.name: patch.replace(site, replace(context, implementation=each))
+            for each in patch.implementations
+            if each.name in choices.values() and each.name not in (choice.chosen.name, *_absent(choice))
+        }
+        ways = {name: (other.function, other.calls) for name, other in others.items() if isinstance(other, Replacement)}
+        function = tuned(replacement.function, site.original, replacement.calls, choices, ways)
+        return replace(replacement, function=function)
 
     def _held(self, site: Site) -> PatchedSite | None:
         return _STATE.patched.get((id(site.owner), site.name))
@@ -343,6 +364,21 @@ def lacking(device_type: str) -> str | None:
     except Exception as error:  # a broken CANN raises more than ImportError
         return f"torch_npu cannot be imported: {error}"
     return None if torch.npu.is_available() else "torch.npu.is_available() is False"
+
+
+def _absent(choice: Choice) -> set[str]:
+    """Implementations that this machine or device cannot run."""
+    return {name for name, why in choice.declined.items() if not why.endswith("comes first")}
+
+
+def _tuning(switches: Switches, device_type: str, report: Report) -> Tuning:
+    if switches.tune is None:
+        return Tuning()
+    tuning = read_tuning(switches.tune, device_type)
+    if tuning.refused is not None:
+        report.warnings.append(f"the tuning file {switches.tune} is not used: {tuning.refused}")
+        return Tuning()
+    return tuning
 
 
 def _tell(report: Report) -> None:

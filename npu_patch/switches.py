@@ -15,6 +15,7 @@ from types import MappingProxyType
 from npu_patch import log
 
 PREFIX = "TWINKLE_NPU_"
+TUNE = PREFIX + "TUNE"  # a file, not a switch
 TRUE_WORDS = ("1", "true", "on", "yes")
 FALSE_WORDS = ("0", "false", "off", "no")
 
@@ -47,10 +48,12 @@ BY_NAME: Mapping[str, Switch] = MappingProxyType({switch.name: switch for switch
 
 @dataclass(frozen=True)
 class Switches:
-    """The resolved switches. `switches["rope"]` is a bool; `switches.sources["rope"]` says where it came from."""
+    """The resolved switches. `switches["rope"]` is a bool; `switches.sources["rope"]` says where it came from. `tune`:
+    the file of `python -m npu_patch tune`, if one is given."""
 
     values: Mapping[str, bool]
     sources: Mapping[str, str]
+    tune: str | None = None
 
     def __getitem__(self, name: str) -> bool:
         return self.values[name]
@@ -82,7 +85,7 @@ def resolve(keywords: Mapping[str, bool] | None = None, environ: Mapping[str, st
             sources[switch.name] = sources[switch.group]
         else:
             values[switch.name], sources[switch.name] = switch.default, "default"
-    return Switches(MappingProxyType(values), MappingProxyType(sources))
+    return Switches(MappingProxyType(values), MappingProxyType(sources), environ.get(TUNE) or None)
 
 
 def _check_keywords(keywords: Mapping[str, bool]) -> None:
@@ -120,7 +123,7 @@ def _as_bool(name: str, text: str) -> bool:
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     """In words, each variable with our prefix that is no switch."""
-    known = [PREFIX + variable for switch in SWITCHES for variable in (switch.variable, *switch.aliases)]
+    known = [TUNE, *(PREFIX + variable for switch in SWITCHES for variable in (switch.variable, *switch.aliases))]
     unknown = [name for name in environ if name.startswith(PREFIX) and name not in known]
     return [f"unknown environment variable {name}{_closest(name, known)}" for name in unknown]
 

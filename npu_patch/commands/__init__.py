@@ -23,6 +23,7 @@ COMMANDS = {
     "coverage": "what would be patched in a model family, or in all of them; needs no weights and no device",
     "verify": "on your device, each patched op and a whole model against float64, forward and gradients",
     "bench": "on your device, each patched op at a model's shapes and a LoRA step, patched against unpatched",
+    "tune": "on your device, the fastest right way for each op and shape, written to a file that apply() reads",
 }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from npu_patch.commands import models
 from npu_patch.commands.float64 import everything_in_float64, in_float64
 from npu_patch.commands.recording import (
     Call,
+    Ran,
     Recording,
     function_of,
     recorded,
@@ -173,7 +174,7 @@ def _check_site(held: Any, recording: Recording, model: torch.nn.Module, name: s
     if not judged:
         check.failure = "cannot be judged: it is given NaN, by something patched before it"
     for call in judged:
-        found = _compare(held, call)
+        found = compared(held, call, run_original(held, call))
         if isinstance(found, str):
             check.failure = f"{found}, for {call.shapes}"
             return check
@@ -196,15 +197,17 @@ def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def _compare(held: Any, call: Call) -> list[Error] | str:
-    replaced, original = run_replacement(held, call), run_original(held, call)
+def compared(held: Any, call: Call, original: Ran, exact: Mapping[str, Tensor] | None = None) -> list[Error] | str:
+    """The errors of the replacement and of the original on one call, or in words what cannot be compared. `exact`: the
+    float64 results, where they are known already."""
+    replaced = run_replacement(held, call)
     if not _equal(replaced.exact, original.exact):
         return "what is no floating tensor differs from the original's"
     if replaced.tensors.keys() != original.tensors.keys():
         return f"gives {', '.join(replaced.tensors)}, the original {', '.join(original.tensors)}"
     if not replaced.tensors:
         return []
-    exact = run_in_float64(held, call).tensors
+    exact = run_in_float64(held, call).tensors if exact is None else exact
     return [
         Error(name, relative_error(replaced.tensors[name], exact[name]), relative_error(value, exact[name]))
         for name, value in original.tensors.items()

@@ -71,7 +71,7 @@ class Patch:
     `in_layer(layer)` those on one live module of the given model. `replace(site, context)` observes one and decides,
     with the first of the op's `implementations` that serves the device. `layers(site, context)` is how many layers of
     the given model the site reaches. `customers(module)` are the classes of a modeling module that look up at call time
-    what `registered()` replaces.
+    what `registered()` replaces. `tunable`: a tuning file may choose another of `implementations`, or the original.
     """
 
     name: str
@@ -83,6 +83,7 @@ class Patch:
     in_layer: Callable[[torch.nn.Module], Iterable[Site]] = _nothing_in
     layers: Callable[[Site, Context], int | None] = layers_of_class
     customers: Callable[[ModuleType], Iterable[type]] = _no_customers
+    tunable: bool = True
 
 
 @dataclass(frozen=True)

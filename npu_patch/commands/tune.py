@@ -1,0 +1,185 @@
+"""tune: by op and shape, measures what there is on the device (the operator, other implementations, the original) and
+writes the fastest that is right to a file that `apply()` reads.
+
+What is not within the bars of `verify` is refused, however fast; what is not faster than the original is the original.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from npu_patch import lifecycle, simulator
+from npu_patch.commands import models
+from npu_patch.commands.bench import DTYPES, add_sizes, chip, prepared
+from npu_patch.commands.recording import Call, function_of, recorded, run_in_float64, run_original, timed_forms
+from npu_patch.commands.result import CommandError, Result
+from npu_patch.commands.timing import in_turns
+from npu_patch.commands.verify import compared
+from npu_patch.commands.verify_bars import why_not
+from npu_patch.lifecycle import PatchedSite
+from npu_patch.patches import CATALOGUE
+from npu_patch.patches.patch import Context, Replacement
+from npu_patch.report_rows import short_name
+from npu_patch.switches import TUNE, resolve
+from npu_patch.tuning import ORIGINAL, Decision, signature_of, write
+
+DECLINES = "does not take it: "
+Timer = Callable[[Mapping[str, Callable[[], None]], torch.device, int], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    site: str
+    shapes: str
+    decision: Decision
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    models.add_arguments(parser)
+    add_sizes(parser)
+    parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="the file to write")
+
+
+def run(options: argparse.Namespace) -> Result:
+    if not options.output.absolute().parent.is_dir():
+        raise CommandError(f"--output {options.output}: there is no folder {options.output.absolute().parent}")
+    if TUNE in os.environ:
+        raise CommandError(
+            f"{TUNE}={os.environ[TUNE]!r} is set: unset it, so that nothing is tuned before it is measured"
+        )
+    device, model, batch = prepared(options)
+    if device.type == "npu" and simulator.is_active():
+        note = "simulated NPU: its times mean nothing; this file is of no use on a real one, where it is refused"
+    else:
+        note = None
+    found, left = _tune(model, batch, device, options)
+    write(options.output, device.type, [each.decision for each in found])
+    content = {
+        "model": options.model,
+        "device": lifecycle.describe(device.type),
+        "chip": chip(device),
+        "file": str(options.output),
+        "note": note,
+        "not_tuned": left,
+        "decisions": [{"site": each.site, "shapes": each.shapes, **vars(each.decision)} for each in found],
+    }
+    return Result(content, lambda: _shown(content, found), fine=not any(each.decision.refused for each in found))
+
+
+def _tune(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], device: torch.device, options: argparse.Namespace
+) -> tuple[list[Tuned], list[str]]:
+    found: list[Tuned] = []
+    left: list[str] = []
+    switches = resolve()
+    tunable = {patch.name: patch for patch in CATALOGUE if patch.tunable}
+    with lifecycle.applied(model, device=device.type) as report:
+        sites = lifecycle.patched_sites(report)
+        with recorded(sites) as recording:
+            output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
+            (output[0] if output.get("loss") is None else output.loss).float().mean().backward()
+            model.zero_grad(set_to_none=True)
+        for held in sites:
+            if held.outcome.patch not in tunable or function_of(held) is None:
+                left.append(f"{held.outcome.patch} {short_name(held.outcome.site)}: chooses by itself at every call")
+                continue
+            ways = alternatives(held, tunable[held.outcome.patch], device.type, switches)
+            for call in recording.of(held):
+                decision = decide(held, call, ways, device, options.samples, DTYPES[options.dtype])
+                if decision is not None:
+                    found.append(Tuned(short_name(held.outcome.site), call.shapes, decision))
+    return found, left
+
+
+def alternatives(held: PatchedSite, patch: Any, device_type: str, switches: Any) -> dict[str, Replacement]:
+    """By the implementation's name, what would stand at the site with each that this machine has."""
+    found = {held.outcome.implementation: held.replacement}
+    for each in patch.implementations:
+        if each.name not in found and device_type in each.device_types and each.missing() is None:
+            other = patch.replace(held.site, Context(device_type, each, switches))
+            if isinstance(other, Replacement):
+                found[each.name] = other
+    return found
+
+
+def decide(
+    held: PatchedSite,
+    call: Call,
+    ways: Mapping[str, Replacement],
+    device: torch.device,
+    samples: int,
+    dtype: torch.dtype,
+    timer: Timer | None = None,
+) -> Decision | None:
+    """The fastest way that is right, for this call; None for a call without a floating result."""
+    original = run_original(held, call)
+    if not original.tensors:
+        return None
+    exact = run_in_float64(held, call).tensors
+    refused: dict[str, str] = {}
+    declined: dict[str, str] = {}
+    forms: dict[str, Callable[[], None]] = {}
+    for name, replacement in ways.items():
+        other = replace(held, replacement=replacement)
+        wrong = why_wrong(other, call, original, exact, dtype)
+        if wrong is None:
+            forms[name], forms[ORIGINAL] = timed_forms(other, call)
+        elif wrong.startswith(DECLINES):
+            declined[name] = wrong.removeprefix(DECLINES)
+        else:
+            refused[name] = wrong
+    forms.setdefault(ORIGINAL, lambda: None)
+    times = (timer or _times)(forms, device, samples) if len(forms) > 1 else {}
+    choice = min(times, key=lambda name: (times[name], name != ORIGINAL), default=ORIGINAL)
+    signature = signature_of(call.args, call.kwargs)
+    return Decision(held.outcome.patch, held.outcome.variant, signature, choice, times, refused, declined)
+
+
+def why_wrong(held: PatchedSite, call: Call, original: Any, exact: Mapping[str, Any], dtype: torch.dtype) -> str | None:
+    """Why this replacement may not be used for this call, or None."""
+    calls = held.replacement.calls
+    fell_through = calls.fell_through.copy()
+    try:
+        errors = compared(held, call, original, exact)
+    except Exception as error:
+        return f"raises {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    passed_on = calls.fell_through - fell_through
+    if passed_on:
+        return f"{DECLINES}{next(iter(passed_on))}"
+    return errors if isinstance(errors, str) else why_not(errors, dtype)
+
+
+def _times(forms: Mapping[str, Callable[[], None]], device: torch.device, samples: int) -> dict[str, float]:
+    return {name: timing.median for name, timing in in_turns(forms, device, samples=samples).items()}
+
+
+def _shown(content: dict[str, Any], found: list[Tuned]) -> Iterator[Any]:
+    from npu_patch.commands.terminal import table
+
+    yield f"{content['model']} on {content['device']} ({content['chip']}): forward and backward, median ms"
+    if content["note"]:
+        yield content["note"]
+    rows = [
+        (
+            each.decision.patch,
+            each.site,
+            each.shapes,
+            ", ".join(f"{name} {time:.3f}" for name, time in sorted(each.decision.times.items(), key=lambda x: x[1])),
+            ("green", each.decision.choice),
+        )
+        for each in found
+    ]
+    yield table("", ("patch", "site", "shapes", "times", "chosen"), rows)
+    for each in found:
+        for name, why in each.decision.refused.items():
+            yield f"REFUSED: {name} for {each.site}, {each.shapes}: {why}"
+    for each in content["not_tuned"]:
+        yield f"not tuned: {each}"
+    yield f"written to {content['file']}; use it with TWINKLE_NPU_TUNE={content['file']}"

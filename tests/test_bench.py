@@ -1,0 +1,90 @@
+"""python -m npu_patch bench: what is measured, how, and that the simulated NPU claims no times."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import npu_patch
+from npu_patch.commands import main
+from npu_patch.commands.timing import in_turns
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_applied() -> Iterator[None]:
+    yield
+    assert not npu_patch.report().outcomes
+    npu_patch.restore()
+
+
+def test_on_the_simulated_npu_launches_are_counted_and_no_time_is_shown(
+    simulated: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    picture = tmp_path / "bench.png"
+    assert main(["bench", "qwen3", "--png", str(picture)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "its times mean nothing and are not shown" in text and "simulated counts" in text
+    assert "LoRA, r=16" in text and "Qwen3RMSNorm" in text and "ms" not in text.split()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert main(["bench", "qwen3", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    step = content["results"][-1]
+    assert (step["patch"], step["patched"], step["original"]) == ("step", None, None)
+    assert step["launches"][0] < step["launches"][1] and step["gain"] > 1.2
+    norms = [each for each in content["results"] if each["patch"] == "rms_norm"]
+    assert {each["shapes"] for each in norms} >= {"48 bfloat16, 1x64x48 bfloat16", "16 bfloat16, 1x64x6x16 bfloat16"}
+
+
+def test_elsewhere_times_are_medians_with_their_spread(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "llama", "--device", "cpu", "--samples", "4", "--dtype", "float32", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["note"] is None and content["chip"] == "cpu"
+    assert {each["patch"] for each in content["results"]} >= {"rms_norm", "rope", "swiglu", "step"}
+    for each in content["results"]:
+        for timing in (each["patched"], each["original"]):
+            assert 0 < timing["low"] <= timing["median"] <= timing["high"]
+        assert each["gain"] == pytest.approx(each["original"]["median"] / each["patched"]["median"])
+
+
+def test_samples_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, order = [0.0], []
+    monkeypatch.setattr("npu_patch.commands.timing.time.perf_counter", lambda: now[0])
+
+    def form(name: str, seconds: list[float]) -> None:
+        order.append(name)
+        now[0] += seconds.pop(0) if len(seconds) > 1 else seconds[0]
+
+    slow, fast = [9.0] * 4 + [4.0, 1.0, 2.0, 3.0], [9.0] * 4 + [0.5]
+    forms = {"slow": lambda: form("slow", slow), "fast": lambda: form("fast", fast)}
+    found = in_turns(forms, torch.device("cpu"), samples=4)
+    assert order[-8:] == ["slow", "fast"] * 4
+    assert (found["slow"].low, found["slow"].median, found["slow"].high) == (1750.0, 2500.0, 3250.0)
+    assert found["fast"].median == 500.0 and found["fast"].peak is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["qwen-3"], "MODEL 'qwen-3' is no model type"),
+        (["qwen3", "--tokens", "0"], "--tokens 0: accepted are numbers from 1"),
+        (["qwen3", "--samples", "-2"], "--samples -2: accepted are numbers from 1"),
+        (["qwen3", "--png", "/no/such/folder/x.png"], "--png /no/such/folder/x.png: there is no folder"),
+    ],
+)
+def test_bad_usage_is_told_what_is_accepted(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_matplotlib_the_extra_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    assert main(["bench", "qwen3", "--png", "x.png"]) == 2
+    assert "pip install 'npu_patch[cli]'" in capsys.readouterr().err
