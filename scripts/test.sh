@@ -10,5 +10,8 @@ prepare_environment transformers peft accelerate matplotlib rich tqdm pytest xdi
 python_files=(setup.py npu_patch scripts tests) # not the examples in README.md, which ruff would reflow
 "$python" -m ruff check "${python_files[@]}"
 "$python" -m ruff format --check "${python_files[@]}"
+if [[ $# == 0 ]]; then
+    scripts/test_matrix.sh --ci # other versions of transformers
+fi
 # loadfile: the tests of one file share its models and its simulated device.
 exec "$python" -m pytest -n 2 --dist loadfile "$@"
