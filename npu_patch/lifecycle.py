@@ -114,8 +114,10 @@ def report() -> Report:
     return combined
 
 
-def patched_sites(report: Report) -> list[PatchedSite]:
-    """What stands at the sites of a report that are patched now."""
+def patched_sites(report: Report | None = None) -> list[PatchedSite]:
+    """What stands at the sites that are patched now; of one report, if it is given."""
+    if report is None:
+        return list(_STATE.patched.values())
     own = {id(outcome) for outcome in report.outcomes}
     return [held for held in _STATE.patched.values() if id(held.outcome) in own]
 

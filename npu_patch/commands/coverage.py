@@ -60,13 +60,14 @@ def _one(options: argparse.Namespace, note: str | None) -> Result:
 def _model_without_weights(model_type: str) -> tuple[torch.nn.Module | None, str | None]:
     """A model of the type's default configuration on the meta device; or None, and why."""
     import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from npu_patch.commands.tiny_model import auto_class
 
     try:
         config = AutoConfig.for_model(model_type)
-        auto = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
         with torch.device("meta"):
-            return auto.from_config(config), None
+            return auto_class(config).from_config(config), None
     except Exception as error:  # as many ways as there are families
         first = (str(error).splitlines() or [""])[0]
         return (

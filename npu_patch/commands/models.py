@@ -12,7 +12,7 @@ from torch import Tensor
 
 from npu_patch.commands.families import model_types, unknown
 from npu_patch.commands.result import CommandError
-from npu_patch.commands.tiny_model import few_layers, tiny_model
+from npu_patch.commands.tiny_model import auto_class, few_layers, tiny_model
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,11 @@ def source_of(model: str) -> Source:
 
 
 def _stored(name: str) -> torch.nn.Module:
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(name)
-        auto = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
-        return auto.from_pretrained(name, dtype="auto").eval()
+        return auto_class(config).from_pretrained(name, dtype="auto").eval()
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
         raise CommandError(f"MODEL {name} cannot be loaded: {type(error).__name__}: {first}") from error

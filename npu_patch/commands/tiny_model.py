@@ -54,11 +54,9 @@ def tiny_model(model_type: str, *, seed: int = 0, every_expert: bool = False) ->
     Raises:
         CommandError: if no such model can be built.
     """
-    from transformers import AutoModel, AutoModelForCausalLM
-
     try:
         config = tiny_config(model_type, every_expert)
-        auto = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
+        auto = auto_class(config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = auto.from_config(config).float().eval()
@@ -78,22 +76,30 @@ def few_layers(model_type: str, *, seed: int = 0) -> torch.nn.Module:
     Raises:
         CommandError: if no such model can be built.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.for_model(model_type).get_text_config()
-        if getattr(config, "layer_types", None):
+        if _kinds(config) and not isinstance(getattr(type(config), "layer_types", None), property):
             config.layer_types = _kinds(config)
             config.num_hidden_layers = len(config.layer_types)
         else:
             config.num_hidden_layers = 2
-        auto = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
+        auto = auto_class(config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return auto.from_config(config, dtype=torch.bfloat16).eval()
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
         raise CommandError(f"no {model_type} can be built ({type(error).__name__}: {first})") from error
+
+
+def auto_class(config: Any) -> Any:
+    """With a head for language, where the type has one: it takes labels and gives a loss."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    order = (AutoModelForCausalLM, AutoModelForSeq2SeqLM)
+    return next((auto for auto in order if type(config) in auto._model_mapping), AutoModel)
 
 
 def _kinds(config: Any) -> list[str]:
@@ -114,7 +120,7 @@ def tiny_config(model_type: str, every_expert: bool = False) -> Any:
     if "qk_rope_head_dim" in given and "head_dim" in given:  # multi-head latent attention: its rotary part
         given["head_dim"] = given["qk_rope_head_dim"]
     kinds = _kinds(default)
-    if kinds:
+    if kinds and not isinstance(getattr(type(default), "layer_types", None), property):
         given["layer_types"] = kinds
         given["num_hidden_layers"] = len(given["layer_types"])
     return type(default)(**given)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import chain
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -121,8 +121,10 @@ def registry() -> dict[str, Any] | None:
 def _looks_up(cls: type, registry: dict[str, Any]) -> bool:
     """Whether the forward of `cls` is the one that transformers' decorator made around this very registry."""
     forward = getattr(cls, "forward", None)
-    cells = getattr(forward, "__closure__", None) or ()
-    return any(getattr(cell.cell_contents, "_global_mapping", None) is registry for cell in cells)
+    held = [cell.cell_contents for cell in getattr(forward, "__closure__", None) or ()]
+    if isinstance(forward, FunctionType):  # transformers < 5.3 has it as a global
+        held += [forward.__globals__.get(name) for name in forward.__code__.co_names]
+    return any(getattr(value, "_global_mapping", None) is registry for value in held)
 
 
 def _asked_for(module: torch.nn.Module) -> str | None:
