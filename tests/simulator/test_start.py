@@ -62,8 +62,8 @@ def test_missing_torch_npu() -> None:
 
 
 def test_untested_torch_npu() -> None:
-    message = refusal("import importlib.metadata as m\nm.version = lambda name: '2.9.0'\n" + START)
-    assert "torch_npu 2.9.0 is untested" in message
+    message = refusal("import importlib.metadata as m\nm.version = lambda name: '2.8.0'\n" + START)
+    assert "torch_npu 2.8.0 is untested" in message
     assert "any_version=True" in message
 
 
