@@ -59,9 +59,9 @@ def test_both_models_are_patched_and_reported(demo: tuple[str, Path]) -> None:
     assert "Qwen3.5, small, random weights: LoRA rank 8 on all linear layers, bfloat16, 4 steps" in output
     assert "Qwen3-MoE, small, random weights" in output
     for patch, layer in (("rms_norm", "Qwen3_5RMSNorm"), ("rms_norm", "Qwen3MoeRMSNorm"), ("swiglu", "Qwen3_5MLP")):
-        row = re.search(rf"^{patch} +patched +\d+ +\d+ .*: {layer} +(\d+) ", output, re.MULTILINE)
+        row = re.search(rf"^(?:{patch})? +{layer} +\d+ +(\d+) ", output, re.MULTILINE)
         assert row and int(row[1]) > 0, f"{layer} did not run patched:\n{output}"
-    assert not re.search(r"^\w+ +failed ", output, re.MULTILINE)
+    assert not re.search(r"^\w* +failed: ", output, re.MULTILINE)
 
 
 def test_the_loss_curves_agree_and_fall(demo: tuple[str, Path]) -> None:
@@ -125,7 +125,7 @@ def test_a_users_own_model_and_text_in_float32(own_model: Path, own_text: Path, 
     done = finetune(*own, "--steps", 5, "--batch-size", 3, "--sequence-length", 32, "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "own (Qwen3Config): LoRA rank 8 on all linear layers, float32, 5 steps of 3 x 32 tokens" in done.stdout
-    assert re.search(r"^swiglu +patched .*: Qwen3MLP +[1-9]", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^swiglu +Qwen3MLP +\d+ +[1-9]", done.stdout, re.MULTILINE), done.stdout
     (unpatched,), (largest,) = losses(done.stdout, "unpatched"), largest_differences(done.stdout)
     assert unpatched[-1] < unpatched[0]
     assert largest < FLOAT32_BAR * unpatched[0]
