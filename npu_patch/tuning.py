@@ -112,7 +112,8 @@ def _why_refused(format_: Any, chip: Any, versions: Mapping[str, Any], here: Map
 
 
 def signature_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Signature:
-    """Of one call: dtype and shape of each tensor and of each layer's own parameters, and whether gradients are on."""
+    """Of one call: dtype and shape of each tensor and of each layer's own parameters, the widths of a layer's
+    projections, and whether gradients are on."""
     found: list[tuple[str, tuple[int, ...]]] = [("grad" if torch.is_grad_enabled() else "no grad", ())]
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
@@ -120,7 +121,17 @@ def signature_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Signature:
         elif isinstance(value, torch.nn.Module):
             own = (parameter for parameter in value._parameters.values() if parameter is not None)
             found += [(str(parameter.dtype), tuple(parameter.shape)) for parameter in own]
+            found += [("projection", widths) for widths in projections_of(value)]
     return tuple(found)
+
+
+def projections_of(layer: torch.nn.Module) -> list[tuple[int, int]]:
+    """The widths in and out of the linear layers directly in `layer`, adapted ones too. A feed-forward layer and a
+    wider one of its class are given the same tensors."""
+    widths = [
+        (vars(each).get("in_features"), vars(each).get("out_features")) for each in layer._modules.values() if each
+    ]
+    return [pair for pair in widths if isinstance(pair[0], int) and isinstance(pair[1], int)]
 
 
 def tuned(

@@ -119,6 +119,27 @@ def test_the_fastest_right_way_is_what_apply_then_takes(
     assert not hasattr(type(model.model.layers[0].mlp).forward, "__wrapped__")
 
 
+def test_wide_and_narrow_layers_of_one_class_are_decided_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A dense feed-forward layer and a shared expert are given the same tensors."""
+    monkeypatch.setattr("npu_patch.commands.tune.CATALOGUE", (swiglu.PATCH,))
+    winners = iter(["original", USUAL])
+
+    def times(forms: Mapping[str, Any], device: torch.device, samples: int) -> dict[str, float]:
+        winner = next(winners)
+        return {name: 1.0 if name == winner else 2.0 for name in forms}
+
+    monkeypatch.setattr(tune, "_times", times)
+    file = tmp_path / "tuned.json"
+    assert main(["tune", "glm4_moe", *CPU, "--tokens", "13", "--output", str(file)]) == 0
+    assert [each["choice"] for each in decisions(file)] == ["original", USUAL]
+    monkeypatch.setenv("TWINKLE_NPU_TUNE", str(file))
+    model = tiny_model("glm4_moe")
+    report = npu_patch.apply(model, device="cpu")
+    loss_and_gradients(model, {name: tensor[:1] for name, tensor in tiny_batch().items()})
+    (outcome,) = [each for each in report.patched if each.patch == "swiglu"]
+    assert (outcome.calls.ran, sum(outcome.calls.fell_through.values())) == (1, 1)
+
+
 def test_what_does_not_take_the_shapes_is_no_choice_and_no_fault(offered: Callable[..., None], tmp_path: Path) -> None:
     picky = replace(implementation("picky", right), unsupported=lambda *tensors: "only Thursdays")
     offered({"picky": 0.001}, picky)

@@ -17,6 +17,7 @@ from npu_patch.commands.float64 import everything_in_float64
 from npu_patch.lifecycle import PatchedSite
 from npu_patch.patches.mask_pattern import PatternMask, plain
 from npu_patch.sites import innermost
+from npu_patch.tuning import signature_of
 
 SEED = 77
 
@@ -30,8 +31,13 @@ class Call:
 
     @property
     def shapes(self) -> str:
-        """Of its tensors, for people and as a key: "2x13x48 bfloat16, 48 bfloat16"; modules by their weights."""
+        """Of its tensors, for people: "2x13x48 bfloat16, 48 bfloat16"; modules by their weights."""
         return ", ".join(f"{'x'.join(map(str, t.shape))} {str(t.dtype)[6:]}" for t in _tensors(self))
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells calls of other sizes: wide and narrow layers of one class may be given the same tensors."""
+        return self.shapes, signature_of(self.args, self.kwargs)
 
     @property
     def is_finite(self) -> bool:
@@ -44,7 +50,7 @@ class Recording:
     """By site: one call for each set of shapes, at most `most`."""
 
     most: int = 3
-    calls: dict[int, dict[str, Call]] = field(default_factory=dict)
+    calls: dict[int, dict[tuple[Any, ...], Call]] = field(default_factory=dict)
 
     def of(self, held: PatchedSite) -> list[Call]:
         return list(self.calls.get(id(held), {}).values())
@@ -67,8 +73,8 @@ def _watch(recording: Recording, held: PatchedSite) -> Callable[[tuple[Any, ...]
 
     def watch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = Call(args, kwargs)
-        if len(known) < recording.most and call.shapes not in known:
-            known[call.shapes] = Call(*tree_map(_copied, (args, kwargs)))
+        if len(known) < recording.most and call.key not in known:
+            known[call.key] = Call(*tree_map(_copied, (args, kwargs)))
 
     return watch
 
