@@ -209,6 +209,24 @@ SOUND = Findings(
             "torch-npu 2.13.0 and 2.9.0 in site",
         ),
         ({"distributions": (*SOUND.distributions, ("kernels", "0.20.0", "x"))}, "kernels", r">=0.18.2,<0.19 and"),
+        ({"distributions": (*SOUND.distributions[:2], ("transformers", "5.24.1", "x"))}, "new transformers", "5.24.1"),
+        (
+            {"distributions": (*SOUND.distributions, ("triton", "3.6.0", "x"))},
+            "triton is not Ascend's",
+            "triton 3.6.0 without triton-ascend: .*0 active drivers",
+        ),
+        (
+            {
+                "distributions": (
+                    *SOUND.distributions,
+                    ("triton-ascend", "3.2.1", "x"),
+                    ("PyYAML", "6.0", "x"),
+                    ("decorator", "5.2", "x"),
+                )
+            },
+            "triton-ascend's imports",
+            "triton-ascend 3.2.1 imports pybind11, attrs and does",
+        ),
         ({"environ": {"TWINKLE_NPU_ROPE": "maybe"}}, "switch", "TWINKLE_NPU_ROPE='maybe': accepted are"),
         ({"environ": {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}}, "autoload", "AUTOLOAD=0"),
         (

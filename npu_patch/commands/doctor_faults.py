@@ -118,6 +118,33 @@ def _fla_with_cuda_triton(findings: Findings) -> str | None:
     return "fla is installed without triton-ascend: its kernels cannot run on an NPU"
 
 
+def _triton_is_not_ascends(findings: Findings) -> str | None:
+    """An upgrade of torch brings the triton of GPUs."""
+    version = findings.version("triton")
+    if version is None or findings.version("triton-ascend") is not None or findings.version("torch_npu") is None:
+        return None
+    return f'triton {version} without triton-ascend: it has no driver for an NPU ("0 active drivers")'
+
+
+# What triton-ascend imports without declaring it.
+UNDECLARED = ("pybind11", "attrs", "decorator", "pyyaml")
+
+
+def _undeclared(findings: Findings) -> str | None:
+    version = findings.version("triton-ascend")
+    absent = [name for name in UNDECLARED if findings.version(name) is None]
+    if version is None or not absent:
+        return None
+    return f"triton-ascend {version} imports {', '.join(absent)} and does not bring them"
+
+
+def _new_transformers(findings: Findings) -> str | None:
+    version = findings.release("transformers")
+    if version is None or version[:2] <= (5, 23):
+        return None
+    return f"transformers {findings.version('transformers')} is newer than any this npu_patch was tested with (5.23)"
+
+
 def _numpy(findings: Findings) -> str | None:
     numpy = findings.release("numpy")
     if numpy is None or numpy < (2, 3) or findings.version("triton-ascend") is None:
@@ -235,8 +262,26 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault("old fla", _old_fla, "Install a newer flash-linear-attention; until then its kernels are not used."),
     Fault("fla without triton-ascend", _fla_with_cuda_triton, "Install triton-ascend.", serious=False),
+    Fault(
+        "triton is not Ascend's",
+        _triton_is_not_ascends,
+        "pip uninstall -y triton, then install triton-ascend; again after each upgrade of torch.",
+        serious=False,
+    ),
+    Fault(
+        "triton-ascend's imports",
+        _undeclared,
+        "pip install pybind11 attrs decorator pyyaml. Without them its kernels do not compile.",
+        serious=False,
+    ),
     Fault("numpy and triton-ascend", _numpy, "pip install 'numpy<2.3'."),
     Fault("transformers", _old_transformers, "pip install 'transformers>=4.57'."),
+    Fault(
+        "new transformers",
+        _new_transformers,
+        "What it cannot recognise stays as it is: python -m npu_patch coverage MODEL_TYPE says what.",
+        serious=False,
+    ),
     Fault("kernels", _kernels, "Install the version named, or none.", serious=False),
     Fault("packages that break", _others_broken, "Reinstall them, or uninstall those that are not needed."),
     Fault("two versions in one place", _twice, "pip uninstall the package until it is gone, then install it once."),
