@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
@@ -15,9 +16,10 @@ import torch
 import transformers
 
 import npu_patch
-from npu_patch.commands import main
+from npu_patch.commands import coverage, main
 from npu_patch.commands.coverage import cell
 from npu_patch.commands.coverage_survey import Tally, survey
+from npu_patch.commands.result import Result
 from npu_patch.dry_run import dry_run
 from npu_patch.outcome import Report
 from npu_patch.sites import loaded_modeling_modules, modules_of_model
@@ -111,6 +113,7 @@ def test_families_are_added_up() -> None:
     [
         (["qwen-3"], "MODEL 'qwen-3' is no model type of the installed transformers; near names: qwen3,"),
         (["--all", "--html", "/no/such/folder/x.html"], "--html /no/such/folder/x.html: there is no folder"),
+        (["qwen3", "--html", "/tmp"], "--html /tmp: that is a folder; a file is wanted"),
     ],
 )
 def test_bad_usage_is_told_what_is_accepted(
@@ -118,6 +121,20 @@ def test_bad_usage_is_told_what_is_accepted(
 ) -> None:
     assert main(["coverage", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_json_alone_reaches_stdout_whatever_libraries_print(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def chatty(options: argparse.Namespace) -> Result:
+        print("a library says hello")
+        return Result({"family": "none"}, lambda: [], fine=True)
+
+    monkeypatch.setattr(coverage, "run", chatty)
+    assert main(["coverage", "qwen3", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"family": "none"}
+    assert "a library says hello" in printed.err
 
 
 def test_neither_a_type_nor_all_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ command line and turns a result into text or JSON on stdout and an exit code:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import sys
@@ -34,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser(chosen).parse_args(arguments)
     module = importlib.import_module(f"npu_patch.commands.{options.command}")
     try:
-        result: Result = module.run(options)
+        # What libraries print while it runs is no part of the JSON.
+        with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+            result: Result = module.run(options)
         if options.json:
             print(json.dumps(result.content, indent=2))
         else:

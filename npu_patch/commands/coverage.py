@@ -34,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Result:
     if options.html is not None and not options.html.absolute().parent.is_dir():
         raise CommandError(f"--html {options.html}: there is no folder {options.html.absolute().parent}")
+    if options.html is not None and options.html.is_dir():
+        raise CommandError(f"--html {options.html}: that is a folder; a file is wanted")
     note = without_broken_torch_npu()
     return _matrix(options, note) if options.all else _one(options, note)
 
