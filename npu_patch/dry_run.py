@@ -55,10 +55,15 @@ class DryWalk(Walk):
 
     def _choose(self, patch: Patch) -> Choice:
         """What is chosen here, or what would be if nothing were missing."""
-        choice = choose(patch.implementations, self.device_type)
+        triton = self.switches["triton"], self.switches.sources["triton"]
+        choice = choose(patch.implementations, self.device_type, *triton)
+        if choice.candidates and not choice.forced:
+            unmeasured = {each.name: "a dry run measures nothing" for each in choice.candidates}
+            choice = Choice(choice.chosen, choice.declined | unmeasured)
         if choice.chosen is not None:
             return choice
-        serving = [each for each in patch.implementations if self.device_type in each.device_types]
+        usual = [each for each in patch.implementations if not each.optional]
+        serving = [each for each in usual if self.device_type in each.device_types]
         chosen = serving[0] if serving else None
         return Choice(chosen, {name: why for name, why in choice.declined.items() if chosen and name != chosen.name})
 

@@ -21,6 +21,7 @@ from npu_patch.outcome import FAILED, PATCHED, SKIPPED, Outcome, Report
 from npu_patch.patches import CATALOGUE
 from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.report_text import headline
+from npu_patch.selection import NO_MODEL, Measurer, Selection
 from npu_patch.sites import (
     LateImports,
     LiveModules,
@@ -43,7 +44,7 @@ class PatchError(RuntimeError):
 
 
 def apply(
-    model: torch.nn.Module | None = None, *, device: str = "npu", strict: bool = False, **switches: bool
+    model: torch.nn.Module | None = None, *, device: str = "npu", strict: bool = False, **switches: Any
 ) -> Report:
     """Rebinds what it can prove, for `model` or for every modeling file that is imported now or later.
 
@@ -176,6 +177,7 @@ class Walk:
     switches: Switches
     report: Report
     tuning: Tuning = field(default_factory=Tuning)
+    measurer: Measurer | None = None
     searched: set[tuple[str, int, str]] = field(default_factory=set)  # in registries: patch, id of the registry, name
 
     def run(self) -> None:
@@ -186,6 +188,8 @@ class Walk:
             hook = LateImports(lambda module: self._after_late_import(patches, module))
             _STATE.journal.insert(sys.meta_path, hook)
         else:
+            if self.measurer is not None:
+                self.measurer.kept.write()
             self._reach_live_layers(self.model)
             self._warn(patches)
             if getattr(self.model, "use_kernels", False) or getattr(self.model, "_use_kernels", False):
@@ -197,21 +201,38 @@ class Walk:
             choice = self._choose(patch)
             if not self.switches[patch.switch]:
                 self.report.notes.append(f"{patch.name}: switched off by {self.switches.sources[patch.switch]}")
-            elif choice.chosen is None:
-                served = any(self.device_type in each.device_types for each in patch.implementations)
+            elif choice.chosen is None and not choice.candidates:
+                served = any(
+                    self.device_type in each.device_types for each in patch.implementations if not each.optional
+                )
                 (self.report.warnings if served else self.report.notes).append(f"{patch.name}: {choice.why_none()}")
             else:
                 enabled.append((patch, choice))
         return enabled
 
     def _choose(self, patch: Patch) -> Choice:
-        return choose(patch.implementations, self.device_type)
+        asked, source = self.switches["triton"], self.switches.sources["triton"]
+        choice = choose(patch.implementations, self.device_type, asked, source)
+        if asked is not False and self.switches[patch.switch]:
+            self._note_triton(patch, choice, asked)
+        return choice
+
+    def _note_triton(self, patch: Patch, choice: Choice, asked: bool | str) -> None:
+        """Why no Triton kernel can be taken, once for all patches; a warning where they were asked for."""
+        lines = self.report.warnings if asked is True else self.report.notes
+        for each in patch.implementations:
+            if not each.optional or self.device_type not in each.device_types:
+                continue
+            reason = choice.declined.get(each.name) or (NO_MODEL if asked is not True and self.model is None else None)
+            line = f"no Triton kernel is used: {reason}"
+            if reason is not None and line not in lines:
+                lines.append(line)
 
     def _patch_modules(self, patches: Iterable[tuple[Patch, Choice]], modules: Iterable[ModuleType]) -> None:
         live = None if self.model is None else LiveModules(self.model)
         modules = list(modules)
         for patch, choice in patches:
-            context = Context(self.device_type, choice.chosen, self.switches, live)
+            context = Context(self.device_type, choice.chosen, self.switches, live, choice)
             for site in self._found(patch, modules):
                 self._patch_site(patch, choice, site, context)
 
@@ -241,12 +262,17 @@ class Walk:
         if held is not None:
             if held.outcome.patch == patch.name:
                 held.outcome.layers = layers
+                if held.replacement.selection is not None and context.live is not None:
+                    self._measure(held.replacement.selection, context.live)
+                    held.outcome.describe(held.replacement.selection)
                 self.report.outcomes.append(held.outcome)
             return
         try:
             with _STATE.journal.transaction():
                 decision = patch.replace(site, context)
                 if isinstance(decision, Replacement):
+                    if decision.selection is not None and context.live is not None:
+                        self._measure(decision.selection, context.live)
                     decision = self._tuned(patch, choice, site, decision, context)
                     self._rebind(patch, choice, site, decision, layers)
                 elif decision.notable:
@@ -264,9 +290,11 @@ class Walk:
         if not choices:
             return replacement
         others = {
-            each.name: patch.replace(site, replace(context, implementation=each))
+            each.name: patch.replace(site, replace(context, implementation=each, choice=None))
             for each in patch.implementations
-            if each.name in choices.values() and each.name not in (choice.chosen.name, *_absent(choice))
+            if each.name in choices.values()
+            and each.name not in _absent(choice)
+            and (each is not choice.chosen or choice.candidates)  # the usual one, unless that may be a Triton kernel
         }
         ways = {name: (other.function, other.calls) for name, other in others.items() if isinstance(other, Replacement)}
         function = tuned(replacement.function, site.original, replacement.calls, choices, ways)
@@ -282,11 +310,13 @@ class Walk:
             site.label,
             PATCHED,
             variant=replacement.variant,
-            implementation=choice.chosen.name,
+            implementation=choice.chosen.name if choice.chosen else "",
             declined=choice.declined,
             calls=replacement.calls,
             layers=layers,
         )
+        if replacement.selection is not None:
+            outcome.describe(replacement.selection)
         self._bind(site, replacement, outcome)
         self.report.outcomes.append(outcome)
 
@@ -299,6 +329,16 @@ class Walk:
 
         _STATE.journal.rebind(site.owner, site.name, replacement.function, on_undo=forget)
         _STATE.patched[key] = PatchedSite(site, replacement, outcome)
+
+    def _measure(self, selection: Selection, live: LiveModules) -> None:
+        """Decides between the usual and the optional implementations at the sizes of the model's layers."""
+        cases = selection.unmeasured(live)
+        if not cases:
+            return
+        if self.measurer is None:
+            self.measurer = Measurer.of(self.device_type, self.switches["triton_cache"])
+        verdicts = {key: self.measurer.judge(case, selection.choice) for key, case in cases.items()}
+        _STATE.journal.rebind(selection, "verdicts", {**selection.verdicts, **verdicts})
 
     def _failed(self, patch: Patch, label: str, error: Exception) -> None:
         if self.strict:

@@ -84,7 +84,7 @@ def _implementations(outcomes: list[Outcome]) -> str:
     """The one chosen; after a forward pass those that ran, and why the chosen one did not."""
     chosen = outcomes[0].implementation
     ran_by: Counter[str] = sum((outcome.calls.ran_by for outcome in outcomes), Counter())
-    if not ran_by or list(ran_by) == [chosen]:
+    if not ran_by or (len(ran_by) == 1 and chosen.split(" (")[0] in ran_by):  # in brackets: what was measured
         return chosen
     names = ", ".join(f"{name} ({count})" for name, count in ran_by.most_common())
     declined = [outcome.calls.declined[chosen] for outcome in outcomes if chosen in outcome.calls.declined]

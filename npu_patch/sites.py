@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType, MethodType, ModuleType
@@ -212,9 +213,16 @@ class _NotifyingLoader(importlib.abc.Loader):
 
 
 class LiveModules:
-    """The modules of a model under the class whose forward they run, held weakly: replacements outlive models."""
+    """The modules of a model under the class whose forward they run, held weakly: replacements outlive models.
+
+    `dtype`: that of most of its numbers, float32 for a model without any.
+    """
 
     def __init__(self, model: torch.nn.Module) -> None:
+        numbers: Counter[torch.dtype] = Counter({torch.float32: 0})
+        for parameter in model.parameters():
+            numbers[parameter.dtype] += parameter.numel() if parameter.is_floating_point() else 0
+        self.dtype = max(numbers, key=numbers.__getitem__)
         self._by_class: dict[type, list[weakref.ref[torch.nn.Module]]] = {}
         for module in model.modules():
             self._by_class.setdefault(defining_class(module), []).append(weakref.ref(module))

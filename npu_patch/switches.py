@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from npu_patch import log
 
@@ -18,18 +19,24 @@ PREFIX = "TWINKLE_NPU_"
 TUNE = PREFIX + "TUNE"  # a file, not a switch
 TRUE_WORDS = ("1", "true", "on", "yes")
 FALSE_WORDS = ("0", "false", "off", "no")
+AUTO = "auto"
+Value = bool | str | None
 
 
 @dataclass(frozen=True)
 class Switch:
-    """One on/off switch: the environment variable `TWINKLE_NPU_<variable>`, the keyword `name` of `apply()`."""
+    """One switch: the environment variable `TWINKLE_NPU_<variable>`, the keyword `name` of `apply()`.
+
+    `kind`: "on/off", "auto" (on, off, or as `AUTO` finds best), or "path" of a file (None: the usual place).
+    """
 
     name: str
     variable: str
-    default: bool
+    default: Value
     gates: str
     group: str | None = None  # the switch whose value is this one's default
     aliases: tuple[str, ...] = ()
+    kind: str = "on/off"
 
 
 SWITCHES: tuple[Switch, ...] = (
@@ -42,24 +49,26 @@ SWITCHES: tuple[Switch, ...] = (
     Switch("moe_patch", "MOE_PATCH", True, "grouped-matmul experts", aliases=("GMM_PATCH",)),
     Switch("fla", "FLA", True, "gated delta rule, causal conv1d and gating"),
     Switch("gated_rmsnorm_fp32", "GATED_RMSNorm_FP32", False, "gated RMSNorm computed in float32"),
+    Switch("triton", "TRITON", AUTO, "Triton kernels beside torch_npu's operators", kind="auto"),
+    Switch("triton_cache", "TRITON_CACHE", None, "the file that keeps the times of Triton kernels", kind="path"),
 )
 BY_NAME: Mapping[str, Switch] = MappingProxyType({switch.name: switch for switch in SWITCHES})
 
 
 @dataclass(frozen=True)
 class Switches:
-    """The resolved switches. `switches["rope"]` is a bool; `switches.sources["rope"]` says where it came from. `tune`:
-    the file of `python -m npu_patch tune`, if one is given."""
+    """The resolved switches. `switches["rope"]` is its value; `switches.sources["rope"]` says where it came from.
+    `tune`: the file of `python -m npu_patch tune`, if one is given."""
 
-    values: Mapping[str, bool]
+    values: Mapping[str, Value]
     sources: Mapping[str, str]
     tune: str | None = None
 
-    def __getitem__(self, name: str) -> bool:
+    def __getitem__(self, name: str) -> Any:
         return self.values[name]
 
 
-def resolve(keywords: Mapping[str, bool] | None = None, environ: Mapping[str, str] | None = None) -> Switches:
+def resolve(keywords: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> Switches:
     """Reads every switch once.
 
     Raises `ValueError` naming the variable (or keyword), its value and what is accepted; warns about an unknown
@@ -71,11 +80,12 @@ def resolve(keywords: Mapping[str, bool] | None = None, environ: Mapping[str, st
     for fact in unknown_variables(environ):
         log.warning(fact)
 
-    values: dict[str, bool] = {}
+    values: dict[str, Value] = {}
     sources: dict[str, str] = {}
     for switch in SWITCHES:  # a group stands before its members
         if switch.name in keywords:
-            values[switch.name], sources[switch.name] = keywords[switch.name], f"apply({switch.name}=...)"
+            values[switch.name] = _keyword_value(switch, keywords[switch.name])
+            sources[switch.name] = f"apply({switch.name}=...)"
             continue
         found = _read_environment(switch, environ)
         if found is not None:
@@ -88,22 +98,37 @@ def resolve(keywords: Mapping[str, bool] | None = None, environ: Mapping[str, st
     return Switches(MappingProxyType(values), MappingProxyType(sources), environ.get(TUNE) or None)
 
 
-def _check_keywords(keywords: Mapping[str, bool]) -> None:
+def _check_keywords(keywords: Mapping[str, Any]) -> None:
     for name, value in keywords.items():
         if name not in BY_NAME:
             raise TypeError(
                 f"apply() got the unknown switch {name!r}{_closest(name, BY_NAME)}; accepted: {', '.join(BY_NAME)}"
             )
-        if not isinstance(value, bool):
-            raise ValueError(f"apply({name}={value!r}): accepted are True and False")
+        _keyword_value(BY_NAME[name], value)
 
 
-def _read_environment(switch: Switch, environ: Mapping[str, str]) -> tuple[bool, str] | None:
-    found: dict[str, bool] = {}
+def _keyword_value(switch: Switch, value: Any) -> Value:
+    if switch.kind == "path":
+        if value is None or isinstance(value, (str, os.PathLike)):
+            return None if value is None else os.fspath(value)
+        raise ValueError(f"apply({switch.name}={value!r}): accepted are a path and None")
+    if isinstance(value, bool):
+        return value
+    if switch.kind == "auto":
+        if isinstance(value, str) and value == AUTO:
+            return AUTO
+        if isinstance(value, int) and value in (0, 1):
+            return bool(value)
+        raise ValueError(f"apply({switch.name}={value!r}): accepted are {AUTO!r}, True (or 1) and False (or 0)")
+    raise ValueError(f"apply({switch.name}={value!r}): accepted are True and False")
+
+
+def _read_environment(switch: Switch, environ: Mapping[str, str]) -> tuple[Value, str] | None:
+    found: dict[str, Value] = {}
     for variable in (switch.variable, *switch.aliases):
         full_name = PREFIX + variable
         if full_name in environ:
-            found[full_name] = _as_bool(full_name, environ[full_name])
+            found[full_name] = _environment_value(switch, full_name, environ[full_name])
     if len(set(found.values())) > 1:
         both = " and ".join(f"{name}={environ[name]!r}" for name in found)
         raise ValueError(f"{both} contradict each other: they name the same switch ({switch.gates})")
@@ -112,13 +137,18 @@ def _read_environment(switch: Switch, environ: Mapping[str, str]) -> tuple[bool,
     return None
 
 
-def _as_bool(name: str, text: str) -> bool:
+def _environment_value(switch: Switch, name: str, text: str) -> Value:
+    if switch.kind == "path":
+        return text or None
     word = text.strip().lower()
     if word in TRUE_WORDS:
         return True
     if word in FALSE_WORDS:
         return False
-    raise ValueError(f"{name}={text!r}: accepted are {'/'.join(TRUE_WORDS)} and {'/'.join(FALSE_WORDS)}")
+    if switch.kind == "auto" and word == AUTO:
+        return AUTO
+    auto = f"{AUTO}, " if switch.kind == "auto" else ""
+    raise ValueError(f"{name}={text!r}: accepted are {auto}{'/'.join(TRUE_WORDS)} and {'/'.join(FALSE_WORDS)}")
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:

@@ -29,9 +29,9 @@ from npu_patch.tuning import ORIGINAL
 
 INTRUDER = "fast and wrong"
 WRONG = {
-    "rms_norm": lambda x, gamma, eps: x * 1.0,
+    "rms_norm": lambda variant, x, *rest, gate_in_float32: x * 1.0,
     "rope": lambda x, cos, sin, pairing: x * 1.0,
-    "swiglu": lambda gate_up: gate_up.chunk(2, -1)[0] * 1.0,
+    "swiglu": lambda gate, up=None: (gate if up is not None else gate.chunk(2, -1)[0]) * 1.0,
 }
 
 

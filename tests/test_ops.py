@@ -62,14 +62,14 @@ def test_rms_norm(variant: rms_norm.RMSNormVariant, dtypes: tuple[torch.dtype, t
     weight = torch.randn(88, generator=generator).to(dtypes[1])
     if variant.gamma == "none":
         check_against_float64(
-            lambda x: rms_norm.normalize(variant, kernel, x, None, 1e-6),
+            lambda x: kernel(variant, x, None, 1e-6),
             lambda x: variant.reference(x, None, 1e-6),
             [x],
             npu,
         )
     else:
         check_against_float64(
-            lambda x, weight: rms_norm.normalize(variant, kernel, x, weight, 1e-6),
+            lambda x, weight: kernel(variant, x, weight, 1e-6),
             lambda x, weight: variant.reference(x, weight, 1e-6),
             [x, weight],
             npu,
@@ -86,7 +86,7 @@ def test_gated_rms_norm(
     x, gate = torch.randn(2, 4, 37, 240, generator=torch.Generator().manual_seed(1)).to(dtype)
     weight = torch.randn(240, generator=torch.Generator().manual_seed(2)).to(dtype)
     check_against_float64(
-        lambda x, weight, gate: rms_norm.normalize(variant, kernel, x, weight, 1e-6, gate, gate_in_float32=in_float32),
+        lambda x, weight, gate: kernel(variant, x, weight, 1e-6, gate, gate_in_float32=in_float32),
         lambda x, weight, gate: variant.reference(x, weight, 1e-6, gate),
         [x, weight, gate],
         npu,
@@ -108,7 +108,7 @@ def test_rms_norm_names_what_it_does_not_support(x: Tensor, weight: Tensor, word
     import re
 
     for implementation in rms_norm.IMPLEMENTATIONS:
-        assert re.search(words, implementation.unsupported(x, weight))
+        assert re.search(words, implementation.unsupported(rms_norm.PLAIN_VARIANTS[0], x, weight, 1e-6))
 
 
 LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {  # query, key, table
@@ -247,9 +247,9 @@ def test_m_rope_sections_follow_their_positions() -> None:
 def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype, npu: torch.device) -> None:
     kernel = npu_implementation(swiglu.IMPLEMENTATIONS).run
     gate, up = (torch.randn(2, *shape, generator=torch.Generator().manual_seed(4)) * 3).to(dtype)
-    check_against_float64(lambda gate, up: swiglu.swiglu(kernel, gate, up), swiglu.reference, [gate, up], npu)
+    check_against_float64(lambda gate, up: kernel(gate, up), swiglu.reference, [gate, up], npu)
     check_against_float64(
-        lambda gate_up: swiglu.swiglu_of_halves(kernel, gate_up),
+        lambda gate_up: kernel(gate_up),
         lambda gate_up: swiglu.reference(*gate_up.chunk(2, -1)),
         [torch.cat((gate, up), -1)],
         npu,

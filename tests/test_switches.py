@@ -11,7 +11,8 @@ from npu_patch.switches import BY_NAME, SWITCHES, resolve
 
 def test_defaults() -> None:
     switches = resolve({}, {})
-    assert {name for name in BY_NAME if not switches[name]} == {"gated_rmsnorm_fp32"}
+    assert {name for name in BY_NAME if not switches[name]} == {"gated_rmsnorm_fp32", "triton_cache"}
+    assert switches["triton"] == "auto"
     assert switches.sources["rope"] == "default"
 
 
@@ -59,6 +60,30 @@ def test_an_unknown_variable_is_logged_with_the_closest_name(caplog: pytest.LogC
     assert "TWINKLE_NPU_ROPES (did you mean TWINKLE_NPU_ROPE?)" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("word", "value"), [("auto", "auto"), (" AUTO", "auto"), ("1", True), ("on", True), ("0", False), ("No", False)]
+)
+def test_a_three_valued_variable(word: str, value: bool | str) -> None:
+    assert resolve({}, {"TWINKLE_NPU_TRITON": word})["triton"] == value
+
+
+@pytest.mark.parametrize("value", ["auto", True, False, 1, 0])
+def test_a_three_valued_keyword(value: bool | int | str) -> None:
+    assert resolve({"triton": value}, {"TWINKLE_NPU_TRITON": "0"})["triton"] == value
+
+
+@pytest.mark.parametrize("word", ["", "2", "automatic"])
+def test_another_word_for_a_three_valued_variable_is_an_error(word: str) -> None:
+    accepted = "accepted are auto, 1/true/on/yes and 0/false/off/no"
+    with pytest.raises(ValueError, match=f"TWINKLE_NPU_TRITON='{word}': {accepted}"):
+        resolve({}, {"TWINKLE_NPU_TRITON": word})
+
+
+def test_a_path_is_taken_as_it_is() -> None:
+    assert resolve({}, {"TWINKLE_NPU_TRITON_CACHE": "/some/File.json"})["triton_cache"] == "/some/File.json"
+    assert resolve({}, {"TWINKLE_NPU_TRITON_CACHE": ""})["triton_cache"] is None
+
+
 def test_foreign_variables_are_not_looked_at(caplog: pytest.LogCaptureFixture) -> None:
     log.forget()
     resolve({}, {"ASCEND_LAUNCH_BLOCKING": "1", "TWINKLE_MODE": "x"})
@@ -70,6 +95,10 @@ def test_foreign_variables_are_not_looked_at(caplog: pytest.LogCaptureFixture) -
     [
         ({"ropes": True}, TypeError, "'ropes'.*did you mean rope"),
         ({"rope": "yes"}, ValueError, r"apply\(rope='yes'\): accepted are True and False"),
+        ({"rope": 1}, ValueError, r"apply\(rope=1\): accepted are True and False"),
+        ({"triton": "yes"}, ValueError, r"apply\(triton='yes'\): accepted are 'auto', True .or 1. and False .or 0."),
+        ({"triton": 2}, ValueError, r"apply\(triton=2\): accepted are 'auto'"),
+        ({"triton_cache": 3}, ValueError, r"apply\(triton_cache=3\): accepted are a path and None"),
     ],
 )
 def test_a_wrong_keyword_names_itself_and_applies_nothing(

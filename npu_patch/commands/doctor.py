@@ -126,9 +126,13 @@ def _shown(content: dict[str, Any]) -> Iterator[Any]:
             for name, used, why in implementations
         ]
         yield table("Providers, on an NPU", ("op", "provider", "", "why not"), rows)
-    rows = [(s["variable"], "1" if s["value"] else "0", s["source"], s["gates"]) for s in content["switches"]]
+    rows = [(s["variable"], _word(s["value"]), s["source"], s["gates"]) for s in content["switches"]]
     yield table("Switches", ("variable", "value", "from", "gates"), rows)
     for each in content["complaints"]:
         yield f"{'FAULT' if each['serious'] else 'note'}: {each['fault']}: {each['what']}\n    {each['remedy']}"
     serious = sum(each["serious"] for each in content["complaints"])
     yield f"\n{serious} faults found" if serious else "\nNothing wrong was found."
+
+
+def _word(value: Any) -> str:
+    return {True: "1", False: "0", None: "-"}.get(value, value)

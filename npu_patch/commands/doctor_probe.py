@@ -57,10 +57,18 @@ def providers(simulated):
     from npu_patch.ops.implementation import choose
     from npu_patch.patches.catalogue_of_ops import OPS
 
+    from npu_patch.switches import resolve
+
+    switches = resolve()
     found = {}
     for op, implementations in OPS.items():
-        choice = choose(implementations, "npu")
-        found[op] = [[each.name, each is choice.chosen, choice.declined.get(each.name, "")] for each in implementations]
+        choice = choose(implementations, "npu", switches["triton"], switches.sources["triton"])
+        measured = (
+            {} if choice.forced else {each.name: "taken where it is measured faster" for each in choice.candidates}
+        )
+        used = [choice.chosen, *(choice.candidates if choice.forced else ())]
+        why = measured | choice.declined
+        found[op] = [[each.name, each in used, why.get(each.name, "")] for each in implementations]
     return found
 
 

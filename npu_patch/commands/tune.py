@@ -80,7 +80,7 @@ def _tune(
     left: list[str] = []
     switches = resolve()
     tunable = {patch.name: patch for patch in CATALOGUE if patch.tunable}
-    with lifecycle.applied(model, device=device.type) as report:
+    with lifecycle.applied(model, device=device.type, triton=False) as report:  # they are alternatives like others
         sites = lifecycle.patched_sites(report)
         with recorded(sites) as recording:
             output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
@@ -102,6 +102,8 @@ def alternatives(held: PatchedSite, patch: Any, device_type: str, switches: Any)
     """By the implementation's name, what would stand at the site with each that this machine has."""
     found = {held.outcome.implementation: held.replacement}
     for each in patch.implementations:
+        if each.optional and device_type == "npu" and simulator.is_active():
+            continue  # in triton's interpreter: minutes for times that mean nothing
         if each.name not in found and device_type in each.device_types and each.missing() is None:
             other = patch.replace(held.site, Context(device_type, each, switches))
             if isinstance(other, Replacement):

@@ -21,6 +21,8 @@ import torch
 # exhausted. The compiler refuses a kernel that needs more, and double-buffers one that needs less than half.
 UNIFIED_BUFFER = 192 * 1024
 MOST_WARPS = 16
+# What runs the kernels of a device type instead of triton's own launcher: the simulator's, for "npu".
+RUNNERS: dict[str, Callable[[Any, int, tuple[Any, ...], dict[str, Any]], None]] = {}
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,9 @@ def launch(
     """Runs `kernel` as `grid` programs. `num_warps` is for CUDA: nothing depends on it but time."""
     if device.type == "cuda" and num_warps is not None:
         constants["num_warps"] = num_warps
+    if device.type in RUNNERS:
+        RUNNERS[device.type](kernel, grid, arguments, constants)
+        return
     with _current(device):
         kernel[(grid,)](*arguments, **constants)
 

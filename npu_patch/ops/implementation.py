@@ -10,13 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_patch.kernels.readiness import is_simulated, why_not
+
+TRITON = "triton"
+
 
 @dataclass(frozen=True)
 class Implementation:
     """One way to compute an op on tensors of the named device types.
 
     `missing()` says what the machine lacks for it, or None. `unsupported(...)` says why it cannot serve one call, or
-    None; it looks at devices, dtypes and shapes only, and never at a value.
+    None; it looks at devices, dtypes and shapes only, and never at a value. `optional`: a Triton kernel, taken in the
+    place of another one as `TWINKLE_NPU_TRITON` says.
     """
 
     name: str
@@ -24,33 +29,59 @@ class Implementation:
     run: Callable[..., Any]
     unsupported: Callable[..., str | None]
     missing: Callable[[], str | None] = lambda: None
+    optional: bool = False
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The implementation that serves a device, and why each other one does not."""
+    """The implementation that serves a device, and why each other one does not.
+
+    `candidates` are optional implementations that go before it: always where `forced`, else for the calls for which
+    they were measured to be faster.
+    """
 
     chosen: Implementation | None
     declined: dict[str, str]
+    candidates: tuple[Implementation, ...] = ()
+    forced: bool = False
 
     def why_none(self) -> str:
         return "no implementation: " + "; ".join(f"{name}: {reason}" for name, reason in self.declined.items())
 
 
-def choose(implementations: Sequence[Implementation], device_type: str) -> Choice:
-    """The first of `implementations` that serves `device_type` on this machine."""
+def choose(
+    implementations: Sequence[Implementation], device_type: str, optional: bool | str = False, source: str = "default"
+) -> Choice:
+    """The first of `implementations` that serves `device_type` on this machine.
+
+    `optional` is the switch for optional ones: False leaves them out, True takes them, "auto" makes them candidates;
+    `source` says where that comes from.
+    """
     chosen: Implementation | None = None
+    candidates: list[Implementation] = []
     declined: dict[str, str] = {}
     for implementation in implementations:
         if device_type not in implementation.device_types:
             declined[implementation.name] = f"serves {', '.join(implementation.device_types)} only"
+        elif implementation.optional and (reason := _why_left_out(optional, source, device_type)) is not None:
+            declined[implementation.name] = reason
         elif (lacking := implementation.missing()) is not None:
             declined[implementation.name] = lacking
+        elif implementation.optional:
+            candidates.append(implementation)
         elif chosen is not None:
             declined[implementation.name] = f"{chosen.name} comes first"
         else:
             chosen = implementation
-    return Choice(chosen, declined)
+    return Choice(chosen, declined, tuple(candidates), forced=optional is True)
+
+
+def _why_left_out(optional: bool | str, source: str, device_type: str) -> str | None:
+    if optional is False:
+        return f"switched off by {source}"
+    if optional == "auto" and device_type == "npu" and is_simulated():
+        return "times on the simulated device mean nothing"
+    return None
 
 
 def needs_operators(*names: str) -> Callable[[], str | None]:
@@ -67,6 +98,15 @@ def needs_operators(*names: str) -> Callable[[], str | None]:
     return missing
 
 
+def needs_triton() -> str | None:
+    """A `missing` for implementations that are Triton kernels."""
+    return why_not()
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether this is a tensor of one device, not a subclass such as DTensor, which the operators do not take."""
     return type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -3,20 +3,26 @@
 Modeling files write this in about ten ways. They differ in what gamma is (weight, 1 + weight, none), in where they
 round to half precision, in the dtype they return when weight and input differ, and in a gate that may follow. The
 references below round where those ways round, so a probe can tell them apart. `normalize` computes any of them with
-one kernel that works in float32 and rounds once: no further from the exact result than any of them.
+one kernel that works in float32 and rounds once: no further from the exact result than any of them. The Triton kernel
+does the gate and `1 + weight` too, in the same launch.
+
+An implementation's `run` and `unsupported` are called with `(variant, x, weight, eps, gate)`, x `[..., D]`, weight
+`[D]` or None, and for gated variants gate `[..., D]`, else None; `run` also with `gate_in_float32`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from npu_patch.ops.implementation import Implementation, is_plain, needs_operators
+from npu_patch.measure import Case
+from npu_patch.ops.implementation import TRITON, Implementation, dtype_name, is_plain, needs_operators, needs_triton
 
+CASE_EPS = 1e-6
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 FLOAT_DTYPES = (torch.float32, *HALF_DTYPES)
 
@@ -54,7 +60,8 @@ def normalize(
     gate: Tensor | None = None,
     gate_in_float32: bool = False,
 ) -> Tensor:
-    """`variant` of x `[..., D]` and weight `[D]` (or None), with gate `[..., D]` for gated variants.
+    """`variant` of x `[..., D]` and weight `[D]` (or None), with gate `[..., D]` for gated variants, by a kernel for
+    norms alone.
 
     `gate_in_float32` keeps a gated norm in float32 up to the last rounding; variants whose original does so are
     always computed so.
@@ -153,7 +160,45 @@ def _torch_rms_norm(x: Tensor, gamma: Tensor | None, eps: float) -> Tensor:
     return F.rms_norm(x.float(), x.shape[-1:], gamma, eps).to(x.dtype)
 
 
-def _unsupported(x: Tensor, weight: Tensor | None, gate: Tensor | None = None) -> str | None:
+def _triton_rms_norm(
+    variant: RMSNormVariant,
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    gate: Tensor | None = None,
+    gate_in_float32: bool = False,
+) -> Tensor:
+    """In float32 up to the last rounding, whatever `gate_in_float32` says."""
+    if gate is None:
+        from npu_patch.kernels.add_rms_norm import rms_norm
+
+        return rms_norm(x, weight, eps, variant.gamma)
+    from npu_patch.kernels.gated_rms_norm import gated_rms_norm
+
+    activation = next(name for name, function in GATE_ACTIVATIONS.items() if function is variant.gate)
+    return gated_rms_norm(x, gate, weight, eps, activation, variant.gamma)
+
+
+def _unsupported_triton(
+    variant: RMSNormVariant, x: Tensor, weight: Tensor | None, eps: float, gate: Tensor | None = None
+) -> str | None:
+    reason = _unsupported(variant, x, weight, eps, gate)
+    if reason is not None:
+        return reason
+    if not isinstance(eps, (int, float)) or eps <= 0:
+        return f"eps {eps}: rows of zeros need a positive one"
+    if variant.output_dtype(x, weight) != x.dtype:
+        return f"{dtype_name(x.dtype)} that becomes {dtype_name(variant.output_dtype(x, weight))}"
+    if x.dtype == torch.float32 and weight is not None and weight.dtype != torch.float32:
+        return f"a weight of {dtype_name(weight.dtype)} beside float32"
+    if any(tensor is not None and tensor.stride(-1) != 1 for tensor in (x, weight, gate)):
+        return "a last dimension that is not contiguous"
+    return None
+
+
+def _unsupported(
+    variant: RMSNormVariant, x: Tensor, weight: Tensor | None, eps: float, gate: Tensor | None = None
+) -> str | None:
     """Limits of npu_rms_norm (operator documentation): 2 to 8 dimensions, three float dtypes, gamma over the last."""
     if not is_plain(x) or not (weight is None or is_plain(weight)) or not (gate is None or is_plain(gate)):
         return "tensor subclass"
@@ -168,7 +213,44 @@ def _unsupported(x: Tensor, weight: Tensor | None, gate: Tensor | None = None) -
     return None
 
 
+def _by(kernel: Callable[[Tensor, Tensor | None, float], Tensor]) -> Callable[..., Tensor]:
+    return lambda variant, *tensors, **options: normalize(variant, kernel, *tensors, **options)
+
+
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation("torch_npu.npu_rms_norm", ("npu",), _npu_rms_norm, _unsupported, needs_operators("npu_rms_norm")),
-    Implementation("torch.nn.functional.rms_norm", ("cuda", "cpu"), _torch_rms_norm, _unsupported),
+    Implementation(TRITON, ("npu", "cuda"), _triton_rms_norm, _unsupported_triton, needs_triton, optional=True),
+    Implementation(
+        "torch_npu.npu_rms_norm", ("npu",), _by(_npu_rms_norm), _unsupported, needs_operators("npu_rms_norm")
+    ),
+    Implementation("torch.nn.functional.rms_norm", ("cuda", "cpu"), _by(_torch_rms_norm), _unsupported),
 )
+
+
+def case(variant: RMSNormVariant, width: int, dtype: torch.dtype, weight_dtype: torch.dtype | None) -> Case:
+    """`variant` of `[tokens, width]`, with a weight of `weight_dtype`, or None without one."""
+    row = [] if weight_dtype is None else [((width,), weight_dtype)]
+    rows = [dtype] if variant.gate is None else [dtype, dtype]
+
+    def split(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        x, *others = inputs
+        return x, (others.pop() if row else None), (others.pop() if others else None)
+
+    def call(run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        x, weight, gate = split(inputs)
+        return run(variant, x, weight, CASE_EPS, gate)
+
+    def definition(*inputs: Tensor) -> Tensor:
+        x, weight, gate = split(inputs)
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + CASE_EPS)
+        if weight is not None:
+            y = y * (weight if variant.gamma == "weight" else 1.0 + weight)
+        return y if gate is None else y * variant.gate(gate)
+
+    weighted = "" if weight_dtype is None else f", weight {dtype_name(weight_dtype)}"
+    return Case(
+        "rms_norm",
+        f"{variant.name}, {width} {dtype_name(dtype)}{weighted}",
+        lambda tokens: [((tokens, width), each) for each in rows] + row,
+        call,
+        definition,
+    )

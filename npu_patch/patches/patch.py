@@ -12,18 +12,28 @@ import torch
 
 from npu_patch.ops.implementation import Choice, Implementation
 from npu_patch.outcome import Calls
+from npu_patch.selection import Cases, Selection
 from npu_patch.sites import LiveModules, Site
 from npu_patch.switches import Switches
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a patch knows when it decides on a site. `live` holds the given model's modules; None where none was."""
+    """What a patch knows when it decides on a site.
+
+    `implementation`: the usual one of the patch's op. `live` holds the given model's modules; None where none was.
+    `choice`: that implementation with the optional ones beside it; None where there is to be no other.
+    """
 
     device_type: str
     implementation: Implementation
     switches: Switches
     live: LiveModules | None = None
+    choice: Choice | None = None
+
+    def selection(self, cases: Cases) -> Selection:
+        """Among the implementations, for one site; `cases` as in `Selection`."""
+        return Selection(self.choice or Choice(self.implementation, {}), cases)
 
     def live_modules(self, cls: type) -> Sequence[torch.nn.Module]:
         return () if self.live is None else self.live.of(cls)
@@ -33,13 +43,15 @@ class Context:
 class Replacement:
     """What takes the place of a site's original, and the variant that the original was observed to compute.
 
-    `choice`: of this site's implementations, where a patch has sites of several ops.
+    `choice`: of this site's implementations, where a patch has sites of several ops. `selection`: among the usual and
+    the optional ones, by call, where the op has optional ones.
     """
 
     function: Callable[..., Any]
     variant: str
     calls: Calls
     choice: Choice | None = None
+    selection: Selection | None = None
 
 
 @dataclass(frozen=True)

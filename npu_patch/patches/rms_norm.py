@@ -1,7 +1,8 @@
 """RMSNorm: every module whose forward computes a known RMSNorm, plain or gated.
 
 Rebinds    `forward` of the class, so that instances made later, deep copies and wrapped subclasses are served too.
-To         `npu_rms_norm`: one kernel that rounds once, for the five or more of the original.
+To         `npu_rms_norm`: one kernel that rounds once, for the five or more of the original; or the Triton kernel,
+           which does a gate in the same launch.
 Not when   the forward computes something else (grouped or gate-first norms, norms of norms), or the class is a
            checkpointing layer. A call falls through for tensors on another device, DTensors and odd dtypes.
 Delete     when transformers' kernel mapping has an NPU entry for every norm variant and needs no package for it.
@@ -9,18 +10,19 @@ Delete     when transformers' kernel mapping has an NPU entry for every norm var
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from npu_patch.ops.rms_norm import IMPLEMENTATIONS, normalize
+from npu_patch.measure import Case
+from npu_patch.ops.rms_norm import IMPLEMENTATIONS, case
 from npu_patch.outcome import Calls
 from npu_patch.patches.patch import Context, Patch, Readings, Replacement, Skip, Unserved, bind, replacement_for
 from npu_patch.probe.rms_norm import RMSNormReading, read_rms_norm
-from npu_patch.sites import CHECKPOINTING_LAYER, Site, forwards, is_checkpointing_layer, parameter_names
+from npu_patch.sites import CHECKPOINTING_LAYER, LiveModules, Site, forwards, is_checkpointing_layer, parameter_names
 
 
 def find(module: ModuleType) -> Iterable[Site]:
@@ -52,7 +54,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         readings.known[(cls, *values) if configuration else cls] = reading
     calls = Calls()
     device_type, in_float32 = context.device_type, context.switches["gated_rmsnorm_fp32"]
-    run, unsupported = context.implementation.run, context.implementation.unsupported
+    selection = context.selection(lambda live: _cases(cls, readings, live))
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
         bound = bind(names, args, kwargs)
@@ -65,16 +67,29 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         if reading is None:
             return Unserved("this instance computes no known RMSNorm")
         weight = getattr(self, reading.weight_name) if reading.weight_name else None
-        reason = unsupported(x, weight, *gate)
-        if reason is not None:
-            return Unserved(reason)
-        return normalize(
-            reading.variant, run, x, weight, getattr(self, reading.eps_name), *gate, gate_in_float32=in_float32
-        )
+        call = (reading.variant, x, weight, getattr(self, reading.eps_name), *gate)
+        serving = selection.serving(_key(reading, x.shape[-1], x.dtype, weight), calls, *call)
+        if isinstance(serving, str):
+            return Unserved(serving)
+        return serving.run(*call, gate_in_float32=in_float32)
 
     live = [reading for reading in map(readings.of, context.live_modules(cls)) if reading is not None]
     variants = dict.fromkeys(reading.variant.name for reading in live or found.readings)
-    return Replacement(replacement_for(original, calls, serve), " or ".join(variants), calls)
+    return Replacement(replacement_for(original, calls, serve), " or ".join(variants), calls, selection=selection)
+
+
+def _key(reading: RMSNormReading, width: int, dtype: torch.dtype, weight: Tensor | None) -> Hashable:
+    return reading.variant.name, width, dtype, None if weight is None else weight.dtype
+
+
+def _cases(cls: type, readings: Readings, live: LiveModules) -> Iterator[tuple[Hashable, Case]]:
+    """Of the layers whose weight says how wide they are, in the model's dtype."""
+    for module in live.of(cls):
+        reading = readings.of(module)
+        weight = getattr(module, reading.weight_name) if reading is not None and reading.weight_name else None
+        if weight is not None:
+            width = weight.shape[-1]
+            yield _key(reading, width, live.dtype, weight), case(reading.variant, width, live.dtype, weight.dtype)
 
 
 PATCH = Patch("rms_norm", "rms_norm", IMPLEMENTATIONS, find, replace)

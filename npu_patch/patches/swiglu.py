@@ -2,7 +2,8 @@
 
 Rebinds    `forward` of the class. The projections are called as the modules they are: LoRA wrappers, hooks and
            quantised layers stay in effect; no weight is read.
-To         `npu_swiglu` on one gate_up projection, or on two concatenated ones where a backward will follow.
+To         `npu_swiglu` on one gate_up projection, or on two concatenated ones where a backward will follow; or the
+           Triton kernel on two as they are.
 Not when   the activation of the instance at hand is not SiLU, or anything (dropout, clamp, norm, scale) stands between
            the parts. A call falls through for tensors on another device and where no gradient is needed by two
            projections (see ops/swiglu.py for the counts).
@@ -12,14 +13,15 @@ Delete     when transformers has a registration point for feed-forward layers.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from npu_patch.ops.swiglu import IMPLEMENTATIONS, swiglu, swiglu_of_halves
+from npu_patch.measure import Case
+from npu_patch.ops.swiglu import IMPLEMENTATIONS, NO_BACKWARD, case
 from npu_patch.outcome import Calls
 from npu_patch.patches.patch import (
     Context,
@@ -33,9 +35,7 @@ from npu_patch.patches.patch import (
     replacement_for,
 )
 from npu_patch.probe.swiglu import NoSwiGLU, SwiGLUReading, computes_silu, read_swiglu
-from npu_patch.sites import CHECKPOINTING_LAYER, Site, forwards, is_checkpointing_layer, parameter_names
-
-NO_BACKWARD = "no backward follows, for which concatenating gate and up would pay"
+from npu_patch.sites import CHECKPOINTING_LAYER, LiveModules, Site, forwards, is_checkpointing_layer, parameter_names
 
 
 def find(module: ModuleType) -> Iterable[Site]:
@@ -65,7 +65,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
 
     readings = Readings(read, known={cls: found})
     calls, device_type = Calls(), context.device_type
-    run, unsupported = context.implementation.run, context.implementation.unsupported
+    selection = context.selection(lambda live: _cases(cls, found, live))
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
         bound = bind(names, args, kwargs)
@@ -78,20 +78,27 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
             return Unserved("this instance computes no SwiGLU")
         if not activations.is_silu(self):
             return Unserved(f"the activation is {activations.name_of(self)}")
-        if found.up is not None and not torch.is_grad_enabled():
+        if found.up is not None and not selection.choice.candidates and not torch.is_grad_enabled():
             return Unserved(NO_BACKWARD)
         down = getattr(self, found.down)
         gate = getattr(self, found.gate)(x)
         up = None if found.up is None else getattr(self, found.up)(x)
-        reason = unsupported(gate) if up is None else unsupported(gate, up)
-        if reason is None and up is not None and not (gate.requires_grad or up.requires_grad):
-            reason = NO_BACKWARD
-        if reason is not None:
+        call = (gate,) if up is None else (gate, up)
+        serving = selection.serving((gate.shape[-1], gate.dtype), calls, *call)
+        if isinstance(serving, str):
             gate, up = gate.chunk(2, -1) if up is None else (gate, up)
-            return Unfused(down(activations.of(self)(gate) * up), reason)
-        return down(swiglu_of_halves(run, gate) if up is None else swiglu(run, gate, up))
+            return Unfused(down(activations.of(self)(gate) * up), serving)
+        return down(serving.run(*call))
 
-    return Replacement(replacement_for(original, calls, serve), found.name, calls)
+    return Replacement(replacement_for(original, calls, serve), found.name, calls, selection=selection)
+
+
+def _cases(cls: type, found: SwiGLUReading, live: LiveModules) -> Iterator[tuple[Hashable, Case]]:
+    """Of the layers with two projections that say how wide they are, in the model's dtype."""
+    for module in live.of(cls) if found.up is not None else ():
+        width = getattr(getattr(module, found.gate, None), "out_features", None)
+        if isinstance(width, int):
+            yield (width, live.dtype), case(width, live.dtype)
 
 
 class Activations:

@@ -16,6 +16,7 @@ not allow (`Refused`). Speed means nothing here.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from .errors import Refused, SimulatorError
@@ -43,6 +44,7 @@ def start(*, devices: int = 1, any_version: bool = False, replace_real: bool = F
     from . import cann
 
     cann.load(devices, any_version, replace_real)
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: Triton kernels run in no other way
     from . import device
 
     device.install()
