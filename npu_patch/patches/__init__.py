@@ -1,6 +1,6 @@
 """The catalogue: one module per switch. `apply()` walks `CATALOGUE` in order."""
 
-from npu_patch.patches import attention, experts, gated_delta_net, rms_norm, rope, swiglu
+from npu_patch.patches import attention, experts, gated_delta_net, qk_norm_rope, rms_norm, rope, swiglu
 from npu_patch.patches.patch import Patch
 
 CATALOGUE: tuple[Patch, ...] = (
@@ -10,4 +10,5 @@ CATALOGUE: tuple[Patch, ...] = (
     attention.PATCH,
     experts.PATCH,
     gated_delta_net.PATCH,
+    qk_norm_rope.PATCH,  # after the patches of its two parts
 )

@@ -114,6 +114,13 @@ class Unfused:
     reason: str
 
 
+@dataclass(frozen=True)
+class TakenOver:
+    """A result that another patch's replacement, further out, asked for: it counts the call, this one does not."""
+
+    result: Any
+
+
 def replacement_for(
     original: Callable[..., Any], calls: Calls, serve: Callable[..., Any], named_after: Callable[..., Any] | None = None
 ) -> Callable[..., Any]:
@@ -134,9 +141,11 @@ def replacement_for(
             if isinstance(result, (Unserved, Unfused)):
                 calls.ran -= 1
                 calls.fell_through[result.reason] += 1
+            elif isinstance(result, TakenOver):
+                calls.ran -= 1
         if isinstance(result, Unserved):
             return original(*args, **kwargs)
-        return result.result if isinstance(result, Unfused) else result
+        return result.result if isinstance(result, (Unfused, TakenOver)) else result
 
     return replacement
 

@@ -17,10 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_patch import deferred_norm
 from npu_patch.measure import Case
 from npu_patch.ops.rms_norm import IMPLEMENTATIONS, case
 from npu_patch.outcome import Calls
-from npu_patch.patches.patch import Context, Patch, Readings, Replacement, Skip, Unserved, bind, replacement_for
+from npu_patch.patches.patch import (
+    Context,
+    Patch,
+    Readings,
+    Replacement,
+    Skip,
+    TakenOver,
+    Unserved,
+    bind,
+    replacement_for,
+)
 from npu_patch.probe.rms_norm import RMSNormReading, read_rms_norm
 from npu_patch.sites import CHECKPOINTING_LAYER, LiveModules, Site, forwards, is_checkpointing_layer, parameter_names
 
@@ -56,7 +67,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
     device_type, in_float32 = context.device_type, context.switches["gated_rmsnorm_fp32"]
     selection = context.selection(lambda live: _cases(cls, readings, live))
 
-    def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
+    def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         bound = bind(names, args, kwargs)
         if bound is None or not all(isinstance(value, Tensor) for value in bound):
             return Unserved("arguments that are no tensors")
@@ -67,7 +78,12 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         if reading is None:
             return Unserved("this instance computes no known RMSNorm")
         weight = getattr(self, reading.weight_name) if reading.weight_name else None
-        call = (reading.variant, x, weight, getattr(self, reading.eps_name), *gate)
+        eps = getattr(self, reading.eps_name)
+        deferral = deferred_norm.current()
+        deferred = None if deferral is None else deferral.defer(self, x, weight, eps, reading.variant)
+        if deferred is not None:
+            return TakenOver(deferred)
+        call = (reading.variant, x, weight, eps, *gate)
         serving = selection.serving(_key(reading, x.shape[-1], x.dtype, weight), calls, *call)
         if isinstance(serving, str):
             return Unserved(serving)
@@ -75,7 +91,9 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
 
     live = [reading for reading in map(readings.of, context.live_modules(cls)) if reading is not None]
     variants = dict.fromkeys(reading.variant.name for reading in live or found.readings)
-    return Replacement(replacement_for(original, calls, serve), " or ".join(variants), calls, selection=selection)
+    function = replacement_for(original, calls, serve)
+    deferred_norm.NORMS[function] = deferred_norm.NormSite(original, readings.of, calls)
+    return Replacement(function, " or ".join(variants), calls, selection=selection)
 
 
 def _key(reading: RMSNormReading, width: int, dtype: torch.dtype, weight: Tensor | None) -> Hashable:

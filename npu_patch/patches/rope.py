@@ -16,9 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
+from npu_patch import deferred_norm
 from npu_patch.ops.rope import IMPLEMENTATIONS, mix_sections, rotate
 from npu_patch.outcome import Calls
-from npu_patch.patches.patch import Context, Patch, Replacement, Skip, Unserved, bind, replacement_for
+from npu_patch.patches.patch import Context, Patch, Replacement, Skip, TakenOver, Unserved, bind, replacement_for
 from npu_patch.probe.rope import read_rope
 from npu_patch.sites import Site, functions, unwrapped
 
@@ -47,6 +48,10 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         given = dict(zip(signature.names, bound, strict=True))
         tensors = [given[name] for name in signature.tensors]
         cos, sin = given["cos"], given["sin"]
+        dimension = given.get(signature.dimension)
+        dimension = reading.unsqueeze_dim if dimension is None else dimension
+        if any(isinstance(tensor, deferred_norm.DeferredHeads) for tensor in tensors):
+            return TakenOver(deferred_norm.rotate_deferred(reading, tensors, cos, sin, dimension))
         if not all(isinstance(tensor, Tensor) for tensor in (*tensors, cos, sin)):
             return Unserved("arguments that are no tensors")
         if tensors[0].device.type != device_type:
@@ -55,8 +60,6 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
             if cos.dim() == 0 or cos.shape[0] != 3 or 2 * sum(given[signature.sections]) != cos.shape[-1]:
                 return Unserved(f"sections {given[signature.sections]} of tables of shape {tuple(cos.shape)}")
             cos, sin = mix_sections(cos, given[signature.sections]), mix_sections(sin, given[signature.sections])
-        dimension = given.get(signature.dimension)
-        dimension = reading.unsqueeze_dim if dimension is None else dimension
         if dimension is not None:
             cos, sin = cos.unsqueeze(dimension), sin.unsqueeze(dimension)
         reason = unsupported(tensors, cos, sin, variant)
@@ -69,6 +72,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
 
     # What the kernels package wrapped into a module keeps its wrapper as the way to fall through.
     function = replacement_for(original, calls, serve, named_after=unwrapped(original))
+    deferred_norm.ROTATIONS[function] = deferred_norm.RoPESite(original, reading, calls)
     return Replacement(function, variant.name, calls)
 
 

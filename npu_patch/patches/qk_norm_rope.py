@@ -1,0 +1,124 @@
+"""QK-norm with RoPE: every attention layer that normalizes the heads of q and k and then rotates them.
+
+Rebinds    `forward` of the class, with one that runs the original forward while its two norms are put off until the
+           rotation (npu_patch/deferred_norm.py). Projections (LoRA and all), cache, attention interface and output
+           stay the original's business.
+To         one Triton kernel forward and one backward, from the layout of the projections to that of attention.
+Not when   the patches of RMSNorm and RoPE do not serve its norms and its rotary function, anything else is done to q or
+           k in between, or the norms differ. A call falls through under autocast and compilation, for norms with
+           hooks, tensors on another device, and what the kernel does not take.
+Delete     when torch_npu has an operator for both, or transformers a registration point for norms before rotation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules import module as global_hooks
+
+from npu_patch.deferred_norm import NORMS, ROTATIONS, Abandoned, Deferral, DeferredHeads, RoPESite, deferring
+from npu_patch.ops.qk_norm_rope import IMPLEMENTATIONS, Heads, qk_norm_rope
+from npu_patch.outcome import Calls
+from npu_patch.patches.gated_delta_door import names_used
+from npu_patch.patches.patch import Context, Patch, Replacement, Skip, Unfused, Unserved, replacement_for
+from npu_patch.probe.qk_norm_rope import NoQKNormRoPE, read_qk_norm_rope
+from npu_patch.probe.rope import RoPEReading
+from npu_patch.sites import CHECKPOINTING_LAYER, Site, forwards, is_checkpointing_layer
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def find(module: ModuleType) -> Iterable[Site]:
+    """Forwards that look up one rotary function of their module, among those that the patch of RoPE serves."""
+    names = {name for name, value in vars(module).items() if _rotation(value) is not None}
+    for site in forwards(module) if names else ():
+        if names & names_used(site.original):
+            yield site
+
+
+def replace(site: Site, context: Context) -> Replacement | Skip:
+    cls, original = site.owner, site.original
+    if is_checkpointing_layer(cls):
+        return Skip(CHECKPOINTING_LAYER, notable=False)
+    rotations = _rotations(original)
+    if len(rotations) != 1:
+        return Skip(f"it rotates by {len(rotations)} functions", notable=False)
+    found = read_qk_norm_rope(cls, rotations[0])
+    if isinstance(found, NoQKNormRoPE):
+        return Skip(found.reason, notable=found.close)
+    calls, device_type = Calls(), context.device_type
+    run, unsupported = context.implementation.run, context.implementation.unsupported
+
+    def rotate(
+        reading: RoPEReading, q: DeferredHeads, k: DeferredHeads, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        q_heads, k_heads = (Heads(each.x.transpose(1, 2), each.weight, each.eps, each.variant) for each in (q, k))
+        reason = unsupported(q_heads, k_heads, cos, sin, reading.variant)
+        if reason is None and not reading.partial and reading.variant.table.widen(cos).shape[-1] != q.x.shape[-1]:
+            reason = "tables narrower than the head"
+        if reason is not None:
+            raise Abandoned(reason)
+        return qk_norm_rope(run, q_heads, k_heads, cos, sin, reading.variant)
+
+    def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        reason = _why_not(self, found.q_norm, found.k_norm, device_type)
+        if reason is not None:
+            return Unserved(reason)
+        deferral = Deferral((getattr(self, found.q_norm), getattr(self, found.k_norm)), rotate)
+        try:
+            with deferring(deferral):
+                result = original(self, *args, **kwargs)
+        except (Abandoned, TypeError) as error:
+            if not deferral.pending:
+                raise
+            return Unserved(str(error))
+        return result if deferral.done else Unfused(result, "its norms or its rotation were not put off")
+
+    return Replacement(replacement_for(original, calls, serve), found.name, calls)
+
+
+def _why_not(layer: torch.nn.Module, q_norm: str, k_norm: str, device_type: str) -> str | None:
+    """What is known before the layer runs: cheaply, for every call."""
+    if torch.compiler.is_compiling():
+        return "being compiled"
+    if torch.is_autocast_enabled(device_type):
+        return "autocast"
+    if any(getattr(global_hooks, f"_global{name}") for name in HOOKS):
+        return "hooks on all modules"
+    for name in (q_norm, k_norm):
+        norm = getattr(layer, name, None)
+        if not isinstance(norm, torch.nn.Module):
+            return f"no module in {name}"
+        site = NORMS.get(type(norm).forward)
+        if site is None or not site.calls.active or "forward" in vars(norm):
+            return f"{name} is a {type(norm).__name__} with a forward of its own"
+        if any(getattr(norm, hooks) for hooks in HOOKS):
+            return f"hooks on {name}"
+        weight = next(norm.parameters(recurse=False), None)
+        if weight is not None and weight.device.type != device_type:
+            return f"{name} on {weight.device.type}"
+    return None
+
+
+def _rotation(value: Any) -> RoPESite | None:
+    try:
+        site = ROTATIONS.get(value)
+    except TypeError:  # unhashable, or nothing that can be referred to weakly
+        return None
+    return site if site is not None and site.calls.active and len(site.reading.signature.tensors) == 2 else None
+
+
+def _rotations(forward: Any) -> list[RoPESite]:
+    """Of the functions that a forward looks up in its module."""
+    while hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+    names = names_used(forward)
+    found = (_rotation(value) for name, value in forward.__globals__.items() if name in names)
+    return [site for site in found if site is not None]
+
+
+PATCH = Patch("qk_norm_rope", "triton", IMPLEMENTATIONS, find, replace)
