@@ -17,6 +17,10 @@ from torch import Tensor, nn
 
 import npu_patch
 from npu_patch import deferred_norm
+from npu_patch.measure import Alternative, why_wrong
+from npu_patch.ops import qk_norm_rope, rms_norm, rope
+from npu_patch.ops.implementation import choose
+from npu_patch.ops.rms_norm import PLAIN_VARIANTS
 from npu_patch.outcome import Outcome, Report
 from tests.gradients import in_float64, loss_and_gradients, relative_error, token_losses
 from tests.tiny_models import tiny, tiny_batch
@@ -352,3 +356,25 @@ def test_a_flag_set_later_makes_the_call_run_anew(modeling: types.ModuleType, np
         assert fused(report).calls.ran == 1
         assert sum(fused(report).calls.fell_through.values()) == 1
     assert relative_error(found.cpu(), layer(**given).cpu()) < 1e-6
+
+
+@pytest.mark.parametrize("weight_dtype", [None, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_measured_passes_its_self_check(
+    dtype: torch.dtype, weight_dtype: torch.dtype | None, npu: torch.device
+) -> None:
+    """The kernel and the two operators one after the other, and not a kernel that is off by a hundredth."""
+    variant = {each.name: each for each in PLAIN_VARIANTS}["weightless" if weight_dtype is None else "float32 weight"]
+    (kernel,) = qk_norm_rope.IMPLEMENTATIONS
+    assert kernel.missing() is None
+    parts = (choose(each, "npu").chosen.run for each in (rms_norm.IMPLEMENTATIONS, rope.IMPLEMENTATIONS))
+    original = Alternative("apart", qk_norm_rope.one_after_the_other(*parts))
+    sizes = qk_norm_rope.Sizes(3, 1, 16, dtype, weight_dtype)
+    case = qk_norm_rope.case(sizes, variant, rope.RoPEVariant(rope.HALF, rope.TABLES[0]), original)
+
+    def off(*call: object) -> list[Tensor]:
+        return [1.05 * each for each in kernel.run(*call)]
+
+    assert why_wrong(case, original, npu) is None
+    assert why_wrong(case, Alternative("kernel", kernel.run), npu) is None
+    assert why_wrong(case, Alternative("off", off), npu) is not None

@@ -7,16 +7,18 @@ what the patches of RMSNorm and RoPE do anyway.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from npu_patch.ops.implementation import Implementation, is_plain
-from npu_patch.ops.rms_norm import FLOAT_DTYPES, RMSNormVariant
-from npu_patch.ops.rope import HALF, RoPEVariant
+from npu_patch.measure import Alternative, Case
+from npu_patch.ops.implementation import TRITON, Implementation, dtype_name, is_plain, needs_triton
+from npu_patch.ops.rms_norm import CASE_EPS, FLOAT_DTYPES, RMSNormVariant
+from npu_patch.ops.rope import HALF, RoPEVariant, rotate
+from npu_patch.probe.room import values
 
 
 @dataclass(frozen=True)
@@ -31,20 +33,6 @@ class Heads:
     @property
     def normalized_dtype(self) -> torch.dtype:
         return self.variant.output_dtype(self.x, self.weight)
-
-
-Kernel = Callable[[Heads, Heads, Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
-
-
-def qk_norm_rope(
-    kernel: Kernel, q: Heads, k: Heads, cos: Tensor, sin: Tensor, rope: RoPEVariant
-) -> tuple[Tensor, Tensor]:
-    """q `[B, H, S, D]` and k `[B, K, S, D]`, normalized and rotated; cos and sin are `[B or 1, S, R]` as given to the
-    original, and take no gradient."""
-    dtype = q.normalized_dtype
-    if rope.output == "promoted":
-        dtype = torch.promote_types(dtype, cos.dtype)
-    return kernel(q, k, rope.table.widen(cos), rope.table.widen(sin), dtype)
 
 
 def why_not_fused(norms: tuple[RMSNormVariant, RMSNormVariant], rope: RoPEVariant) -> str | None:
@@ -94,32 +82,94 @@ def _tables_unsupported(x: Tensor, cos: Tensor, sin: Tensor, rope: RoPEVariant) 
     return None
 
 
-def _triton(q: Heads, k: Heads, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    kernels = importlib.import_module("npu_patch.kernels.qk_norm_rope")
-    norm = kernels.QKNorm(q.eps, k.eps, q.variant.gamma)
-    return kernels.qk_norm_rope(q.x, k.x, q.weight, k.weight, cos, sin, norm, dtype)
+def _triton(q: Heads, k: Heads, cos: Tensor, sin: Tensor, rope: RoPEVariant) -> tuple[Tensor, Tensor]:
+    from npu_patch.kernels.qk_norm_rope import QKNorm, qk_norm_rope
+
+    dtype = q.normalized_dtype
+    if rope.output == "promoted":
+        dtype = torch.promote_types(dtype, cos.dtype)
+    norm = QKNorm(q.eps, k.eps, q.variant.gamma)
+    cos, sin = rope.table.widen(cos), rope.table.widen(sin)
+    return qk_norm_rope(q.x, k.x, q.weight, k.weight, cos, sin, norm, dtype)
 
 
 def reference(q: Heads, k: Heads, cos: Tensor, sin: Tensor, rope: RoPEVariant) -> tuple[Tensor, Tensor]:
     """The original's arithmetic in plain torch, its roundings included."""
-    return tuple(
-        rope.reference(
-            heads.variant.reference(heads.x, heads.weight, heads.eps).transpose(1, 2),
-            cos.unsqueeze(1),
-            sin.unsqueeze(1),
-        )
-        for heads in (q, k)
-    )
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    normed = [heads.variant.reference(heads.x, heads.weight, heads.eps).transpose(1, 2) for heads in (q, k)]
+    return rope.reference(normed[0], cos, sin), rope.reference(normed[1], cos, sin)
 
 
-def _triton_missing() -> str | None:
-    try:
-        readiness = importlib.import_module("npu_patch.kernels.readiness")
-    except ImportError as error:
-        return f"triton kernels cannot be imported: {error}"
-    return readiness.why_not()
-
-
+# Called with q, k, cos, sin and the rotation, `run` returns q `[B, H, S, D]` and k `[B, K, S, D]`. cos and sin are
+# `[B or 1, S, R]` as the original takes them, and get no gradient.
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation("Triton kernel", ("npu", "cuda"), _triton, _unsupported, _triton_missing),
+    Implementation(TRITON, ("npu", "cuda"), _triton, _unsupported, needs_triton, optional=True),
 )
+
+
+def one_after_the_other(norm: Callable[..., Tensor], rotation: Callable[..., Tensor]) -> Callable[..., Any]:
+    """A `run` of what serves where nothing here does: an implementation's of RMSNorm, then one's of RoPE."""
+
+    def run(q: Heads, k: Heads, cos: Tensor, sin: Tensor, rope: RoPEVariant) -> tuple[Tensor, Tensor]:
+        normed = [norm(heads.variant, heads.x, heads.weight, heads.eps).transpose(1, 2) for heads in (q, k)]
+        return tuple(rotate(rope, rotation, normed, cos.unsqueeze(1), sin.unsqueeze(1)))
+
+    return run
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What decides the time of a call, but for the number of tokens."""
+
+    heads: int
+    key_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    weight_dtype: torch.dtype | None
+
+    @classmethod
+    def of(cls, q: Heads, k: Heads) -> Sizes:
+        weight = None if q.weight is None else q.weight.dtype
+        return cls(q.x.shape[2], k.x.shape[2], q.x.shape[3], q.x.dtype, weight)
+
+
+def case(sizes: Sizes, norm: RMSNormVariant, rope: RoPEVariant, original: Alternative) -> Case:
+    """One sequence; the whole head is rotated. The results are put side by side: a `Case` has one."""
+    width = sizes.head_dim
+    tables: dict[Any, tuple[Tensor, Tensor]] = {}  # made before the clock runs
+
+    def tables_for(x: Tensor) -> tuple[Tensor, Tensor]:
+        key = x.shape[0], x.dtype, x.device
+        if key not in tables:
+            tables.clear()
+            shape = (1, x.shape[0], rope.table.width(width))
+            tables[key] = tuple(values(shape, seed, sizes.dtype).to(x.device, x.dtype) for seed in (7, 8))
+        return tables[key]
+
+    def call(run: Callable[..., Any], q: Tensor, k: Tensor, *weights: Tensor) -> Tensor:
+        q_weight, k_weight = weights or (None, None)
+        both = (
+            Heads(x.unflatten(-1, (-1, width)).unsqueeze(0), weight, CASE_EPS, norm)
+            for x, weight in ((q, q_weight), (k, k_weight))
+        )
+        return torch.cat(run(*both, *tables_for(q), rope), 1)
+
+    def definition(*inputs: Tensor) -> Tensor:
+        def run(q: Heads, k: Heads, cos: Tensor, sin: Tensor, rope: RoPEVariant) -> list[Tensor]:
+            results = []
+            for heads in (q, k):
+                y = heads.x * torch.rsqrt(heads.x.square().mean(-1, keepdim=True) + heads.eps)
+                if heads.weight is not None:
+                    y = y * (heads.weight if norm.gamma == "weight" else 1.0 + heads.weight)
+                results.append(rope.reference(y.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1)))
+            return results
+
+        return call(run, *inputs)
+
+    def inputs(tokens: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        weights = [] if sizes.weight_dtype is None else [((width,), sizes.weight_dtype)] * 2
+        return [((tokens, heads * width), sizes.dtype) for heads in (sizes.heads, sizes.key_heads)] + weights
+
+    weighted = "" if sizes.weight_dtype is None else f", weight {dtype_name(sizes.weight_dtype)}"
+    name = f"{norm.name}, {sizes.heads} and {sizes.key_heads} heads of {width} {dtype_name(sizes.dtype)}{weighted}"
+    return Case("qk_norm_rope", name, inputs, call, definition, original)

@@ -12,7 +12,7 @@ Delete     when torch_npu has an operator for both, or transformers a registrati
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -21,14 +21,19 @@ from torch import Tensor
 from torch.nn.modules import module as global_hooks
 
 from npu_patch.deferred_norm import NORMS, ROTATIONS, Abandoned, Deferral, DeferredHeads, RoPESite, deferring
-from npu_patch.ops.qk_norm_rope import IMPLEMENTATIONS, Heads, qk_norm_rope
+from npu_patch.measure import Alternative, Case
+from npu_patch.ops import rms_norm, rope
+from npu_patch.ops.implementation import choose
+from npu_patch.ops.qk_norm_rope import IMPLEMENTATIONS, Heads, Sizes, case, one_after_the_other
 from npu_patch.outcome import Calls
 from npu_patch.patches.gated_delta_door import names_used
 from npu_patch.patches.patch import Context, Patch, Replacement, Skip, Unfused, Unserved, replacement_for
-from npu_patch.probe.qk_norm_rope import NoQKNormRoPE, read_qk_norm_rope
+from npu_patch.probe.qk_norm_rope import NoQKNormRoPE, QKNormRoPEReading, read_qk_norm_rope
 from npu_patch.probe.rope import RoPEReading
-from npu_patch.sites import CHECKPOINTING_LAYER, Site, forwards, is_checkpointing_layer
+from npu_patch.selection import Selection
+from npu_patch.sites import CHECKPOINTING_LAYER, LiveModules, Site, forwards, is_checkpointing_layer
 
+NOT_FASTER = "no kernel was measured to be faster"
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -51,20 +56,23 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
     if isinstance(found, NoQKNormRoPE):
         return Skip(found.reason, notable=found.close)
     calls, device_type = Calls(), context.device_type
-    run, unsupported = context.implementation.run, context.implementation.unsupported
+    selection = Selection(context.choice, lambda live: _cases(cls, found, rotations[0], live, context))
 
     def rotate(
         reading: RoPEReading, q: DeferredHeads, k: DeferredHeads, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor]:
         q_heads, k_heads = (Heads(each.x.transpose(1, 2), each.weight, each.eps, each.variant) for each in (q, k))
-        reason = unsupported(q_heads, k_heads, cos, sin, reading.variant)
-        if reason is None and not reading.partial and reading.variant.table.widen(cos).shape[-1] != q.x.shape[-1]:
-            reason = "tables narrower than the head"
-        if reason is not None:
-            raise Abandoned(reason)
-        return qk_norm_rope(run, q_heads, k_heads, cos, sin, reading.variant)
+        if not reading.partial and 2 * cos.shape[-1] // reading.variant.table.width(2) != q.x.shape[-1]:
+            raise Abandoned("tables narrower than the head")
+        call = (q_heads, k_heads, cos, sin, reading.variant)
+        serving = selection.serving(Sizes.of(q_heads, k_heads), calls, *call)
+        if isinstance(serving, str):
+            raise Abandoned(serving)
+        return serving.run(*call)
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not (selection.choice.forced or any(each.taken for each in selection.verdicts.values())):
+            return Unserved(NOT_FASTER)
         reason = _why_not(self, found.q_norm, found.k_norm, device_type)
         if reason is not None:
             return Unserved(reason)
@@ -78,7 +86,26 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
             return Unserved(str(error))
         return result if deferral.done else Unfused(result, "its norms or its rotation were not put off")
 
-    return Replacement(replacement_for(original, calls, serve), found.name, calls)
+    return Replacement(replacement_for(original, calls, serve), found.name, calls, selection=selection)
+
+
+def _cases(
+    cls: type, found: QKNormRoPEReading, rotation: RoPESite, live: LiveModules, context: Context
+) -> Iterator[tuple[Hashable, Case]]:
+    """Of the layers whose config says how many heads they have, beside the two operators one after the other."""
+    parts = [choose(each, context.device_type).chosen for each in (rms_norm.IMPLEMENTATIONS, rope.IMPLEMENTATIONS)]
+    if None in parts:
+        return
+    original = Alternative("RMSNorm, then RoPE", one_after_the_other(*(part.run for part in parts)))
+    for layer in live.of(cls):
+        config, norm = getattr(layer, "config", None), getattr(layer, found.q_norm, None)
+        site = NORMS.get(type(norm).forward) if isinstance(norm, torch.nn.Module) else None
+        reading = None if site is None else site.reading_of(norm)
+        heads = [getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")]
+        if reading is not None and reading.weight_name and all(isinstance(each, int) for each in heads):
+            weight = getattr(norm, reading.weight_name)
+            sizes = Sizes(*heads, weight.shape[-1], live.dtype, weight.dtype)
+            yield sizes, case(sizes, reading.variant, rotation.reading.variant, original)
 
 
 def _why_not(layer: torch.nn.Module, q_norm: str, k_norm: str, device_type: str) -> str | None:

@@ -47,7 +47,7 @@ class _Config(SimpleNamespace):
 
 
 def build(cls: type) -> torch.nn.Module:
-    """A layer in evaluation mode with fixed random weights. To be called in the quiet room, torch's random state kept."""
+    """A layer in evaluation mode with fixed weights. Call it in the quiet room, keeping torch's random state."""
     try:
         try:
             layer = cls(_Config(**CONFIG), layer_idx=0)
