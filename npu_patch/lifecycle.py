@@ -202,10 +202,10 @@ class Walk:
             if not self.switches[patch.switch]:
                 self.report.notes.append(f"{patch.name}: switched off by {self.switches.sources[patch.switch]}")
             elif choice.chosen is None and not choice.candidates:
-                served = any(
-                    self.device_type in each.device_types for each in patch.implementations if not each.optional
-                )
-                (self.report.warnings if served else self.report.notes).append(f"{patch.name}: {choice.why_none()}")
+                usual = [each for each in patch.implementations if not each.optional]
+                served = any(self.device_type in each.device_types for each in usual)
+                if usual or self.switches["triton"] is False:  # else the line about Triton kernels says why
+                    (self.report.warnings if served else self.report.notes).append(f"{patch.name}: {choice.why_none()}")
             else:
                 enabled.append((patch, choice))
         return enabled

@@ -56,7 +56,6 @@ def providers(simulated):
         simulator.start()
     from npu_patch.ops.implementation import choose
     from npu_patch.patches.catalogue_of_ops import OPS
-
     from npu_patch.switches import resolve
 
     switches = resolve()
