@@ -13,6 +13,8 @@ if simulator.real_device() is None:
 import pytest
 import torch
 
+from npu_patch.kernels import launch
+
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
@@ -27,3 +29,9 @@ def simulated() -> None:
     """Skips a test of the simulator itself on a real NPU."""
     if not simulator.is_active():
         pytest.skip("a real NPU is present")
+
+
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For Triton kernels in the interpreter, which runs programs one by one: any number of them computes the same."""
+    monkeypatch.setattr(launch, "machine_of", lambda device: launch.Machine("npu", 2, launch.UNIFIED_BUFFER, True))

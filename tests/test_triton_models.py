@@ -11,7 +11,6 @@ import torch
 
 import npu_patch
 from npu_patch import simulator
-from npu_patch.kernels import launch
 from npu_patch.kernels.readiness import why_not
 from tests.gradients import in_float64, loss_and_gradients, relative_error, token_losses
 from tests.tiny_models import tiny, tiny_batch
@@ -21,10 +20,7 @@ needs_triton = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 SERVED = {"qwen3": {"rms_norm", "swiglu"}, "qwen3_5": {"rms_norm", "swiglu"}}
 
 
-@pytest.fixture(autouse=True)
-def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter runs programs one by one, and any number of them computes the same."""
-    monkeypatch.setattr(launch, "machine_of", lambda device: launch.Machine("npu", 2, launch.UNIFIED_BUFFER, True))
+pytestmark = pytest.mark.usefixtures("two_cores")
 
 
 def ran_triton(report: npu_patch.Report) -> set[str]:
