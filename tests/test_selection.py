@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import npu_patch
-from npu_patch import lifecycle, log, measure, measurements, selection
+from npu_patch import lifecycle, log, measure, measurements, selection, tuning
 from npu_patch.measurements import Machine, Measurements
 from npu_patch.ops import rms_norm, swiglu
 from npu_patch.ops.implementation import Choice, Implementation, choose
@@ -276,6 +276,26 @@ def test_one_and_zero_measure_nothing(kernels: Kernels, triton: bool, name: str)
     outcome = qwen3(npu_patch.apply(model, device="cpu", triton=triton))
     assert outcome.implementation == name and not kernels.timed
     assert outcome.declined == ({} if triton else {"fake": "switched off by apply(triton=...)"})
+
+
+@pytest.mark.parametrize(("auto", "tuned"), [("fake", "usual"), ("usual", "fake")])
+def test_a_tuning_file_wins_over_auto(
+    auto: str, tuned: str, kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels.fake_ms = 1.0 if auto == "fake" else 5.0
+    model = tiny("qwen3")
+    seen: set[tuning.Signature] = set()
+    with npu_patch.applied(model, device="cpu") as report:
+        qwen3(report).calls.watch = lambda args, kwargs: seen.add(tuning.signature_of(args, kwargs))
+        loss_and_gradients(model, tiny_batch())
+        assert set(qwen3(report).calls.ran_by) == {auto}
+    file = tmp_path / "tuned.json"
+    tuning.write(file, "cpu", [tuning.Decision("rms_norm", "weight", each, tuned) for each in seen])
+    monkeypatch.setenv("TWINKLE_NPU_TUNE", str(file))
+    npu_patch.apply(model, device="cpu")
+    kernels.ran.clear()
+    loss_and_gradients(model, tiny_batch())
+    assert set(kernels.ran) == {tuned}
 
 
 def test_restore_leaves_the_class_as_it_was(kernels: Kernels) -> None:

@@ -50,5 +50,6 @@ def run(kernel: Any, grid: int, arguments: tuple[Any, ...], constants: dict[str,
 
     tensors = [value for value in arguments if isinstance(value, Tensor)]
     if counters.is_counting():
-        counters.launch(f"triton::{kernel.fn.__module__.rsplit('.', 1)[-1]}{kernel.fn.__name__}", tensors, ())
+        family = kernel.fn.__module__.rsplit(".", 1)[-1]
+        counters.launch(f"triton::{family}.{kernel.fn.__name__.lstrip('_')}", tensors, ())
     kernel[(grid,)](*(memory.alias(value) if isinstance(value, Tensor) else value for value in arguments), **constants)
