@@ -48,6 +48,9 @@ def _schema(torch, name):
     return None if operator is None else str(getattr(operator, operator.overloads()[0])._schema)
 
 
+WHERE_FASTER = "taken where apply(model) measures it to be faster"
+
+
 def providers(simulated):
     """For each op the implementations in order: [name, chosen or not, why not]."""
     if simulated == "simulated":
@@ -62,9 +65,7 @@ def providers(simulated):
     found = {}
     for op, implementations in OPS.items():
         choice = choose(implementations, "npu", switches["triton"], switches.sources["triton"])
-        measured = (
-            {} if choice.forced else {each.name: "taken where it is measured faster" for each in choice.candidates}
-        )
+        measured = {} if choice.forced else {each.name: WHERE_FASTER for each in choice.candidates}
         used = [choice.chosen, *(choice.candidates if choice.forced else ())]
         why = measured | choice.declined
         found[op] = [[each.name, each in used, why.get(each.name, "")] for each in implementations]
