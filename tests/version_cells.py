@@ -36,6 +36,8 @@ EQUAL, DIFFERENT, SKIPPED, FAILED, NOTHING, NO_FAMILY = (
     "no family",
 )
 Results = dict[str, Tensor]
+# Without those that Triton kernels alone can serve: on the simulated device these are taken where they are forced only.
+PATCHES = [patch for patch in CATALOGUE if not all(each.optional for each in patch.implementations)]
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,14 @@ class Cell:
 def cells_of(family: str, device: torch.device) -> dict[str, Cell]:
     """By the name of the patch: a tiny float32 model of `family` trains with that patch alone."""
 
-    names = [patch.name for patch in CATALOGUE]
+    names = [patch.name for patch in PATCHES]
     try:
         on_cpu = tiny(family)
     except unittest.SkipTest as missing:
         return dict.fromkeys(names, Cell(NO_FAMILY, str(missing).rsplit(" has ", 1)[-1]))
     batch = tiny_batch()
     original = loss_and_gradients(tiny(family).to(device), batch)
-    return {patch.name: _cell(patch, on_cpu, original, batch, device) for patch in CATALOGUE}
+    return {patch.name: _cell(patch, on_cpu, original, batch, device) for patch in PATCHES}
 
 
 def _cell(patch: Patch, on_cpu: torch.nn.Module, original: Results, batch: Results, device: torch.device) -> Cell:
