@@ -51,7 +51,7 @@ test_version() {
     local version=$1
     layered_environment "$matrix/environments/$version" "transformers==$version" ${WITH[$version]:-}
     "$layered_python" -m tests.version_cells "$matrix/$version.json" || return 1
-    "$layered_python" -m pytest -q -p no:cacheprovider "${SUITE[@]}"
+    "$layered_python" -m pytest -p no:cacheprovider "${SUITE[@]}"
 }
 
 choose_versions "$@"

@@ -1,8 +1,8 @@
 """torch.compile of patched models: as many graphs as unpatched, and what they compute. The compiler has no backend for
 the simulated NPU: `eager` and `aot_eager` run what it traced.
 
-Where CI is set, aot_eager raises for an operator whose output is one of its inputs, and warns everywhere else. torch_npu's
-npu_moe_token_unpermute is such an operator (it returns permuted_tokens for its own backward), patched or called by hand.
+Where CI is set, aot_eager raises for an operator whose output is one of its inputs; elsewhere it warns. torch_npu's
+npu_moe_token_unpermute is one: it returns permuted_tokens, for its own backward, whoever calls it.
 """
 
 from __future__ import annotations
