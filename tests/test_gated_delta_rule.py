@@ -231,7 +231,9 @@ def test_a_gradient_through_one_result_alone(through: str, cu: list[int] | None)
         assert relative_error(a, b) < 1e-12, name
 
 
-def test_the_backward_keeps_arguments_and_inverses_only() -> None:
+@pytest.mark.parametrize(("group", "groups"), [(1, 0), (2, 2), (4, 1)])
+def test_the_backward_keeps_arguments_inverses_and_a_state_for_each_group(group: int, groups: int) -> None:
+    """`groups` of several chunks; 256 tokens are 4 chunks."""
     q, k, v, g, beta, _ = make(256, width=32, value_width=32)
     leaves = [x.requires_grad_() for x in (q, k, v, g, beta)]
     kept: dict[int, int] = {}
@@ -241,9 +243,20 @@ def test_the_backward_keeps_arguments_and_inverses_only() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        chunk_gated_delta_rule(*leaves)
+        chunk_gated_delta_rule(*leaves, tiling=Tiling(64, group))
     own = {x.untyped_storage().data_ptr() for x in leaves}
-    assert sum(size for storage, size in kept.items() if storage not in own) == 256 // 64 * 4 * 64 * 64
+    inverses, states = 256 // 64 * 4 * 64 * 64, groups * 4 * 32 * 32
+    assert sum(size for storage, size in kept.items() if storage not in own) == inverses + states
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_a_second_backward_of_a_retained_graph_gives_the_same(group: int) -> None:
+    q, k, v, g, beta, _ = make(256, width=32, value_width=32)
+    leaves = [x.requires_grad_() for x in (q, k, v, g, beta)]
+    o, _ = chunk_gated_delta_rule(*leaves, use_qk_l2norm_in_kernel=True, tiling=Tiling(64, group))
+    once = torch.autograd.grad(o.square().sum(), leaves, retain_graph=True)
+    again = torch.autograd.grad(o.square().sum(), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
 @pytest.mark.parametrize("states", [0, 2])
@@ -365,6 +378,11 @@ def test_scan_is_the_recurrence_and_its_transpose(length: int, groups: int) -> N
     scan_forward(m, states)
     assert all(torch.allclose(states[i, j], entering[i, j]) for i, j in entering)
     assert torch.allclose(states[-1, -1], state)
+    known = states.clone()
+    known[1:] = added.detach()
+    scan_forward(m, known, groups_known=True)
+    assert all(torch.allclose(known[i, j], entering[i, j]) for i, j in entering)
+    assert torch.allclose(known[-1, -1], state)
     gradients = weights.clone()
     scan_backward(m, gradients)
     assert torch.allclose(gradients[1:], d_added) and torch.allclose(gradients[0, 0], d_first)

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 
-def scan_forward(transitions: Tensor, states: Tensor) -> None:
+def scan_forward(transitions: Tensor, states: Tensor, groups_known: bool = False) -> None:
     """Runs the recurrence in place.
 
     transitions: M, `[L, G, Z, K, K]`. states: `[L + 1, G, Z, K, V]`; it comes with R of chunk i in slot i + 1 and the
     first state in slot 0 of group 0, and leaves with the state entering chunk i in slot i and the last state in slot
-    L of the last group.
+    L of the last group. groups_known: it comes with the first state of every group in slot 0, and nothing is composed.
     """
     length, groups, z = transitions.shape[:3]
     m, s = transitions.flatten(1, 2), states.flatten(1, 2)
     last = (groups - 1) * z
-    if groups > 1:
+    if groups > 1 and not groups_known:
         through, added = m[0, :last], s[1, :last]  # the last group's composition is not needed
         for i in range(1, length):
             added = torch.baddbmm(s[i + 1, :last], m[i, :last], added, out=s[0, z:] if i == length - 1 else None)

@@ -18,10 +18,11 @@ exponentiated. How q and k are normalized in passing: gated_delta_chunks.py.
 The backward follows from dV = (q k^T D)^T do + K dS' and Y = T^T dV, the gradient of E: the gradient of the inverse is
 dT = dV E^T, so that of I + A is -T^T dT T^T = -Y V^T, and no product with T is left. The state's is
 dS = M^T dS' + (exp(c) q)^T do - (beta exp(c) k)^T T^T (q k^T D)^T do: the transposed scan.
-
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +32,16 @@ from npu_patch.ops.gated_delta_chunks import Chunks, Problem, grouped, make_chun
 from npu_patch.ops.triangular_inverse import unit_lower_inverse
 
 
-def forward(problem: Problem, wants_final: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    """o `[B, T, Hv, V]` in the dtype of v; the final states `[N, Hv, K, V]`; the inverses `[n, C, C]`."""
+class Kept(NamedTuple):
+    """What the backward does not make again: the inverses T `[n, C, C]` and, where groups have several chunks, the
+    states that enter the groups `[G, Z, K, V]`, for Z heads of the batch."""
+
+    inverse: Tensor
+    entering_groups: Tensor | None
+
+
+def forward(problem: Problem, wants_final: bool, wants_kept: bool) -> tuple[Tensor, Tensor | None, Kept | None]:
+    """o `[B, T, Hv, V]` in the dtype of q; the final states `[N, Hv, K, V]`; what `backward` is to be given."""
     chunks = make_chunks(problem)
     c = problem.layout.chunk
     ends = _Ends(problem, chunks) if wants_final and problem.bounds is not None else None
@@ -43,6 +52,9 @@ def forward(problem: Problem, wants_final: bool) -> tuple[Tensor, Tensor | None,
     del erase
     scan_forward(transitions, states)
     del transitions
+    kept = None
+    if wants_kept:
+        kept = Kept(inverse, states[0].clone() if problem.layout.length > 1 else None)
     final = states[-1, -1].clone() if wants_final and ends is None else None
     entering = states[:-1].view(-1, *states.shape[-2:])
     written = torch.bmm(inverse, chunks.scaled_v.baddbmm_(chunks.reads[:, c:], entering))
@@ -51,20 +63,23 @@ def forward(problem: Problem, wants_final: bool) -> tuple[Tensor, Tensor | None,
         final = ends.states(states, written)
     if final is not None:
         final = final.view(-1, problem.v.shape[2], *final.shape[-2:])
-    return _tokens(problem, o, problem.v.shape[2], problem.q.dtype), final, inverse
+    return _tokens(problem, o, problem.v.shape[2], problem.q.dtype), final, kept
 
 
 def backward(
-    problem: Problem, inverse: Tensor, do: Tensor | None, d_final: Tensor | None, needs: tuple[bool, ...]
+    problem: Problem, kept: Kept, do: Tensor | None, d_final: Tensor | None, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, g, beta and initial_state, each in its dtype, of those that `needs` names."""
     needs_q, needs_k, needs_v, needs_g, needs_beta, needs_state = needs
     chunks = make_chunks(problem)
     layout, bounds = problem.layout, problem.bounds
     c, (key_heads, per_key) = layout.chunk, problem.heads
+    inverse = kept.inverse
     erase = _erase(problem, chunks, inverse)
     transitions, states = _steps(problem, chunks, erase)
-    scan_forward(transitions, states)
+    if kept.entering_groups is not None:
+        states[0].copy_(kept.entering_groups)
+    scan_forward(transitions, states, groups_known=kept.entering_groups is not None)
     entering = states[:-1].view(-1, *states.shape[-2:])
     written = torch.bmm(inverse, chunks.scaled_v.baddbmm_(chunks.reads[:, c:], entering))
     del chunks.scaled_v
@@ -150,6 +165,7 @@ class _Local:
 
     def __init__(self, problem: Problem, chunks: Chunks) -> None:
         self.problem, self.chunks = problem, chunks
+        chunks.qk = chunks.qk.to(problem.dtype)
         self.c, (_, self.per_key) = problem.layout.chunk, problem.heads
         self.d_carry: Tensor | None = None
         self.last: Tensor | None = None

@@ -54,7 +54,7 @@ class Chunks:
     """What each chunk has before any state is known. n counts chunks and value heads, m chunks and key heads."""
 
     qk: Tensor
-    """`[m, 2 C, K]`: q, then k, as given."""
+    """`[m, 2 C, K]`: q, then k, as given; in their own dtype where the device multiplies that into float32."""
     norm: Tensor | None
     """`[m, 2 C]`: 1 / |q|, then 1 / |k|, if asked to normalize."""
     rows: Tensor
@@ -90,7 +90,6 @@ def make_chunks(problem: Problem) -> Chunks:
     view(problem, qk[:, :c], key_heads).copy_(layout.chunked(problem.q))
     view(problem, qk[:, c:], key_heads).copy_(layout.chunked(problem.k))
     products = accumulating_bmm(qk, qk[:, c:].mT, problem.dtype)
-    qk = qk.to(problem.dtype)
 
     beta, g = problem.empty(chunk_heads * heads, c), problem.empty(chunk_heads * heads, c)
     view(problem, beta, heads).copy_(layout.chunked(problem.beta))
@@ -99,7 +98,7 @@ def make_chunks(problem: Problem) -> Chunks:
     rows = problem.empty(chunk_heads * heads, 2 * c)
     if problem.normalize:
         norm = problem.empty(chunk_heads * key_heads, 2 * c)
-        torch.linalg.vector_norm(qk[:, :c], dim=-1, out=norm[:, :c])
+        torch.linalg.vector_norm(qk[:, :c], dim=-1, dtype=problem.dtype, out=norm[:, :c])
         norm[:, :c].square_()
         norm[:, c:] = products[:, c:].diagonal(dim1=-2, dim2=-1)
         norm.add_(NORM_EPS).rsqrt_()
@@ -115,7 +114,7 @@ def make_chunks(problem: Problem) -> Chunks:
 
     # c_i - c_j as the sum of g between them: the difference of two sums would lose digits after a strong decay.
     future = torch.ones(c, c, dtype=torch.bool, device=qk.device).triu_()
-    decay = g[:, :, None].masked_fill(future, 0.0).cumsum_(1).view(layout.length, layout.groups, -1, c, c)
+    decay = torch.where(future, g.new_zeros(()), g[:, :, None]).cumsum_(1).view(layout.length, layout.groups, -1, c, c)
     unseen = future.triu(1) if bounds is None else (future.triu(1) | bounds.other)[:, :, None]
     decay = decay.masked_fill_(unseen, float("-inf")).exp_().view(-1, c, c)
     carried = g.cumsum_(-1).exp_()

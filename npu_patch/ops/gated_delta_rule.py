@@ -119,7 +119,8 @@ def _step(
 
 
 class _ChunkGatedDeltaRule(torch.autograd.Function):
-    """Keeps the arguments and the inverses `[chunks, C, C]`, and makes everything else again for the backward."""
+    """Keeps the arguments, the inverses and the few states between groups of chunks, and makes everything else again
+    for the backward."""
 
     @staticmethod
     def forward(
@@ -140,19 +141,21 @@ class _ChunkGatedDeltaRule(torch.autograd.Function):
         ctx.options = scale, normalize, tiling
         problem = _problem(q, k, v, g, beta, initial_state, cu_seqlens, *ctx.options)
         with _no_autocast(q):
-            o, final, inverse = algebra.forward(problem, wants_final)
-        ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, inverse)
+            o, final, kept = algebra.forward(problem, wants_final, any(ctx.needs_input_grad))
+        if kept is not None:
+            ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, *kept)
         return o, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, do: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-        *arguments, inverse = ctx.saved_tensors
+        *arguments, inverse, entering_groups = ctx.saved_tensors
         if do is None and d_final is None:
             return (None,) * 11
         problem = _problem(*arguments, *ctx.options)
         with _no_autocast(problem.q):
-            gradients = algebra.backward(problem, inverse, do, d_final, ctx.needs_input_grad[:6])
+            kept = algebra.Kept(inverse, entering_groups)
+            gradients = algebra.backward(problem, kept, do, d_final, ctx.needs_input_grad[:6])
         return *gradients, None, None, None, None, None
 
 
