@@ -56,6 +56,9 @@ test_version() {
 
 choose_versions "$@"
 prepare_environment transformers peft accelerate pytest
+if [[ $write_table == 1 ]] && ! "$python" -c 'import triton' 2>/dev/null; then
+    fail "the table has a row for Triton kernels, and $python has no triton: see setup.cfg"
+fi
 matrix=${MATRIX:-$root/.venv-matrix}
 mkdir -p "$matrix/environments"
 echo "matrix: transformers ${chosen[*]}"

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import sys
 import unittest
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 import npu_patch
+from npu_patch.kernels.readiness import why_not
 from npu_patch.patches import CATALOGUE
 from npu_patch.patches.patch import Patch
 from tests.gradients import in_float64, loss_and_gradients, relative_error
@@ -36,8 +38,15 @@ EQUAL, DIFFERENT, SKIPPED, FAILED, NOTHING, NO_FAMILY = (
     "no family",
 )
 Results = dict[str, Tensor]
-# Without those that Triton kernels alone can serve: on the simulated device these are taken where they are forced only.
-PATCHES = [patch for patch in CATALOGUE if not all(each.optional for each in patch.implementations)]
+# Patches that serve only what others have recognised.
+NEEDS = {"qk_norm_rope": ("rms_norm", "rope")}
+
+
+def patches() -> Sequence[Patch]:
+    """Without the one that Triton kernels alone can serve where none can run."""
+    if why_not() is None:
+        return CATALOGUE
+    return [patch for patch in CATALOGUE if not all(each.optional for each in patch.implementations)]
 
 
 @dataclass(frozen=True)
@@ -51,22 +60,22 @@ class Cell:
 
 
 def cells_of(family: str, device: torch.device) -> dict[str, Cell]:
-    """By the name of the patch: a tiny float32 model of `family` trains with that patch alone."""
-
-    names = [patch.name for patch in PATCHES]
+    """By the name of the patch: a tiny float32 model of `family` trains with that patch, and those that it needs."""
+    names = [patch.name for patch in patches()]
     try:
         on_cpu = tiny(family)
     except unittest.SkipTest as missing:
         return dict.fromkeys(names, Cell(NO_FAMILY, str(missing).rsplit(" has ", 1)[-1]))
     batch = tiny_batch()
     original = loss_and_gradients(tiny(family).to(device), batch)
-    return {patch.name: _cell(patch, on_cpu, original, batch, device) for patch in PATCHES}
+    return {patch.name: _cell(patch, on_cpu, original, batch, device) for patch in patches()}
 
 
 def _cell(patch: Patch, on_cpu: torch.nn.Module, original: Results, batch: Results, device: torch.device) -> Cell:
-
     model = copy.deepcopy(on_cpu).to(device)
-    with npu_patch.applied(model, **{each.switch: each is patch for each in CATALOGUE}) as report:
+    on = {patch.name, *NEEDS.get(patch.name, ())}
+    # Among the switches is `triton`: on for the patch that Triton kernels alone can serve, off for every other.
+    with npu_patch.applied(model, **{each.switch: each.name in on for each in CATALOGUE}) as report:
         patched = loss_and_gradients(model, batch)
     outcomes = [outcome for outcome in report if outcome.patch == patch.name]
     failed = [outcome.reason for outcome in outcomes if outcome.status == "failed"]
@@ -100,7 +109,6 @@ def _unequal(on_cpu: torch.nn.Module, original: Results, patched: Results, batch
 
 def measured(device: torch.device) -> dict[str, object]:
     """Every cell, with the versions that they hold for."""
-
     return {
         "versions": {name: importlib.metadata.version(name) for name in ("transformers", "torch", "torch_npu")},
         "cells": {
