@@ -23,11 +23,13 @@ from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.report_text import headline
 from npu_patch.selection import NO_MODEL, Measurer, Selection
 from npu_patch.sites import (
+    Displaced,
     LateImports,
     LiveModules,
     Site,
     bound_forward,
     defining_class,
+    displaced_classes,
     kept_functions,
     loaded_modeling_modules,
     modules_of_model,
@@ -231,16 +233,18 @@ class Walk:
     def _patch_modules(self, patches: Iterable[tuple[Patch, Choice]], modules: Iterable[ModuleType]) -> None:
         live = None if self.model is None else LiveModules(self.model)
         modules = list(modules)
+        displaced = [] if self.model is None else displaced_classes(self.model)
         for patch, choice in patches:
             context = Context(self.device_type, choice.chosen, self.switches, live, choice)
-            for site in self._found(patch, modules):
+            for site in self._found(patch, modules, displaced):
                 self._patch_site(patch, choice, site, context)
 
-    def _found(self, patch: Patch, modules: Iterable[ModuleType]) -> Iterator[Site]:
+    def _found(self, patch: Patch, modules: Iterable[ModuleType], displaced: Iterable[Displaced]) -> Iterator[Site]:
         """Registries first, then modeling modules, then the layers of the given model."""
         layers = () if self.model is None else self.model.modules()
         searches = [("transformers' registries", partial(self._registered, patch))]
         searches += [(module.__name__, partial(patch.find, module)) for module in modules]
+        searches += [(each.module.__name__, partial(each.found_by, patch.find)) for each in displaced]
         searches += [(type(layer).__name__, partial(patch.in_layer, layer)) for layer in layers]
         for where, search in searches:
             try:

@@ -8,7 +8,7 @@ import inspect
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -66,6 +66,34 @@ def modules_of_model(model: torch.nn.Module) -> list[ModuleType]:
     names = {cls.__module__: None for module in model.modules() for cls in type(module).__mro__}
     found = [sys.modules[name] for name in names if name in sys.modules and _is_own(name)]
     return [module for module in found if isinstance(module, ModuleType)]
+
+
+@dataclass(frozen=True)
+class Displaced:
+    """Classes of a model whose names in their module something else took since: Liger puts its own classes there, while
+    layers that exist keep theirs. `module`: a copy of the namespace, in which they have their names again."""
+
+    module: ModuleType
+    classes: frozenset[type]
+
+    def found_by(self, find: Callable[[ModuleType], Iterable[Site]]) -> Iterator[Site]:
+        """The sites that these classes own; all others are found in the module itself."""
+        return (site for site in find(self.module) if site.owner in self.classes)
+
+
+def displaced_classes(model: torch.nn.Module) -> list[Displaced]:
+    """By their modules."""
+    classes: dict[str, dict[str, type]] = {}
+    for cls in {cls for module in model.modules() for cls in type(module).__mro__}:
+        named = getattr(sys.modules.get(cls.__module__), cls.__name__, cls) if _is_own(cls.__module__) else cls
+        if named is not cls:
+            classes.setdefault(cls.__module__, {})[cls.__name__] = cls
+    found = []
+    for name, of_module in classes.items():
+        copied = ModuleType(name)
+        vars(copied).update(vars(sys.modules[name]), **of_module)
+        found.append(Displaced(copied, frozenset(of_module.values())))
+    return found
 
 
 def _is_own(name: str) -> bool:

@@ -43,8 +43,26 @@ def liger_swiglu_forward(self: torch.nn.Module, x: Tensor) -> Tensor:
     return self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def patched_by_liger(model: torch.nn.Module, swiglu: bool = True) -> torch.nn.Module:
-    """As liger_kernel.transformers.monkey_patch does with an instance: methods bound on each layer."""
+class LigerSwiGLUMLP(torch.nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        for name in ("gate_proj", "up_proj"):
+            self.add_module(name, torch.nn.Linear(config.hidden_size, config.intermediate_size, bias=False))
+        self.down_proj = torch.nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":
+            raise ValueError("Pointer argument (at 0) cannot be accessed from Triton (cpu tensor?)")
+        return liger_swiglu_forward(self, x)
+
+
+def patched_by_liger(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, swiglu: bool = True) -> torch.nn.Module:
+    """As liger_kernel.transformers.monkey_patch 0.8.5 does with an instance: its classes under the modeling file's
+    names, and methods bound on each layer."""
+    modeling = sys.modules["transformers.models.qwen3.modeling_qwen3"]
+    monkeypatch.setattr(modeling, "Qwen3RMSNorm", LigerRMSNorm)
+    if swiglu:
+        monkeypatch.setattr(modeling, "Qwen3MLP", LigerSwiGLUMLP)
     for layer in model.modules():
         if type(layer).__name__ == "Qwen3RMSNorm":
             layer.forward = types.MethodType(LigerRMSNorm.forward, layer)
@@ -53,13 +71,14 @@ def patched_by_liger(model: torch.nn.Module, swiglu: bool = True) -> torch.nn.Mo
     return model
 
 
-def test_ligers_instance_patches_stay_and_are_said(npu: torch.device) -> None:
-    model = patched_by_liger(tiny("qwen3").to(npu))
+def test_ligers_instance_patches_stay_and_are_said(npu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = patched_by_liger(tiny("qwen3").to(npu), monkeypatch)
     expected = loss_and_gradients(model, tiny_batch())
     forwards = {name: layer.forward for name, layer in model.named_modules() if "forward" in vars(layer)}
     report = npu_patch.apply(model)
     found = loss_and_gradients(model, tiny_batch())
     assert {name: vars(model.get_submodule(name))["forward"] for name in forwards} == forwards
+    assert {"nothing in Qwen3ForCausalLM is served" in line for line in report.warnings} == {True}
     said = {(o.patch, o.layers): o.reason for o in report.skipped if o.layers}
     assert "LigerRMSNorm.forward, which hides the class's" in said["rms_norm", len(forwards) - 2]
     assert "liger_swiglu_forward, which hides the class's" in said["swiglu", 2]
@@ -69,8 +88,30 @@ def test_ligers_instance_patches_stay_and_are_said(npu: torch.device) -> None:
     assert {name: vars(model.get_submodule(name))["forward"] for name in forwards} == forwards
 
 
-def test_what_liger_leaves_alone_is_patched(npu: torch.device) -> None:
-    model = patched_by_liger(tiny("qwen3").to(npu), swiglu=False)
+@pytest.mark.parametrize("first", [False, True])
+def test_restore_gives_back_what_liger_displaced(
+    first: bool, npu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers that lose Liger's methods later run the class's own forward, patched until then, whoever came first."""
+    model = tiny("qwen3").to(npu)
+    expected = loss_and_gradients(model, tiny_batch())
+    cls, forward = type(model.model.norm), type(model.model.norm).forward
+    if first:
+        npu_patch.apply(model)
+    patched_by_liger(model, monkeypatch)
+    report = npu_patch.apply(model)
+    assert cls.forward is not forward
+    for layer in model.modules():
+        vars(layer).pop("forward", None)
+    found = loss_and_gradients(model, tiny_batch())
+    assert {"rms_norm", "swiglu"} <= {o.patch for o in report.patched if o.calls.ran}
+    assert max(relative_error(found[name], expected[name]) for name in expected) < 1e-6
+    npu_patch.restore()
+    assert cls.forward is forward
+
+
+def test_what_liger_leaves_alone_is_patched(npu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = patched_by_liger(tiny("qwen3").to(npu), monkeypatch, swiglu=False)
     report = npu_patch.apply(model)
     loss_and_gradients(model, tiny_batch())
     assert {o.patch for o in report.patched if o.calls.ran} == {"swiglu", "rope", "attention"}
