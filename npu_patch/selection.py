@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from npu_patch.measure import OUT_OF_MEMORY, Alternative, Case, Measured, Stopwatch, faster, measure, stopwatch
-from npu_patch.measurements import Measurements, default_path, this_machine
+from npu_patch.measured_on import here
+from npu_patch.measurements import Measurements, default_path
 from npu_patch.ops.implementation import Choice, Implementation
 from npu_patch.outcome import Calls
 from npu_patch.sites import LiveModules
@@ -127,8 +128,8 @@ class Measurer:
     def of(cls, device_type: str, path: str | None) -> Measurer:
         index = None if device_type == "cpu" else getattr(torch, device_type).current_device()
         device = torch.device(device_type, index)
-        machine = this_machine(device)
-        kept = Measurements.read(Path(path) if path else default_path(machine), machine)
+        measured_on = here(device)
+        kept = Measurements.read(Path(path) if path else default_path(measured_on), measured_on)
         return cls(device, kept, stopwatch(device))
 
     def judge(self, case: Case, choice: Choice) -> Verdict:

@@ -11,22 +11,19 @@ from __future__ import annotations
 import functools
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from importlib import metadata
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from npu_patch.measured_on import here
 from npu_patch.outcome import Calls
-from npu_patch.version import __version__
 
 FORMAT = 1
 ORIGINAL = "original"
-PACKAGES = ("torch", "torch_npu", "triton", "triton-ascend", "transformers")
 Signature = tuple[tuple[str, tuple[int, ...]], ...]
 
 
@@ -55,24 +52,12 @@ class Tuning:
         return self.decisions.get((patch, variant), {})
 
 
-def machine(device_type: str) -> dict[str, Any]:
-    """The chip and the versions that times depend on. The simulated NPU has a real one's name, and is another chip."""
-    chip = "cpu" if device_type == "cpu" else str(getattr(torch, device_type).get_device_name(0))
-    simulator = sys.modules.get("npu_patch.simulator")
-    if device_type == "npu" and simulator is not None and simulator.is_active():
-        chip = f"simulated {chip}"
-    return {"chip": chip, "versions": {"npu_patch": __version__, **{name: _version(name) for name in PACKAGES}}}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def write(path: str | os.PathLike[str], device_type: str, decisions: Iterable[Decision]) -> None:
-    content = {"format": FORMAT, **machine(device_type), "decisions": [_as_dict(each) for each in decisions]}
+    content = {
+        "format": FORMAT,
+        **asdict(here(torch.device(device_type))),
+        "decisions": [_as_dict(each) for each in decisions],
+    }
     Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -87,7 +72,9 @@ def read(path: str | os.PathLike[str], device_type: str) -> Tuning:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        found = content["format"], content["chip"], content["versions"]
+        if content["format"] != FORMAT:
+            return Tuning(refused=f"its format is {content['format']}, this npu_patch reads {FORMAT}")
+        why_not = here(torch.device(device_type)).why_not(content)
         decisions: dict[tuple[str, str], dict[Signature, str]] = {}
         for each in content["decisions"]:
             signature = tuple((str(kind), tuple(map(int, shape))) for kind, shape in each["signature"])
@@ -97,18 +84,7 @@ def read(path: str | os.PathLike[str], device_type: str) -> Tuning:
             f"TWINKLE_NPU_TUNE={os.fspath(path)!r}: accepted is a file that python -m npu_patch tune wrote "
             f"({type(error).__name__}: {error})"
         ) from error
-    return Tuning(decisions, _why_refused(*found, machine(device_type)))
-
-
-def _why_refused(format_: Any, chip: Any, versions: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    if format_ != FORMAT:
-        return f"its format is {format_}, this npu_patch reads {FORMAT}"
-    if chip != here["chip"]:
-        return f"it was measured on {chip}, this is {here['chip']}"
-    for name, version in here["versions"].items():
-        if versions.get(name) != version:
-            return f"it was measured with {name} {versions.get(name)}, here is {version}"
-    return None
+    return Tuning(decisions, why_not)
 
 
 def signature_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Signature:

@@ -17,7 +17,8 @@ import torch
 
 import npu_patch
 from npu_patch import lifecycle, log, measure, measurements, selection, tuning
-from npu_patch.measurements import Machine, Measurements
+from npu_patch.measured_on import MeasuredOn
+from npu_patch.measurements import Measurements
 from npu_patch.ops import rms_norm, swiglu
 from npu_patch.ops.implementation import Choice, Implementation, choose
 from npu_patch.patches import rms_norm as rms_norm_patch
@@ -26,7 +27,7 @@ from tests.gradients import loss_and_gradients, relative_error
 from tests.tiny_models import tiny, tiny_batch
 
 CPU = torch.device("cpu")
-MACHINE = Machine("made up", {"torch": "1", "triton": "2"})
+HERE = MeasuredOn("made up", {"torch": "1", "triton": "2"})
 USUAL = choose(rms_norm.IMPLEMENTATIONS, "cpu").chosen
 CASE = rms_norm.case(rms_norm.PLAIN_VARIANTS[0], 24, torch.float32, torch.float32)
 
@@ -67,8 +68,8 @@ class Kernels:
         return choose(self.implementations, "cpu", "auto")
 
 
-def judge(kernels: Kernels, path: Path, machine: Machine = MACHINE) -> selection.Verdict:
-    measurer = Measurer(CPU, Measurements.read(path, machine), kernels.stopwatch)
+def judge(kernels: Kernels, path: Path, measured_on: MeasuredOn = HERE) -> selection.Verdict:
+    measurer = Measurer(CPU, Measurements.read(path, measured_on), kernels.stopwatch)
     verdict = measurer.judge(CASE, kernels.choice())
     measurer.kept.write()
     return verdict
@@ -101,7 +102,7 @@ def test_a_kernel_with_a_wrong_gradient_alone_is_refused(tmp_path: Path) -> None
         return y.detach() + 1.1 * (y - y.detach())
 
     wrong = Implementation("fake", ("cpu",), run, USUAL.unsupported, optional=True)
-    measurer = Measurer(CPU, Measurements.read(tmp_path / "times.json", MACHINE), lambda function: 1.0)
+    measurer = Measurer(CPU, Measurements.read(tmp_path / "times.json", HERE), lambda function: 1.0)
     verdict = measurer.judge(CASE, choose((wrong, USUAL), "cpu", "auto"))
     assert verdict.taken is None
     assert "the gradient of input 0 is 0.1" in verdict.words("fake")
@@ -112,7 +113,7 @@ def test_a_kernel_that_raises_is_refused_and_named(tmp_path: Path) -> None:
         raise RuntimeError("ub overflow\nand more")
 
     broken = Implementation("fake", ("cpu",), run, USUAL.unsupported, optional=True)
-    measurer = Measurer(CPU, Measurements.read(tmp_path / "times.json", MACHINE), lambda function: 1.0)
+    measurer = Measurer(CPU, Measurements.read(tmp_path / "times.json", HERE), lambda function: 1.0)
     verdict = measurer.judge(CASE, choose((broken, USUAL), "cpu", "auto"))
     assert (verdict.taken, verdict.words("fake")) == (None, "RuntimeError: ub overflow")
 
@@ -143,16 +144,16 @@ def test_a_second_process_measures_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["times.json"]
 
 
-@pytest.mark.parametrize("other", [Machine("another", MACHINE.versions), Machine("made up", {"torch": "2"})])
+@pytest.mark.parametrize("other", [MeasuredOn("another", HERE.versions), MeasuredOn("made up", {"torch": "2"})])
 def test_times_of_another_device_or_version_are_ignored(
-    other: Machine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    other: MeasuredOn, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     judge(Kernels(), tmp_path / "times.json", other)
     again = Kernels(fake_ms=9.0)
     with caplog.at_level(logging.WARNING):
         assert judge(again, tmp_path / "times.json").taken is None
     assert again.timed
-    assert len(caplog.records) == 1 and "times.json is ignored: times " in caplog.text
+    assert len(caplog.records) == 1 and "times.json is ignored: it was measured " in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -162,10 +163,10 @@ def test_times_of_another_device_or_version_are_ignored(
         "{",
         "[]",
         "null",
-        json.dumps({"format": 1, "device": "made up", "versions": dict(MACHINE.versions)}),
-        json.dumps({"format": 1, **dataclasses.asdict(MACHINE), "measured": {CASE.key: {"fake": {"seconds": -1}}}}),
+        json.dumps({"format": 1, "chip": "made up", "versions": dict(HERE.versions)}),
+        json.dumps({"format": 1, **dataclasses.asdict(HERE), "measured": {CASE.key: {"fake": {"seconds": -1}}}}),
         json.dumps(
-            {"format": 1, **dataclasses.asdict(MACHINE), "measured": {CASE.key: {"fake": {"wrong": 1, "seconds": 1}}}}
+            {"format": 1, **dataclasses.asdict(HERE), "measured": {CASE.key: {"fake": {"wrong": 1, "seconds": 1}}}}
         ),
     ],
 )
@@ -189,9 +190,9 @@ def test_a_directory_that_cannot_be_written_is_one_line_of_log(
 
 def test_the_usual_place_of_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = measurements.default_path(MACHINE)
+    path = measurements.default_path(HERE)
     assert path.parent == tmp_path / "npu_patch" and path.name.startswith("made-up-")
-    assert path != measurements.default_path(Machine("made up", {"torch": "2"}))
+    assert path != measurements.default_path(MeasuredOn("made up", {"torch": "2"}))
 
 
 # Through apply(), on the CPU.

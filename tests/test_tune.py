@@ -16,6 +16,7 @@ import npu_patch
 from npu_patch import tuning
 from npu_patch.commands import main, tune
 from npu_patch.commands.tiny_model import tiny_model
+from npu_patch.measured_on import here
 from npu_patch.ops.implementation import Implementation
 from npu_patch.patches import CATALOGUE, swiglu
 from tests.gradients import loss_and_gradients, relative_error
@@ -188,7 +189,7 @@ def test_a_file_from_elsewhere_is_refused_with_the_reason(
 
 
 def test_a_simulated_chip_is_not_the_chip_it_is_named_after(simulated: None) -> None:
-    assert tuning.machine("npu")["chip"] == f"simulated {torch.npu.get_device_name(0)}"
+    assert here(torch.device("npu", 0)).chip == f"simulated {torch.npu.get_device_name(0)}"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 
 from npu_patch.lifecycle import PatchedSite, patched_sites
-from npu_patch.patches.gated_delta_door import names_used
+from npu_patch.names_used import names_used
 from npu_patch.sites import defining_class
 
 ALTERNATIVES = ("rope",)  # patches whose functions stand in branches: interleaved or not, as the configuration says

@@ -11,16 +11,16 @@ alike; what the instances hold stays as it is. That the layer then computes the 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterable
-from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from npu_patch.names_used import names_used
 from npu_patch.ops.causal_conv1d import causal_conv1d
 from npu_patch.probe.closeness import distance
 from npu_patch.probe.gated_delta_net import CONVOLUTION, Reading
@@ -80,29 +80,6 @@ def find(module: ModuleType) -> Iterable[Site]:
         for name in sorted(names) if "conv1d" in names else ():
             if "conv1d" in name and vars(module).get(name, "absent") is None and name not in vars(cls):
                 yield Site(cls, name, None)
-
-
-def names_used(function: Any) -> set[str]:
-    """Names of globals and attributes in the code of a function and of those that it wraps, with a trace or without."""
-    names: set[str] = set()
-    seen: list[Any] = []
-    waiting = [function]
-    while waiting:
-        function = waiting.pop()
-        if not isinstance(function, FunctionType) or any(function is known for known in seen):
-            continue
-        seen.append(function)
-        names |= _names_in(function.__code__)
-        for cell in function.__closure__ or ():
-            with contextlib.suppress(ValueError):  # an empty cell
-                waiting.append(cell.cell_contents)
-    return names
-
-
-def _names_in(code: CodeType) -> set[str]:
-    """Comprehensions have a code of their own."""
-    inner = (_names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
-    return set(code.co_names).union(*inner)
 
 
 @functools.lru_cache(maxsize=64)

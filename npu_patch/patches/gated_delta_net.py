@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from npu_patch.names_used import names_used
 from npu_patch.ops.gated_delta_providers import CONVOLUTION_PROVIDERS, RULE_PROVIDERS, UPDATE_PROVIDERS
 from npu_patch.ops.implementation import choose
 from npu_patch.outcome import Calls
@@ -140,7 +141,7 @@ def layers(site: Site, context: Context) -> int | None:
 def _reaches(site: Site, layer: torch.nn.Module) -> bool:
     if type(layer).__module__ != site.owner.__name__:
         return False
-    looked_up = site.name in door.names_used(type(layer).forward) and site.name not in vars(layer)
+    looked_up = site.name in names_used(type(layer).forward) and site.name not in vars(layer)
     current = vars(site.owner).get(site.name)
     return looked_up or (_is_replaced(current) and any(value is current for value in vars(layer).values()))
 

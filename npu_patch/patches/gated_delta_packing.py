@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_patch.names_used import names_used
 from npu_patch.ops.implementation import Choice, Implementation
 from npu_patch.outcome import Calls
-from npu_patch.patches.gated_delta_door import names_used
 from npu_patch.patches.packing import OncePerTensor
 from npu_patch.patches.patch import Replacement
 from npu_patch.sites import Site, forwards, innermost

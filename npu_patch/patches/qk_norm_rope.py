@@ -22,11 +22,11 @@ from torch.nn.modules import module as global_hooks
 
 from npu_patch.deferred_norm import NORMS, ROTATIONS, Abandoned, Deferral, DeferredHeads, RoPESite, deferring
 from npu_patch.measure import Alternative, Case
+from npu_patch.names_used import names_used
 from npu_patch.ops import rms_norm, rope
 from npu_patch.ops.implementation import choose
 from npu_patch.ops.qk_norm_rope import IMPLEMENTATIONS, Heads, Sizes, case, one_after_the_other
 from npu_patch.outcome import Calls
-from npu_patch.patches.gated_delta_door import names_used
 from npu_patch.patches.patch import Context, Patch, Replacement, Skip, Unfused, Unserved, replacement_for
 from npu_patch.probe.qk_norm_rope import NoQKNormRoPE, QKNormRoPEReading, read_qk_norm_rope
 from npu_patch.probe.rope import RoPEReading
