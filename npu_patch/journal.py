@@ -4,6 +4,8 @@ An entry remembers an owner, a name and the very object that stood there, read f
 through inheritance or descriptors), so that undoing restores identity, not equality. Owners are modules, classes,
 live instances and mappings. Instances are held weakly, so that a patched model can be freed, except while the object
 that stood there holds its instance itself (a bound method, as accelerate's hooks leave behind).
+
+What somebody else bound over a rebinding is theirs, and stays when that is undone.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
+
+from npu_patch import log
 
 _ABSENT = object()
 
@@ -26,6 +30,7 @@ class Entry:
     owner: Callable[[], Any]
     name: Any
     before: Any
+    new: Any
     on_undo: Callable[[], None] | None
 
 
@@ -43,7 +48,7 @@ class Journal:
     def rebind(self, owner: Any, name: Any, new: Any, on_undo: Callable[[], None] | None = None) -> None:
         """Binds `name` in `owner`'s own namespace to `new`. `on_undo` runs after the old object is back."""
         with self.lock:
-            entry = Entry(_reference(owner), name, _read(owner, name), on_undo)
+            entry = Entry(_reference(owner), name, _read(owner, name), _core(new), on_undo)
             _write(owner, name, new)
             self._entries.append(entry)
             self._held.setdefault((id(owner), name), []).append(entry)
@@ -51,7 +56,7 @@ class Journal:
     def insert(self, sequence: list, new: Any) -> None:
         """Puts `new` first in `sequence` (an import hook in `sys.meta_path`, say) until it is undone."""
         with self.lock:
-            self._entries.append(Entry(lambda: None, None, None, lambda: _remove_identical(sequence, new)))
+            self._entries.append(Entry(lambda: None, None, None, None, lambda: _remove_identical(sequence, new)))
             sequence.insert(0, new)
 
     def holds(self, owner: Any, name: Any) -> bool:
@@ -100,9 +105,22 @@ class Journal:
 def _undo(entry: Entry) -> None:
     owner = entry.owner()
     if owner is not None:
-        _write(owner, entry.name, entry.before)
+        present = _read(owner, entry.name)
+        if _core(present) is entry.new:
+            _write(owner, entry.name, entry.before)
+        elif present is not entry.before:
+            log.warning(f"{_label(owner)}.{entry.name} was bound anew by somebody else: restore() leaves it so")
     if entry.on_undo is not None:
         entry.on_undo()
+
+
+def _core(value: Any) -> Any:
+    """A bound method without its instance, which an entry must not keep alive; anything else as it is."""
+    return value.__func__ if isinstance(value, MethodType) else value
+
+
+def _label(owner: Any) -> str:
+    return getattr(owner, "__qualname__", None) or getattr(owner, "__name__", None) or type(owner).__name__
 
 
 def _reference(owner: Any) -> Callable[[], Any]:

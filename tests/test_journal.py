@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import types
 import weakref
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from npu_patch import log
 from npu_patch.journal import Journal
 
 
@@ -73,6 +75,31 @@ def test_undoing_to_a_mark_keeps_what_came_before_it() -> None:
     journal.rebind(registry, "a", 3)
     journal.undo_to(mark)
     assert registry == {"a": 2}
+
+
+@pytest.mark.parametrize("index", range(len(owners())))
+def test_what_somebody_else_bound_over_it_stays_and_is_said(index: int, caplog: pytest.LogCaptureFixture) -> None:
+    log.forget()  # two of the owners are called alike
+    owner, name = owners()[index]
+    journal = Journal()
+    journal.rebind(owner, name, object())
+    theirs = Journal()
+    theirs.rebind(owner, name, foreign := object())
+    with caplog.at_level(logging.WARNING):
+        journal.undo_to(0)
+    assert namespace(owner)[name] is foreign
+    assert [f".{name} was bound anew by somebody else" in line for line in caplog.messages] == [True]
+    theirs.undo_to(0)
+
+
+def test_what_somebody_else_already_put_back_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
+    registry = {"a": (before := object())}
+    journal = Journal()
+    journal.rebind(registry, "a", object())
+    registry["a"] = before
+    with caplog.at_level(logging.WARNING):
+        journal.undo_to(0)
+    assert registry == {"a": before} and not caplog.messages
 
 
 def test_a_transaction_that_raises_is_undone_and_no_more() -> None:
