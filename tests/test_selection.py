@@ -135,6 +135,15 @@ def test_the_usual_implementations_pass_every_case(case: Any, implementations: A
     assert (found.wrong, found.seconds) == (None, 1.0)
 
 
+def test_the_stopwatch_times_several_calls_between_two_idle_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    clock = iter((10.0, 12.0))
+    monkeypatch.setattr(torch.cpu, "synchronize", lambda: events.append("idle"))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    seconds = measure.stopwatch(CPU)(lambda: events.append("call"))
+    assert events == ["idle", *["call"] * measure.IN_A_ROW, "idle"] and seconds == 2.0 / measure.IN_A_ROW
+
+
 def test_a_second_process_measures_nothing(tmp_path: Path) -> None:
     judge(Kernels(), tmp_path / "times.json")
     again = Kernels(fake_ms=9.0)
