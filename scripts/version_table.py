@@ -2,6 +2,8 @@
 
 python scripts/version_table.py FILE.json...          # writes the table: give every version's file
 python scripts/version_table.py --check FILE.json...  # says where the table differs from these versions' files
+
+A cell that is different or failed is an error, and the table stays as it is.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- versions: begin -->", "<!-- versions: end -->"
 EQUAL, NOTHING = "=", "-"
+WRONG = ("different: ", "failed: ")
 
 # What is found, in words, by (patch, family) and then by version: "=", "-", or the reason why it is skipped.
 Found = dict[tuple[str, str], dict[str, str]]
@@ -98,6 +101,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("files", nargs="+", type=Path, help="as written by python -m tests.version_cells")
     options = parser.parse_args(arguments)
     found = read_files(options.files)
+    wrong = [
+        f"transformers {version}, {family}, {patch}: {words}"
+        for (patch, family), by_version in found.items()
+        for version, words in by_version.items()
+        if words.startswith(WRONG)
+    ]
+    if wrong:
+        print(*wrong, sep="\n")
+        return 1
     if options.check:
         apart = differences(documented(), found)
         print(*apart, sep="\n", end="\n" if apart else "")

@@ -4,6 +4,7 @@ skipped says why."""
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -50,6 +51,26 @@ def test_readme_has_what_is_found_here(cells: dict[str, dict[str, Cell]], table:
     if not any(version in by_version for by_version in documented.values()):
         pytest.skip(f"transformers {version} is not in the table")
     assert table.differences(documented, found) == []
+
+
+@pytest.mark.parametrize("arguments", [[], ["--check"]])
+@pytest.mark.parametrize("status", ["different", "failed"])
+def test_a_cell_that_is_wrong_is_never_written(
+    status: str,
+    arguments: list[str],
+    table: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    readme, file = tmp_path / "README.md", tmp_path / "9.9.json"
+    readme.write_text(f"{table.BEGIN}\n{table.END}")
+    monkeypatch.setattr(table, "README", readme)
+    cells = {"qwen3": {"rope": {"status": status, "reason": "so"}, "swiglu": {"status": "equal", "reason": ""}}}
+    file.write_text(json.dumps({"versions": {"transformers": "9.9"}, "cells": cells}))
+    assert table.main([*arguments, str(file)]) == 1
+    assert capsys.readouterr().out == f"transformers 9.9, qwen3, rope: {status}: so\n"
+    assert readme.read_text() == f"{table.BEGIN}\n{table.END}"
 
 
 def test_a_table_reads_back_as_it_was_written(table: ModuleType) -> None:
