@@ -1,14 +1,10 @@
 """SwiGLU of two tensors, `silu(gate) * up`, without concatenating them (https://arxiv.org/abs/2002.05202).
 
 For I elements in gate the forward moves 3 I in one launch and the backward 5 I in one launch, in float32 inside and
-rounded once. Kept for the backward: gate and up. `recomputed` spares the product too, which whatever consumes it (the
-down projection, a LoRA branch) would keep.
+rounded once. Kept for the backward: gate and up.
 """
 
 from __future__ import annotations
-
-import contextlib
-from typing import Any
 
 import torch
 import triton
@@ -25,27 +21,6 @@ BACKWARD = launch.Tile(bytes_per_element=40, elements=2048)
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up for two tensors `[..., I]` of one shape and dtype; rows may lie apart, as halves of one do."""
     return _SwiGLU.apply(gate, up)
-
-
-@contextlib.contextmanager
-def recomputed(product: Tensor, gate: Tensor, up: Tensor) -> Any:
-    """Within it, autograd keeps `product = swiglu(gate, up)` as gate and up, and computes it again in the backward.
-
-    Put it around the consumer alone: `with recomputed(product, gate, up): return down_proj(product)`. It recognises the
-    product by its memory, so views of it (a linear layer flattens its input) and several consumers are served.
-    """
-    memory, gate, up = product.untyped_storage().data_ptr(), gate.detach(), up.detach()
-
-    def pack(saved: Tensor) -> Any:
-        if saved.device != gate.device or saved.numel() == 0 or saved.untyped_storage().data_ptr() != memory:
-            return saved
-        return saved.shape, saved.stride(), saved.storage_offset()
-
-    def unpack(packed: Any) -> Tensor:
-        return packed if isinstance(packed, Tensor) else forward(gate, up).as_strided(*packed)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -3,7 +3,8 @@
 Rebinds    `forward` of the class. The projections are called as the modules they are: LoRA wrappers, hooks and
            quantised layers stay in effect; no weight is read.
 To         `npu_swiglu` on one gate_up projection, or on two concatenated ones where a backward will follow; or the
-           Triton kernel on two as they are.
+           Triton kernel on two as they are. With `swiglu_recompute` the down projection and its adapters keep gate
+           and up, which are kept anyway, in place of their product.
 Not when   the activation of the instance at hand is not SiLU, or anything (dropout, clamp, norm, scale) stands between
            the parts. A call falls through for tensors on another device and where no gradient is needed by two
            projections (see ops/swiglu.py for the counts).
@@ -12,6 +13,7 @@ Delete     when transformers has a registration point for feed-forward layers.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from types import ModuleType
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 from npu_patch.measure import Case
+from npu_patch.ops.recomputed import recomputed
 from npu_patch.ops.swiglu import IMPLEMENTATIONS, NO_BACKWARD, case
 from npu_patch.outcome import Calls
 from npu_patch.patches.patch import (
@@ -64,7 +67,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         return reading if reading == found else None
 
     readings = Readings(read, known={cls: found})
-    calls, device_type = Calls(), context.device_type
+    calls, device_type, recompute = Calls(), context.device_type, context.switches["swiglu_recompute"]
     selection = context.selection(lambda live: _cases(cls, found, live))
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
@@ -88,7 +91,9 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         if isinstance(serving, str):
             gate, up = gate.chunk(2, -1) if up is None else (gate, up)
             return Unfused(down(activations.of(self)(gate) * up), serving)
-        return down(serving.run(*call))
+        product = serving.run(*call)
+        with recomputed(product, serving.run, *call) if recompute else contextlib.nullcontext():
+            return down(product)
 
     return Replacement(replacement_for(original, calls, serve), found.name, calls, selection=selection)
 
