@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -15,7 +16,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import npu_patch
 from npu_patch.ops.recomputed import recomputed
 from tests.gradients import loss_and_gradients, relative_error
-from tests.tiny_models import tiny, tiny_batch
+from tests.test_triton_models import needs_triton
+from tests.tiny_models import COMMON, tiny, tiny_batch
 
 
 def product_of(gate: Tensor, up: Tensor) -> Tensor:
@@ -52,37 +54,51 @@ def test_consumers_of_a_product_that_is_not_kept_have_the_same_gradients(
             assert torch.equal(found, expected)
 
 
-def kept_products(model: torch.nn.Module, **arguments: Any) -> tuple[int, dict[str, Tensor]]:
-    """How many inputs of down projections live on after the forward, and loss and gradients of the step."""
+def held_by_the_graph(model: torch.nn.Module) -> tuple[int, dict[str, Tensor]]:
+    """Bytes that a forward leaves on the device, and loss and gradients of the step."""
     model.zero_grad(set_to_none=True)
-    inputs: list[StorageWeakRef] = []
-    layers = [layer for name, layer in model.named_modules() if name.endswith("mlp.down_proj")]
-    hooks = [
-        each.register_forward_pre_hook(lambda _, given: inputs.append(StorageWeakRef(given[0].untyped_storage())))
-        for each in layers
-    ]
-    loss = model(**{name: tensor.to("npu") for name, tensor in tiny_batch().items()}, **arguments).loss
+    batch = {name: tensor.to("npu") for name, tensor in tiny_batch().items()}
     gc.collect()
-    kept = [each for each in inputs if not each.expired()]
-    for hook in hooks:
-        hook.remove()
-    assert len(inputs) == len(layers) == 2
+    before = torch.npu.memory_allocated()
+    loss = model(**batch, use_cache=False).loss
+    gc.collect()
+    held = torch.npu.memory_allocated() - before
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return len(kept), {"loss": loss.detach(), **gradients}
+    return held, {"loss": loss.detach(), **gradients}
+
+
+def one_projection() -> torch.nn.Module:
+    """A family with gate and up in one projection."""
+    config = transformers.Phi3Config(**{**COMMON, "hidden_size": 96})
+    torch.manual_seed(0)
+    return transformers.Phi3ForCausalLM(config).float().eval()
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_layers_keep_no_product_and_have_the_same_gradients(lora: bool, npu: torch.device) -> None:
-    model = tiny("qwen3").to(npu)
+@pytest.mark.parametrize(
+    ("make", "triton"),
+    [
+        (lambda: tiny("qwen3"), False),
+        pytest.param(lambda: tiny("qwen3"), True, marks=needs_triton),
+        (one_projection, False),
+    ],
+    ids=["two projections, npu_swiglu", "two projections, Triton", "one projection, npu_swiglu"],
+)
+def test_layers_keep_less_by_their_products_and_have_the_same_gradients(
+    make: Callable[[], torch.nn.Module], triton: bool, lora: bool, npu: torch.device
+) -> None:
+    model = make().to(npu)
     if lora:
         torch.manual_seed(0)
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
-    with npu_patch.applied(model):
-        kept, expected = kept_products(model, use_cache=False)
-    with npu_patch.applied(model, swiglu_recompute=True) as report:
-        spared, found = kept_products(model, use_cache=False)
-    assert (kept, spared) == (2, 0)
+    with npu_patch.applied(model, triton=triton):
+        held_by_the_graph(model)  # whatever is made once
+        held, expected = held_by_the_graph(model)
+    with npu_patch.applied(model, triton=triton, swiglu_recompute=True) as report:
+        less, found = held_by_the_graph(model)
+    layers, tokens, width = 2, tiny_batch()["input_ids"].numel(), COMMON["intermediate_size"]
+    assert held - less >= layers * tokens * width * 4
     assert {outcome.calls.ran for outcome in report.patched if outcome.patch == "swiglu"} == {2}
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)

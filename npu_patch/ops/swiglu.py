@@ -92,6 +92,16 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
 )
 
 
+def kept_for_the_backward(implementation: Implementation, *call: Tensor) -> tuple[Tensor, ...] | None:
+    """What to call `implementation` with in place of `call`, for the same result, of which it keeps just these tensors;
+    None where it keeps others."""
+    if implementation.name == TRITON:
+        return call
+    if implementation.run is _npu_swiglu:
+        return (torch.cat(call, -1).contiguous() if len(call) == 2 else call[0].contiguous(),)
+    return None
+
+
 def case(width: int, dtype: torch.dtype) -> Case:
     """gate and up `[tokens, width]` of one dtype."""
     return Case(

@@ -13,7 +13,6 @@ Delete     when transformers has a registration point for feed-forward layers.
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from types import ModuleType
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from npu_patch.measure import Case
 from npu_patch.ops.recomputed import recomputed
-from npu_patch.ops.swiglu import IMPLEMENTATIONS, NO_BACKWARD, case
+from npu_patch.ops.swiglu import IMPLEMENTATIONS, NO_BACKWARD, case, kept_for_the_backward
 from npu_patch.outcome import Calls
 from npu_patch.patches.patch import (
     Context,
@@ -91,8 +90,12 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         if isinstance(serving, str):
             gate, up = gate.chunk(2, -1) if up is None else (gate, up)
             return Unfused(down(activations.of(self)(gate) * up), serving)
-        product = serving.run(*call)
-        with recomputed(product, serving.run, *call) if recompute else contextlib.nullcontext():
+        kept = kept_for_the_backward(serving, *call) if recompute else None
+        if kept is None:
+            return down(serving.run(*call))
+        del gate, up, call
+        product = serving.run(*kept)
+        with recomputed(product, serving.run, *kept):
             return down(product)
 
     return Replacement(replacement_for(original, calls, serve), found.name, calls, selection=selection)
