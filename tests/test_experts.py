@@ -12,6 +12,7 @@ import torch
 
 import npu_patch
 from npu_patch import simulator
+from npu_patch.ops.grouped_matmul import torch_is_missing
 from npu_patch.patches import experts as experts_patch
 from tests.experts_cases import Routing, built, experts_classes, outputs_and_gradients, routing
 from tests.gradients import relative_error
@@ -347,6 +348,18 @@ def test_cpu_tensors_run_the_original(npu: torch.device) -> None:
     assert all(torch.equal(found[key], own[key]) for key in own)
 
 
+def test_a_torch_without_grouped_mm_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.9 and older."""
+    monkeypatch.delattr(torch.nn.functional, "grouped_mm", raising=False)
+    module, given = case("qwen3_moe.Qwen3MoeExperts")
+    own = outputs_and_gradients(module, given)
+    with npu_patch.applied(module, device="cpu", fused_ops=False, fla=False) as report:
+        found = outputs_and_gradients(module, given)
+    assert ran(report) == 0 and "this torch has no torch.nn.functional.grouped_mm" in str(report)
+    assert all(torch.equal(found[key], own[key]) for key in own)
+
+
+@pytest.mark.skipif(torch_is_missing() is not None, reason=str(torch_is_missing()))
 @pytest.mark.parametrize("sentinels", [False, True])
 @pytest.mark.parametrize("name", ["qwen3_moe.Qwen3MoeExperts", "aria.AriaExperts", "gpt_oss.GptOssExperts"])
 def test_the_torch_implementation(name: str, sentinels: bool) -> None:

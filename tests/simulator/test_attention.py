@@ -10,6 +10,7 @@ import torch_npu
 from torch import Tensor
 
 from tests.simulator.test_fused import DTYPES, check_operator, expect_close, randn
+from tests.torch_npu_operators import has_operator
 
 pytestmark = pytest.mark.usefixtures("simulated")
 
@@ -219,9 +220,10 @@ def test_scaled_dot_product_attention_masks(npu: torch.device) -> None:
     keep[0, 0, 1] = False
     keep[1, 0, :, 3:] = False
     fused_out = F.scaled_dot_product_attention(q, q, q, keep.to(npu))
-    expected = F.scaled_dot_product_attention(q.cpu(), q.cpu(), q.cpu(), keep)
-    torch.testing.assert_close(fused_out.cpu(), expected.nan_to_num(0.0))
-    assert (fused_out[0, :, 1] == 0).all()
+    expected = F.scaled_dot_product_attention(q.cpu(), q.cpu(), q.cpu(), keep).nan_to_num(0.0)
+    # A query without any key: the older way to the operator asks for no zeros.
+    expected[0, :, 1] = 0.0 if has_operator("npu_fusion_attention_v3") else q[0].cpu().mean(1)
+    torch.testing.assert_close(fused_out.cpu(), expected)
     with pytest.raises(RuntimeError, match=r"is_causal|attn_mask"):
         F.scaled_dot_product_attention(q, q, q, keep.to(npu), is_causal=True)
 

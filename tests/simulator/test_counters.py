@@ -5,6 +5,7 @@ import torch
 import torch_npu
 
 from npu_patch import simulator
+from tests.torch_npu_operators import sdpa_operator
 
 pytestmark = pytest.mark.usefixtures("simulated")
 
@@ -42,7 +43,7 @@ def test_fused_attention_is_one_launch(npu: torch.device) -> None:
     q, k = torch.ones(2, 4, 5, 8, device=npu), torch.ones(2, 2, 7, 8, device=npu)
     with simulator.count() as counted:
         torch.nn.functional.scaled_dot_product_attention(q, k, k, enable_gqa=True)
-    assert counted.by_op == {"npu::npu_fusion_attention_v3": (1, 4 * (320 + 2 * 224 + 320 + 2 * 2 * 4 * 5 * 8))}
+    assert counted.by_op == {f"npu::{sdpa_operator()}": (1, 4 * (320 + 2 * 224 + 320 + 2 * 2 * 4 * 5 * 8))}
 
 
 def test_a_copy_inside_a_fused_operator_is_counted(npu: torch.device) -> None:

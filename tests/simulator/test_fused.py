@@ -10,6 +10,7 @@ import torch_npu
 from torch import Tensor
 
 from tests.simulator.test_start import python
+from tests.torch_npu_operators import needs_autograd_kernel
 
 pytestmark = pytest.mark.usefixtures("simulated")
 
@@ -252,6 +253,23 @@ def test_permuted_rows_are_sorted_by_expert(npu: torch.device) -> None:
     assert unreduced.flatten().tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
+# ---- dropout ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_scales_what_its_mask_keeps(dtype: torch.dtype, npu: torch.device) -> None:
+    """The gradient by the same mask: bits from the lowest of a byte on, in multiples of 128."""
+    x = torch.randn(7, 45, generator=torch.Generator().manual_seed(0)).to(npu, dtype).requires_grad_()
+    y, mask = torch.ops.npu._npu_dropout(x, 0.25)
+    assert (mask.dtype, mask.shape) == (torch.uint8, (3 * 16,))
+    kept = torch.tensor([(byte >> bit) & 1 for byte in mask.tolist() for bit in range(8)][: 7 * 45]).view(7, 45)
+    assert 0.65 < kept.float().mean() < 0.85
+    expect_close(y, x.detach().cpu().double() * kept / 0.75, dtype)
+    grad = torch.randn(7, 45, generator=torch.Generator().manual_seed(1)).to(dtype)
+    y.backward(grad.to(npu))
+    expect_close(x.grad, grad.double() * kept / 0.75, dtype)
+
+
 # ---- operators without a derivative ----
 
 
@@ -278,6 +296,7 @@ def test_a_missing_derivative_warns_and_gives_no_gradient() -> None:
     assert "None None" in done.stdout
 
 
+@needs_autograd_kernel("npu_add_rms_norm")
 def test_a_documented_missing_derivative_raises(npu: torch.device) -> None:
     x, gamma = torch.ones(4, 5, device=npu, requires_grad=True), torch.ones(5, device=npu)
     y: Any = torch_npu.npu_add_rms_norm(x, x, gamma)[0]

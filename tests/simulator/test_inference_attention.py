@@ -11,6 +11,7 @@ from torch import Tensor
 from npu_patch.simulator import Refused
 from tests.simulator.test_attention import TRIANGLE, band
 from tests.simulator.test_fused import expect_close, randn
+from tests.torch_npu_operators import needs_operator
 
 pytestmark = pytest.mark.usefixtures("simulated")
 
@@ -168,6 +169,7 @@ def exact_delta(state: Tensor, query: Tensor, key: Tensor, value: Tensor, beta: 
     return outs, state
 
 
+@needs_operator("npu_chunk_gated_delta_rule")
 def test_chunk_gated_delta_rule(npu: torch.device) -> None:
     some, states = delta_inputs(7), randn(2, 4, 10, 6).bfloat16()
     lengths = torch.tensor([3, 4], dtype=torch.int32, device=npu)
@@ -233,7 +235,19 @@ REFUSALS: list[tuple[str, Callable[[], Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("call", "words"), [case[1:] for case in REFUSALS], ids=[case[0] for case in REFUSALS])
+# Those by delta().
+OF_THE_DELTA_RULE = ("g below -1", "state transposed", "no state", "lengths cumulative")
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        pytest.param(
+            *case, id=name, marks=needs_operator("npu_chunk_gated_delta_rule") if name in OF_THE_DELTA_RULE else ()
+        )
+        for name, *case in REFUSALS
+    ],
+)
 def test_is_refused(call: Callable[[], Any], words: str) -> None:
     with pytest.raises(Refused) as refusal:
         call()

@@ -7,6 +7,7 @@ from . import (
     attention_inference,
     attention_v2,
     companions,
+    dropout,
     gated_delta_rule,
     grouped_matmul,
     moe_permute,
@@ -26,6 +27,7 @@ FAMILIES = (
     grouped_matmul,
     moe_permute,
     gated_delta_rule,
+    dropout,
     companions,
 )
 
