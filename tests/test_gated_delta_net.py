@@ -57,7 +57,8 @@ def test_loss_and_every_gradient(family: str, length: int, npu: torch.device) ->
 
 @pytest.mark.parametrize("family", GATED_DELTA)
 def test_generation_token_for_token(family: str, npu: torch.device) -> None:
-    model = tiny(family).to(npu)
+    # torch_npu 2.9 fails in scaled_dot_product_attention with a padded batch.
+    model = tiny(family, attn_implementation="eager").to(npu)
     ids = tiny_batch(length=9)["input_ids"].to(npu)
     mask = torch.ones_like(ids)
     mask[1, :3] = 0

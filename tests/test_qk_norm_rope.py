@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import npu_patch
 from npu_patch import deferred_norm
+from npu_patch.kernels.readiness import why_not
 from npu_patch.measure import Alternative, why_wrong
 from npu_patch.ops import qk_norm_rope, rms_norm, rope
 from npu_patch.ops.implementation import choose
@@ -26,7 +27,8 @@ from npu_patch.outcome import Outcome, Report
 from tests.gradients import in_float64, loss_and_gradients, relative_error, token_losses
 from tests.tiny_models import tiny, tiny_batch
 
-pytest.importorskip("triton")
+if (reason := why_not()) is not None:
+    pytest.skip(reason, allow_module_level=True)
 pytestmark = pytest.mark.usefixtures("two_cores")
 FAMILIES = ("qwen3", "qwen3_moe", "glm4_moe", "gemma3", "qwen3_next", "qwen3_5")
 LAYERS = {"qwen3_next": 1, "qwen3_5": 1}  # with full attention, of 2

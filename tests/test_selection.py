@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.machinery
 import json
 import logging
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 
 import npu_patch
 from npu_patch import lifecycle, log, measure, measurements, selection, tuning
+from npu_patch.kernels.readiness import why_not
 from npu_patch.measured_on import MeasuredOn
 from npu_patch.measurements import Measurements
 from npu_patch.ops import rms_norm, swiglu
@@ -278,6 +281,32 @@ def test_a_second_apply_measures_nothing_again(kernels: Kernels) -> None:
     npu_patch.restore()
     assert qwen3(npu_patch.apply(model, device="cpu")).implementation == first.implementation
     assert len(kernels.timed) == measured > 0
+
+
+@pytest.mark.usefixtures("simulated")
+@pytest.mark.parametrize(
+    ("modules", "reason"),
+    [
+        (("triton",), "this triton has no Ascend backend"),
+        (("triton", "triton.backends"), "this triton has no Ascend backend"),
+        (("triton", "triton.backends", "triton.backends.ascend"), None),
+    ],
+)
+def test_the_triton_that_comes_with_torch_does_not_count(
+    modules: tuple[str, ...], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from npu_patch.simulator import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "prepare", lambda: None)
+    for name in ("triton", "triton.backends", "triton.backends.ascend"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    for name in modules:
+        package = types.ModuleType(name)
+        package.__path__ = []
+        package.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
+        monkeypatch.setitem(sys.modules, name, package)
+    found = why_not()
+    assert found is None if reason is None else found.startswith(reason)
 
 
 @pytest.mark.parametrize(("triton", "name"), [(True, "fake"), (False, "usual")])

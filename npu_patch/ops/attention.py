@@ -8,7 +8,6 @@ the inference operator (ops/attention_decode.py).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,11 +15,23 @@ from torch import Tensor
 from npu_patch.ops import attention_decode
 from npu_patch.ops.attention_mask import FULL, Band, band_arguments, broadcasts, why_no_band
 from npu_patch.ops.implementation import Implementation, is_plain, needs_operators
+from npu_patch.ops.operators import Operator
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 FLOAT_DTYPES = (torch.float32, *HALF_DTYPES)
 MOST_HEADS, WIDEST_HEAD, MOST_SEQUENCES = 256, 768, 2048
 SCALE_THEN_ADD = 0  # pse_type: the bias is added to the scaled scores
+# Keywords and every default spelt out: the schema grew from release to release.
+_SPELT_OUT = (
+    *("head_num", "input_layout", "padding_mask", "atten_mask", "scale", "keep_prob", "inner_precise", "prefix"),
+    *("actual_seq_qlen", "actual_seq_kvlen", "sparse_mode", "gen_mask_parallel", "sync"),
+)
+NPU_ATTENTION = Operator("npu_fusion_attention", (*_SPELT_OUT, "pre_tockens", "next_tockens"), gradient=True)
+WITH_SINK = Operator("npu_fusion_attention", ("sink",), gradient=True)
+# Only the second version adds the bias to the scaled scores: the first one would need it divided by the scale.
+WITH_BIAS = Operator(
+    "npu_fusion_attention_v2", (*_SPELT_OUT, "pre_tokens", "next_tokens", "pse", "pse_type"), gradient=True
+)
 EMPTY_ROWS_AVERAGE, EMPTY_ROWS_ZERO = 0, 2  # inner_precise: what a query without any key gets
 
 
@@ -75,11 +86,9 @@ def _fusion_attention(
     if attention.sink is not None:
         arguments["sink"] = attention.sink.float()
     if attention.bias is not None:
-        # Only the second version adds the bias to the scaled scores: the first one would need it divided by the scale.
         operator = torch.ops.npu.npu_fusion_attention_v2
         arguments["pse"], arguments["pse_type"] = _as_pse(query, key, attention.bias, layout), SCALE_THEN_ADD
         arguments["pre_tokens"], arguments["next_tokens"] = arguments.pop("pre_tockens"), arguments.pop("next_tockens")
-    # Keywords and every default spelt out: the schema grew from release to release.
     return operator(
         query,
         key,
@@ -154,8 +163,8 @@ def _unsupported(query: Tensor, key: Tensor, value: Tensor, attention: Attention
 
 
 def _unsupported_sink(sink: Tensor, heads: int) -> str | None:
-    if "sink" not in _argument_names():
-        return "attention sinks: this torch_npu's npu_fusion_attention has no sink"
+    if (reason := WITH_SINK.missing()) is not None:
+        return f"attention sinks: {reason}"
     return None if sink.shape == (heads,) else f"attention sinks of shape {tuple(sink.shape)} for {heads} heads"
 
 
@@ -176,8 +185,8 @@ def _unsupported_packing(attention: Attention) -> str | None:
 
 def _unsupported_bias(query: Tensor, key: Tensor, bias: Tensor) -> str | None:
     """The operator takes the bias in the dtype of the query: a wider one would be rounded."""
-    if not hasattr(torch.ops.npu, "npu_fusion_attention_v2"):
-        return "a bias: this torch_npu has no npu_fusion_attention_v2"
+    if (lacking := WITH_BIAS.missing()) is not None:
+        return f"a bias: {lacking}"
     wanted = (*query.shape[:3], key.shape[2])
     if not broadcasts(bias, wanted):
         return f"a bias of shape {tuple(bias.shape)} for scores of shape {wanted}"
@@ -190,18 +199,17 @@ def _differences(ends: tuple[int, ...]) -> list[int]:
     return [end - start for start, end in zip((0, *ends), ends, strict=False)]
 
 
-@cache
-def _argument_names() -> frozenset[str]:
-    schema = torch.ops.npu.npu_fusion_attention.default._schema
-    return frozenset(argument.name for argument in schema.arguments)
-
-
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation(
         "torch_npu.npu_fusion_attention",
         ("npu",),
         _npu_attention,
         _unsupported,
-        needs_operators("npu_fusion_attention"),
+        needs_operators(NPU_ATTENTION),
+        partly={
+            "with attention sinks": WITH_SINK,
+            "with a bias": WITH_BIAS,
+            "single queries": attention_decode.OPERATOR,
+        },
     ),
 )

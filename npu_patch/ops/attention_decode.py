@@ -7,9 +7,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from npu_patch.ops.operators import Operator
+
 if TYPE_CHECKING:
     from npu_patch.ops.attention import Attention
 
+OPERATOR = Operator(
+    "npu_fused_infer_attention_score",
+    (
+        *("atten_mask", "num_heads", "num_key_value_heads", "scale", "input_layout"),
+        *("sparse_mode", "inner_precise", "softmax_lse_flag"),
+    ),
+)
 MOST_SHARED = 64  # query heads per key head
 WIDEST_HEAD = 512
 
@@ -25,7 +34,7 @@ def serves(query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> b
         return False
     head_dim = query.shape[3]
     return (
-        hasattr(torch.ops.npu, "npu_fused_infer_attention_score")
+        OPERATOR.missing() is None
         and attention.band.within(1, key.shape[2]).is_full
         and (attention.hidden is None or attention.hidden.shape[1] == 1)
         and head_dim % 16 == 0

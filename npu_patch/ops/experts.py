@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npu_patch.ops.grouped_matmul import (
+    NPU_GROUPED_MATMUL,
     NPU_PRODUCTS,
     TORCH_PRODUCTS,
     Products,
@@ -27,9 +28,12 @@ from npu_patch.ops.grouped_matmul import (
     why_unsupported,
 )
 from npu_patch.ops.implementation import Implementation, is_plain, needs_operators
+from npu_patch.ops.swiglu import NPU_SWIGLU
 from npu_patch.ops.token_permute import (
     MOST_EXPERTS_PER_TOKEN,
     NPU_MOVES,
+    NPU_PERMUTE,
+    NPU_UNPERMUTE,
     TORCH_MOVES,
     Moves,
     permute,
@@ -158,7 +162,6 @@ def _unsupported(tokens: Tensor, indices: Tensor, router_weights: Tensor, expert
     return None
 
 
-_NEEDED = ("npu_grouped_matmul", "npu_moe_token_permute", "npu_moe_token_unpermute", "npu_swiglu")
 _NPU = Kernels(NPU_PRODUCTS, NPU_MOVES, _npu_swiglu)
 _TORCH = Kernels(TORCH_PRODUCTS, TORCH_MOVES, _torch_swiglu)
 
@@ -168,7 +171,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         ("npu",),
         functools.partial(routed_experts, _NPU),
         _unsupported,
-        needs_operators(*_NEEDED),
+        needs_operators(NPU_GROUPED_MATMUL, NPU_PERMUTE, NPU_UNPERMUTE, NPU_SWIGLU),
     ),
     Implementation(
         "torch.nn.functional.grouped_mm",

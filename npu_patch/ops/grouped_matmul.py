@@ -24,10 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from npu_patch.ops.operators import Operator
+
 # Limits of npu_grouped_matmul (operator documentation).
 MOST_GROUPS = 1024  # one 3-D weight
 MOST_WEIGHTS = 128  # a list of 2-D weights
 WIDEST = 65535
+NPU_GROUPED_MATMUL = Operator(
+    "npu_grouped_matmul", ("bias", "split_item", "group_type", "group_list", "group_list_type")
+)
 BIAS_DTYPES = {torch.float16: torch.float16, torch.bfloat16: torch.float32, torch.float32: torch.float32}
 
 

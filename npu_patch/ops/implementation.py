@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from npu_patch.kernels.readiness import is_simulated, why_not
+from npu_patch.ops.operators import Operator
 
 TRITON = "triton"
 
@@ -21,7 +22,8 @@ class Implementation:
 
     `missing()` says what the machine lacks for it, or None. `unsupported(...)` says why it cannot serve one call, or
     None; it looks at devices, dtypes and shapes only, and never at a value. `optional`: a Triton kernel, taken in the
-    place of another one as `TWINKLE_NPU_TRITON` says.
+    place of another one as `TWINKLE_NPU_TRITON` says. `partly`: operators without which it serves only some calls, by
+    the kind of the others, which the report names.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Implementation:
     unsupported: Callable[..., str | None]
     missing: Callable[[], str | None] = lambda: None
     optional: bool = False
+    partly: Mapping[str, Operator] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ def choose(
             declined[implementation.name] = f"{chosen.name} comes first"
         else:
             chosen = implementation
+            lacks = {kind: operator.missing() for kind, operator in implementation.partly.items()}
+            declined |= {f"{implementation.name}, {kind}": reason for kind, reason in lacks.items() if reason}
     return Choice(chosen, declined, tuple(candidates), forced=optional is True)
 
 
@@ -84,7 +89,7 @@ def _why_left_out(optional: bool | str, source: str, device_type: str) -> str | 
     return None
 
 
-def needs_operators(*names: str) -> Callable[[], str | None]:
+def needs_operators(*operators: Operator) -> Callable[[], str | None]:
     """A `missing` for implementations that call operators of torch_npu."""
 
     def missing() -> str | None:
@@ -92,8 +97,7 @@ def needs_operators(*names: str) -> Callable[[], str | None]:
             importlib.import_module("torch_npu")
         except Exception as error:  # a broken CANN raises more than ImportError
             return f"torch_npu cannot be imported: {error}"
-        absent = [name for name in names if not hasattr(torch.ops.npu, name)]
-        return f"this torch_npu has no {', '.join(absent)}" if absent else None
+        return "; ".join(reason for operator in operators if (reason := operator.missing())) or None
 
     return missing
 

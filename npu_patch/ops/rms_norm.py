@@ -21,10 +21,12 @@ from torch import Tensor
 
 from npu_patch.measure import Case
 from npu_patch.ops.implementation import TRITON, Implementation, dtype_name, is_plain, needs_operators, needs_triton
+from npu_patch.ops.operators import Operator
 
 CASE_EPS = 1e-6
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 FLOAT_DTYPES = (torch.float32, *HALF_DTYPES)
+NPU_RMS_NORM = Operator("npu_rms_norm", ("epsilon",), gradient=True)
 
 
 @dataclass(frozen=True)
@@ -219,9 +221,7 @@ def _by(kernel: Callable[[Tensor, Tensor | None, float], Tensor]) -> Callable[..
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation(TRITON, ("npu", "cuda"), _triton_rms_norm, _unsupported_triton, needs_triton, optional=True),
-    Implementation(
-        "torch_npu.npu_rms_norm", ("npu",), _by(_npu_rms_norm), _unsupported, needs_operators("npu_rms_norm")
-    ),
+    Implementation("torch_npu.npu_rms_norm", ("npu",), _by(_npu_rms_norm), _unsupported, needs_operators(NPU_RMS_NORM)),
     Implementation("torch.nn.functional.rms_norm", ("cuda", "cpu"), _by(_torch_rms_norm), _unsupported),
 )
 

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from npu_patch.ops.implementation import Implementation, is_plain, needs_operators
+from npu_patch.ops.operators import Operator
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NPU_ROTARY_MUL = Operator("npu_rotary_mul", ("rotary_mode",))  # _Rotate is its derivative
 HALF, INTERLEAVE = "half", "interleave"
 
 
@@ -257,7 +259,7 @@ def _rotary_dim(cos: Tensor, variant: RoPEVariant) -> int:
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation(
-        "torch_npu.npu_rotary_mul", ("npu",), _npu_rotary_mul, _unsupported_on_npu, needs_operators("npu_rotary_mul")
+        "torch_npu.npu_rotary_mul", ("npu",), _npu_rotary_mul, _unsupported_on_npu, needs_operators(NPU_ROTARY_MUL)
     ),
     Implementation("torch, float32", ("cuda", "cpu"), _torch_rotary_mul, _unsupported_anywhere),
 )

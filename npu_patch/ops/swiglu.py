@@ -25,8 +25,10 @@ from torch import Tensor
 
 from npu_patch.measure import Case
 from npu_patch.ops.implementation import TRITON, Implementation, dtype_name, is_plain, needs_operators, needs_triton
+from npu_patch.ops.operators import Operator
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NPU_SWIGLU = Operator("npu_swiglu", ("dim",), gradient=True)
 NO_BACKWARD = "no backward follows, for which concatenating gate and up would pay"
 
 
@@ -87,7 +89,7 @@ def _unsupported_tensors(*tensors: Tensor | None) -> str | None:
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation(TRITON, ("npu", "cuda"), _triton_swiglu, _unsupported_triton, needs_triton, optional=True),
-    Implementation("torch_npu.npu_swiglu", ("npu",), _npu_swiglu, _unsupported, needs_operators("npu_swiglu")),
+    Implementation("torch_npu.npu_swiglu", ("npu",), _npu_swiglu, _unsupported, needs_operators(NPU_SWIGLU)),
     Implementation("torch, float32", ("cuda", "cpu"), _torch_swiglu, _unsupported),
 )
 

@@ -19,8 +19,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from npu_patch.ops.grouped_matmul import Grouping
+from npu_patch.ops.operators import Operator
 
 MOST_EXPERTS_PER_TOKEN = 512
+NPU_PERMUTE = Operator("npu_moe_token_permute")  # _Permute is its derivative
+NPU_UNPERMUTE = Operator("npu_moe_token_unpermute", gradient=True)
 
 
 @dataclass(frozen=True)
