@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -217,6 +218,24 @@ def test_sinks(name: str, report: Report, npu: torch.device) -> None:
     expected = exact(*expected_inputs[:3], seen, sinks=expected_inputs[3])
     assert max(errors(out, inputs, expected, expected_inputs, seen.any(-1, keepdim=True))) < 2e-6
     assert outcome(report, "AttentionInterface['npu']").calls.ran == 1
+
+
+@pytest.mark.parametrize("name", ["causal", "left padding", "packed", "window", "after a cache"])
+@pytest.mark.parametrize("unserved", ["on the CPU", "odd heads"])
+def test_sinks_are_kept_where_the_operator_does_not_serve(
+    unserved: str, name: str, report: Report, npu: torch.device
+) -> None:
+    """transformers' sdpa, which the name stands for, would leave them out."""
+    device = "cpu" if unserved == "on the CPU" else npu
+    case = replace(CASES[name], head_dim=18)  # float32: the operator takes multiples of 4
+    given = [*case.tensors(), torch.linspace(-1.0, 2.0, 6)]
+    inputs, expected_inputs = leaves(given, device), leaves(given, "cpu", torch.float64)
+    out = attend(case, case.mask("npu", device), inputs[:3], "npu", s_aux=inputs[3])
+    seen = case.seen()
+    expected = exact(*expected_inputs[:3], seen, sinks=expected_inputs[3])
+    assert max(errors(out, inputs, expected, expected_inputs, seen.any(-1, keepdim=True))) < 2e-6
+    calls = outcome(report, "AttentionInterface['npu']").calls
+    assert calls.ran == 0 and len(calls.fell_through) == 1
 
 
 def test_dropout_keeps_the_mean_and_drops_the_share(report: Report, npu: torch.device) -> None:

@@ -52,6 +52,26 @@ def serve(original: Callable[..., Any], context: Context) -> Callable[..., Any]:
         **others: Any,
     ) -> tuple[Tensor, None] | Unserved | Unfused:
         """query `[B, N, Sq, D]`, key and value `[B, Nkv, Skv, D]` -> `[B, Sq, N, D]`, None."""
+        given = (module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, s_aux)
+        result = serve_fused(*given, **others)
+        if s_aux is not None and isinstance(result, Unserved) and refused(others) is None:
+            # The original would leave the sinks out without a word.
+            return Unfused((_with_sinks(*given), None), result.reason)
+        return result
+
+    def serve_fused(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float,
+        scaling: float | None,
+        is_causal: bool | None,
+        position_bias: Tensor | None,
+        s_aux: Tensor | None,
+        **others: Any,
+    ) -> tuple[Tensor, None] | Unserved | Unfused:
         if query.device.type != context.device_type:
             return Unserved(f"input on {query.device.type}")
         if torch.compiler.is_compiling():
@@ -164,6 +184,35 @@ def _split(additive: Tensor) -> tuple[Tensor, Tensor]:
     additive = additive[None, None] if additive.dim() == 2 else additive
     hidden = additive == float("-inf")
     return hidden, additive.masked_fill(hidden, 0.0)
+
+
+def _with_sinks(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    position_bias: Tensor | None,
+    sink: Tensor,
+) -> Tensor:
+    """torch's attention with one more key for each head, whose score is the sink `[N]` and whose value is zero."""
+    heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    mask = plain(mask)
+    if mask is None and is_causal and queries > 1:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
+    additive = query.new_zeros(1, 1, 1, 1) if position_bias is None else position_bias
+    if mask is not None:
+        hides = mask.dtype == torch.bool
+        additive = torch.where(mask, additive, float("-inf")) if hides else additive + mask
+    additive = additive.expand(len(query), heads, queries, keys)
+    column = sink.to(additive.dtype).view(1, heads, 1, 1).expand(len(query), heads, queries, 1)
+    key, value = (F.pad(tensor, (0, 0, 0, 1)) for tensor in (key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return _exact(query, key, value, torch.cat((additive, column), -1), None, scale, dropout)
 
 
 def _exact(
