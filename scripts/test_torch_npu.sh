@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The parity tests on another genuine torch_npu, with the torch that belongs to it, on the simulated NPU:
+# The tests that concern torch_npu, on another genuine one with the torch that belongs to it, on the simulated NPU. What
+# its operators lack is found by looking, in the tests as in the library: such a test is skipped with that reason.
 #     scripts/test_torch_npu.sh [VERSION] [pytest arguments]     (default 2.9.0; some gigabytes of torch are downloaded)
 # PYTHON as in scripts/demo.sh.
 set -euo pipefail
@@ -15,11 +16,16 @@ check_compiler
 if [[ ! -f $directory/npu_patch.stamp ]]; then
     "$python" -m venv "$directory"
     python=$directory/bin/python
-    install "torch==$version" "numpy<2.3" optree pyyaml pytest "$(pinned transformers)" "$(pinned peft)" "$(pinned accelerate)"
+    install "torch==$version" "numpy<2.3" optree pyyaml rich pytest "$(pinned transformers)" "$(pinned peft)" "$(pinned accelerate)"
     # It asks for torch==$version+cpu, which the package index does not have; the build there has the same interface.
     install --no-deps "torch_npu==$version"
     touch "$directory/npu_patch.stamp"
 fi
 python=$directory/bin/python
-suite=(tests/test_parity.py::test_loss_and_every_gradient_in_float32 tests/test_attention_models.py tests/test_ops.py)
-exec "$python" -m pytest -q "${@:-${suite[@]}}"
+suite=(
+    tests/simulator tests/test_torch_npu_profiles.py tests/test_ops.py tests/test_attention*.py tests/test_experts*.py
+    tests/test_gated_delta*.py tests/test_causal_conv1d.py tests/test_older_signatures.py tests/test_lifecycle.py
+    tests/test_faults.py tests/test_report.py tests/test_selection.py tests/test_checkpointed_layers.py
+    tests/test_versions.py tests/test_verify.py tests/test_parity.py
+)
+exec "$python" -m pytest -q -rs "${@:-${suite[@]}}"
