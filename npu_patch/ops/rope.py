@@ -149,10 +149,10 @@ class _Rotate(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         back = _swap_pairs(sin, ctx.pairing).neg()
         needed = ctx.needs_input_grad[4:]
-        inputs = (
+        inputs = [
             _rotate_first(ctx.kernel, grad, cos, back, ctx.pairing) if need else None
             for grad, need in zip(grads, needed, strict=True)
-        )
+        ]
         return None, None, None, None, *inputs
 
 

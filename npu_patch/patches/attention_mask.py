@@ -67,7 +67,10 @@ def _queries(arguments: dict[str, Any]) -> _Queries | None:
     if "q_length" in arguments:
         offset = arguments.get("q_offset", 0)
         known = None if isinstance(offset, Tensor) else offset
-        return _Queries(arguments["q_length"], known, torch.device(arguments.get("device", "cpu")))
+        device = arguments.get("device", "cpu")
+        if not isinstance(device, torch.device):  # which the compiler of torch 2.9 cannot trace
+            device = torch.device(device)
+        return _Queries(arguments["q_length"], known, device)
     positions = arguments.get("cache_position")
     if not isinstance(positions, Tensor) or positions.dim() != 1:
         return None
