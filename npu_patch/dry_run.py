@@ -5,15 +5,15 @@ Needs no device: of an op it takes the implementation that a sound installation 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 
 import torch
 
 from npu_patch.lifecycle import PatchedSite, PatchError, Walk, anything_applied
 from npu_patch.ops.implementation import Choice, choose
-from npu_patch.outcome import Outcome, Report
-from npu_patch.patches.patch import Patch, Replacement
+from npu_patch.outcome import Report
+from npu_patch.patches.patch import Patch
 from npu_patch.sites import Site
 from npu_patch.switches import Switches, resolve
 
@@ -70,8 +70,8 @@ class DryWalk(Walk):
     def _registered(self, patch: Patch) -> Iterable[Site]:
         return super()._registered(patch) if self._registries else ()
 
-    def _held(self, site: Site) -> PatchedSite | None:
-        return None
+    def _held(self, site: Site) -> Sequence[PatchedSite]:
+        return ()
 
-    def _bind(self, site: Site, replacement: Replacement, outcome: Outcome) -> None:
-        replacement.calls.deactivate()
+    def _bind(self, patched: PatchedSite) -> None:
+        patched.replacement.calls.deactivate()

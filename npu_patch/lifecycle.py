@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MethodType, ModuleType
@@ -119,10 +119,11 @@ def report() -> Report:
 
 def patched_sites(report: Report | None = None) -> list[PatchedSite]:
     """What stands at the sites that are patched now; of one report, if it is given."""
+    every = [held for stack in _STATE.patched.values() for held in stack]
     if report is None:
-        return list(_STATE.patched.values())
+        return every
     own = {id(outcome) for outcome in report.outcomes}
-    return [held for held in _STATE.patched.values() if id(held.outcome) in own]
+    return [held for held in every if id(held.outcome) in own]
 
 
 def anything_applied() -> bool:
@@ -131,9 +132,12 @@ def anything_applied() -> bool:
 
 @dataclass
 class PatchedSite:
+    """One patch's at a site. `around`: it stands around what it found there, be that another patch's."""
+
     site: Site
     replacement: Replacement
     outcome: Outcome
+    around: bool = False
 
 
 @dataclass
@@ -141,7 +145,8 @@ class _State:
     """The one journal of the process, and what stands in it."""
 
     journal: Journal = field(default_factory=Journal)
-    patched: dict[tuple[int, str], PatchedSite] = field(default_factory=dict)  # by (id of the owner, name)
+    # By (id of the owner, name): the patches of one site, the last one around the others.
+    patched: dict[tuple[int, str], list[PatchedSite]] = field(default_factory=dict)
     reports: list[Report] = field(default_factory=list)
     device_type: str | None = None
 
@@ -262,14 +267,16 @@ class Walk:
 
     def _patch_site(self, patch: Patch, choice: Choice, site: Site, context: Context) -> None:
         layers = patch.layers(site, context)
-        held = self._held(site)
-        if held is not None:
+        stack = self._held(site)
+        for held in stack:
             if held.outcome.patch == patch.name:
                 held.outcome.layers = layers
                 if held.replacement.selection is not None and context.live is not None:
                     self._measure(held.replacement.selection, context.live)
                     held.outcome.describe(held.replacement.selection)
                 self.report.outcomes.append(held.outcome)
+                return
+        if not (patch.around or all(held.around for held in stack)):
             return
         try:
             with _STATE.journal.transaction():
@@ -304,8 +311,8 @@ class Walk:
         function = tuned(replacement.function, site.original, replacement.calls, choices, ways)
         return replace(replacement, function=function)
 
-    def _held(self, site: Site) -> PatchedSite | None:
-        return _STATE.patched.get((id(site.owner), site.name))
+    def _held(self, site: Site) -> Sequence[PatchedSite]:
+        return _STATE.patched.get((id(site.owner), site.name), ())
 
     def _rebind(self, patch: Patch, choice: Choice, site: Site, replacement: Replacement, layers: int | None) -> None:
         choice = replacement.choice or choice
@@ -321,18 +328,21 @@ class Walk:
         )
         if replacement.selection is not None:
             outcome.describe(replacement.selection)
-        self._bind(site, replacement, outcome)
+        self._bind(PatchedSite(site, replacement, outcome, patch.around))
         self.report.outcomes.append(outcome)
 
-    def _bind(self, site: Site, replacement: Replacement, outcome: Outcome) -> None:
+    def _bind(self, patched: PatchedSite) -> None:
+        site, replacement = patched.site, patched.replacement
         key = (id(site.owner), site.name)
 
         def forget() -> None:
             replacement.calls.deactivate()
-            _STATE.patched.pop(key, None)
+            _STATE.patched[key].pop()  # the journal undoes the last one first
+            if not _STATE.patched[key]:
+                del _STATE.patched[key]
 
         _STATE.journal.rebind(site.owner, site.name, replacement.function, on_undo=forget)
-        _STATE.patched[key] = PatchedSite(site, replacement, outcome)
+        _STATE.patched.setdefault(key, []).append(patched)
 
     def _measure(self, selection: Selection, live: LiveModules) -> None:
         """Decides between the usual and the optional implementations at the sizes of the model's layers."""
@@ -357,25 +367,27 @@ class Walk:
         """Layers that keep a forward or a function of their own are bound to the replacement too, or reported."""
         unreached: dict[tuple[str, str], list[torch.nn.Module]] = {}
         functions = {
-            id(each.site.original): each.replacement.function
-            for each in _STATE.patched.values()
-            if isinstance(each.site.owner, ModuleType)
+            id(stack[0].site.original): stack[-1].replacement.function
+            for stack in _STATE.patched.values()
+            if isinstance(stack[0].site.owner, ModuleType)
         }
         for module in model.modules():
             for owner, name, kept in list(kept_functions(module)):
                 if id(kept) in functions:
                     _STATE.journal.rebind(owner, name, functions[id(kept)])
-            held = _STATE.patched.get((id(defining_class(module)), "forward"))
-            if held is None:
+            stack = _STATE.patched.get((id(defining_class(module)), "forward"))
+            if stack is None:
                 continue
-            bound = bound_forward(module, (held.site.original, held.replacement.function))
+            function = stack[-1].replacement.function
+            bound = bound_forward(module, (stack[0].site.original, function))
             if bound is None:
                 continue
             if bound.reachable:
-                if getattr(bound.bound, "__func__", None) is not held.replacement.function:
-                    _STATE.journal.rebind(module, bound.name, MethodType(held.replacement.function, module))
-            else:
-                name = getattr(bound.bound, "__qualname__", type(bound.bound).__name__)
+                if getattr(bound.bound, "__func__", None) is not function:
+                    _STATE.journal.rebind(module, bound.name, MethodType(function, module))
+                continue
+            name = getattr(bound.bound, "__qualname__", type(bound.bound).__name__)
+            for held in stack:
                 unreached.setdefault((held.outcome.patch, held.site.label, name), []).append(module)
                 held.outcome.layers = (held.outcome.layers or 1) - 1
         for (patch, label, name), modules in unreached.items():

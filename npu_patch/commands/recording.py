@@ -103,9 +103,10 @@ def run_in_float64(held: PatchedSite, call: Call) -> Ran:
 
 
 def function_of(held: PatchedSite) -> Callable[..., Any] | None:
-    """None for what is no function of its own: a descriptor, or a watch over a whole model."""
+    """None for what is no function of its own: a descriptor, a watch over a whole model, or half of a step that
+    another layer completes."""
     function = held.replacement.function
-    return function if callable(function) and callable(held.site.original) else None
+    return function if held.replacement.alone and callable(function) and callable(held.site.original) else None
 
 
 def timed_forms(held: PatchedSite, call: Call) -> tuple[Callable[[], None], Callable[[], None]]:

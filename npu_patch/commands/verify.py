@@ -123,7 +123,9 @@ def _verify(source: models.Source, device: torch.device, name: str, seeds: int, 
                     return [*checks, Check(name, "model", type(model).__name__, f"seed {seed}", failure=raised)]
             if seed == 0:
                 computed = {
-                    held.site.owner for held in sites if recording.of(held) and isinstance(held.site.owner, type)
+                    held.site.owner
+                    for held in sites
+                    if recording.of(held) and isinstance(held.site.owner, type) and held.replacement.alone
                 }
                 checks += [_check_site(held, recording, model, name, computed) for held in sites]
                 checks += [Check(name, each.patch, each.site, "site", failure=each.reason) for each in report.failed]

@@ -44,7 +44,8 @@ class Replacement:
     """What takes the place of a site's original, and the variant that the original was observed to compute.
 
     `choice`: of this site's implementations, where a patch has sites of several ops. `selection`: among the usual and
-    the optional ones, by call, where the op has optional ones.
+    the optional ones, by call, where the op has optional ones. `alone`: called by itself, outside its model, it does
+    what it does there.
     """
 
     function: Callable[..., Any]
@@ -52,6 +53,7 @@ class Replacement:
     calls: Calls
     choice: Choice | None = None
     selection: Selection | None = None
+    alone: bool = True
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ class Patch:
     with the first of the op's `implementations` that serves the device. `layers(site, context)` is how many layers of
     the given model the site reaches. `customers(module)` are the classes of a modeling module that look up at call time
     what `registered()` replaces. `tunable`: a tuning file may choose another of `implementations`, or the original.
+    `around`: it leaves a site's original to compute what it did, so it stands around another patch's replacement, and
+    another patch's around it. Every other patch has its sites for itself.
     """
 
     name: str
@@ -96,6 +100,7 @@ class Patch:
     layers: Callable[[Site, Context], int | None] = layers_of_class
     customers: Callable[[ModuleType], Iterable[type]] = _no_customers
     tunable: bool = True
+    around: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,13 @@ class TakenOver:
     result: Any
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A result that is served later, if at all: the replacement counts the call itself once that is known."""
+
+    result: Any
+
+
 def replacement_for(
     original: Callable[..., Any], calls: Calls, serve: Callable[..., Any], named_after: Callable[..., Any] | None = None
 ) -> Callable[..., Any]:
@@ -141,11 +153,11 @@ def replacement_for(
             if isinstance(result, (Unserved, Unfused)):
                 calls.ran -= 1
                 calls.fell_through[result.reason] += 1
-            elif isinstance(result, TakenOver):
+            elif isinstance(result, (TakenOver, Pending)):
                 calls.ran -= 1
         if isinstance(result, Unserved):
             return original(*args, **kwargs)
-        return result.result if isinstance(result, (Unfused, TakenOver)) else result
+        return result.result if isinstance(result, (Unfused, TakenOver, Pending)) else result
 
     return replacement
 
