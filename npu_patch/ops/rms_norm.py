@@ -181,7 +181,7 @@ def _triton_rms_norm(
     return gated_rms_norm(x, gate, weight, eps, activation, variant.gamma)
 
 
-def _unsupported_triton(
+def unsupported_by_triton(
     variant: RMSNormVariant, x: Tensor, weight: Tensor | None, eps: float, gate: Tensor | None = None
 ) -> str | None:
     reason = _unsupported(variant, x, weight, eps, gate)
@@ -220,7 +220,7 @@ def _by(kernel: Callable[[Tensor, Tensor | None, float], Tensor]) -> Callable[..
 
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation(TRITON, ("npu", "cuda"), _triton_rms_norm, _unsupported_triton, needs_triton, optional=True),
+    Implementation(TRITON, ("npu", "cuda"), _triton_rms_norm, unsupported_by_triton, needs_triton, optional=True),
     Implementation("torch_npu.npu_rms_norm", ("npu",), _by(_npu_rms_norm), _unsupported, needs_operators(NPU_RMS_NORM)),
     Implementation("torch.nn.functional.rms_norm", ("cuda", "cpu"), _by(_torch_rms_norm), _unsupported),
 )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from npu_patch import deferred_norm
+from npu_patch.deferred_sum import DeferredSum
 from npu_patch.measure import Case
 from npu_patch.ops.rms_norm import IMPLEMENTATIONS, case
 from npu_patch.outcome import Calls
@@ -69,6 +70,11 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         bound = bind(names, args, kwargs)
+        if bound is not None and isinstance(bound[0], DeferredSum):
+            normed = _with_its_sum(readings.of(self), self, bound[0])
+            if normed is not None:
+                return TakenOver(normed)
+            bound[0] = bound[0].tensor()
         if bound is None or not all(isinstance(value, Tensor) for value in bound):
             return Unserved("arguments that are no tensors")
         x, *gate = bound
@@ -94,6 +100,14 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
     function = replacement_for(original, calls, serve)
     deferred_norm.NORMS[function] = deferred_norm.NormSite(original, readings.of, calls)
     return Replacement(function, " or ".join(variants), calls, selection=selection)
+
+
+def _with_its_sum(reading: RMSNormReading | None, norm: torch.nn.Module, total: DeferredSum) -> Tensor | None:
+    """The norm of a sum that is not computed yet, or None where the sum comes first."""
+    if reading is None or reading.variant.gate is not None:
+        return None
+    weight = getattr(norm, reading.weight_name) if reading.weight_name else None
+    return total.normalized(reading.variant, weight, getattr(norm, reading.eps_name))
 
 
 def _key(reading: RMSNormReading, width: int, dtype: torch.dtype, weight: Tensor | None) -> Hashable:

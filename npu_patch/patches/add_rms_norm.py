@@ -1,0 +1,191 @@
+"""Residual add with RMSNorm: every decoder layer that adds what its token mixer returns and normalizes the sum.
+
+Rebinds    `forward` of the mixer's class (attention, gated delta net, ...), with one that runs the original and returns
+           its result put off until the add, and the sum until its norm (npu_patch/deferred_sum.py); the replacement of
+           the norm then computes both. The layer's forward is left alone: checkpointing depends on it.
+To         one Triton kernel forward and one backward, for the add, the norm, and the addition of their gradients.
+Not when   the patch of RMSNorm does not serve the norm, anything else is done with the branch or the sum, or either
+           reaches another module or leaves the layer. A call falls through where it does not come straight from the
+           observed forward, under autocast and compilation, with hooks on mixer or norm, for tensors on another device,
+           and what the kernel does not take.
+Delete     when transformers has a registration point for the add and the norm together.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from types import FrameType, ModuleType
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor
+from torch.nn.modules import module as torch_modules
+
+from npu_patch.deferred_norm import NORMS
+from npu_patch.deferred_sum import Addition, DeferredBranch
+from npu_patch.measure import Alternative, Case
+from npu_patch.ops import rms_norm
+from npu_patch.ops.add_rms_norm import IMPLEMENTATIONS, Sizes, case, one_after_the_other
+from npu_patch.ops.implementation import choose, is_plain
+from npu_patch.ops.rms_norm import RMSNormVariant
+from npu_patch.outcome import Calls
+from npu_patch.patches.patch import Context, Patch, Pending, Replacement, Skip, Unfused, Unserved, replacement_for
+from npu_patch.patches.qk_norm_rope import HOOKS, NOT_FASTER
+from npu_patch.probe.add_rms_norm import AddRMSNormReading, read_add_rms_norm
+from npu_patch.selection import Selection
+from npu_patch.sites import CHECKPOINTING_LAYER, LiveModules, Site, forwards, is_checkpointing_layer
+
+# What a forward called by its layer finds between itself and that layer.
+CALLS_OF_MODULES = (torch.nn.Module._call_impl.__code__, torch.nn.Module._wrapped_call_impl.__code__)
+_READINGS: WeakKeyDictionary[type, list[AddRMSNormReading]] = WeakKeyDictionary()  # by the class of the mixer
+
+
+def find(module: ModuleType) -> Iterable[Site]:
+    """Forwards of the mixers of the layers that `module` defines."""
+    found: dict[type, list[AddRMSNormReading]] = {}
+    for site in forwards(module):
+        for reading in read_add_rms_norm(site.owner, _is_served):
+            found.setdefault(reading.mixer_class, []).append(reading)
+    for cls, readings in found.items():
+        _READINGS[cls] = readings
+        yield Site(cls, "forward", vars(cls)["forward"])
+
+
+def replace(site: Site, context: Context) -> Replacement | Skip:
+    cls, original, readings = site.owner, site.original, _READINGS[site.owner]
+    if is_checkpointing_layer(cls):
+        return Skip(CHECKPOINTING_LAYER, notable=False)
+    calls, device_type, callers = Calls(), context.device_type, Callers(readings)
+    selection = Selection(context.choice, lambda live: _cases(readings, live, context))
+
+    def fuse(
+        variant: RMSNormVariant, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor] | str:
+        call = (variant, x, residual, weight, eps)
+        serving = selection.serving(Sizes.of(variant, x, weight), calls, *call)
+        if isinstance(serving, str):
+            return serving
+        calls.ran += 1
+        return serving.run(*call)
+
+    def not_fused(reason: str) -> None:
+        calls.fell_through[reason] += 1
+
+    def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not (selection.choice.forced or any(each.taken for each in selection.verdicts.values())):
+            return Unserved(NOT_FASTER)
+        if torch.compiler.is_compiling():
+            return Unserved("being compiled")
+        caller = callers.of(self, sys._getframe(1))
+        if caller is None:
+            return Unserved("not called by the forward of its layer")
+        reading, layer = caller
+        reason = _why_not(self, layer, reading, device_type)
+        if reason is not None:
+            return Unserved(reason)
+        try:
+            result = original(self, *args, **kwargs)
+        except BaseException:
+            calls.ran -= 1  # which was counted before
+            raise
+        y, *others = result if type(result) is tuple else (result,)
+        if (type(result) is tuple) != reading.in_tuple or not isinstance(y, Tensor) or not is_plain(y):
+            return Unfused(result, f"its result is a {type(result).__name__}")
+        if y.device.type != device_type:
+            return Unfused(result, f"its result is on {y.device.type}")
+        branch = DeferredBranch(y, Addition(fuse, not_fused))
+        return Pending((branch, *others) if reading.in_tuple else branch)
+
+    names = ", ".join(dict.fromkeys(reading.layer.__name__ for reading in readings))
+    return Replacement(replacement_for(original, calls, serve), f"in {names}", calls, None, selection, alone=False)
+
+
+class Callers:
+    """The layers that call a mixer: live ones, told from the code that is running."""
+
+    def __init__(self, readings: Sequence[AddRMSNormReading]) -> None:
+        self._readings = readings
+        self._layers: WeakKeyDictionary[torch.nn.Module, ref[torch.nn.Module]] = WeakKeyDictionary()
+
+    def of(self, mixer: torch.nn.Module, frame: FrameType | None) -> tuple[AddRMSNormReading, torch.nn.Module] | None:
+        """The layer in whose observed forward `frame` is, with nothing but module calls and our own between; there the
+        branch is safe. None for every other caller."""
+        while frame is not None and _is_passed_through(frame):
+            frame = frame.f_back
+        for reading in self._readings:
+            if frame is not None and frame.f_code is reading.code:
+                layer = self._layer(mixer, reading, frame)
+                return None if layer is None else (reading, layer)
+        return None
+
+    def _layer(self, mixer: torch.nn.Module, reading: AddRMSNormReading, frame: FrameType) -> torch.nn.Module | None:
+        """Looked up once for each mixer: a frame that was asked for its locals keeps them alive to its end."""
+        reference = self._layers.get(mixer)
+        layer = None if reference is None else reference()
+        if layer is None or not _holds(layer, reading, mixer):
+            layer = frame.f_locals.get(reading.code.co_varnames[0])
+            if not isinstance(layer, reading.layer) or not _holds(layer, reading, mixer):
+                return None
+            self._layers[mixer] = ref(layer)
+        return layer
+
+
+def _is_passed_through(frame: FrameType) -> bool:
+    return frame.f_code in CALLS_OF_MODULES or frame.f_globals.get("__name__", "").startswith("npu_patch.")
+
+
+def _holds(layer: torch.nn.Module, reading: AddRMSNormReading, mixer: torch.nn.Module) -> bool:
+    return any(layer._modules.get(name) is mixer for name in reading.mixers)
+
+
+def _is_served(cls: type) -> bool:
+    """Whether this is a class of norms whose replacement takes part."""
+    site = NORMS.get(cls.forward)
+    return site is not None and site.calls.active
+
+
+def _why_not(
+    mixer: torch.nn.Module, layer: torch.nn.Module, reading: AddRMSNormReading, device_type: str
+) -> str | None:
+    """What is known before the mixer runs: cheaply, for every call."""
+    if torch.is_autocast_enabled(device_type):
+        return "autocast"
+    if any(getattr(torch_modules, f"_global{name}") for name in HOOKS):
+        return "hooks on all modules"
+    if any(getattr(mixer, hooks) for hooks in HOOKS):
+        return "hooks on it"
+    for name in reading.norms:
+        norm = layer._modules.get(name)
+        if norm is None:
+            continue  # of another kind of layer
+        if not _is_served(type(norm)) or "forward" in vars(norm):
+            return f"{name} is a {type(norm).__name__} with a forward of its own"
+        if any(getattr(norm, hooks) for hooks in HOOKS):
+            return f"hooks on {name}"
+        if norm._compiled_call_impl is not None:
+            return f"{name} is compiled"
+    return None
+
+
+def _cases(
+    readings: Sequence[AddRMSNormReading], live: LiveModules, context: Context
+) -> Iterator[tuple[Hashable, Case]]:
+    """Of the layers' norms whose weight says how wide they are, beside an add and the operator for the norm."""
+    norm_alone = choose(rms_norm.IMPLEMENTATIONS, context.device_type).chosen
+    if norm_alone is None:
+        return
+    original = Alternative("add, then RMSNorm", one_after_the_other(norm_alone.run))
+    for reading in readings:
+        for layer in live.of(reading.layer):
+            for norm in filter(None, map(layer._modules.get, reading.norms)):
+                site = NORMS.get(type(norm).forward)
+                found = None if site is None else site.reading_of(norm)
+                if found is not None and found.weight_name:
+                    weight = getattr(norm, found.weight_name)
+                    sizes = Sizes(found.variant.name, weight.shape[-1], live.dtype, weight.dtype)
+                    yield sizes, case(sizes, found.variant, original)
+
+
+PATCH = Patch("add_rms_norm", "triton", IMPLEMENTATIONS, find, replace, tunable=False, around=True)
