@@ -17,7 +17,7 @@ from tests.tiny_models import tiny, tiny_batch
 
 WHY_NOT = why_not() if simulator.is_active() else "the models here are for the interpreter on the simulated NPU"
 needs_triton = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
-SERVED = {family: {"rms_norm", "swiglu", "qk_norm_rope"} for family in ("qwen3", "qwen3_5")}
+SERVED = {family: {"rms_norm", "swiglu", "qk_norm_rope", "add_rms_norm"} for family in ("qwen3", "qwen3_5")}
 
 
 pytestmark = pytest.mark.usefixtures("two_cores")

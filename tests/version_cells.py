@@ -39,11 +39,11 @@ EQUAL, DIFFERENT, SKIPPED, FAILED, NOTHING, NO_FAMILY = (
 )
 Results = dict[str, Tensor]
 # Patches that serve only what others have recognised.
-NEEDS = {"qk_norm_rope": ("rms_norm", "rope")}
+NEEDS = {"qk_norm_rope": ("rms_norm", "rope"), "add_rms_norm": ("rms_norm",)}
 
 
 def patches() -> Sequence[Patch]:
-    """Without the one that Triton kernels alone can serve where none can run."""
+    """Without those that Triton kernels alone can serve where none can run."""
     if why_not() is None:
         return CATALOGUE
     return [patch for patch in CATALOGUE if not all(each.optional for each in patch.implementations)]
@@ -74,8 +74,9 @@ def cells_of(family: str, device: torch.device) -> dict[str, Cell]:
 def _cell(patch: Patch, on_cpu: torch.nn.Module, original: Results, batch: Results, device: torch.device) -> Cell:
     model = copy.deepcopy(on_cpu).to(device)
     on = {patch.name, *NEEDS.get(patch.name, ())}
-    # Among the switches is `triton`: on for the patch that Triton kernels alone can serve, off for every other.
-    with npu_patch.applied(model, **{each.switch: each.name in on for each in CATALOGUE}) as report:
+    # Among the switches is `triton`: on for the patches that Triton kernels alone can serve, off for every other.
+    switched_on = {each.switch for each in CATALOGUE if each.name in on}
+    with npu_patch.applied(model, **{each.switch: each.switch in switched_on for each in CATALOGUE}) as report:
         patched = loss_and_gradients(model, batch)
     outcomes = [outcome for outcome in report if outcome.patch == patch.name]
     failed = [outcome.reason for outcome in outcomes if outcome.status == "failed"]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from npu_patch.commands.float64 import everything_in_float64
+from npu_patch.deferred_sum import DeferredSum
 from npu_patch.lifecycle import PatchedSite
 from npu_patch.patches.mask_pattern import PatternMask, plain
 from npu_patch.sites import innermost
@@ -72,9 +73,9 @@ def _watch(recording: Recording, held: PatchedSite) -> Callable[[tuple[Any, ...]
     known = recording.calls.setdefault(id(held), {})
 
     def watch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = Call(args, kwargs)
+        call = Call(*tree_map(_computed, (args, kwargs)))
         if len(known) < recording.most and call.key not in known:
-            known[call.key] = Call(*tree_map(_copied, (args, kwargs)))
+            known[call.key] = Call(*tree_map(_copied, (call.args, call.kwargs)))
 
     return watch
 
@@ -176,6 +177,11 @@ def _tensors(call: Call) -> list[Tensor]:
         elif isinstance(value, torch.nn.Module):
             found += list(value.parameters(recurse=False))
     return found
+
+
+def _computed(value: Any) -> Any:
+    """A sum that waits for its norm goes on waiting."""
+    return value.copied() if isinstance(value, DeferredSum) else value
 
 
 def _copied(value: Any) -> Any:

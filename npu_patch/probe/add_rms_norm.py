@@ -1,4 +1,4 @@
-"""Where a decoder layer adds a branch to the residual stream and then normalizes the sum, and does nothing else with it.
+"""Where a decoder layer adds a branch to the residual stream and normalizes the sum, with nothing between.
 
 The layer's own `__init__` and `forward` run on a layer whose modules only record that they were called, for every value
 that its configuration might have: as they are, and with what one module returns put off until it is added and the sum
@@ -84,7 +84,7 @@ def _readings(layer: type, is_norm: IsNorm) -> Iterator[AddRMSNormReading]:
 
 
 def _norms_after(layer: type, is_norm: IsNorm, mixer: str, results: int) -> tuple[str, ...]:
-    """The norms that are given the sum with what `mixer` returns; none if it could be used in a way that is not safe."""
+    """The norms that are given the sum with what `mixer` returns; none if it could be used in an unsafe way."""
     norms: dict[str, None] = {}
     try:
         for given in (False, True):
@@ -233,11 +233,10 @@ def _arguments(layer: type, path: Path, given: bool) -> dict[str, Any]:
     for parameter in list(inspect.signature(innermost(layer.forward)).parameters.values())[1:]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
+        unknown = parameter.default is parameter.empty or isinstance(parameter.default, bool)
         if not found:
             found[parameter.name] = values(SHAPE, 70, grad=True)
-        elif parameter.default is parameter.empty or isinstance(parameter.default, bool):
-            found[parameter.name] = Unknown(path, parameter.name)
-        elif parameter.default is None and given:
+        elif unknown or (given and parameter.default is None):
             found[parameter.name] = Unknown(path, parameter.name)
     return found
 

@@ -1,7 +1,7 @@
 """Values that a probe does not know, such as those of a configuration, and every way that code can go for them.
 
-`every_path(run)` runs `run(path)` again and again. Within a run, what is asked of an `Unknown` (is it true, is it 3?) is
-answered the same way each time; over all runs, in every way.
+`every_path(run)` runs `run(path)` again and again. Within a run, what is asked of an `Unknown` (is it true, is it 3?)
+is answered the same way each time; over all runs, in every way.
 """
 
 from __future__ import annotations
