@@ -78,11 +78,14 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
             return Unserved(NOT_FASTER)
         if torch.compiler.is_compiling():
             return Unserved("being compiled")
+        reason = _why_not(self, device_type)
+        if reason is not None:
+            return Unserved(reason)
         caller = callers.of(self, sys._getframe(1))
         if caller is None:
             return Unserved("not called by the forward of its layer")
         reading, layer = caller
-        reason = _why_not(self, layer, reading, device_type)
+        reason = _why_no_norm(layer, reading)
         if reason is not None:
             return Unserved(reason)
         try:
@@ -146,9 +149,7 @@ def _is_served(cls: type) -> bool:
     return site is not None and site.calls.active
 
 
-def _why_not(
-    mixer: torch.nn.Module, layer: torch.nn.Module, reading: AddRMSNormReading, device_type: str
-) -> str | None:
+def _why_not(mixer: torch.nn.Module, device_type: str) -> str | None:
     """What is known before the mixer runs: cheaply, for every call."""
     if torch.is_autocast_enabled(device_type):
         return "autocast"
@@ -156,6 +157,11 @@ def _why_not(
         return "hooks on all modules"
     if any(getattr(mixer, hooks) for hooks in HOOKS):
         return "hooks on it"
+    return None
+
+
+def _why_no_norm(layer: torch.nn.Module, reading: AddRMSNormReading) -> str | None:
+    """Why a norm of this layer would not be there for the sum, or would not be the first that is given it."""
     for name in reading.norms:
         norm = layer._modules.get(name)
         if norm is None:

@@ -135,7 +135,7 @@ def _run(
     while True:
         run = _Run(mixer, results)
         try:
-            made = _make(layer, is_norm, path, run)
+            made = _make(layer, is_norm, path, run, given)
             arguments = _arguments(layer, path, given)
             run.output = innermost(layer.forward)(made, **arguments)
             if _any_deferred(run.output) or _any_deferred(vars(made)):
@@ -186,8 +186,9 @@ def _fused(variant: Any, x: Tensor, residual: Tensor, weight: Any, eps: float) -
     return residual + x, residual + x
 
 
-def _make(layer: type, is_norm: IsNorm, path: Path, run: _Run) -> torch.nn.Module:
-    """`layer.__init__` on a new object, with recorders for modules and nothing known of its arguments."""
+def _make(layer: type, is_norm: IsNorm, path: Path, run: _Run, given: bool) -> torch.nn.Module:
+    """`layer.__init__` on a new object, with recorders for modules and nothing known of its arguments; where `given`,
+    nothing of flags and numbers either that it sets: they may be set anew."""
     init = innermost(layer.__init__)
     known = {name: init.__globals__[name] for name in names_used(init) if name in init.__globals__}
     namespace = {name: _recording(value, is_norm, run) for name, value in known.items()}
@@ -204,6 +205,8 @@ def _make(layer: type, is_norm: IsNorm, path: Path, run: _Run) -> torch.nn.Modul
     for name, value in vars(made).items():
         if isinstance(value, _Recorder):
             value._name = name
+        elif given and not name.startswith("_") and (value is None or type(value) in (bool, int, float, str)):
+            vars(made)[name] = Unknown(path, f"self.{name}")
     return made
 
 
