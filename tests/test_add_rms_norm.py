@@ -49,7 +49,7 @@ def built(family: str, lora: bool = False, **overrides: object) -> nn.Module:
     model = tiny(family, **overrides)
     if lora:
         torch.manual_seed(1)
-        targets = ["q_proj", "v_proj", "o_proj", "in_proj_qkv", "out_proj", "gate_proj"]
+        targets = ["q_proj", "v_proj", "o_proj", "in_proj_qkv", "out_proj"]
         model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
     return model
 
