@@ -10,6 +10,7 @@ from types import ModuleType
 
 import torch
 
+from npu_patch.deferred_norm import NORMS
 from npu_patch.lifecycle import PatchedSite, PatchError, Walk, anything_applied
 from npu_patch.ops.implementation import Choice, choose
 from npu_patch.outcome import Report
@@ -46,10 +47,14 @@ class DryWalk(Walk):
     def __init__(self, *arguments: object, registries: bool) -> None:
         super().__init__(*arguments)
         self._registries = registries
+        self._served: list[PatchedSite] = []
 
     def look(self, modules: Iterable[ModuleType]) -> None:
         patches = self._enabled()
-        self._patch_modules(patches, modules)
+        try:
+            self._patch_modules(patches, modules)
+        finally:
+            self._forget()
         if self.model is not None:
             self._warn(patches)
 
@@ -63,6 +68,9 @@ class DryWalk(Walk):
         if choice.chosen is not None:
             return choice
         usual = [each for each in patch.implementations if not each.optional]
+        if not usual and self.switches["triton"] is True:
+            kernels = tuple(each for each in patch.implementations if self.device_type in each.device_types)
+            return Choice(None, {}, kernels, forced=True)
         serving = [each for each in usual if self.device_type in each.device_types]
         chosen = serving[0] if serving else None
         return Choice(chosen, {name: why for name, why in choice.declined.items() if chosen and name != chosen.name})
@@ -74,4 +82,14 @@ class DryWalk(Walk):
         return ()
 
     def _bind(self, patched: PatchedSite) -> None:
-        patched.replacement.calls.deactivate()
+        """Patches that look for norms that are served find the original in the place of its replacement."""
+        self._served.append(patched)
+        norm = NORMS.get(patched.replacement.function)
+        if norm is not None:
+            NORMS[patched.site.original] = norm
+
+    def _forget(self) -> None:
+        for patched in self._served:
+            patched.replacement.calls.deactivate()
+            if patched.replacement.function in NORMS:
+                NORMS.pop(patched.site.original, None)

@@ -18,12 +18,15 @@ from torch import Tensor, nn
 
 import npu_patch
 from npu_patch import simulator
+from npu_patch.deferred_norm import NORMS
 from npu_patch.deferred_sum import Addition, Deferred, DeferredBranch, DeferredSum
+from npu_patch.dry_run import dry_run
 from npu_patch.measure import Alternative, why_wrong
 from npu_patch.ops import add_rms_norm, rms_norm
 from npu_patch.ops.implementation import choose
 from npu_patch.ops.rms_norm import PLAIN_VARIANTS
 from npu_patch.outcome import Outcome, Report
+from npu_patch.switches import resolve
 from tests.gradients import in_float64, loss_and_gradients, relative_error, token_losses
 from tests.tiny_models import tiny, tiny_batch
 
@@ -274,6 +277,15 @@ def test_nothing_is_rebound_where_a_part_is_switched_off(off: str, npu: torch.de
     with npu_patch.applied(model, **{"triton": True, off: False}) as report:
         assert not fused(report)
         assert vars(type(model.model.layers[0].self_attn))["forward"] is forward
+
+
+@pytest.mark.parametrize("family, mixers", [("llama", 1), ("qwen3_5", 2), ("gemma3", 0)])
+def test_a_dry_run_finds_what_would_be_served(family: str, mixers: int) -> None:
+    module = importlib.import_module(type(tiny(family)).__module__)
+    report = dry_run([module], registries=False, switches=resolve({"triton": True}))
+    found = [each for each in report if each.patch == "add_rms_norm"]
+    assert [each.status for each in found] == ["patched"] * mixers
+    assert not any(getattr(cls, "forward", None) in NORMS for cls in vars(module).values())
 
 
 def no_eps(model: nn.Module) -> None:
