@@ -1,4 +1,5 @@
-"""Why decoder layers keep their forward: no door for the residual add with RMSNorm, which is written inside it."""
+"""Why decoder layers keep their forward: the residual add with RMSNorm, which is written inside it, is reached through
+the token mixer and the norm instead (npu_patch/patches/add_rms_norm.py)."""
 
 from __future__ import annotations
 
