@@ -11,8 +11,10 @@ import json
 import sys
 import unittest
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from unittest import mock
 
 from npu_patch import simulator
 
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 import npu_patch
+from npu_patch.kernels import launch
 from npu_patch.kernels.readiness import why_not
 from npu_patch.patches import CATALOGUE
 from npu_patch.patches.patch import Patch
@@ -68,7 +71,16 @@ def cells_of(family: str, device: torch.device) -> dict[str, Cell]:
         return dict.fromkeys(names, Cell(NO_FAMILY, str(missing).rsplit(" has ", 1)[-1]))
     batch = tiny_batch()
     original = loss_and_gradients(tiny(family).to(device), batch)
-    return {patch.name: _cell(patch, on_cpu, original, batch, device) for patch in patches()}
+    with _on_two_cores():
+        return {patch.name: _cell(patch, on_cpu, original, batch, device) for patch in patches()}
+
+
+def _on_two_cores() -> AbstractContextManager[object]:
+    """triton's interpreter runs the programs of a kernel, as many as there are cores, one by one."""
+    if not simulator.is_active():
+        return nullcontext()
+    few = launch.Machine("npu", 2, launch.UNIFIED_BUFFER, True)
+    return mock.patch.object(launch, "machine_of", lambda device: few)
 
 
 def _cell(patch: Patch, on_cpu: torch.nn.Module, original: Results, batch: Results, device: torch.device) -> Cell:
