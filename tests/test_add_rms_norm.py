@@ -214,12 +214,20 @@ def test_copies_and_models_made_later_are_served(when: str, npu: torch.device) -
         del model
         assert relative_error(logits(copied), expected) < 1e-6
         assert sum(each.calls.ran for each in fused(report) if "Llama" in each.site) == 4
-        copied.model.layers[0], copied.model.layers[1] = copied.model.layers[1], copied.model.layers[0]
-        attention = copied.model.layers[0].self_attn
-        copied.model.layers[0].self_attn = copied.model.layers[1].self_attn
-        copied.model.layers[1].self_attn = attention
-        logits(copied)
-        assert sum(each.calls.ran for each in fused(report) if "Llama" in each.site) == 6
+
+
+def test_a_mixer_that_moved_is_known_by_its_new_layer(npu: torch.device) -> None:
+    """Whose norm has a hook, and that of its old layer has none."""
+    model = tiny("llama").to(npu)
+    first, second = model.model.layers
+    with npu_patch.applied(model, triton=True) as report:
+        logits(model)
+        first.self_attn, second.self_attn = second.self_attn, first.self_attn
+        seen: list[object] = []
+        first.post_attention_layernorm.register_forward_pre_hook(lambda norm, given: seen.extend(given))
+        logits(model)
+    assert [type(each) for each in seen] == [Tensor]
+    assert ran(report) == 3
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["at once", "first the norms"])
