@@ -75,6 +75,7 @@ def one_projection() -> torch.nn.Module:
     return transformers.Phi3ForCausalLM(config).float().eval()
 
 
+@pytest.mark.usefixtures("two_cores")
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize(
     ("make", "triton"),
