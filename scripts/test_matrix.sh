@@ -11,6 +11,7 @@ VERSIONS=(4.57.6 5.2.0 5.9.0 5.12.1 5.14.1 5.15.1 5.17.0 5.20.2 5.23.0)
 # Beside the cells of the table, each of which is a training too.
 SUITE=(
     tests/test_lifecycle.py tests/test_older_signatures.py tests/test_attention_models.py
+    tests/test_gated_delta_versions.py tests/test_experts_looped.py
     tests/test_parity.py::test_loss_and_every_gradient_in_float32
     tests/test_faults.py::test_a_pickled_model_goes_between_patched_and_unpatched_processes
 )

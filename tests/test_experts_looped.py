@@ -282,11 +282,11 @@ def test_models_of_transformers_4(family: str, npu: torch.device) -> None:
     model = tiny(family).to(npu)
     batch = tiny_batch()
     own = loss_and_gradients(model, batch)
-    with npu_patch.applied(model, fused_ops=False) as report:
+    with npu_patch.applied(model, fused_ops=False, fla=False) as report:
         found = loss_and_gradients(copy.deepcopy(model), batch)
     assert calls_of(report)[0] > 0 and not calls_of(report)[1], report
     # An expert that no token chose has a gradient of zeros here and none there.
     assert all(not found[name].any() for name in found.keys() - own.keys())
     for name in own:
         if not name.endswith(("dt_bias", "A_log")):  # small differences of large numbers, in the gated delta rule
-            assert relative_error(found[name], own[name]) < 2e-6, name
+            assert relative_error(found[name], own[name]) < 1e-6, name

@@ -12,6 +12,8 @@ import pytest
 import torch
 import transformers
 
+from npu_patch.patches import attention_sdpa, gated_delta_chain
+from npu_patch.patches.patch import Unserved
 from tests.tiny_models import FAMILIES
 from tests.version_cells import DIFFERENT, EQUAL, FAILED, NO_FAMILY, SKIPPED, Cell, cells_of
 
@@ -51,6 +53,20 @@ def test_readme_has_what_is_found_here(cells: dict[str, dict[str, Cell]], table:
     if not any(version in by_version for by_version in documented.values()):
         pytest.skip(f"transformers {version} is not in the table")
     assert table.differences(documented, found) == []
+
+
+def test_a_patch_of_which_only_its_masks_and_checks_ran_is_not_equal(
+    npu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusal = Unserved("so")
+    monkeypatch.setattr(attention_sdpa, "refused", lambda arguments: refusal)
+    monkeypatch.setattr(gated_delta_chain.Chain, "run", lambda self, call, calls: refusal)
+    cells = cells_of("qwen3_next", npu)
+    assert {patch: cells[patch] for patch in ("attention", "gated_delta_net")} == {
+        "attention": Cell(SKIPPED, "so"),
+        "gated_delta_net": Cell(SKIPPED, "so"),
+    }
+    assert cells["rope"] == Cell(EQUAL)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--check"]])

@@ -29,8 +29,9 @@ from npu_patch.kernels import launch
 from npu_patch.kernels.readiness import why_not
 from npu_patch.patches import CATALOGUE
 from npu_patch.patches.patch import Patch
-from tests.gradients import in_float64, loss_and_gradients, relative_error
+from tests.gradients import loss_and_gradients, why_unequal
 from tests.tiny_models import FAMILIES, tiny, tiny_batch
+from tests.what_ran import why_not_ran
 
 EQUAL, DIFFERENT, SKIPPED, FAILED, NOTHING, NO_FAMILY = (
     "equal",
@@ -54,8 +55,9 @@ def patches() -> Sequence[Patch]:
 
 @dataclass(frozen=True)
 class Cell:
-    """`status` is "equal" (it ran; loss and every gradient are the unpatched model's), "different" (they are not),
-    "skipped" or "failed" (with the report's reason), "nothing" (the family has nothing for this patch) or "no family".
+    """`status` is "equal" (it ran, every call of it; loss and every gradient are the unpatched model's), "different"
+    (they are not), "skipped" or "failed" (with the report's reasons, those of calls that fell through included),
+    "nothing" (the family has nothing for this patch) or "no family".
     """
 
     status: str
@@ -94,30 +96,16 @@ def _cell(patch: Patch, on_cpu: torch.nn.Module, original: Results, batch: Resul
     failed = [outcome.reason for outcome in outcomes if outcome.status == "failed"]
     if failed:
         return Cell(FAILED, failed[0])
-    fell_through = [reason for outcome in outcomes for reason in outcome.calls.fell_through]
-    ran = any(outcome.calls.ran for outcome in outcomes)
-    skipped = [outcome.reason for outcome in outcomes if outcome.status == "skipped" and outcome.layers != 0]
-    remarks = "; ".join(dict.fromkeys(fell_through + (skipped if not ran else [])))
-    if ran:
-        worst = _unequal(on_cpu, original, patched, batch)
-        return Cell(DIFFERENT, worst) if worst else Cell(EQUAL, remarks)
-    return Cell(SKIPPED, remarks) if remarks else Cell(NOTHING)
-
-
-def _unequal(on_cpu: torch.nn.Module, original: Results, patched: Results, batch: Results) -> str | None:
-    """The first gradient further than 1e-6 from the original and, by 5 times, further from float64 than that."""
-
-    if patched.keys() != original.keys():
-        return f"gradients of {sorted(patched.keys() ^ original.keys())[:3]}"
-    apart = [name for name in original if relative_error(patched[name], original[name]) >= 1e-6]
-    if not apart:
-        return None
-    exact = loss_and_gradients(in_float64(on_cpu), batch)
-    for name in apart:
-        error = relative_error(patched[name], exact[name])
-        if error >= 5 * relative_error(original[name], exact[name]):
-            return f"{name} is {error:.1e} from float64"
-    return None
+    worst = why_unequal(on_cpu, batch, original, patched)
+    if worst:
+        return Cell(DIFFERENT, worst)
+    any_ran, missed = any(outcome.calls.ran for outcome in outcomes), why_not_ran(patch.name, outcomes)
+    reasons = [reason for outcome in outcomes for reason in outcome.calls.fell_through]
+    if missed is None and not reasons:
+        return Cell(EQUAL)
+    reasons += [missed] if any_ran and missed and not reasons else []
+    reasons += [outcome.reason for outcome in outcomes if outcome.status == "skipped" and outcome.layers != 0]
+    return Cell(SKIPPED, "; ".join(dict.fromkeys(reasons))) if reasons else Cell(NOTHING)
 
 
 def measured(device: torch.device) -> dict[str, object]:
