@@ -11,7 +11,11 @@ from npu_patch.switches import BY_NAME, SWITCHES, resolve
 
 def test_defaults() -> None:
     switches = resolve({}, {})
-    assert {name for name in BY_NAME if not switches[name]} == {"gated_rmsnorm_fp32", "swiglu_recompute", "triton_cache"}
+    assert {name for name in BY_NAME if not switches[name]} == {
+        "gated_rmsnorm_fp32",
+        "swiglu_recompute",
+        "triton_cache",
+    }
     assert switches["triton"] == "auto"
     assert switches.sources["rope"] == "default"
 
