@@ -31,8 +31,18 @@ from npu_patch.ops.add_rms_norm import IMPLEMENTATIONS, Sizes, case, one_after_t
 from npu_patch.ops.implementation import choose, is_plain
 from npu_patch.ops.rms_norm import RMSNormVariant
 from npu_patch.outcome import Calls
-from npu_patch.patches.patch import Context, Patch, Pending, Replacement, Skip, Unfused, Unserved, replacement_for
-from npu_patch.patches.qk_norm_rope import HOOKS, NOT_FASTER
+from npu_patch.patches.patch import (
+    HOOKS,
+    NOT_FASTER,
+    Context,
+    Patch,
+    Pending,
+    Replacement,
+    Skip,
+    Unfused,
+    Unserved,
+    replacement_for,
+)
 from npu_patch.probe.add_rms_norm import AddRMSNormReading, read_add_rms_norm
 from npu_patch.selection import Selection
 from npu_patch.sites import CHECKPOINTING_LAYER, LiveModules, Site, forwards, is_checkpointing_layer

@@ -27,14 +27,21 @@ from npu_patch.ops import rms_norm, rope
 from npu_patch.ops.implementation import choose
 from npu_patch.ops.qk_norm_rope import IMPLEMENTATIONS, Heads, Sizes, case, one_after_the_other
 from npu_patch.outcome import Calls
-from npu_patch.patches.patch import Context, Patch, Replacement, Skip, Unfused, Unserved, replacement_for
+from npu_patch.patches.patch import (
+    HOOKS,
+    NOT_FASTER,
+    Context,
+    Patch,
+    Replacement,
+    Skip,
+    Unfused,
+    Unserved,
+    replacement_for,
+)
 from npu_patch.probe.qk_norm_rope import NoQKNormRoPE, QKNormRoPEReading, read_qk_norm_rope
 from npu_patch.probe.rope import RoPEReading
 from npu_patch.selection import Selection
 from npu_patch.sites import CHECKPOINTING_LAYER, LiveModules, Site, forwards, is_checkpointing_layer
-
-NOT_FASTER = "no kernel was measured to be faster"
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def find(module: ModuleType) -> Iterable[Site]:
