@@ -38,7 +38,7 @@ class Addition:
 class Deferred:
     """Not a tensor. `tensor(used_by)` is the one that it stands for, for something that is not a norm."""
 
-    __slots__ = ()
+    __slots__ = ("__weakref__",)
 
     def tensor(self, used_by: str = "") -> Tensor:
         raise NotImplementedError
@@ -70,8 +70,17 @@ class Deferred:
         name = getattr(function, "__name__", str(function))
         return function(*(materialised(each, name) for each in args), **materialised(kwargs or {}, name))
 
+    def __repr__(self) -> str:
+        """Of its tensor, which does not count as a use."""
+        return repr(self.copied())
+
+    def copied(self) -> Tensor:
+        """Its tensor, for one who looks on: it stays as it is."""
+        raise NotImplementedError
+
     def __add__(self, other: Any) -> Any:
-        return self.tensor("add") + materialised(other, "add")
+        own = self.tensor("add")
+        return own + (other if isinstance(other, DeferredBranch) else materialised(other, "add"))
 
     def __radd__(self, other: Any) -> Any:
         return other + self.tensor("add")
@@ -92,7 +101,11 @@ class DeferredBranch(Deferred):
     def like(self) -> Tensor:
         return self._y
 
+    copied = like
+
     def __add__(self, other: Any) -> Any:
+        if isinstance(other, DeferredSum) and other.is_computed:
+            other = other.tensor()
         if self._addition.settled or not is_plain(other):
             return super().__add__(other)
         if (other.shape, other.dtype, other.device) != (self.shape, self.dtype, self.device):
@@ -134,8 +147,11 @@ class DeferredSum(Deferred):
             self._become(self._residual + self._x, f"the sum is used ({used_by}) before its norm")
         return self._total
 
+    @property
+    def is_computed(self) -> bool:
+        return self._total is not None
+
     def copied(self) -> Tensor:
-        """The sum, for one who looks on: it stays as it is."""
         return self._residual + self._x if self._total is None else self._total
 
     def _become(self, total: Tensor, why_not_fused: str | None = None) -> None:
@@ -144,7 +160,8 @@ class DeferredSum(Deferred):
             self._addition.not_fused(why_not_fused)
 
 
-ADDITIONS = frozenset((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__))
+# What `tensor + deferred` arrives as. Not `torch.add`: the probe observes operators only, and there serves no other.
+ADDITIONS = frozenset((Tensor.add, Tensor.__add__, Tensor.__radd__))
 
 
 def materialised(value: Any, used_by: str) -> Any:
@@ -168,9 +185,12 @@ def _operator(name: str) -> Callable[..., Any]:
 # Python looks operators up on the class, past `__getattr__`.
 for _name in (
     *("sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "rfloordiv", "mod", "rmod", "pow", "rpow"),
-    *("matmul", "rmatmul", "iadd", "isub", "imul", "itruediv", "ipow"),
+    *("matmul", "rmatmul", "divmod", "rdivmod", "lshift", "rlshift", "rshift", "rrshift"),
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+    *("iand", "ior", "ixor", "ilshift", "irshift"),
     *("eq", "ne", "lt", "le", "gt", "ge", "and", "rand", "or", "ror", "xor", "rxor", "invert", "neg", "pos", "abs"),
-    *("getitem", "setitem", "iter", "len", "contains", "bool", "int", "float", "index", "array"),
+    *("getitem", "setitem", "iter", "len", "contains", "bool", "int", "float", "complex", "index"),
+    *("array", "reversed", "format", "reduce_ex", "deepcopy"),
 ):
     if hasattr(Tensor, f"__{_name}__"):
         setattr(Deferred, f"__{_name}__", _operator(f"__{_name}__"))
