@@ -5,9 +5,10 @@ Rebinds    `forward` of the mixer's class (attention, gated delta net, ...), wit
            the norm then computes both. The layer's forward is left alone: checkpointing depends on it.
 To         one Triton kernel forward and one backward, for the add, the norm, and the addition of their gradients.
 Not when   the patch of RMSNorm does not serve the norm, anything else is done with the branch or the sum, or either
-           reaches another module or leaves the layer. A call falls through where it does not come straight from the
-           observed forward, under autocast and compilation, with hooks on mixer or norm, for tensors on another device,
-           and what the kernel does not take.
+           reaches another module or leaves the layer, on any way through it, or a way could not be observed. A call
+           falls through where it does not come straight from the observed forward, or the layer has other methods than
+           the observed ones, under autocast and compilation, with hooks on mixer or norm, for tensors on another
+           device, and what the kernel does not take.
 Delete     when transformers has a registration point for the add and the norm together.
 """
 
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from types import FrameType, ModuleType
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -39,22 +40,25 @@ from npu_patch.patches.patch import (
     Pending,
     Replacement,
     Skip,
+    TakenOver,
     Unfused,
     Unserved,
     replacement_for,
 )
-from npu_patch.probe.add_rms_norm import AddRMSNormReading, read_add_rms_norm
+from npu_patch.probe.add_rms_norm import AddRMSNormReading, NoAddRMSNorm, read_add_rms_norm
+from npu_patch.probe.room import in_quiet_room
 from npu_patch.selection import Selection
-from npu_patch.sites import CHECKPOINTING_LAYER, LiveModules, Site, forwards, is_checkpointing_layer
+from npu_patch.sites import CHECKPOINTING_LAYER, LiveModules, Site, forwards, innermost, is_checkpointing_layer
 
 # What a forward called by its layer finds between itself and that layer.
 CALLS_OF_MODULES = (torch.nn.Module._call_impl.__code__, torch.nn.Module._wrapped_call_impl.__code__)
-_READINGS: WeakKeyDictionary[type, list[AddRMSNormReading]] = WeakKeyDictionary()  # by the class of the mixer
+# By the class of the mixer.
+_READINGS: WeakKeyDictionary[type, list[AddRMSNormReading | NoAddRMSNorm]] = WeakKeyDictionary()
 
 
 def find(module: ModuleType) -> Iterable[Site]:
     """Forwards of the mixers of the layers that `module` defines."""
-    found: dict[type, list[AddRMSNormReading]] = {}
+    found: dict[type, list[AddRMSNormReading | NoAddRMSNorm]] = {}
     for site in forwards(module):
         for reading in read_add_rms_norm(site.owner, _is_served):
             found.setdefault(reading.mixer_class, []).append(reading)
@@ -64,9 +68,12 @@ def find(module: ModuleType) -> Iterable[Site]:
 
 
 def replace(site: Site, context: Context) -> Replacement | Skip:
-    cls, original, readings = site.owner, site.original, _READINGS[site.owner]
+    cls, original = site.owner, site.original
     if is_checkpointing_layer(cls):
         return Skip(CHECKPOINTING_LAYER, notable=False)
+    readings = [each for each in _READINGS[cls] if isinstance(each, AddRMSNormReading)]
+    if not readings:
+        return Skip("; ".join(f"in {each.layer.__name__}: {each.reason}" for each in _READINGS[cls]))
     calls, device_type, callers = Calls(), context.device_type, Callers(readings)
     selection = Selection(context.choice, lambda live: _cases(readings, live, context))
 
@@ -84,6 +91,8 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         calls.fell_through[reason] += 1
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if in_quiet_room():
+            return TakenOver(original(self, *args, **kwargs))
         if not (selection.choice.forced or any(each.taken for each in selection.verdicts.values())):
             return Unserved(NOT_FASTER)
         if torch.compiler.is_compiling():
@@ -95,7 +104,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         if caller is None:
             return Unserved("not called by the forward of its layer")
         reading, layer = caller
-        reason = _why_no_norm(layer, reading)
+        reason = _why_another(layer, reading) or _why_no_norm(layer, reading)
         if reason is not None:
             return Unserved(reason)
         try:
@@ -120,7 +129,6 @@ class Callers:
 
     def __init__(self, readings: Sequence[AddRMSNormReading]) -> None:
         self._readings = readings
-        self._layers: WeakKeyDictionary[torch.nn.Module, ref[torch.nn.Module]] = WeakKeyDictionary()
 
     def of(self, mixer: torch.nn.Module, frame: FrameType | None) -> tuple[AddRMSNormReading, torch.nn.Module] | None:
         """The layer in whose observed forward `frame` is, with nothing but module calls and our own between; there the
@@ -129,20 +137,22 @@ class Callers:
             frame = frame.f_back
         for reading in self._readings:
             if frame is not None and frame.f_code is reading.code:
-                layer = self._layer(mixer, reading, frame)
-                return None if layer is None else (reading, layer)
+                layer = _layer_in(frame)
+                return (reading, layer) if isinstance(layer, reading.layer) and _holds(layer, reading, mixer) else None
         return None
 
-    def _layer(self, mixer: torch.nn.Module, reading: AddRMSNormReading, frame: FrameType) -> torch.nn.Module | None:
-        """Looked up once for each mixer: a frame that was asked for its locals keeps them alive to its end."""
-        reference = self._layers.get(mixer)
-        layer = None if reference is None else reference()
-        if layer is None or not _holds(layer, reading, mixer):
-            layer = frame.f_locals.get(reading.code.co_varnames[0])
-            if not isinstance(layer, reading.layer) or not _holds(layer, reading, mixer):
-                return None
-            self._layers[mixer] = ref(layer)
-        return layer
+
+def _layer_in(frame: FrameType) -> Any:
+    """Whose forward `frame` is. A frame that was asked for its locals keeps them alive to its end, so the module call
+    around it is asked, if there is one: that keeps its arguments anyway."""
+    caller = frame.f_back
+    while caller is not None and caller.f_code not in CALLS_OF_MODULES and caller.f_code is not frame.f_code:
+        caller = caller.f_back
+    if caller is not None and caller.f_code in CALLS_OF_MODULES:
+        module = caller.f_locals[caller.f_code.co_varnames[0]]
+        if innermost(type(module).forward).__code__ is frame.f_code:
+            return module
+    return frame.f_locals.get(frame.f_code.co_varnames[0])
 
 
 def _is_passed_through(frame: FrameType) -> bool:
@@ -151,6 +161,15 @@ def _is_passed_through(frame: FrameType) -> bool:
 
 def _holds(layer: torch.nn.Module, reading: AddRMSNormReading, mixer: torch.nn.Module) -> bool:
     return any(layer._modules.get(name) is mixer for name in reading.mixers)
+
+
+def _why_another(layer: torch.nn.Module, reading: AddRMSNormReading) -> str | None:
+    """Why the layer is not the one that was observed: what its forward looks up is not what it was."""
+    cls, own = type(layer), vars(layer)
+    for name, observed in reading.looked_up:
+        if getattr(cls, name, None) is not observed or (observed is not None and name in own):
+            return f"{name} of {cls.__name__} is not the observed one"
+    return None
 
 
 def _is_served(cls: type) -> bool:
@@ -176,7 +195,9 @@ def _why_no_norm(layer: torch.nn.Module, reading: AddRMSNormReading) -> str | No
         norm = layer._modules.get(name)
         if norm is None:
             continue  # of another kind of layer
-        if not _is_served(type(norm)) or "forward" in vars(norm):
+        if not _is_served(type(norm)):
+            return f"{name} is a {type(norm).__name__}, which is not served"
+        if "forward" in vars(norm):
             return f"{name} is a {type(norm).__name__} with a forward of its own"
         if any(getattr(norm, hooks) for hooks in HOOKS):
             return f"hooks on {name}"

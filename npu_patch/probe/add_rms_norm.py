@@ -1,31 +1,44 @@
 """Where a decoder layer adds a branch to the residual stream and normalizes the sum, with nothing between.
 
 The layer's own `__init__` and `forward` run on a layer whose modules only record that they were called, for every value
-that its configuration might have: as they are, and with what one module returns put off until it is added and the sum
-until it is normalized. Both must return the same, and what is put off must not reach another module or leave the layer:
-there it would be no tensor.
+that its configuration might have, in several dtypes and lengths: as they are, and with what one module returns put off
+until it is added and the sum until it is normalized. Both must return the same, and what is put off must not reach
+another module or leave the layer: there it would be no tensor. A way through the layer that cannot be run was not
+observed, and then nothing of the layer is served; but no layer goes a way on which it lacks an attribute that its
+`__init__` sets on another, or raises an error of its own.
 """
 
 from __future__ import annotations
 
+import dis
 import inspect
-import zlib
+import itertools
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 
 from npu_patch.deferred_sum import Addition, Deferred, DeferredBranch, DeferredSum
 from npu_patch.names_used import names_used
-from npu_patch.probe.room import quiet_room, values
-from npu_patch.probe.tiny_attention import tensors_in
-from npu_patch.probe.unknowns import Path, TooManyPaths, Unknown, every_path
+from npu_patch.probe.recorded_layer import Recording, Trial, arguments, attributes_of, is_module_class, loggers, make
+from npu_patch.probe.recorded_layer import same as same_result
+from npu_patch.probe.room import quiet_room, random_state_kept, silent, values
+from npu_patch.probe.unknowns import NotKnown, Path, TooManyPaths, any_deferred, every_path
 from npu_patch.sites import innermost
 
 SHAPE = (5, 3, 12)  # nothing unpacks into so many
+# A layer that is served in the first may go another way in the others.
+STREAMS = (
+    (SHAPE, torch.float32),
+    (SHAPE, torch.bfloat16),
+    (SHAPE, torch.float16),
+    ((5, 1, 12), torch.float32),
+)
 MOST_RESULTS = 4  # of one module
 IsNorm = Callable[[type], bool]
 
@@ -33,7 +46,8 @@ IsNorm = Callable[[type], bool]
 @dataclass(frozen=True)
 class AddRMSNormReading:
     """In the forward of `layer`, whose code is `code`: what the modules `mixers` return is added, and the modules
-    `norms` are given the sum. All are names of attributes. `in_tuple`: the branch is the first of several results."""
+    `norms` are given the sum. All are names of attributes. `in_tuple`: the branch is the first of several results.
+    `looked_up`: every name that the code looks up, with what the class has under it, or None."""
 
     layer: type
     code: CodeType
@@ -41,230 +55,316 @@ class AddRMSNormReading:
     mixers: tuple[str, ...]
     norms: tuple[str, ...]
     in_tuple: bool
+    looked_up: tuple[tuple[str, Any], ...]
 
 
-def read_add_rms_norm(layer: type, is_norm: IsNorm) -> list[AddRMSNormReading]:
+@dataclass(frozen=True)
+class NoAddRMSNorm:
+    """Why what a mixer of `layer` returns is not put off, though it is added and normalized at least once."""
+
+    layer: type
+    mixer_class: type
+    reason: str
+
+
+def read_add_rms_norm(layer: type, is_norm: IsNorm) -> list[AddRMSNormReading | NoAddRMSNorm]:
     """By the class of the mixer; `is_norm` says of which classes a replacement takes part."""
     forward, init = innermost(layer.forward), innermost(layer.__init__)
     if not isinstance(forward, FunctionType) or not isinstance(init, FunctionType):
         return []
     made = [init.__globals__.get(name) for name in names_used(init)]
-    classes = [each for each in made if _is_module_class(each)]
+    classes = [each for each in made if is_module_class(each)]
     own = [each for each in classes if each.__module__ == layer.__module__ and not is_norm(each)]
     if not own or not any(map(is_norm, classes)):
         return []
-    with quiet_room():
+    with quiet_room(), random_state_kept(), silent(loggers((forward, init))):
         return list(_readings(layer, is_norm))
 
 
-def _readings(layer: type, is_norm: IsNorm) -> Iterator[AddRMSNormReading]:
-    try:
-        plain = [
-            found for given in (False, True) for found in every_path(lambda p, g=given: _run(layer, is_norm, p, g))
-        ]
-    except TooManyPaths:
-        return
-    called = {name: cls for found in plain if not found.failed for name, cls in found.called.items()}
-    by_class: dict[type, list[tuple[str, tuple[str, ...], bool]]] = {}
-    for name, cls in called.items():
-        if is_norm(cls) or "forward" not in vars(cls) or cls.__module__ != layer.__module__:
-            continue
-        for results in range(1, MOST_RESULTS):
-            norms = _norms_after(layer, is_norm, name, results)
-            if norms:
-                by_class.setdefault(cls, []).append((name, norms, results > 1))
-                break
-    for cls, found in by_class.items():
-        for in_tuple in (False, True):
-            same = [(name, norms) for name, norms, kind in found if kind == in_tuple]
-            if same:
-                norms = tuple(dict.fromkeys(norm for _, each in same for norm in each))
-                code = innermost(layer.forward).__code__
-                yield AddRMSNormReading(layer, code, cls, tuple(name for name, _ in same), norms, in_tuple)
-
-
-def _norms_after(layer: type, is_norm: IsNorm, mixer: str, results: int) -> tuple[str, ...]:
-    """The norms that are given the sum with what `mixer` returns; none if it could be used in an unsafe way."""
-    norms: dict[str, None] = {}
+def _readings(layer: type, is_norm: IsNorm) -> Iterator[AddRMSNormReading | NoAddRMSNorm]:
+    code = innermost(layer.forward).__code__
+    refusal = _why_unobservable(code)
+    seen: list[_Run] = []
+    endless = None
     try:
         for given in (False, True):
-            for plain, deferred in every_path(lambda path, g=given: _pair(layer, is_norm, path, g, mixer, results)):
-                if plain.failed:
+            trial = Trial(layer, given, *STREAMS[0])
+            for run in every_path(lambda path, trial=trial: _run(trial, is_norm, path)):
+                seen.append(run)
+                if run.endless:
+                    raise TooManyPaths(run.failed)
+    except TooManyPaths as error:
+        endless = str(error)
+    counts: dict[tuple[str, type], set[int]] = {}  # of results
+    for run in seen:
+        for name, cls in run.recording.called.items():
+            counts.setdefault((name, cls), set()).add(run.recording.results.get(name, 1))
+    found: dict[type, list[_Found]] = {}
+    for (name, cls), results in counts.items():
+        if is_norm(cls) or "forward" not in vars(cls) or cls.__module__ != layer.__module__:
+            continue
+        if endless is not None:
+            yield NoAddRMSNorm(layer, cls, endless)
+            continue
+        best = _found(layer, is_norm, name, cls, sorted(results))
+        if best is not None:
+            found.setdefault(cls, []).append(best)
+    looked_up = _looked_up(layer)
+    for cls, of_class in found.items():
+        reason = refusal or next(filter(None, (each.refusal for each in of_class)), None)
+        if reason is not None:
+            yield NoAddRMSNorm(layer, cls, reason)
+            continue
+        for in_tuple in (False, True):
+            alike = [each for each in of_class if (each.results > 1) == in_tuple]
+            if alike:
+                norms = tuple(dict.fromkeys(norm for each in alike for norm in each.norms))
+                mixers = tuple(each.mixer for each in alike)
+                yield AddRMSNormReading(layer, code, cls, mixers, norms, in_tuple, looked_up)
+
+
+@dataclass
+class _Found:
+    """Of one mixer, which returns so many `results`: the norms that are given the sum; why it must not wait.
+    `indexed`: it is asked for one of its results by number, which a tensor answers too."""
+
+    mixer: str
+    cls: type
+    results: int
+    norms: dict[str, None] = field(default_factory=dict)
+    refusal: str | None = None
+    indexed: bool = False
+
+
+def _found(layer: type, is_norm: IsNorm, mixer: str, cls: type, results: list[int]) -> _Found | None:
+    """With as many `results` as it can have; refused if no other number does better. None if nothing is normed."""
+    refused: _Found | None = None
+    waiting = list(results)
+    while waiting:
+        found = _Found(mixer, cls, waiting.pop(0))
+        for shape, dtype in STREAMS:
+            _look(found, layer, is_norm, shape, dtype)
+            if found.refusal is not None or not found.norms:
+                break
+        if found.norms and found.refusal is None:
+            return found
+        if found.norms:
+            refused = refused or found
+        if found.indexed and not waiting and found.results < MOST_RESULTS:
+            waiting.append(found.results + 1)
+    return refused
+
+
+def _look(found: _Found, layer: type, is_norm: IsNorm, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Every way, until there is something to serve and a reason not to."""
+    try:
+        for given in (False, True):
+            trial = Trial(layer, given, shape, dtype)
+            for plain, deferred in every_path(lambda path, trial=trial: _pair(trial, is_norm, path, found)):
+                if plain.endless or deferred.endless:
+                    raise TooManyPaths(plain.failed or deferred.failed)
+                if plain.impossible or plain.recording.called.get(found.mixer, found.cls) is not found.cls:
                     continue
-                if deferred.failed or not _same((plain.output, plain.gradient), (deferred.output, deferred.gradient)):
-                    return ()
+                found.refusal = found.refusal or _difference(plain, deferred)
+                found.indexed |= "(__getitem__)" in (deferred.misused or "")
                 if deferred.norm is not None and deferred.misused is None:
-                    norms[deferred.norm] = None
-    except TooManyPaths:
-        return ()
-    return tuple(norms)
+                    found.norms[deferred.norm] = None
+                if found.refusal is not None and found.norms:
+                    return
+    except TooManyPaths as error:
+        found.refusal = found.refusal or str(error)
+
+
+def _difference(plain: _Run, deferred: _Run) -> str | None:
+    if plain.failed is not None:
+        return f"not every way through it could be run: {plain.failed}"
+    if deferred.failed is not None:
+        return f"with the sum put off: {deferred.failed}"
+    if not same_result(plain.seen, deferred.seen):
+        return "with the sum put off it computes something else"
+    return None
 
 
 @dataclass
 class _Run:
-    """What was seen of one run of the layer's forward, along one path."""
+    """What was seen of one run of the layer's forward, along one path. `impossible`: a layer that goes it does not
+    exist, or fails by itself. `endless`: it asks on and on. `seen`: results, the gradient of the stream, the stream."""
 
-    mixer: str | None = None
-    results: dict[str, int] = field(default_factory=dict)  # how many each module returns
-    called: dict[str, type] = field(default_factory=dict)
-    last: str | None = None
+    mixer: str | None
+    recording: Recording
     norm: str | None = None
     misused: str | None = None
     failed: str | None = None
-    output: Any = None
-    gradient: Tensor | None = None  # of the stream
+    impossible: bool = False
+    endless: bool = False
+    born: list[ref[Deferred]] = field(default_factory=list)
+    seen: Any = None
 
 
-def _pair(layer: type, is_norm: IsNorm, path: Path, given: bool, mixer: str, results: int) -> tuple[_Run, _Run]:
-    """The same way as it is, and with the results of `mixer` put off."""
-    plain = _run(layer, is_norm, path, given, only={mixer: results})
-    return plain, plain if plain.failed else _run(layer, is_norm, path, given, dict(plain.results), mixer)
+def _pair(trial: Trial, is_norm: IsNorm, path: Path, found: _Found) -> tuple[_Run, _Run]:
+    """The same way as it is, and with the results of the mixer put off. On a way that takes another number of results,
+    a mixer with this one is not met."""
+    plain = _run(trial, is_norm, path, {found.mixer: found.results})
+    if plain.failed is not None:
+        other = _run(trial, is_norm, path)
+        plain.impossible |= other.failed is None and other.recording.results.get(found.mixer, 1) != found.results
+        return plain, plain
+    return plain, _attempt(trial, is_norm, path, _Run(found.mixer, Recording(dict(plain.recording.results))))
 
 
-def _run(
-    layer: type,
-    is_norm: IsNorm,
-    path: Path,
-    given: bool,
-    only: dict[str, int] | None = None,
-    mixer: str | None = None,
-) -> _Run:
-    """How many results each module has is tried out, but for those in `only`."""
-    fixed = dict(only or {})
+def _run(trial: Trial, is_norm: IsNorm, path: Path, only: dict[str, int] | None = None) -> _Run:
+    """As it is. How many results each module has is tried out, but for those in `only`; a run that fails with every
+    number of them is the one that failed first."""
+    fixed = only or {}
     results = dict(fixed)
+    first: _Run | None = None
     while True:
-        run = _Run(mixer, results)
-        try:
-            made = _make(layer, is_norm, path, run, given)
-            arguments = _arguments(layer, path, given)
-            run.output = innermost(layer.forward)(made, **arguments)
-            if _any_deferred(run.output) or _any_deferred(vars(made)):
-                raise _Leaves("the layer")
-            run.gradient = _gradient(run.output, next(iter(arguments.values())))
+        run = _attempt(trial, is_norm, path, _Run(None, Recording(results)))
+        last = run.recording.last
+        if run.failed is None or run.impossible:
             return run
-        except Exception as error:
-            run.failed = f"{type(error).__name__}: {error}"
-        last = run.last
-        if mixer is not None or last is None or last in fixed or results.get(last, 1) >= MOST_RESULTS:
-            return run
+        first = first or run
+        if path.refusal is not None or last is None or last in fixed or results.get(last, 1) >= MOST_RESULTS:
+            return first
         results = {**results, last: results.get(last, 1) + 1}
 
 
-class _Leaves(Exception):
-    """What was put off is given to a module that is no norm, or kept or returned by the layer."""
+def _attempt(trial: Trial, is_norm: IsNorm, path: Path, run: _Run) -> _Run:
+    forward = innermost(trial.layer.forward)
 
-
-class _Recorder:
-    """A module of the layer: `cls` is what it would be."""
-
-    def __init__(self, cls: type, is_norm: IsNorm, run: _Run) -> None:
-        self._cls, self._is_norm, self._run = cls, is_norm, run
-        self._name = ""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        run, name = self._run, self._name
-        if not name:
-            raise TypeError("a module that is no attribute of the layer")
-        run.last = name
-        run.called[name] = self._cls
-        if self._is_norm(self._cls) and len(args) == 1 and not kwargs and isinstance(args[0], DeferredSum):
-            normed = args[0].normalized(None, None, 0.0)
+    def answer(name: str, cls: type, y: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if is_norm(cls) and len(args) == 1 and not kwargs and isinstance(args[0], DeferredSum):
             run.norm = run.norm or name
+            _only_called_by(forward, path)
+            normed = args[0].normalized(None, None, 0.0)
             args = (args[0].tensor() if normed is None else normed,)
-        if _any_deferred((args, kwargs)):
-            raise _Leaves(name)
+        path.take(f"{name}, a {cls.__name__}", args, kwargs)
         tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
-        y = values(SHAPE, zlib.crc32(name.encode()))
         y = y + tensors[0] if tensors else y
-        if name == run.mixer:
-            y = DeferredBranch(y, Addition(_fused, lambda reason: setattr(run, "misused", reason)))
-        results = run.results.get(name, 1)
-        return y if results == 1 else (y, *[None] * (results - 1))
+        if name != run.mixer:
+            return y
+        return _Watched(y, Addition(_fused, lambda reason: setattr(run, "misused", reason)), run.born)
+
+    made = None
+    try:
+        made = make(trial, path, run.recording, answer)
+        leaf, given = arguments(trial, path)
+        stream = next(iter(given.values()))
+        output = forward(made, **given)
+        if any_deferred(output) or any_deferred([value for _, value in attributes_of(made)]):
+            raise path.refuse("what is put off leaves the layer")
+        run.seen = [output, _gradient(output, leaf), stream.detach()]
+        del output
+    except NotKnown as error:
+        run.failed = str(error)
+    except TooManyPaths as error:
+        run.failed, run.endless = path.refuse(str(error)).args[0], True
+    except Exception as error:
+        run.failed = f"{type(error).__name__}: {error}"
+        init = innermost(trial.layer.__init__)
+        lacks = error.name if isinstance(error, AttributeError) and made is not None and error.obj is made else None
+        run.impossible = lacks in names_used(init) or _raised_itself(error, (forward, init))
+    if run.failed is None and any(each() is not None for each in run.born):
+        run.failed = "what is put off is kept somewhere"
+    run.failed = path.refusal or run.failed
+    return run
+
+
+def _only_called_by(forward: FunctionType, path: Path) -> None:
+    """The norm of what waits is called by code of the layer's own file: not from within `torch.utils.checkpoint`, which
+    keeps what it is given to run the code again."""
+    frame = sys._getframe(3)  # past the answer and its recorder
+    while frame is not None and frame.f_code is not forward.__code__:
+        if frame.f_globals is not forward.__globals__:
+            raise path.refuse(f"its norm is called by {frame.f_globals.get('__name__')}")
+        frame = frame.f_back
+
+
+def _raised_itself(error: Exception, functions: tuple[FunctionType, ...]) -> bool:
+    """Whether the error comes from a `raise` in one of these, or from a variable that they did not set on this way:
+    whatever the layer is, there it fails."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    if traceback is None or traceback.tb_frame.f_code not in [each.__code__ for each in functions]:
+        return False
+    code, last = traceback.tb_frame.f_code, traceback.tb_lasti
+    raised = any(each.offset == last and each.opname == "RAISE_VARARGS" for each in dis.get_instructions(code))
+    return raised or isinstance(error, UnboundLocalError)
+
+
+class _Watched(DeferredBranch):
+    """Whether anybody keeps it, or the sum with it, can be seen when the layer is through."""
+
+    __slots__ = ("_born",)
+
+    def __init__(self, y: Tensor, addition: Addition, born: list[ref[Deferred]]) -> None:
+        super().__init__(y, addition)
+        self._born = born
+        born.append(ref(self))
+
+    def __add__(self, other: Any) -> Any:
+        found = super().__add__(other)
+        if isinstance(found, Deferred):
+            self._born.append(ref(found))
+        return found
+
+    __radd__ = __add__
 
 
 def _fused(variant: Any, x: Tensor, residual: Tensor, weight: Any, eps: float) -> tuple[Tensor, Tensor]:
-    return residual + x, residual + x
+    total = residual + x
+    return total, total
 
 
-def _make(layer: type, is_norm: IsNorm, path: Path, run: _Run, given: bool) -> torch.nn.Module:
-    """`layer.__init__` on a new object, with recorders for modules and nothing known of its arguments; where `given`,
-    nothing of flags and numbers either that it sets: they may be set anew."""
-    init = innermost(layer.__init__)
-    known = {name: init.__globals__[name] for name in names_used(init) if name in init.__globals__}
-    namespace = {name: _recording(value, is_norm, run) for name, value in known.items()}
-    namespace["__builtins__"] = init.__globals__.get("__builtins__", __builtins__)
-    own = FunctionType(init.__code__, namespace, init.__name__, init.__defaults__, init.__closure__)
-    own.__kwdefaults__ = init.__kwdefaults__
-    made = object.__new__(layer)
-    required = [
-        parameter
-        for parameter in list(inspect.signature(init).parameters.values())[1:]
-        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-    ]
-    own(made, **{parameter.name: Unknown(path, parameter.name) for parameter in required})
-    for name, value in vars(made).items():
-        if isinstance(value, _Recorder):
-            value._name = name
-        elif given and not name.startswith("_") and (value is None or type(value) in (bool, int, float, str)):
-            vars(made)[name] = Unknown(path, f"self.{name}")
-    return made
+def _why_unobservable(code: CodeType) -> str | None:
+    """What no run shows: keywords that the layer may be given are asked for by name."""
+    for flag, what in ((inspect.CO_VARARGS, "*"), (inspect.CO_VARKEYWORDS, "**")):
+        if code.co_flags & flag:
+            after_positional = what == "**" and bool(code.co_flags & inspect.CO_VARARGS)
+            name = code.co_varnames[code.co_argcount + code.co_kwonlyargcount + after_positional]
+            if not _only_passed_on(code, name):
+                return f"it looks into its {what}{name}"
+    return None
 
 
-def _recording(value: Any, is_norm: IsNorm, run: _Run) -> Any:
-    if _is_module_class(value):
-        return lambda *args, **kwargs: _Recorder(value, is_norm, run)
-    if value is torch or value is torch.nn:
-        return _Namespace(value, is_norm, run)
-    return value
-
-
-class _Namespace:
-    """torch, whose modules are recorded."""
-
-    def __init__(self, module: ModuleType, is_norm: IsNorm, run: _Run) -> None:
-        self._found = module, is_norm, run
-
-    def __getattr__(self, name: str) -> Any:
-        module, is_norm, run = self._found
-        return _recording(getattr(module, name), is_norm, run)
-
-
-def _arguments(layer: type, path: Path, given: bool) -> dict[str, Any]:
-    """Of the layer's forward: the stream first, nothing known of what must be given, and the defaults of the rest;
-    where `given`, something instead of None."""
-    found: dict[str, Any] = {}
-    for parameter in list(inspect.signature(innermost(layer.forward)).parameters.values())[1:]:
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+def _only_passed_on(code: CodeType, name: str) -> bool:
+    """Whether `name` is used in `f(..., *name)` or `f(..., **name)` alone."""
+    if name in code.co_cellvars:
+        return False
+    instructions = list(dis.get_instructions(code))
+    for each, following in itertools.pairwise(instructions):
+        names = each.argval if isinstance(each.argval, tuple) else (each.argval,)
+        if "_FAST" not in each.opname or name not in names:
             continue
-        unknown = parameter.default is parameter.empty or isinstance(parameter.default, bool)
-        if not found:
-            found[parameter.name] = values(SHAPE, 70, grad=True)
-        elif unknown or (given and parameter.default is None):
-            found[parameter.name] = Unknown(path, parameter.name)
-    return found
+        if names[-1] != name or following.opname not in ("DICT_MERGE", "LIST_EXTEND", "CALL_FUNCTION_EX"):
+            return False
+    return True
 
 
-def _any_deferred(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return any(map(_any_deferred, value))
-    if isinstance(value, dict):
-        return any(map(_any_deferred, value.values()))
-    return isinstance(value, Deferred)
+def _looked_up(layer: type) -> tuple[tuple[str, Any], ...]:
+    """By the layer's forward, and by the methods of its own that it calls."""
+    found: dict[str, Any] = {}
+    waiting = [innermost(layer.forward)]
+    while waiting:
+        for name in names_used(waiting.pop()) - found.keys():
+            found[name] = getattr(layer, name, None)
+            static = innermost(inspect.getattr_static(layer, name, None))
+            inner = innermost(static.fget) if isinstance(static, property) else static
+            if isinstance(inner, FunctionType) and name not in vars(torch.nn.Module):
+                waiting.append(inner)
+    return tuple(found.items())
 
 
-def _gradient(output: Any, stream: Tensor) -> Tensor | None:
-    tensors = [each for each in tensors_in(output) if each.requires_grad]
-    seeds = [values(each.shape, 80 + index) for index, each in enumerate(tensors)]
-    return torch.autograd.grad(tensors, stream, seeds, allow_unused=True)[0] if tensors else None
+def _gradient(output: Any, leaf: Tensor) -> Tensor | None:
+    tensors = [each for each in _tensors_in(output) if each.requires_grad]
+    seeds = [values(each.shape, 80 + index, each.dtype) for index, each in enumerate(tensors)]
+    return torch.autograd.grad(tensors, leaf, seeds, allow_unused=True)[0] if tensors else None
 
 
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, (tuple, list)):
-        return type(one) is type(other) and len(one) == len(other) and all(map(_same, one, other))
-    if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and torch.equal(one, other)
-    return (one is None) == (other is None)
-
-
-def _is_module_class(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, torch.nn.Module)
+def _tensors_in(output: Any) -> list[Tensor]:
+    if isinstance(output, dict):
+        output = list(output.values())
+    if isinstance(output, (tuple, list)):
+        return [tensor for each in output for tensor in _tensors_in(each)]
+    return [output] if isinstance(output, Tensor) else []

@@ -5,19 +5,43 @@ from __future__ import annotations
 import array
 import contextlib
 import functools
+import logging
 import math
 import random
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils import _python_dispatch
 
 
+class _Room(threading.local):
+    probes: int = 0
+
+
+_ROOM = _Room()
+
+
+def in_quiet_room() -> bool:
+    """Whether it is a probe that is running in this thread: what it calls is nobody's training."""
+    return _ROOM.probes > 0
+
+
 @contextlib.contextmanager
 def quiet_room() -> Iterator[None]:
     """Runs a probe apart from the caller's modes: devices, autocast, inference, fake tensors, gradients."""
+    _ROOM.probes += 1
+    try:
+        with _apart():
+            yield
+    finally:
+        _ROOM.probes -= 1
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
     with (
         warnings.catch_warnings(action="ignore"),
         _python_dispatch._disable_current_modes(),
@@ -27,6 +51,38 @@ def quiet_room() -> Iterator[None]:
         torch.autocast("cpu", enabled=False),
     ):
         yield
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Torch's random state and Python's stay what they are, whatever the probed code draws."""
+    own = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(own)
+
+
+@contextlib.contextmanager
+def silent(loggers: Iterable[logging.Logger]) -> Iterator[None]:
+    """Nothing is logged, and what transformers says once, it has not said yet."""
+    found = {id(each): each for each in loggers}.values()
+    before = [(each, dict(vars(each))) for each in found]
+    for each in found:
+        each.disabled = True
+        for once in ("warning_once", "info_once"):
+            setattr(each, once, lambda *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        for each, attributes in before:
+            each.disabled = attributes["disabled"]
+            for once in ("warning_once", "info_once"):
+                if once in attributes:
+                    setattr(each, once, attributes[once])
+                else:
+                    delattr(each, once)
 
 
 def values(shape: Sequence[int], seed: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
