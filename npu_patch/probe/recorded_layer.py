@@ -6,6 +6,7 @@ compute between them is computed.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import zlib
@@ -96,7 +97,7 @@ def make(trial: Trial, path: Path, recording: Recording, answer: Answer) -> torc
     made = object.__new__(trial.layer)
     required = [
         parameter
-        for parameter in list(inspect.signature(init).parameters.values())[1:]
+        for parameter in _parameters(init)
         if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     ]
     own(made, **{parameter.name: Unknown(path, parameter.name) for parameter in required})
@@ -107,6 +108,12 @@ def make(trial: Trial, path: Path, recording: Recording, answer: Answer) -> torc
         if not name.startswith("_") and (value is None or type(value) in (bool, int, float, str)):
             vars(made)[name] = Unknown(path, f"self.{name}")
     return made
+
+
+@functools.lru_cache(maxsize=8)
+def _parameters(function: FunctionType) -> tuple[inspect.Parameter, ...]:
+    """After `self`."""
+    return tuple(inspect.signature(function).parameters.values())[1:]
 
 
 def attributes_of(made: torch.nn.Module) -> Iterator[tuple[str, Any]]:
@@ -131,7 +138,7 @@ def arguments(trial: Trial, path: Path) -> tuple[Tensor, dict[str, Any]]:
     nothing known of what must be given, and the defaults of the rest; where `given`, something instead of None."""
     leaf = values(trial.shape, 70, trial.dtype, grad=True)
     found: dict[str, Any] = {}
-    for parameter in list(inspect.signature(innermost(trial.layer.forward)).parameters.values())[1:]:
+    for parameter in _parameters(innermost(trial.layer.forward)):
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         unknown = parameter.default is parameter.empty or isinstance(parameter.default, bool)
