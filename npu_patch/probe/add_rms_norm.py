@@ -99,6 +99,10 @@ def _readings(layer: type, is_norm: IsNorm) -> Iterator[AddRMSNormReading | NoAd
     for run in seen:
         for name, cls in run.recording.called.items():
             counts.setdefault((name, cls), set()).add(run.recording.results.get(name, 1))
+    of_name: dict[str, set[int]] = {}
+    for (name, _), results in counts.items():
+        of_name.setdefault(name, set()).update(results)
+    usual = {name: next(iter(results)) for name, results in of_name.items() if len(results) == 1}
     found: dict[type, list[_Found]] = {}
     for (name, cls), results in counts.items():
         if is_norm(cls) or "forward" not in vars(cls) or cls.__module__ != layer.__module__:
@@ -106,7 +110,7 @@ def _readings(layer: type, is_norm: IsNorm) -> Iterator[AddRMSNormReading | NoAd
         if endless is not None:
             yield NoAddRMSNorm(layer, cls, endless)
             continue
-        best = _found(layer, is_norm, name, cls, sorted(results))
+        best = _found(layer, is_norm, name, cls, sorted(results), usual)
         if best is not None:
             found.setdefault(cls, []).append(best)
     looked_up = _looked_up(layer)
@@ -134,14 +138,17 @@ class _Found:
     norms: dict[str, None] = field(default_factory=dict)
     refusal: str | None = None
     indexed: bool = False
+    usual: dict[str, int] = field(default_factory=dict)  # results of the layer's modules, to try first
 
 
-def _found(layer: type, is_norm: IsNorm, mixer: str, cls: type, results: list[int]) -> _Found | None:
+def _found(
+    layer: type, is_norm: IsNorm, mixer: str, cls: type, results: list[int], usual: dict[str, int]
+) -> _Found | None:
     """With as many `results` as it can have; refused if no other number does better. None if nothing is normed."""
     refused: _Found | None = None
     waiting = list(results)
     while waiting:
-        found = _Found(mixer, cls, waiting.pop(0))
+        found = _Found(mixer, cls, waiting.pop(0), usual=usual)
         for shape, dtype in STREAMS:
             _look(found, layer, is_norm, shape, dtype)
             if found.refusal is not None or not found.norms:
@@ -204,7 +211,7 @@ class _Run:
 def _pair(trial: Trial, is_norm: IsNorm, path: Path, found: _Found) -> tuple[_Run, _Run]:
     """The same way as it is, and with the results of the mixer put off. On a way that takes another number of results,
     a mixer with this one is not met."""
-    plain = _run(trial, is_norm, path, {found.mixer: found.results})
+    plain = _run(trial, is_norm, path, {found.mixer: found.results}, found.usual)
     if plain.failed is not None:
         other = _run(trial, is_norm, path)
         plain.impossible |= other.failed is None and other.recording.results.get(found.mixer, 1) != found.results
@@ -212,11 +219,17 @@ def _pair(trial: Trial, is_norm: IsNorm, path: Path, found: _Found) -> tuple[_Ru
     return plain, _attempt(trial, is_norm, path, _Run(found.mixer, Recording(dict(plain.recording.results))))
 
 
-def _run(trial: Trial, is_norm: IsNorm, path: Path, only: dict[str, int] | None = None) -> _Run:
-    """As it is. How many results each module has is tried out, but for those in `only`; a run that fails with every
-    number of them is the one that failed first."""
+def _run(
+    trial: Trial,
+    is_norm: IsNorm,
+    path: Path,
+    only: dict[str, int] | None = None,
+    usual: dict[str, int] | None = None,
+) -> _Run:
+    """As it is. How many results each module has is tried out, from the `usual` number on, but for those in `only`; a
+    run that fails with every number of them is the one that failed first."""
     fixed = only or {}
-    results = dict(fixed)
+    results = {**(usual or {}), **fixed}
     first: _Run | None = None
     while True:
         run = _attempt(trial, is_norm, path, _Run(None, Recording(results)))
