@@ -1,6 +1,7 @@
 """Packages that are not on this machine, with the signatures they publish and the limits they have.
 
-The arithmetic inside is this project's own; `off` multiplies the outputs, to be a provider that is wrong.
+The arithmetic inside is this project's own. `off` multiplies the outputs, to be a provider that is wrong; `rule` is one
+of FAULTY_RULES, to be one that is wrong in one way alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,77 @@ from torch import Tensor
 
 from npu_patch.ops.causal_conv1d import causal_conv1d as own_convolution
 from npu_patch.ops.gated_delta_rule import chunk_gated_delta_rule as own_rule
+
+
+class _OffBackward(torch.autograd.Function):
+    """Its argument; a gradient that is off."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 1.3
+
+
+def _gradient(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor | None]:
+    return own_rule(q, k, _OffBackward.apply(v), *others)
+
+
+def _packed(*given: Any) -> tuple[Tensor, Tensor | None]:
+    """One sequence, whatever the lengths say; shapes are right."""
+    q, k, v, g, beta, scale, initial_state, *others, cu_seqlens = given
+    if cu_seqlens is None:
+        return own_rule(q, k, v, g, beta, scale, initial_state, *others)
+    initial_state = None if initial_state is None else initial_state[:1]
+    o, final = own_rule(q, k, v, g, beta, scale, initial_state, *others)
+    return o, None if final is None else final.expand(len(cu_seqlens) - 1, -1, -1, -1)
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor | None]:
+    """Value head h has key head h % Hk."""
+    q, k = (x.repeat(1, 1, v.shape[2] // k.shape[2], 1) for x in (q, k))
+    return own_rule(q, k, v, *others)
+
+
+def _final_state(*given: Any) -> tuple[Tensor, Tensor | None]:
+    o, final = own_rule(*given)
+    return o, None if final is None else final * 1.1
+
+
+def _final_state_gradient(*given: Any) -> tuple[Tensor, Tensor | None]:
+    o, final = own_rule(*given)
+    return o, None if final is None else _OffBackward.apply(final)
+
+
+def _final_state_detached(*given: Any) -> tuple[Tensor, Tensor | None]:
+    o, final = own_rule(*given)
+    return o, None if final is None else final.detach()
+
+
+def _initial_state_dropped(*given: Any) -> tuple[Tensor, Tensor | None]:
+    q, k, v, g, beta, scale, _, *others = given
+    return own_rule(q, k, v, g, beta, scale, None, *others)
+
+
+def _chunks_forget(*given: Any) -> tuple[Tensor, Tensor | None]:
+    """The state is lost after 64 tokens."""
+    q, k, v, g, beta, *others = given
+    g = torch.where((torch.arange(g.shape[1], device=g.device) == 64)[:, None], -100.0, g)
+    return own_rule(q, k, v, g, beta, *others)
+
+
+FAULTY_RULES: dict[str, Callable[..., Any]] = {
+    "gradient": _gradient,
+    "packed": _packed,
+    "grouped": _grouped,
+    "final state": _final_state,
+    "final state's gradient": _final_state_gradient,
+    "final state detached": _final_state_detached,
+    "initial state dropped": _initial_state_dropped,
+    "chunks forget": _chunks_forget,
+}
 
 
 def mindspeed_rule(off: float = 1.0) -> Callable[..., Any]:
@@ -57,7 +129,7 @@ def mindspeed_rule(off: float = 1.0) -> Callable[..., Any]:
     return chunk_gated_delta_rule
 
 
-def fla_rule(off: float = 1.0) -> Callable[..., Any]:
+def fla_rule(off: float = 1.0, rule: Callable[..., Any] = own_rule) -> Callable[..., Any]:
     """As in flash-linear-attention after 0.5.2."""
 
     def chunk_gated_delta_rule(
@@ -90,9 +162,7 @@ def fla_rule(off: float = 1.0) -> Callable[..., Any]:
         if initial_state is not None and initial_state.dtype != torch.float32:
             raise ValueError("states are float32")
         chunk_gated_delta_rule.calls += 1
-        o, final = own_rule(
-            q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens
-        )
+        o, final = rule(q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens)
         return o * off, final
 
     chunk_gated_delta_rule.calls = 0
@@ -148,9 +218,13 @@ def install_mindspeed(monkeypatch: pytest.MonkeyPatch, module: str, off: float =
 
 
 def install_fla(
-    monkeypatch: pytest.MonkeyPatch, version: str = "0.6.0", on_npu: bool = True, off: float = 1.0
+    monkeypatch: pytest.MonkeyPatch,
+    version: str = "0.6.0",
+    on_npu: bool = True,
+    off: float = 1.0,
+    rule: Callable[..., Any] = own_rule,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    rule, convolution = fla_rule(off), fla_convolution(off)
+    rule, convolution = fla_rule(off, rule), fla_convolution(off)
     install(
         monkeypatch,
         {

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
 import torch
 
 import npu_patch
+from npu_patch.ops import gated_delta_fla as fla
+from npu_patch.ops.gated_delta_calls import ConvolutionCall, RuleCall
 from npu_patch.ops.gated_delta_rule import recurrent_gated_delta_rule
 from npu_patch.outcome import Outcome
 from npu_patch.probe import gated_delta_providers
+from npu_patch.probe.gated_delta_providers import why_wrong_convolution, why_wrong_rule
 from npu_patch.probe.gated_delta_reference import recurrence
-from tests.gated_delta_stand_ins import install, install_fla, install_mindspeed
+from tests.gated_delta_stand_ins import FAULTY_RULES, install, install_fla, install_mindspeed
 from tests.gradients import loss_and_gradients, relative_error
 from tests.tiny_models import tiny, tiny_batch
 
@@ -107,6 +112,92 @@ def test_wrong_numbers_are_rejected_and_named(
     assert "self-check: output is 0.1" in outcome.as_dict()["declined"][name]
     assert f"not {name} (self-check: output is" in " ".join(str(report).split())
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+class Kind(NamedTuple):
+    values_per_key: int
+    from_state: bool
+    to_state: bool
+
+    @property
+    def grouped(self) -> bool:
+        return self.values_per_key > 1
+
+    def call(self, device: torch.device) -> RuleCall:
+        heads = 2 * self.values_per_key
+        q, k = (torch.randn(1, 9, 2, 12, device=device).bfloat16() for _ in range(2))
+        v, g = torch.randn(1, 9, heads, 20, device=device).bfloat16(), -torch.rand(1, 9, heads, device=device)
+        state = torch.randn(1, heads, 12, 20, device=device) if self.from_state else None
+        return RuleCall(q, k, v, g, g.exp().bfloat16(), state, self.to_state, normalize=True)
+
+
+KINDS = [Kind(*kind) for kind in itertools.product((1, 3), (False, True), (False, True))]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_right_rule_passes_for_every_kind_of_call(
+    kind: Kind, npu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule, _ = install_fla(monkeypatch)
+    assert fla.RULE.missing() is None
+    assert why_wrong_rule(fla.RULE, kind.call(npu)) is None
+    assert rule.calls == 2  # one of them packed
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason", "met_by"),
+    [
+        ("gradient", "gradient of v is", None),
+        ("packed", "output of packed sequences is", None),
+        ("chunks forget", "output is", None),
+        ("grouped", "output is", "grouped"),
+        ("initial state dropped", "output is", "from_state"),
+        ("final state", "final state is 0.1", "to_state"),
+        ("final state's gradient", "gradient of", "to_state"),
+        ("final state detached", "final state passes on no gradient", "to_state"),
+    ],
+)
+def test_one_fault_alone_is_found_for_the_calls_that_meet_it(
+    fault: str, reason: str, met_by: str | None, npu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others may go on using the kernel."""
+    install_fla(monkeypatch, rule=FAULTY_RULES[fault])
+    assert fla.RULE.missing() is None
+    for kind in KINDS:
+        wrong = why_wrong_rule(fla.RULE, kind.call(npu))
+        if met_by is None or getattr(kind, met_by):
+            assert wrong is not None and wrong.startswith(f"self-check: {reason}"), (kind, wrong)
+        else:
+            assert wrong is None, (kind, wrong)
+
+
+def test_a_rule_that_mixes_up_grouped_heads_serves_no_model_with_them(
+    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with applied(model):
+        expected = loss_and_gradients(model, tiny_batch())
+    install_fla(monkeypatch, rule=FAULTY_RULES["grouped"])
+    with applied(model) as report:
+        found = loss_and_gradients(model, tiny_batch())
+        assert the_rule(report).calls.ran_by == {OWN: 1}
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_convolution_that_drops_its_bias_is_found(
+    biased: bool, npu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_fla(monkeypatch)
+    right = sys.modules[fla.CONVOLUTIONS].causal_conv1d
+
+    def dropped(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, **others: Any) -> Any:
+        return right(x, weight, None, **others)
+
+    install(monkeypatch, {fla.CONVOLUTIONS: {"causal_conv1d": dropped}})
+    x, weight = torch.randn(1, 8, 13, device=npu), torch.randn(8, 4, device=npu)
+    call = ConvolutionCall(x, weight, torch.randn(8, device=npu) if biased else None, "silu")
+    wrong = why_wrong_convolution(fla.CONVOLUTION, call)
+    assert (wrong is not None and "output is" in wrong) if biased else wrong is None
 
 
 def test_a_provider_that_raises_is_rejected(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

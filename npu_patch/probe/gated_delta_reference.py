@@ -22,17 +22,17 @@ def recurrence(
 ) -> tuple[Tensor, Tensor]:
     """The output `[B, T, Hv, V]` and final states `[B or N, Hv, K, V]`, in the dtype given (float64, to be exact).
 
-    g `[B, T, Hv]`, or `[B, T, Hv, K]` for a decay of its own for each channel of the key. bounds: where packed
-    sequences begin and end.
+    g `[B, T, Hv]`, or `[B, T, Hv, K]` for a decay of its own for each channel of the key. bounds: where N packed
+    sequences begin and end; initial_state is laid out as the final states are.
     """
     if normalize:
         q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
     q, k = (x.repeat_interleave(v.shape[2] // k.shape[2], 2) for x in (q * k.shape[-1] ** -0.5, k))
     g = g if g.dim() == 4 else g[..., None]
     outputs, finals = [], []
-    bounds = (0, q.shape[1]) if bounds is None else bounds
-    for start, end in itertools.pairwise(bounds):
-        state = initial_state
+    packed = bounds is not None
+    for index, (start, end) in enumerate(itertools.pairwise(bounds if packed else (0, q.shape[1]))):
+        state = initial_state[index : index + 1] if packed and initial_state is not None else initial_state
         if state is None:
             state = (k[:, 0, :, :, None] * v[:, 0, :, None]) * 0.0
         for t in range(start, end):
