@@ -19,8 +19,9 @@ from npu_patch.kernels.gamma import GAMMAS, load_gamma
 from npu_patch.kernels.partial_sums import sum_rows
 from npu_patch.kernels.rows import row_tiling, rows_of
 
-FORWARD = launch.Tile(bytes_per_element=24, elements=2048, stages=3)
-BACKWARD = launch.Tile(bytes_per_element=32, elements=4096, programs=3, stages=2)
+FORWARD = launch.Tile(bytes_per_element=24, elements=2048, stages=3, least_bytes=15)
+BACKWARD = launch.Tile(bytes_per_element=32, elements=4096, programs=3, stages=2, least_bytes=23)
+TILES = (FORWARD, BACKWARD)
 
 
 def add_rms_norm(

@@ -18,8 +18,9 @@ from npu_patch.kernels.gamma import GAMMAS, load_gamma
 from npu_patch.kernels.partial_sums import sum_rows
 from npu_patch.kernels.rows import row_tiling, rows_of
 
-FORWARD = launch.Tile(bytes_per_element=32, elements=4096)
-BACKWARD = launch.Tile(bytes_per_element=48, elements=4096)
+FORWARD = launch.Tile(bytes_per_element=32, elements=4096, least_bytes=19)
+BACKWARD = launch.Tile(bytes_per_element=48, elements=4096, least_bytes=35)
+TILES = (FORWARD, BACKWARD)
 ACTIVATIONS = {"sigmoid": 0, "silu": 1}
 
 

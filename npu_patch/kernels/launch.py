@@ -43,6 +43,8 @@ class Tile:
     """What suits one kernel, on either device.
 
     `bytes_per_element`: what the Ascend compiler plans on chip for each element of a tile, double buffers included.
+    `least_bytes`: what it needs for each of a single row, where it gives up double buffers for lack of room; 0 for
+    kernels that take a row in parts.
     On CUDA: `elements` of a program's tile, of one of its threads, how many programs a multiprocessor gets where each
     leaves a row of partial sums, and how many turns of its loop are in flight.
     """
@@ -52,6 +54,7 @@ class Tile:
     elements_per_thread: int = 32
     programs: int = 4
     stages: int = 1
+    least_bytes: int = 0
 
 
 @functools.lru_cache
@@ -62,6 +65,17 @@ def machine_of(device: torch.device) -> Machine:
     if device.type == "cuda":
         return Machine("cuda", torch.cuda.get_device_properties(device).multi_processor_count)
     return Machine(device.type, os.cpu_count() or 1)  # the interpreter
+
+
+def widest_row(machine: Machine, *tiles: Tile) -> int | None:
+    """How many elements of a row fit on chip, for kernels that hold a whole one; None where nothing limits it."""
+    return None if machine.on_chip_bytes is None else machine.on_chip_bytes // max(tile.least_bytes for tile in tiles)
+
+
+def why_too_wide(device: torch.device, length: int, *tiles: Tile) -> str | None:
+    """Why kernels of these tiles cannot hold a row of `length` elements on `device`, or None."""
+    widest = widest_row(machine_of(device), *tiles)
+    return None if widest is None or length <= widest else f"{length} wide: {widest} is the most that fits on chip"
 
 
 def programs(machine: Machine, blocks: int, tile: Tile, leave_partial_sums: bool = False) -> int:

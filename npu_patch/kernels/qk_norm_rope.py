@@ -20,10 +20,11 @@ from npu_patch.kernels.gamma import GAMMAS
 from npu_patch.kernels.partial_sums import sum_rows
 
 # As tuned on an H200; heads that are rotated in part hold two kinds of tiles, which suit other sizes.
-FORWARD = launch.Tile(bytes_per_element=24, elements=2048)
-BACKWARD = launch.Tile(bytes_per_element=40, elements=2048, elements_per_thread=16)
-PARTIAL_FORWARD = launch.Tile(bytes_per_element=24, elements=8192, elements_per_thread=64, stages=2)
-PARTIAL_BACKWARD = launch.Tile(bytes_per_element=40, elements=1024, programs=8, stages=2)
+FORWARD = launch.Tile(bytes_per_element=24, elements=2048, least_bytes=24)
+BACKWARD = launch.Tile(bytes_per_element=40, elements=2048, elements_per_thread=16, least_bytes=32)
+PARTIAL_FORWARD = launch.Tile(bytes_per_element=24, elements=8192, elements_per_thread=64, stages=2, least_bytes=24)
+PARTIAL_BACKWARD = launch.Tile(bytes_per_element=40, elements=1024, programs=8, stages=2, least_bytes=32)
+TILES = (FORWARD, BACKWARD, PARTIAL_FORWARD, PARTIAL_BACKWARD)
 
 
 @dataclass(frozen=True)

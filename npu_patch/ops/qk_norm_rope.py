@@ -69,7 +69,16 @@ def _unsupported(q: Heads, k: Heads, cos: Tensor, sin: Tensor, rope: RoPEVariant
         return "weights of two dtypes"
     if not (q.eps > 0 and k.eps > 0):
         return "an eps of 0"
-    return _tables_unsupported(q.x, cos, sin, rope)
+    return _tables_unsupported(q.x, cos, sin, rope) or _too_wide(q.x)
+
+
+def _too_wide(x: Tensor) -> str | None:
+    """The kernels hold whole heads: an NPU's compiler refuses one that does not fit on chip."""
+    if x.device.type != "npu":
+        return None
+    from npu_patch.kernels import launch, qk_norm_rope
+
+    return launch.why_too_wide(x.device, x.shape[-1], *qk_norm_rope.TILES)
 
 
 def _tables_unsupported(x: Tensor, cos: Tensor, sin: Tensor, rope: RoPEVariant) -> str | None:

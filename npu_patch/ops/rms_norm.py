@@ -195,7 +195,17 @@ def unsupported_by_triton(
         return f"a weight of {dtype_name(weight.dtype)} beside float32"
     if any(tensor is not None and tensor.stride(-1) != 1 for tensor in (x, weight, gate)):
         return "a last dimension that is not contiguous"
-    return None
+    return _too_wide_for_triton(x, gate is not None)
+
+
+def _too_wide_for_triton(x: Tensor, gated: bool) -> str | None:
+    """The kernels hold whole rows: an NPU's compiler refuses one that does not fit on chip."""
+    if x.device.type != "npu":
+        return None
+    from npu_patch.kernels import add_rms_norm, gated_rms_norm, launch
+
+    kernels = gated_rms_norm if gated else add_rms_norm
+    return launch.why_too_wide(x.device, x.shape[-1], *kernels.TILES)
 
 
 def _unsupported(

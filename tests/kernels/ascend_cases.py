@@ -16,8 +16,12 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
+from npu_patch.kernels import add_rms_norm as add_rms_norm_kernels
+from npu_patch.kernels import gated_rms_norm as gated_kernels
+from npu_patch.kernels import launch
+from npu_patch.kernels import qk_norm_rope as qk_norm_kernels
 from npu_patch.kernels.add_rms_norm import add_rms_norm, rms_norm
-from npu_patch.kernels.ascend_compile import Launch, Plan, lower, plan, recorded_launches
+from npu_patch.kernels.ascend_compile import CORES, Launch, Plan, lower, plan, recorded_launches
 from npu_patch.kernels.delta_gating import delta_gating
 from npu_patch.kernels.gated_rms_norm import gated_rms_norm
 from npu_patch.kernels.qk_norm_rope import QKNorm, packed_qk_norm_rope, qk_norm_rope
@@ -90,6 +94,24 @@ def delta_gating_cases(model: Model) -> None:
         trace(lambda a, b: delta_gating(a, b, per_head, per_head), a, a.clone())
 
 
+def widest_cases() -> None:
+    """Of the kernels that hold whole rows, the widest that the ops give them, with the weights that take most room."""
+    machine = launch.Machine("npu", CORES, launch.UNIFIED_BUFFER, exact_widths=True)
+    narrow, wide, headed = (
+        launch.widest_row(machine, *kernels.TILES) for kernels in (add_rms_norm_kernels, gated_kernels, qk_norm_kernels)
+    )
+    x, weight = empty(TOKENS, narrow), torch.empty(narrow, device="meta")
+    trace(lambda x, residual, w: add_rms_norm(x, residual, w, EPS, "1 + weight"), x, x.clone(), weight)
+    trace(lambda x, w: rms_norm(x, w, EPS, "1 + weight"), x, weight)
+    x, weight = empty(TOKENS, wide), torch.empty(wide, device="meta")
+    trace(lambda x, gate, w: gated_rms_norm(x, gate, w, EPS, "silu", "1 + weight"), x, x.clone(), weight)
+    headed -= headed % 8  # a quarter of it is rotated, in halves
+    for rotary in (headed, headed // 4):
+        tables, weight = empty(1, TOKENS, rotary), torch.empty(headed, device="meta")
+        q, k, norm = empty(1, TOKENS, 4, headed), empty(1, TOKENS, 2, headed), QKNorm(EPS, EPS, "1 + weight")
+        trace(lambda *given: qk_norm_rope(*given, tables, tables, norm), q, k, weight, weight.clone())  # noqa: B023
+
+
 FAMILIES: dict[str, Callable[[Model], None]] = {
     "qk_norm_rope": qk_norm_rope_cases,
     "swiglu": swiglu_cases,
@@ -151,6 +173,14 @@ def scalar() -> list[dict[str, object]]:
     return [row(one, [], plan(lower(one)))]
 
 
+def widest() -> list[dict[str, object]]:
+    with recorded_launches() as recorded:
+        widest_cases()
+    found = list(dict.fromkeys(recorded))
+    with ThreadPoolExecutor(2) as pool:
+        return [row(one, [], made) for one, made in zip(found, pool.map(plan, map(lower, found)), strict=True)]
+
+
 if __name__ == "__main__":
-    special = {"oversized": oversized, "scalar": scalar}
+    special = {"oversized": oversized, "scalar": scalar, "widest": widest}
     print(json.dumps({name: special[name]() if name in special else compiled(name) for name in sys.argv[1:]}))

@@ -22,10 +22,10 @@ FAMILIES = ("qk_norm_rope", "swiglu", "add_rms_norm", "gated_rms_norm", "delta_g
 
 @pytest.fixture(scope="module")
 def plans() -> dict[str, list[dict[str, Any]]]:
-    """Of every family, and of two kernels that must not pass; from one process, without the interpreter."""
+    """Of every family, of the widest rows, and of two kernels that must not pass; from a process of its own."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.ascend_cases", *FAMILIES, "oversized", "scalar"],
+        [sys.executable, "-m", "tests.kernels.ascend_cases", *FAMILIES, "widest", "oversized", "scalar"],
         cwd=ROOT,
         env=kept | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
         capture_output=True,
@@ -47,6 +47,17 @@ def test_fits_the_chip(family: str, plans: dict[str, list[dict[str, Any]]]) -> N
         assert plan["scalar_loops"] == [], f"{where}: scalar loops, {plan['scalar_loops'][:3]}"
         assert 0 < plan["on_chip_bytes"] <= UNIFIED_BUFFER, f"{where}: {plan['on_chip_bytes']} bytes"
         assert plan["double_buffered"], f"{where}: no room to overlap copies with arithmetic"
+
+
+def test_the_widest_row_that_is_taken_fits(plans: dict[str, list[dict[str, Any]]]) -> None:
+    """Of kernels that hold whole rows: `launch.why_too_wide` declines the next one. Copies need not overlap there."""
+    families = {plan["kernel"].split(".")[0] for plan in plans["widest"]}
+    assert {"add_rms_norm", "gated_rms_norm", "qk_norm_rope_forward", "qk_norm_rope_backward"} <= families
+    for plan in plans["widest"]:
+        where = f"{plan['kernel']} with {plan['constants']}"
+        assert plan["refusal"] is None, f"{where}: {plan['refusal']}"
+        assert plan["scalar_loops"] == [], f"{where}: scalar loops, {plan['scalar_loops'][:3]}"
+        assert 0 < plan["on_chip_bytes"] <= UNIFIED_BUFFER, f"{where}: {plan['on_chip_bytes']} bytes"
 
 
 def test_an_oversized_tile_is_refused(plans: dict[str, list[dict[str, Any]]]) -> None:
