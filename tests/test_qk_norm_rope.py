@@ -10,6 +10,7 @@ import statistics
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +18,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import npu_patch
-from npu_patch import deferred_norm
+from npu_patch import deferred_norm, selection
 from npu_patch.kernels.readiness import why_not
-from npu_patch.measure import Alternative, why_wrong
-from npu_patch.ops import qk_norm_rope, rms_norm, rope
+from npu_patch.measure import Alternative, Case, Measured, why_wrong
+from npu_patch.ops import implementation, qk_norm_rope, rms_norm, rope
 from npu_patch.ops.implementation import choose
 from npu_patch.ops.rms_norm import PLAIN_VARIANTS
 from npu_patch.outcome import Outcome, Report
@@ -362,10 +363,36 @@ def test_a_flag_set_later_makes_the_call_run_anew(modeling: types.ModuleType, np
     assert relative_error(found.cpu(), layer(**given).cpu()) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("family", "heads"),
+    [("qwen3", "heads of 16"), ("glm4_moe", "heads of 16, 8 rotated"), ("qwen3_5", "heads of 16, 4 rotated")],
+)
+def test_heads_are_measured_as_they_are_rotated(
+    family: str, heads: str, npu: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And the calls of the model are those that were measured."""
+    measured: list[Case] = []
+
+    def measure(case: Case, alternative: Alternative, *_: object) -> Measured:
+        measured.append(case)
+        return Measured(seconds=1.0 if alternative.name == "triton" else 2.0)
+
+    monkeypatch.setattr(implementation, "is_simulated", lambda: False)  # which has no times
+    monkeypatch.setattr(selection, "measure", measure)
+    monkeypatch.setenv("TWINKLE_NPU_TRITON_CACHE", str(tmp_path / "times.json"))
+    model = built(family).to(npu)
+    with npu_patch.applied(model) as report:
+        loss_and_gradients(model, tiny_batch(length=5))
+        assert fused(report).calls.ran_by == {"triton": LAYERS.get(family, 2)}
+    (name,) = {case.name for case in measured if case.op == "qk_norm_rope"}
+    assert f"6 and 2 {heads} float32" in name
+
+
+@pytest.mark.parametrize("rotary", [16, 6])
 @pytest.mark.parametrize("weight_dtype", [None, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_measured_passes_its_self_check(
-    dtype: torch.dtype, weight_dtype: torch.dtype | None, npu: torch.device
+    dtype: torch.dtype, weight_dtype: torch.dtype | None, rotary: int, npu: torch.device
 ) -> None:
     """The kernel and the two operators one after the other, and not a kernel that is off by a hundredth."""
     variant = {each.name: each for each in PLAIN_VARIANTS}["weightless" if weight_dtype is None else "float32 weight"]
@@ -373,10 +400,11 @@ def test_what_is_measured_passes_its_self_check(
     assert kernel.missing() is None
     parts = (choose(each, "npu").chosen.run for each in (rms_norm.IMPLEMENTATIONS, rope.IMPLEMENTATIONS))
     original = Alternative("apart", qk_norm_rope.one_after_the_other(*parts))
-    sizes = qk_norm_rope.Sizes(3, 1, 16, dtype, weight_dtype)
+    sizes = qk_norm_rope.Sizes(3, 1, 16, rotary, dtype, weight_dtype)
     case = qk_norm_rope.case(sizes, variant, rope.RoPEVariant(rope.HALF, rope.TABLES[0]), original)
 
     def off(*call: object) -> list[Tensor]:
+        assert call[2].shape[-1] == rotary
         return [1.05 * each for each in kernel.run(*call)]
 
     assert why_wrong(case, original, npu) is None

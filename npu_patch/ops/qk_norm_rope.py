@@ -81,8 +81,13 @@ def _too_wide(x: Tensor) -> str | None:
     return launch.why_too_wide(x.device, x.shape[-1], *qk_norm_rope.TILES)
 
 
+def rotary_width(cos: Tensor, rope: RoPEVariant) -> int:
+    """How many elements of a head a table rotates."""
+    return 2 * cos.shape[-1] // rope.table.width(2)
+
+
 def _tables_unsupported(x: Tensor, cos: Tensor, sin: Tensor, rope: RoPEVariant) -> str | None:
-    width = 2 * cos.shape[-1] // rope.table.width(2)
+    width = rotary_width(cos, rope)
     fits = cos.shape == sin.shape and cos.dim() == 3 and cos.shape[0] in (1, x.shape[0]) and cos.shape[1] == x.shape[1]
     if not fits or width > x.shape[-1] or width % 2 or width == 0:
         return f"tables of shape {tuple(cos.shape)} for heads of shape {tuple(x.shape)}"
@@ -128,22 +133,24 @@ def one_after_the_other(norm: Callable[..., Tensor], rotation: Callable[..., Ten
 
 @dataclass(frozen=True)
 class Sizes:
-    """What decides the time of a call, but for the number of tokens."""
+    """What decides the time of a call, but for the number of tokens: tiles follow `rotary`, how much of a head is
+    rotated."""
 
     heads: int
     key_heads: int
     head_dim: int
+    rotary: int
     dtype: torch.dtype
     weight_dtype: torch.dtype | None
 
     @classmethod
-    def of(cls, q: Heads, k: Heads) -> Sizes:
+    def of(cls, q: Heads, k: Heads, cos: Tensor, rope: RoPEVariant) -> Sizes:
         weight = None if q.weight is None else q.weight.dtype
-        return cls(q.x.shape[2], k.x.shape[2], q.x.shape[3], q.x.dtype, weight)
+        return cls(q.x.shape[2], k.x.shape[2], q.x.shape[3], rotary_width(cos, rope), q.x.dtype, weight)
 
 
 def case(sizes: Sizes, norm: RMSNormVariant, rope: RoPEVariant, original: Alternative) -> Case:
-    """One sequence; the whole head is rotated. The results are put side by side: a `Case` has one."""
+    """One sequence. The results are put side by side: a `Case` has one."""
     width = sizes.head_dim
     tables: dict[Any, tuple[Tensor, Tensor]] = {}  # made before the clock runs
 
@@ -151,7 +158,7 @@ def case(sizes: Sizes, norm: RMSNormVariant, rope: RoPEVariant, original: Altern
         key = x.shape[0], x.dtype, x.device
         if key not in tables:
             tables.clear()
-            shape = (1, x.shape[0], rope.table.width(width))
+            shape = (1, x.shape[0], rope.table.width(sizes.rotary))
             tables[key] = tuple(values(shape, seed, sizes.dtype).to(x.device, x.dtype) for seed in (7, 8))
         return tables[key]
 
@@ -180,5 +187,7 @@ def case(sizes: Sizes, norm: RMSNormVariant, rope: RoPEVariant, original: Altern
         return [((tokens, heads * width), sizes.dtype) for heads in (sizes.heads, sizes.key_heads)] + weights
 
     weighted = "" if sizes.weight_dtype is None else f", weight {dtype_name(sizes.weight_dtype)}"
-    name = f"{norm.name}, {sizes.heads} and {sizes.key_heads} heads of {width} {dtype_name(sizes.dtype)}{weighted}"
+    rotated = "" if sizes.rotary == width else f", {sizes.rotary} rotated"
+    heads = f"{sizes.heads} and {sizes.key_heads} heads of {width}{rotated}"
+    name = f"{norm.name}, {heads} {dtype_name(sizes.dtype)}{weighted}"
     return Case("qk_norm_rope", name, inputs, call, definition, original)

@@ -25,7 +25,7 @@ from npu_patch.measure import Alternative, Case
 from npu_patch.names_used import names_used
 from npu_patch.ops import rms_norm, rope
 from npu_patch.ops.implementation import choose
-from npu_patch.ops.qk_norm_rope import IMPLEMENTATIONS, Heads, Sizes, case, one_after_the_other
+from npu_patch.ops.qk_norm_rope import IMPLEMENTATIONS, Heads, Sizes, case, one_after_the_other, rotary_width
 from npu_patch.outcome import Calls
 from npu_patch.patches.patch import (
     HOOKS,
@@ -69,10 +69,10 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         reading: RoPEReading, q: DeferredHeads, k: DeferredHeads, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor]:
         q_heads, k_heads = (Heads(each.x.transpose(1, 2), each.weight, each.eps, each.variant) for each in (q, k))
-        if not reading.partial and 2 * cos.shape[-1] // reading.variant.table.width(2) != q.x.shape[-1]:
+        if not reading.partial and rotary_width(cos, reading.variant) != q.x.shape[-1]:
             raise Abandoned("tables narrower than the head")
         call = (q_heads, k_heads, cos, sin, reading.variant)
-        serving = selection.serving(Sizes.of(q_heads, k_heads), calls, *call)
+        serving = selection.serving(Sizes.of(q_heads, k_heads, cos, reading.variant), calls, *call)
         if isinstance(serving, str):
             raise Abandoned(serving)
         return serving.run(*call)
@@ -111,8 +111,23 @@ def _cases(
         heads = [getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")]
         if reading is not None and reading.weight_name and all(isinstance(each, int) for each in heads):
             weight = getattr(norm, reading.weight_name)
-            sizes = Sizes(*heads, weight.shape[-1], live.dtype, weight.dtype)
-            yield sizes, case(sizes, reading.variant, rotation.reading.variant, original)
+            head_dim = weight.shape[-1]
+            for rotary in _rotary_widths(live, config, head_dim) if rotation.reading.partial else {head_dim}:
+                sizes = Sizes(*heads, head_dim, rotary, live.dtype, weight.dtype)
+                yield sizes, case(sizes, reading.variant, rotation.reading.variant, original)
+
+
+def _rotary_widths(live: LiveModules, config: Any, head_dim: int) -> set[int]:
+    """How much of a head the model's tables rotate, told by the frequencies they are made of, one for each pair; the
+    whole head where the model shows none."""
+    buffers = (
+        buffer
+        for module in live
+        if getattr(module, "config", None) is config
+        for name, buffer in module.named_buffers(recurse=False)
+        if name.endswith("inv_freq") and buffer.dim() == 1
+    )
+    return {2 * len(buffer) for buffer in buffers if 2 * len(buffer) <= head_dim} or {head_dim}
 
 
 def _why_not(layer: torch.nn.Module, q_norm: str, k_norm: str, device_type: str) -> str | None:
