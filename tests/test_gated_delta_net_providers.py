@@ -23,6 +23,7 @@ from npu_patch.probe.gated_delta_reference import recurrence
 from tests.gated_delta_stand_ins import FAULTY_RULES, install, install_fla, install_mindspeed
 from tests.gradients import loss_and_gradients, relative_error
 from tests.tiny_models import tiny, tiny_batch
+from tests.torch_npu_profiles import installed, presenting
 
 OTHERS_OFF = {"fused_ops": False, "moe_patch": False}
 OWN = "torch, float32"
@@ -58,7 +59,6 @@ def test_mindspeed_trains(module: str, model: torch.nn.Module, monkeypatch: pyte
         assert rule.calls == 3  # two of the self-check
         assert "cannot be imported" in outcome.declined[FLA]
         assert "comes first" in outcome.declined[OWN]
-        assert "-1 <= g" in outcome.declined["torch_npu.npu_chunk_gated_delta_rule"]
         loss_and_gradients(model, tiny_batch())
         assert rule.calls == 4
     assert relative_error(trained["loss"], original["loss"]) < 2.0**-7
@@ -259,10 +259,27 @@ def test_fla_without_a_usable_backend_is_named(
         assert reason in the_rule(report).declined[FLA]
 
 
-def test_torch_npu_s_convolution_is_declined(model: torch.nn.Module) -> None:
-    with applied(model) as report:
-        (outcome,) = [outcome for outcome in report.patched if outcome.variant == "causal convolution"]
-    assert "width 3" in outcome.declined["torch_npu.npu_fused_causal_conv1d"]
+@pytest.mark.parametrize("lacking", [True, False])
+@pytest.mark.parametrize(
+    ("variant", "operator", "documented"),
+    [
+        ("over chunks", "npu_chunk_gated_delta_rule", "documented for -1 <= g only"),
+        ("over chunks", "npu_recurrent_gated_delta_rule", "states in bfloat16"),
+        ("causal convolution", "npu_fused_causal_conv1d", "width 3 only"),
+    ],
+)
+def test_torch_npu_s_own_operators_are_declined_for_what_is_true_of_it(
+    variant: str, operator: str, documented: str, lacking: bool, model: torch.nn.Module
+) -> None:
+    """That it has none, or what its documentation says."""
+    profile = installed().lacking(operator) if lacking else installed()
+    with presenting(profile), applied(model) as report:
+        outcome = next(outcome for outcome in report.patched if variant in outcome.variant and outcome.layers)
+        reason = outcome.declined[f"torch_npu.{operator}"]
+    if lacking or operator in profile.absent:
+        assert reason == f"this torch_npu has no {operator}"
+    else:
+        assert documented in reason
 
 
 def test_gates_of_a_model_leave_the_range_that_torch_npu_documents(model: torch.nn.Module) -> None:

@@ -58,8 +58,9 @@ class Profile:
 
 _ATTENTION_2_13 = ("dropout_mask", "seed", "offset")
 _DTYPES_2_13 = ("x_dtype", "weight_dtype", "scale_dtype", "per_token_scale_dtype")
+# 2.9.0 does not have the last two yet, so 2.7.1 neither. They are declined wherever they are.
 _OLDER = {
-    "absent": frozenset({"npu_fusion_attention_v3"}),
+    "absent": frozenset({"npu_fusion_attention_v3", "npu_chunk_gated_delta_rule", "npu_fused_causal_conv1d"}),
     "otherwise": {"npu_grouped_matmul": {"output_dtype": "ScalarType? output_dtype=None"}},
 }
 RELEASES: dict[str, Profile] = {

@@ -1,6 +1,7 @@
 """Who can compute the ops of a gated delta net, in order of preference. The last one is our own and serves every call.
 
-torch_npu's own operators are named, and declined for what their documentation says of them:
+torch_npu's own operators are named, and declined: where this torch_npu lacks one for that, else for what its
+documentation says:
 
 - npu_chunk_gated_delta_rule has no backward, is documented for decays -1 <= g <= 0 (trained models go far below, and
   whether a call does is known only by reading g on the host) and holds states in bfloat16.
@@ -21,7 +22,8 @@ from npu_patch.ops import gated_delta_mindspeed as mindspeed
 from npu_patch.ops.causal_conv1d import ACTIVATIONS, causal_conv1d, causal_conv1d_update
 from npu_patch.ops.gated_delta_calls import ConvolutionCall, RuleCall
 from npu_patch.ops.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
-from npu_patch.ops.implementation import Implementation, is_plain
+from npu_patch.ops.implementation import Implementation, is_plain, needs_operators
+from npu_patch.ops.operators import Operator
 
 OWN = "torch, float32"
 DEVICE_TYPES = ("npu", "cuda", "cpu")
@@ -88,29 +90,31 @@ def _unsupported_tensors(call: RuleCall | ConvolutionCall) -> str | None:
     return f"tensors on {first.device} and {elsewhere[0]}" if elsewhere else None
 
 
-def _declined(name: str, reason: str) -> Implementation:
+def _declined(operator: Operator, reason: str) -> Implementation:
+    lacking = needs_operators(operator)
+
     def run(call: Any) -> Any:
         raise NotImplementedError(reason)
 
-    return Implementation(name, ("npu",), run, lambda call: reason, lambda: reason)
+    return Implementation(f"torch_npu.{operator.name}", ("npu",), run, lambda call: reason, lambda: lacking() or reason)
 
 
 RULE_PROVIDERS: tuple[Implementation, ...] = (
     mindspeed.RULE,
     fla.RULE,
     _declined(
-        "torch_npu.npu_chunk_gated_delta_rule",
+        Operator("npu_chunk_gated_delta_rule"),
         "no backward; documented for -1 <= g only, which cannot be known without reading g; states in bfloat16",
     ),
-    _declined("torch_npu.npu_recurrent_gated_delta_rule", "states in bfloat16, the model's cache is float32"),
+    _declined(Operator("npu_recurrent_gated_delta_rule"), "states in bfloat16, the model's cache is float32"),
     Implementation(OWN, DEVICE_TYPES, _run_rule, _unsupported_rule),
 )
 CONVOLUTION_PROVIDERS: tuple[Implementation, ...] = (
     fla.CONVOLUTION,
-    _declined("torch_npu.npu_fused_causal_conv1d", "Ascend 950 and width 3 only, no backward"),
+    _declined(Operator("npu_fused_causal_conv1d"), "Ascend 950 and width 3 only, no backward"),
     Implementation(OWN, DEVICE_TYPES, _run_convolution, _unsupported_convolution),
 )
 UPDATE_PROVIDERS: tuple[Implementation, ...] = (
-    _declined("torch_npu.npu_fused_causal_conv1d", "Ascend 950 and width 3 only"),
+    _declined(Operator("npu_fused_causal_conv1d"), "Ascend 950 and width 3 only"),
     Implementation(OWN, DEVICE_TYPES, _run_update, _unsupported_convolution),
 )
