@@ -47,7 +47,7 @@ SWITCHES: tuple[Switch, ...] = (
     Switch("swiglu", "SWIGLU", True, "SwiGLU feed-forward layers", group="fused_ops"),
     Switch("sdpa", "SDPA", True, "attention", group="fused_ops"),
     Switch("moe_patch", "MOE_PATCH", True, "grouped-matmul experts", aliases=("GMM_PATCH",)),
-    Switch("fla", "FLA", True, "gated delta rule, causal conv1d and gating"),
+    Switch("fla", "FLA", True, "gated delta rule, causal conv1d and its update"),
     Switch("gated_rmsnorm_fp32", "GATED_RMSNorm_FP32", False, "gated RMSNorm computed in float32"),
     Switch("swiglu_recompute", "SWIGLU_RECOMPUTE", False, "making SwiGLU's product again in the backward"),
     Switch("triton", "TRITON", AUTO, "Triton kernels beside torch_npu's operators", kind="auto"),

@@ -86,10 +86,6 @@ def recorded_launches() -> Iterator[list[Launch]]:
         launch.machine_of, launch.launch = kept
 
 
-def compile_for_ascend(one: Launch, chip: str = CHIP) -> Plan:
-    return plan(lower(one, chip), chip)
-
-
 def lower(one: Launch, chip: str = CHIP) -> str:
     """The kernel as Linalg."""
     from triton._C.libtriton import ir

@@ -2,6 +2,9 @@
 
 The reference is `npu_patch.ops.delta_gating`. g is the logarithm of a decay, in float32 whatever the dtypes
 (https://arxiv.org/abs/2412.06464). Kept for the backward: the arguments.
+
+No patch uses it: a layer computes its gates in the middle of its forward, where nothing can be rebound. It is for
+layers that call it, and `scripts/bench_kernels.py` times it.
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@ q and k come as views of what the projections return (`[B, S, H, D]` of `[B, S, 
 leave as attention wants them. Every element is read once and written once; all is float32 inside and rounded once.
 The backward reads the inputs again and computes their norms anew, so nothing else is kept. The rotation is that of
 rotate-half (https://arxiv.org/abs/2104.09864), of the first elements of a head if the table is narrower than it.
+
+No patch uses `packed_qk_norm_rope`: where one projection makes q, k and v, the layer's forward splits them before
+anything that can be rebound.
 """
 
 from __future__ import annotations

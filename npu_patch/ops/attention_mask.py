@@ -59,7 +59,6 @@ class Band:
 
 FULL = Band()
 CAUSAL_TOP_LEFT = Band(after=0, bottom_right=False)
-CAUSAL_BOTTOM_RIGHT = Band(after=0)
 
 
 def band_arguments(band: Band, device: torch.device) -> dict[str, Any]:

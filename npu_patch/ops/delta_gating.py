@@ -1,7 +1,8 @@
 """The gates of a gated delta net: `g = -exp(A_log) softplus(a + dt_bias)` and `beta = sigmoid(b)`.
 
 g is the logarithm of the decay of the state (https://arxiv.org/abs/2412.06464), in float32 whatever the dtypes.
-The backward keeps nothing but the arguments.
+The backward keeps nothing but the arguments. No patch uses it: a layer computes its gates in the middle of its forward,
+where nothing can be rebound.
 """
 
 from __future__ import annotations
