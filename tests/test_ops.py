@@ -213,11 +213,11 @@ def test_rope_copies_no_transposed_projection(npu: torch.device, simulated: None
         ((2, 1000, 4, 32), (2, 1, 4, 32), "half", "1000 heads"),
         ((1, 2, 4, 1024), (1, 1, 4, 1024), "half", "fewer than 896"),
         ((2, 3, 4, 32), (2, 1, 4, 32), "interleave", "a table for each sample"),
-        ((2, 3, 4, 32), (3, 1, 4, 32), "half", "tables of shape"),
-        ((2, 3, 4, 32), (2, 1, 1, 32), "half", "tables of shape"),
-        ((2, 3, 4, 32), (2, 1, 4, 31), "half", "tables of shape"),
-        ((2, 3, 4, 32), (2, 1, 4, 64), "half", "tables of shape"),
-        ((3, 32), (3, 32), "half", "tables of shape"),
+        ((2, 3, 4, 32), (3, 1, 4, 32), "half", "tables of another shape"),
+        ((2, 3, 4, 32), (2, 1, 1, 32), "half", "tables of another shape"),
+        ((2, 3, 4, 32), (2, 1, 4, 31), "half", "tables of another shape"),
+        ((2, 3, 4, 32), (2, 1, 4, 64), "half", "tables of another shape"),
+        ((3, 32), (3, 32), "half", "tables of another shape"),
         ((0, 3, 4, 32), (1, 1, 4, 32), "half", "0 elements"),
     ],
 )
@@ -259,7 +259,7 @@ def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype, npu: torch.device) -
 @pytest.mark.parametrize(
     ("tensors", "words"),
     [
-        ([torch.ones(2, 3), torch.ones(2, 4)], "(2, 4)"),
+        ([torch.ones(2, 3), torch.ones(2, 4)], "4 wide"),
         ([torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bfloat16)], "torch.bfloat16"),
         ([torch.ones(0, 4)], "0 elements"),
         ([torch.ones(2, 3)], "odd last dimension 3"),
@@ -272,3 +272,22 @@ def test_swiglu_names_what_it_does_not_support(tensors: list[Tensor], words: str
 def test_silu_reference_is_torchs() -> None:
     gate, up = torch.randn(2, 5)
     assert torch.equal(swiglu.reference(gate, up), F.silu(gate) * up)
+
+
+RMS_NORM, ROPE, SWIGLU = (npu_implementation(each.IMPLEMENTATIONS).unsupported for each in (rms_norm, rope, swiglu))
+
+
+@pytest.mark.parametrize(
+    ("unsupported", "call"),
+    [
+        (RMS_NORM, lambda x: (rms_norm.PLAIN_VARIANTS[0], x, None, 1e-6)),
+        (RMS_NORM, lambda x: (rms_norm.GATED_VARIANTS[0], x.float(), None, 1e-6, x[1:])),
+        (ROPE, lambda x: ([x[None]], x[None], x[None], rope.VARIANTS[0])),
+        (SWIGLU, lambda x: (x,)),
+        (SWIGLU, lambda x: (x.float(), x[1:].float())),
+    ],
+)
+def test_a_reason_is_the_same_for_every_length(unsupported: Callable[..., Any], call: Callable[..., Any]) -> None:
+    """Reasons are counted: one for each length of a training would be many."""
+    reasons = {unsupported(*call(torch.ones(length, 6, dtype=torch.float64))) for length in (3, 4)}
+    assert len(reasons) == 1 and None not in reasons

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from npu_patch.measure import Alternative, Case
-from npu_patch.ops.implementation import TRITON, Implementation, dtype_name, is_plain, needs_triton
+from npu_patch.ops.implementation import TRITON, Implementation, dtype_name, is_plain, layout, needs_triton
 from npu_patch.ops.rms_norm import CASE_EPS, RMSNormVariant, unsupported_by_triton
 
 Run = Callable[[RMSNormVariant, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
@@ -33,7 +33,7 @@ def _unsupported(variant: RMSNormVariant, x: Tensor, residual: Tensor, weight: T
     if not is_plain(residual):
         return "tensor subclass"
     if (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
-        return f"a residual of shape {tuple(residual.shape)} and dtype {residual.dtype} on {residual.device.type}"
+        return f"a residual of another shape: {layout(residual)}, dtype {residual.dtype}, on {residual.device.type}"
     if residual.stride(-1) != 1:
         return "a last dimension that is not contiguous"
     return unsupported_by_triton(variant, x, weight, eps)

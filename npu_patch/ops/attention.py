@@ -189,7 +189,7 @@ def _unsupported_bias(query: Tensor, key: Tensor, bias: Tensor) -> str | None:
         return f"a bias: {lacking}"
     wanted = (*query.shape[:3], key.shape[2])
     if not broadcasts(bias, wanted):
-        return f"a bias of shape {tuple(bias.shape)} for scores of shape {wanted}"
+        return f"a bias of another shape than the scores, {bias.dim()} dimensions"
     if torch.promote_types(bias.dtype, query.dtype) != query.dtype:
         return f"a bias of {bias.dtype}, which {query.dtype} would round"
     return None

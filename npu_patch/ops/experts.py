@@ -27,7 +27,7 @@ from npu_patch.ops.grouped_matmul import (
     torch_is_missing,
     why_unsupported,
 )
-from npu_patch.ops.implementation import Implementation, is_plain, needs_operators
+from npu_patch.ops.implementation import Implementation, is_plain, layout, needs_operators
 from npu_patch.ops.swiglu import NPU_SWIGLU
 from npu_patch.ops.token_permute import (
     MOST_EXPERTS_PER_TOKEN,
@@ -142,9 +142,9 @@ def _unsupported(tokens: Tensor, indices: Tensor, router_weights: Tensor, expert
     if dtype not in FLOAT_DTYPES or not tokens.is_floating_point():
         return f"tokens in {tokens.dtype}, weights in {dtype}"
     if tokens.dim() != 2 or indices.dim() != 2 or indices.shape[0] != tokens.shape[0]:
-        return f"tokens and indices of shapes {tuple(tokens.shape)} and {tuple(indices.shape)}"
+        return f"tokens and indices of shapes that do not fit: {layout(tokens)}; {layout(indices)}"
     if router_weights.shape != indices.shape or not router_weights.is_floating_point():
-        return f"router weights of shape {tuple(router_weights.shape)} for indices of {tuple(indices.shape)}"
+        return f"router weights of another shape than indices: {layout(router_weights)}; {layout(indices)}"
     if indices.dtype not in (torch.int32, torch.int64):
         return f"indices in {indices.dtype}"
     if not indices.numel():

@@ -22,7 +22,7 @@ from npu_patch.ops import gated_delta_mindspeed as mindspeed
 from npu_patch.ops.causal_conv1d import ACTIVATIONS, causal_conv1d, causal_conv1d_update
 from npu_patch.ops.gated_delta_calls import ConvolutionCall, RuleCall
 from npu_patch.ops.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
-from npu_patch.ops.implementation import Implementation, is_plain, needs_operators
+from npu_patch.ops.implementation import Implementation, is_plain, layout, needs_operators
 from npu_patch.ops.operators import Operator
 
 OWN = "torch, float32"
@@ -51,9 +51,9 @@ def _unsupported_rule(call: RuleCall) -> str | None:
         return reason
     q, k, v = call.q, call.k, call.v
     if q.dim() != 4 or v.dim() != 4 or q.shape != k.shape or q.shape[:2] != v.shape[:2] or q.numel() == 0:
-        return f"q, k and v of shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        return f"q, k and v of shapes that do not fit: {layout(q)}; {layout(k)}; {layout(v)}"
     if v.shape[2] == 0 or v.shape[2] % k.shape[2] or not call.g.shape == call.beta.shape == v.shape[:3]:
-        return f"g and beta of shapes {tuple(call.g.shape)} and {tuple(call.beta.shape)} for {v.shape[2]} heads"
+        return f"g and beta of shapes that do not fit {v.shape[2]} heads: {layout(call.g)}; {layout(call.beta)}"
     return None
 
 
@@ -73,10 +73,10 @@ def _unsupported_convolution(call: ConvolutionCall) -> str | None:
         return f"activation {call.activation}"
     x, weight = call.x, call.weight
     if x.dim() != 3 or weight.dim() != 2 or weight.shape[0] != x.shape[1] or x.numel() == 0:
-        return f"x and weight of shapes {tuple(x.shape)} and {tuple(weight.shape)}"
+        return f"x and weight of shapes that do not fit: {x.dim()} dimensions; {layout(weight)}"
     state = call.state
     if state is not None and (state.shape[:2] != x.shape[:2] or state.shape[2] < weight.shape[1] - 1):
-        return f"x and state of shapes {tuple(x.shape)} and {tuple(state.shape)}"
+        return f"x and state of shapes that do not fit: {x.dim()} dimensions; {layout(state)}"
     return None
 
 

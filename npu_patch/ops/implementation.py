@@ -112,5 +112,12 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
 
 
+def layout(tensor: Tensor) -> str:
+    """What a reason says of a tensor: not its batch and length, or there were a reason for each of them to count."""
+    if tensor.numel() == 0:
+        return "0 elements"
+    return f"{tensor.dim()} dimensions, {tensor.shape[-1] if tensor.dim() else 1} wide"
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from npu_patch.measure import Alternative, Case
-from npu_patch.ops.implementation import TRITON, Implementation, dtype_name, is_plain, needs_triton
+from npu_patch.ops.implementation import TRITON, Implementation, dtype_name, is_plain, layout, needs_triton
 from npu_patch.ops.rms_norm import CASE_EPS, FLOAT_DTYPES, RMSNormVariant
 from npu_patch.ops.rope import HALF, RoPEVariant, rotate
 from npu_patch.probe.room import values
@@ -56,13 +56,13 @@ def _unsupported(q: Heads, k: Heads, cos: Tensor, sin: Tensor, rope: RoPEVariant
     if cos.requires_grad or sin.requires_grad:
         return "cos or sin needs a gradient"
     if any(x.dim() != 4 or x.dtype not in FLOAT_DTYPES or x.numel() == 0 for x in (q.x, k.x)):
-        return f"q of shape {tuple(q.x.shape)} and dtype {q.x.dtype}"
+        return f"q of dtype {q.x.dtype}, {layout(q.x)}"
     same = [
         (heads.x.dtype, heads.normalized_dtype, heads.x.device, *heads.x.shape[:2], heads.x.shape[3])
         for heads in (q, k)
     ]
     if same[0] != same[1]:
-        return f"q of shape {tuple(q.x.shape)} beside k of shape {tuple(k.x.shape)}, or of another dtype"
+        return f"q of {layout(q.x)} beside k of {layout(k.x)}, or of another batch, length or dtype"
     if any(w.device != q.x.device or w.shape != q.x.shape[-1:] or w.dtype not in FLOAT_DTYPES for w in weights):
         return "weights of another shape, dtype or device"
     if len({weight.dtype for weight in weights}) > 1:
@@ -90,7 +90,7 @@ def _tables_unsupported(x: Tensor, cos: Tensor, sin: Tensor, rope: RoPEVariant) 
     width = rotary_width(cos, rope)
     fits = cos.shape == sin.shape and cos.dim() == 3 and cos.shape[0] in (1, x.shape[0]) and cos.shape[1] == x.shape[1]
     if not fits or width > x.shape[-1] or width % 2 or width == 0:
-        return f"tables of shape {tuple(cos.shape)} for heads of shape {tuple(x.shape)}"
+        return f"tables of another shape: {layout(cos)}, for heads of {layout(x)}"
     if cos.device != x.device or cos.dtype not in FLOAT_DTYPES or sin.dtype != cos.dtype:
         return f"tables of dtype {cos.dtype} on {cos.device.type}"
     return None

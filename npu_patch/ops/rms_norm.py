@@ -20,7 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npu_patch.measure import Case
-from npu_patch.ops.implementation import TRITON, Implementation, dtype_name, is_plain, needs_operators, needs_triton
+from npu_patch.ops.implementation import (
+    TRITON,
+    Implementation,
+    dtype_name,
+    is_plain,
+    layout,
+    needs_operators,
+    needs_triton,
+)
 from npu_patch.ops.operators import Operator
 
 CASE_EPS = 1e-6
@@ -215,13 +223,13 @@ def _unsupported(
     if not is_plain(x) or not (weight is None or is_plain(weight)) or not (gate is None or is_plain(gate)):
         return "tensor subclass"
     if x.dtype not in FLOAT_DTYPES or not 2 <= x.dim() <= 8 or x.numel() == 0:
-        return f"input of dtype {x.dtype}, {x.dim()} dimensions, {x.numel()} elements"
+        return f"input of dtype {x.dtype}, {layout(x)}"
     if weight is not None and (weight.device != x.device or weight.shape != x.shape[-1:]):
         return f"weight of shape {tuple(weight.shape)} on {weight.device.type}"
     if weight is not None and weight.dtype not in FLOAT_DTYPES:
         return f"weight of dtype {weight.dtype}"
     if gate is not None and (gate.device != x.device or gate.shape != x.shape or not gate.is_floating_point()):
-        return f"gate of shape {tuple(gate.shape)} and dtype {gate.dtype}"
+        return f"gate of dtype {gate.dtype}, {layout(gate)}, beside an input of {layout(x)}, or elsewhere"
     return None
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_patch.ops.implementation import Implementation, is_plain, needs_operators
+from npu_patch.ops.implementation import Implementation, is_plain, layout, needs_operators
 from npu_patch.ops.operators import Operator
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -217,11 +217,11 @@ def _unsupported_anywhere(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, v
         if not is_plain(x):
             return "tensor subclass"
         if x.device != cos.device or x.dtype not in FLOAT_DTYPES or x.numel() == 0:
-            return f"{x.dtype} with {x.numel()} elements on {x.device.type}"
+            return f"{x.dtype}, {layout(x)}, on {x.device.type}"
     width = _rotary_dim(cos, variant)
     for x in tensors:
         if cos.shape != sin.shape or cos.dim() != x.dim() or x.dim() not in (3, 4) or width > x.shape[-1] or width % 2:
-            return f"tables of shape {tuple(cos.shape)} for an input of shape {tuple(x.shape)}"
+            return f"tables of another shape: {layout(cos)}, for an input of {layout(x)}"
     return None
 
 
@@ -237,7 +237,7 @@ def _unsupported_on_npu(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, var
         batch, table_batch = (x.shape[0], cos.shape[0]) if x.dim() == 4 else (1, 1)
         heads = _heads(x, cos)
         if heads is None or table_batch not in (1, batch):
-            return f"tables of shape {tuple(cos.shape)} for an input of shape {tuple(x.shape)}"
+            return f"tables of another shape: {layout(cos)}, for an input of {layout(x)}"
         if batch >= 1000 or heads >= 1000:
             return f"batch {batch} and {heads} heads, the operator takes fewer than 1000"
         if variant.pairing == INTERLEAVE and (table_batch != 1 or batch * heads >= 1000):

@@ -24,7 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npu_patch.measure import Case
-from npu_patch.ops.implementation import TRITON, Implementation, dtype_name, is_plain, needs_operators, needs_triton
+from npu_patch.ops.implementation import (
+    TRITON,
+    Implementation,
+    dtype_name,
+    is_plain,
+    layout,
+    needs_operators,
+    needs_triton,
+)
 from npu_patch.ops.operators import Operator
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -81,9 +89,9 @@ def _unsupported_tensors(*tensors: Tensor | None) -> str | None:
         if not is_plain(tensor):
             return "tensor subclass"
         if tensor.dtype not in FLOAT_DTYPES or tensor.dtype != first.dtype or tensor.shape != first.shape:
-            return f"gate and up of dtypes and shapes {[(str(t.dtype), tuple(t.shape)) for t in given]}"
+            return f"gate and up of dtypes and shapes: {' and '.join(f'{t.dtype}, {layout(t)}' for t in given)}"
         if tensor.numel() == 0 or tensor.dim() > 8:
-            return f"{tensor.numel()} elements in {tensor.dim()} dimensions"
+            return layout(tensor)
     return None
 
 

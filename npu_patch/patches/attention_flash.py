@@ -60,7 +60,7 @@ def serve(original: Callable[..., Any], context: Context) -> Callable[..., Any]:
         if torch.compiler.is_compiling() or not all(map(is_plain, (query, key, value))):
             return Unserved("being compiled, or a tensor subclass")
         if attention_mask is not None and not _is_padding_mask(attention_mask, query, key):
-            return Unserved(f"a mask of shape {tuple(attention_mask.shape)}")
+            return Unserved(f"a mask of {attention_mask.dim()} dimensions")
         dtype = _target_dtype(query, module)
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
         queries, keys = query.shape[2], key.shape[2]

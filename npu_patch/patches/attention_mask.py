@@ -47,7 +47,7 @@ def serve_packing(original: Callable[..., Any], context: Context) -> Callable[..
         if position_ids.device.type != context.device_type:
             return Unserved(f"position ids on {position_ids.device.type}")
         if position_ids.dim() != 2 or position_ids.is_floating_point() or position_ids.numel() == 0:
-            return Unserved(f"position ids of shape {tuple(position_ids.shape)}, {position_ids.dtype}")
+            return Unserved(f"position ids of {position_ids.dim()} dimensions, {position_ids.dtype}")
         return HOST_READS.packed_indices(position_ids)
 
     return find_packed_sequence_indices

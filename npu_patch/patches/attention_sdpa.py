@@ -166,7 +166,7 @@ def _dense(
         return Unserved(f"a mask of {mask.dtype}")
     hidden = in_operator_shape(hidden, *wanted)
     if hidden is None:
-        return Unserved(f"a mask of shape {tuple(mask.shape)} for scores of shape {wanted}")
+        return Unserved(f"a mask of another shape than the scores, {mask.dim()} dimensions")
     return replace(attention, hidden=hidden)
 
 
