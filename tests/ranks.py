@@ -110,6 +110,10 @@ def trained(wrapper: str, patched: str, directory: Path) -> dict[str, Any]:
     inner = twin.module if isinstance(twin, DistributedDataParallel) else twin
     loaded = torch.load(directory / "state.pt")
     found["keys"] = list(loaded)
+    weighted = {
+        name: each.double() * torch.arange(1, each.numel() + 1).view(each.shape) for name, each in loaded.items()
+    }
+    found["checkpoint"] = {name: each.norm().item() for name, each in weighted.items()}
     set_model_state_dict(inner, loaded, options=FULL)
     with torch.no_grad():
         found["loss after loading"] = twin(**tiny_batch(seed=99)).loss.item().hex()

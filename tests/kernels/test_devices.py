@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import pytest
 import torch
 
 from npu_patch.kernels import launch
@@ -38,9 +40,14 @@ def test_as_on_the_cpu(npu: torch.device) -> None:
                 torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-6)
 
 
-def test_cores_are_asked_for(npu: torch.device) -> None:
-    cores = torch.npu.get_device_properties(npu).vector_core_num
-    assert launch.machine_of(npu).cores == max(1, cores)
+def test_cores_are_asked_for(npu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a device that has 17."""
+    monkeypatch.setattr(torch.npu, "get_device_properties", lambda device: SimpleNamespace(vector_core_num=17))
+    launch.machine_of.cache_clear()
+    try:
+        assert launch.machine_of(npu).cores == 17
+    finally:
+        launch.machine_of.cache_clear()
 
 
 def test_the_package_imports_without_triton() -> None:
