@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 PATCHED, SKIPPED, FAILED = "patched", "skipped", "failed"
+NOTHING_APPLIED = "nothing is applied"
 
 
 @dataclass
@@ -24,15 +25,17 @@ class Calls:
     (a hook's bound method, a `from ... import`) then behaves as the original.
     A replacement with several implementations counts in `ran_by` which one ran, and says in `declined` why another was
     passed over when it was last asked.
-    `watch(args, kwargs)` is told of each call beforehand, if somebody wants to know.
+    `watch(args, kwargs)` is told of each call beforehand, if somebody wants to know; where it returns true, the
+    original answers, and nothing is counted.
     """
 
     active: bool = True
     ran: int = 0
+    tuned: int = 0  # calls whose shapes a tuning file decides on
     fell_through: Counter[str] = field(default_factory=Counter)
     ran_by: Counter[str] = field(default_factory=Counter)
     declined: dict[str, str] = field(default_factory=dict)
-    watch: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
+    watch: Callable[[tuple[Any, ...], dict[str, Any]], bool | None] | None = None
 
     def deactivate(self) -> None:
         self.active = False
@@ -67,22 +70,45 @@ class Outcome:
             "declined": {**self.declined, **self.calls.declined},
             "layers": self.layers,
             "ran": self.calls.ran,
+            "tuned": self.calls.tuned,
             "ran_by": dict(self.calls.ran_by),
             "fell_through": dict(self.calls.fell_through),
         }
 
 
+@dataclass(frozen=True)
+class TuningFile:
+    """The one that an `apply()` followed, and how many decisions it holds."""
+
+    path: str
+    decisions: int
+
+
 @dataclass
 class Report:
-    """The outcomes of an `apply()`. Counters are live: print it again after a forward pass."""
+    """The outcomes of an `apply()`. Counters are live: print it again after a forward pass. `nothing_because`: why no
+    site was even looked for."""
 
     device: str
     outcomes: list[Outcome] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    tuning: TuningFile | None = None
+    nothing_because: str | None = None
 
     def __iter__(self) -> Iterator[Outcome]:
         return iter(self.outcomes)
+
+    @property
+    def remarks(self) -> list[str]:
+        """The notes, and how much the tuning file counted so far."""
+        if self.tuning is None:
+            return self.notes
+        matched = sum(outcome.calls.tuned for outcome in self.outcomes)
+        return [
+            *self.notes,
+            f"tuning file {self.tuning.path}: {self.tuning.decisions} decisions; {matched} calls had their shapes",
+        ]
 
     def with_status(self, status: str) -> list[Outcome]:
         return [outcome for outcome in self.outcomes if outcome.status == status]
@@ -102,7 +128,8 @@ class Report:
     def json(self, indent: int | None = 2) -> str:
         content = {
             "device": self.device,
-            "notes": self.notes,
+            "nothing_because": self.nothing_because,
+            "notes": self.remarks,
             "warnings": self.warnings,
             "outcomes": [outcome.as_dict() for outcome in self.outcomes],
         }

@@ -9,16 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import npu_patch
+from npu_patch import simulator
 from npu_patch.commands import main
 from npu_patch.commands.float64 import everything_in_float64, in_float64
+from npu_patch.commands.snapshot import snapshot
 from npu_patch.commands.verify_bars import Error, why_not
+from npu_patch.kernels import readiness
 from npu_patch.patches.patch import Unserved
 from tests.gradients import relative_error
 from tests.tiny_models import tiny, tiny_batch
 
 OP = torch.ops.npu
+NO_TRITON = readiness.why_not() if simulator.is_active() else "for the interpreter on the simulated NPU"
+needs_triton = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +38,7 @@ def test_a_sound_model_is_verified(npu: torch.device, capsys: pytest.CaptureFixt
     assert main(["verify", "qwen3", "--seeds", "2"]) == 0
     text = capsys.readouterr().out
     assert "Qwen3RMSNorm: weight" in text and "float32" in text and "bfloat16" in text
-    assert "FAIL" not in text and "checks are within their bars" in text
+    assert "FAIL" not in text and " checked and within their bars, " in text and " not used by this model" in text
 
 
 def test_gated_delta_nets_and_experts_train_and_decode(npu: torch.device, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,6 +96,7 @@ def raises(genuine: Callable[..., Any]) -> Callable[..., Any]:
         (off_in_value, "gradient of weight is 1.00e-04 from float64, the original"),
         (off_in_gradient, "gradient of weight is 1.00e-03 from float64"),
         (not_a_number, "output 0 is inf from float64"),
+        (raises, "raises RuntimeError: no such kernel in libopapi.so, for 48 float32, 2x29x48 float32"),
         (raises, "raises where the unpatched model does not: RuntimeError: no such kernel in libopapi.so"),
     ],
 )
@@ -104,8 +111,10 @@ def test_a_wrong_kernel_is_named_with_where_and_by_how_much(
     assert main(["verify", "qwen3", "--dtype", "float32", "--seeds", "1"]) == 1
     text = " ".join(capsys.readouterr().out.split())
     assert said in text
-    if broken is not raises:
-        assert "FAIL: float32 rms_norm transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm.forward:" in text
+    assert "FAIL: float32 rms_norm transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm.forward:" in text
+    if broken is raises:
+        assert "FAIL: float32 swiglu" not in text and "never ran" not in text and "nothing in this model" not in text
+    else:
         assert ("FAIL: float32 swiglu" in text) == (broken is not_a_number)
     if broken is not_a_number:
         assert "swiglu" in text and "cannot be judged: it is given NaN, by something patched before it" in text
@@ -142,7 +151,8 @@ def test_nothing_patched_is_a_failure(
 ) -> None:
     monkeypatch.setenv("TWINKLE_NPU_PATCH", "0")
     assert main(["verify", "qwen3", "--dtype", "float32", "--seeds", "1"]) == 1
-    assert "nothing in this model is patched" in capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
+    assert "nothing in this model is patched; switched off by TWINKLE_NPU_PATCH" in text
 
 
 @pytest.mark.parametrize(
@@ -192,3 +202,31 @@ def test_the_bars() -> None:
     assert "x is 1.00e-01" in why_not([Error("x", 1e-1, 2e-3), *[Error("y", 1e-3, 1e-2)] * 9], coarse)
     assert "cannot be judged: x of the original" in why_not([Error("x", 1.4, 1.4)], coarse)
     assert why_not([], coarse) == "nothing to compare"
+
+
+@needs_triton
+@pytest.mark.usefixtures("two_cores")
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
+def test_an_attention_layer_with_a_cache_is_judged_alone(
+    family: str, npu: torch.device, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its replacement is called with the cache of the model, which every call of it extends."""
+    monkeypatch.setenv("TWINKLE_NPU_TRITON", "1")
+    assert main(["verify", family, "--dtype", "float32", "--seeds", "1", "--json"]) == 0
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    (heads,) = [each for each in checks if each["patch"] == "qk_norm_rope"]
+    assert heads["status"] == "ok" and heads["compared"] > 10
+
+
+@pytest.mark.parametrize("lazily", [False, True], ids=["filled", "empty"])
+def test_a_cache_is_copied_as_it_is_before_the_call(lazily: bool) -> None:
+    cache = DynamicCache()
+    if not lazily:
+        cache.update(torch.ones(1, 2, 3, 4, requires_grad=True) * 2, torch.ones(1, 2, 3, 4), 0)
+    length = cache.get_seq_length()
+    kept = snapshot(cache)
+    cache.update(torch.ones(1, 2, 5, 4, requires_grad=True) * 2, torch.ones(1, 2, 5, 4), 0)
+    assert kept.get_seq_length() == length == cache.get_seq_length() - 5
+    keys, _ = kept.update(torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 4), 0)
+    assert keys.shape[2] == length + 1 and cache.get_seq_length() == length + 5
+    assert keys.grad_fn is None or length  # no history of the model's

@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from npu_patch.commands.float64 import everything_in_float64
+from npu_patch.commands.snapshot import copied_cache, is_cache, snapshot
+from npu_patch.deferred_norm import DeferredHeads
 from npu_patch.deferred_sum import DeferredSum
 from npu_patch.lifecycle import PatchedSite
-from npu_patch.patches.mask_pattern import PatternMask, plain
+from npu_patch.patches.mask_pattern import plain
 from npu_patch.sites import innermost
 from npu_patch.tuning import signature_of
 
@@ -58,10 +60,13 @@ class Recording:
 
 
 @contextlib.contextmanager
-def recorded(sites: list[PatchedSite], most: int = 3) -> Iterator[Recording]:
-    recording = Recording(most)
+def recorded(
+    sites: list[PatchedSite], most: int = 3, *, originals: bool = False, into: Recording | None = None
+) -> Iterator[Recording]:
+    """`originals`: they answer the calls, for a model that a replacement breaks. `into`: a recording to go on with."""
+    recording = Recording(most) if into is None else into
     for held in sites:
-        held.outcome.calls.watch = _watch(recording, held)
+        held.outcome.calls.watch = _watch(recording, held, originals)
     try:
         yield recording
     finally:
@@ -69,13 +74,17 @@ def recorded(sites: list[PatchedSite], most: int = 3) -> Iterator[Recording]:
             held.outcome.calls.watch = None
 
 
-def _watch(recording: Recording, held: PatchedSite) -> Callable[[tuple[Any, ...], dict[str, Any]], None]:
+def _watch(
+    recording: Recording, held: PatchedSite, originals: bool
+) -> Callable[[tuple[Any, ...], dict[str, Any]], bool]:
     known = recording.calls.setdefault(id(held), {})
 
-    def watch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = Call(*tree_map(_computed, (args, kwargs)))
-        if len(known) < recording.most and call.key not in known:
-            known[call.key] = Call(*tree_map(_copied, (call.args, call.kwargs)))
+    def watch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if not any(isinstance(value, DeferredHeads) for value in tree_leaves((args, kwargs))):  # they last for one call
+            call = Call(*tree_map(_computed, (args, kwargs)))
+            if len(known) < recording.most and call.key not in known:
+                known[call.key] = Call(*tree_map(snapshot, (call.args, call.kwargs)))
+        return originals
 
     return watch
 
@@ -116,9 +125,12 @@ def timed_forms(held: PatchedSite, call: Call) -> tuple[Callable[[], None], Call
     def ready(function: Callable[..., Any], plain_masks: bool) -> Callable[[], None]:
         args, kwargs = _fresh(call, plain_masks)
         inputs = [value for _, value in _wanting(args, kwargs)]
+        caches = any(map(is_cache, tree_leaves((args, kwargs))))
 
         def run() -> None:
-            outputs = [o for o in tree_leaves(function(*args, **kwargs)) if isinstance(o, Tensor) and o.requires_grad]
+            given = tree_map(_own_cache, (args, kwargs)) if caches else (args, kwargs)
+            results = tree_leaves(function(*given[0], **given[1]))
+            outputs = [o for o in results if isinstance(o, Tensor) and o.requires_grad]
             if outputs and inputs:
                 seeds = [torch.ones_like(output) for output in outputs]
                 torch.autograd.grad(outputs, inputs, seeds, allow_unused=True)
@@ -184,16 +196,14 @@ def _computed(value: Any) -> Any:
     return value.copied() if isinstance(value, DeferredSum) else value
 
 
-def _copied(value: Any) -> Any:
-    if isinstance(value, PatternMask):
-        return value.detach()
-    return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+def _own_cache(value: Any) -> Any:
+    return snapshot(value) if is_cache(value) else value
 
 
 def _fresh(call: Call, plain_masks: bool = True) -> tuple[tuple[Any, ...], dict[str, Any]]:
     def fresh(value: Any) -> Any:
         value = plain(value) if plain_masks else value
-        return _copied(value)
+        return snapshot(value)
 
     return tree_map(fresh, (call.args, dict(call.kwargs)))
 
@@ -205,6 +215,8 @@ def _on_cpu_in_float64(value: Any) -> Any:
         return value
     if isinstance(value, torch.device):
         return torch.device("cpu")
+    if is_cache(value):
+        return copied_cache(value, _on_cpu_in_float64)
     if not isinstance(value, Tensor):
         return value
     moved = value.detach().cpu()

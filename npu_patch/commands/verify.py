@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -28,18 +29,23 @@ from npu_patch.commands.recording import (
     run_replacement,
 )
 from npu_patch.commands.result import CommandError, Result
+from npu_patch.commands.steps import Steps, steps
 from npu_patch.commands.verify_bars import FLOORS, Error, relative_error, why_not, worst
 from npu_patch.commands.verify_sites import why_expected
+from npu_patch.lifecycle import PatchedSite
 from npu_patch.report_rows import short_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ZERO = 1e-10  # of the largest result's norm
 UNUSED = "not used by this model"
+OK, FAILED, WHOLE_MODEL = "ok", "failed", "compared within the whole model"
 
 
 @dataclass
 class Check:
-    """One line of the result. `failure`: what missed the bar, where and by how much. `compared`: how many results."""
+    """One line of the result. `failure`: what missed the bar, where and by how much. `compared`: how many results.
+    `status`: "ok", "failed", "not used by this model" or "compared within the whole model". `ran`, `fell_through`: the
+    site's calls in training and decoding."""
 
     dtype: str
     patch: str
@@ -50,6 +56,25 @@ class Check:
     original_error: float | None = None
     failure: str | None = None
     note: str = ""
+    status: str = OK
+    ran: int = 0
+    fell_through: dict[str, int] = field(default_factory=dict)
+
+    def fail(self, why: str | None) -> None:
+        if why is not None:
+            self.failure, self.status = why, FAILED
+
+    @property
+    def remark(self) -> str:
+        """For people: the note, and what became of the calls."""
+        passed_on = sum(self.fell_through.values())
+        reasons = ", ".join(self.fell_through)
+        ran = f"ran {self.ran} times" if self.ran else ""
+        return "; ".join(filter(None, (self.note, ran, f"{passed_on} fell through ({reasons})" if passed_on else "")))
+
+
+def failed(dtype: str, patch: str, site: str, what: str, why: str) -> Check:
+    return Check(dtype, patch, site, what, failure=why, status=FAILED)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,40 +92,30 @@ def run(options: argparse.Namespace) -> Result:
     source = models.source_of(options.model)
     names = options.dtype or ["float32", "bfloat16"]
     checks: list[Check] = []
-    with _progress(options) as (bar, task):
-        bar.update(task, total=len(names) * options.seeds)
+    notes: dict[str, None] = {}
+    with steps(options, "verifying") as progress:
+        progress.of(len(names) * options.seeds)
         for name in names:
-            checks += _verify(source, device, name, options.seeds, lambda: bar.advance(task))
+            found, said = _verify(source, device, name, options.seeds, progress)
+            checks += found
+            notes |= dict.fromkeys(said)
     if not any(check.patch != "model" for check in checks):
-        checks.append(Check("", "none", "", "sites", failure="nothing in this model is patched"))
+        checks.append(failed("", "none", "", "sites", "; ".join(["nothing in this model is patched", *notes])))
     fine = not any(check.failure for check in checks)
     content = {"model": source.described, "device": lifecycle.describe(device.type), "fine": fine}
+    content["notes"] = list(notes)
     content["checks"] = [asdict(check) for check in checks]
     return Result(content, lambda: _shown(content, checks), fine)
 
 
-def _progress(options: argparse.Namespace) -> Any:
-    """A context with a bar and its task; a silent one for --json."""
-    import contextlib
-    from unittest.mock import Mock
-
-    if options.json:
-        return contextlib.nullcontext((Mock(), 0))
-    from npu_patch.commands.terminal import progress
-
-    @contextlib.contextmanager
-    def shown() -> Iterator[Any]:
-        with progress(quiet=False) as bar:
-            yield bar, bar.add_task("verifying")
-
-    return shown()
-
-
-def _verify(source: models.Source, device: torch.device, name: str, seeds: int, done: Any) -> list[Check]:
-    """Ops at the first seed, the whole model at each."""
+def _verify(
+    source: models.Source, device: torch.device, name: str, seeds: int, progress: Steps
+) -> tuple[list[Check], list[str]]:
+    """Ops at the first seed, the whole model at each; and what the report of the patches remarks."""
     dtype = DTYPES[name]
     checks: list[Check] = []
     errors: list[Error] = []
+    remarks: list[str] = []
     model: torch.nn.Module | None = None
     for seed in range(seeds):
         if model is None or source.tiny:
@@ -112,23 +127,33 @@ def _verify(source: models.Source, device: torch.device, name: str, seeds: int, 
             model = model.to(device)
             original = results(model, batch)
         except Exception as error:
-            raise CommandError(f"{source.described} does not run unpatched: {_named(error)}") from error
+            raise CommandError(f"{source.described} does not run unpatched: {named(error)}") from error
         with lifecycle.applied(model, device=device.type) as report:
             sites = lifecycle.patched_sites(report)
+            remarks += [*filter(None, [report.nothing_because]), *report.notes, *report.warnings]
+            raised: Exception | None = None
             with recorded(sites if seed == 0 else []) as recording:
                 try:
                     patched = results(model, batch)
                 except Exception as error:
-                    raised = f"raises where the unpatched model does not: {_named(error)}"
-                    return [*checks, Check(name, "model", type(model).__name__, f"seed {seed}", failure=raised)]
+                    raised = error
+            if raised is not None and seed == 0:  # each op by itself can say more
+                with recorded(sites, originals=True, into=recording):
+                    results(model, batch)
             if seed == 0:
                 computed = {
                     held.site.owner
                     for held in sites
                     if recording.of(held) and isinstance(held.site.owner, type) and held.replacement.alone
                 }
-                checks += [_check_site(held, recording, model, name, computed) for held in sites]
-                checks += [Check(name, each.patch, each.site, "site", failure=each.reason) for each in report.failed]
+                checks += [
+                    _check_site(held, recording, name, why_expected(held, model, computed), raised is None)
+                    for held in sites
+                ]
+                checks += [failed(name, each.patch, each.site, "site", each.reason) for each in report.failed]
+        if raised is not None:
+            why = f"raises where the unpatched model does not: {named(raised)}"
+            return [*checks, failed(name, "model", type(model).__name__, f"seed {seed}", why)], remarks
         # Some gradients are zero but for rounding: softmax takes no notice of a bias of the keys.
         negligible = ZERO * max(float(value.norm()) for value in exact.values())
         errors += [
@@ -142,52 +167,58 @@ def _verify(source: models.Source, device: torch.device, name: str, seeds: int, 
         ]
         unlike = unlike_keys(patched, original)
         if unlike:
-            failure = f"of the patched and the unpatched model only one gives {', '.join(unlike[:3])}"
-            checks.append(Check(name, "model", type(model).__name__, f"seed {seed}", failure=failure))
+            why = f"of the patched and the unpatched model only one gives {', '.join(unlike[:3])}"
+            checks.append(failed(name, "model", type(model).__name__, f"seed {seed}", why))
         model = model.to("cpu")
-        done()
+        progress.done()
     far = worst(errors, dtype)
-    checks.append(
-        Check(
-            name,
-            "model",
-            type(model).__name__,
-            f"loss, gradients, decoding; worst: {far.name}",
-            len(errors),
-            far.replaced,
-            far.original,
-            why_not(errors, dtype),
-            f"{statistics.geometric_mean(e.ratio(FLOORS[dtype]) for e in errors):.2f} times the original's error",
-        )
+    whole = Check(
+        name,
+        "model",
+        type(model).__name__,
+        f"loss, gradients, decoding; worst: {far.name}",
+        len(errors),
+        far.replaced,
+        far.original,
+        note=f"{statistics.geometric_mean(e.ratio(FLOORS[dtype]) for e in errors):.2f} times the original's error",
     )
-    return checks
+    whole.fail(why_not(errors, dtype))
+    return [*checks, whole], remarks
 
 
-def _check_site(
-    held: Any, recording: Recording, model: torch.nn.Module, name: str, computed: Collection[type]
-) -> Check:
+def _check_site(held: PatchedSite, recording: Recording, name: str, expected: str | None, model_ran: bool) -> Check:
+    """`expected`: why the model should have called it. `model_ran`: it did not raise meanwhile."""
     outcome = held.outcome
-    check = Check(name, outcome.patch, outcome.site, outcome.variant)
-    calls, expected = outcome.calls, why_expected(held, model, computed)
-    if calls.ran == 0:
+    calls = outcome.calls
+    passed_on = dict(calls.fell_through)
+    check = Check(name, outcome.patch, outcome.site, outcome.variant, ran=calls.ran, fell_through=passed_on)
+    if calls.ran == 0 and model_ran:
         if expected is not None:
-            reasons = "; ".join(f"{count} fell through: {why}" for why, count in calls.fell_through.items())
-            check.failure = f"patched, but never ran in training or decoding ({expected}; {reasons or 'no call'})"
+            reasons = "; ".join(f"{count} fell through: {why}" for why, count in passed_on.items())
+            check.fail(f"patched, but never ran in training or decoding ({expected}; {reasons or 'no call'})")
         else:
-            check.note = UNUSED
+            check.status = UNUSED
         return check
     if function_of(held) is None or not recording.of(held):
-        check.note = f"ran {calls.ran} times; compared within the whole model"
+        check.status = WHOLE_MODEL if model_ran else UNUSED
+        check.note = WHOLE_MODEL if model_ran else "not reached: the model raises"
         return check
     errors: list[Error] = []
-    ran = calls.ran
     judged = [call for call in recording.of(held) if call.is_finite]
     if not judged:
-        check.failure = "cannot be judged: it is given NaN, by something patched before it"
+        check.fail("cannot be judged: it is given NaN, by something patched before it")
     for call in judged:
-        found = compared(held, call, run_original(held, call))
+        try:
+            original = run_original(held, call)
+        except Exception as error:
+            found = f"cannot be judged: the original raises {named(error)}"
+        else:
+            try:
+                found = compared(held, call, original)
+            except Exception as error:
+                found = f"raises {named(error)}"
         if isinstance(found, str):
-            check.failure = f"{found}, for {call.shapes}"
+            check.fail(f"{found}, for {call.shapes}")
             return check
         errors += found
     check.compared = len(errors)
@@ -197,18 +228,19 @@ def _check_site(
         far = worst(errors, DTYPES[name])
         check.what += f"; worst: {far.name}"
         check.error, check.original_error = far.replaced, far.original
-        check.failure = why_not(errors, DTYPES[name])
+        check.fail(why_not(errors, DTYPES[name]))
     else:
         check.note = "equal to the original's"
-    check.note = check.note or f"ran {ran} times"
     return check
 
 
-def _named(error: Exception) -> str:
+def named(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def compared(held: Any, call: Call, original: Ran, exact: Mapping[str, Tensor] | None = None) -> list[Error] | str:
+def compared(
+    held: PatchedSite, call: Call, original: Ran, exact: Mapping[str, Tensor] | None = None
+) -> list[Error] | str:
     """The errors of the replacement and of the original on one call, or in words what cannot be compared. `exact`: the
     float64 results, where they are known already."""
     replaced = run_replacement(held, call)
@@ -287,7 +319,8 @@ def _shown(content: dict[str, Any], checks: list[Check]) -> Iterator[Any]:
     from npu_patch.commands.terminal import table
 
     yield f"{content['model']} on {content['device']}: error to float64, relative; patched and original"
-    unused = dict.fromkeys(f"{check.patch} {short_name(check.site)}" for check in checks if check.note == UNUSED)
+    unused = dict.fromkeys(f"{each.patch} {short_name(each.site)}" for each in checks if each.status == UNUSED)
+    marks = {OK: ("green", "ok"), FAILED: ("red", "FAIL"), WHOLE_MODEL: "-"}
     rows = [
         (
             check.dtype,
@@ -295,11 +328,11 @@ def _shown(content: dict[str, Any], checks: list[Check]) -> Iterator[Any]:
             f"{short_name(check.site)}: {check.what}",
             "" if check.error is None else f"{check.error:.1e}",
             "" if check.original_error is None else f"{check.original_error:.1e}",
-            ("red", "FAIL") if check.failure else ("green", "ok") if check.compared or "equal" in check.note else "-",
-            check.note,
+            marks[check.status],
+            check.remark,
         )
         for check in checks
-        if check.note != UNUSED
+        if check.status != UNUSED
     ]
     columns = ("dtype", "patch", "what", "patched", "original", "", "")
     yield table("", columns, rows, numbers=("patched", "original"))
@@ -307,8 +340,15 @@ def _shown(content: dict[str, Any], checks: list[Check]) -> Iterator[Any]:
         yield f"patched, and {UNUSED}: {', '.join(unused)}\n"
     for check in checks:
         if check.failure:
-            yield f"FAIL: {check.dtype} {check.patch} {check.site}: {check.failure}"
-    failures = sum(check.failure is not None for check in checks)
-    yield (
-        f"{failures} of {len(checks)} checks failed" if failures else f"All {len(checks)} checks are within their bars."
-    )
+            yield f"FAIL: {' '.join(filter(None, (check.dtype, check.patch, check.site)))}: {check.failure}"
+    yield summary(checks)
+
+
+def summary(checks: list[Check]) -> str:
+    """How many checks ended how; those of the whole model are among the checked."""
+    counts = Counter(check.status for check in checks)
+    parts = [f"{counts[OK]} checked and within their bars"]
+    if counts[FAILED]:
+        parts.insert(0, f"{counts[FAILED]} FAILED")
+    parts += [f"{counts[each]} {each}" for each in (WHOLE_MODEL, UNUSED) if counts[each]]
+    return ", ".join(parts)

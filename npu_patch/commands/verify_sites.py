@@ -26,7 +26,7 @@ def why_expected(held: PatchedSite, model: torch.nn.Module, computed: Collection
     if isinstance(owner, torch.nn.Module):
         return "a live layer"
     if isinstance(owner, ModuleType):
-        users = _users(model, owner, name)
+        users = _users(model, owner, name, computed)
         if held.outcome.patch in ALTERNATIVES and not held.outcome.calls.fell_through:
             users = [user for user in users if not _ran_another(held, model, user)]
         return f"{users[0]} calls it" if users else None
@@ -55,7 +55,8 @@ def _outside(model: torch.nn.Module, cls: type, computed: Collection[type]) -> i
     return sum(defining_class(layer) is cls and id(layer) not in within for layer in model.modules())
 
 
-def _users(model: torch.nn.Module, module: ModuleType, name: str) -> list[str]:
-    """Live layers of this modeling file whose forward names the function."""
+def _users(model: torch.nn.Module, module: ModuleType, name: str, computed: Collection[type] = ()) -> list[str]:
+    """Live layers of this modeling file whose forward names the function, and is not computed as a whole."""
     classes = {defining_class(layer) for layer in model.modules() if type(layer).__module__ == module.__name__}
+    classes -= set(computed)
     return sorted(cls.__name__ for cls in classes if name in names_used(cls.forward))

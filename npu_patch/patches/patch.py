@@ -149,8 +149,8 @@ def replacement_for(
         if torch.compiler.is_compiling():  # a count would be a guard to the compiler
             result = serve(*args, **kwargs)
         else:
-            if calls.watch is not None:
-                calls.watch(args, kwargs)
+            if calls.watch is not None and calls.watch(args, kwargs):
+                return original(*args, **kwargs)
             calls.ran += 1  # before: checkpointing's recomputation leaves a forward by an exception once it has enough
             result = serve(*args, **kwargs)
             if isinstance(result, (Unserved, Unfused)):
