@@ -37,8 +37,12 @@ def dry_run(
     """
     if anything_applied():
         raise PatchError("dry_run(): patches are in place; call restore() first")
+    switches = switches or resolve()
     report = Report(device=f"{device_type}, dry run")
-    walk = DryWalk(model, device_type, False, switches or resolve(), report, registries=registries)
+    if not switches["patch"]:
+        report.nothing_because = f"switched off by {switches.sources['patch']}"
+        return report
+    walk = DryWalk(model, device_type, False, switches, report, registries=registries)
     walk.look(modules)
     return report
 
@@ -77,6 +81,9 @@ class DryWalk(Walk):
 
     def _registered(self, patch: Patch) -> Iterable[Site]:
         return super()._registered(patch) if self._registries else ()
+
+    def _in_place(self) -> Sequence[PatchedSite]:
+        return ()
 
     def _held(self, site: Site) -> Sequence[PatchedSite]:
         return ()

@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MethodType, ModuleType
@@ -17,7 +17,7 @@ import torch
 from npu_patch import log
 from npu_patch.journal import Journal
 from npu_patch.ops.implementation import Choice, choose
-from npu_patch.outcome import FAILED, PATCHED, SKIPPED, Outcome, Report
+from npu_patch.outcome import FAILED, NOTHING_APPLIED, PATCHED, SKIPPED, Outcome, Report, TuningFile
 from npu_patch.patches import CATALOGUE
 from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.report_text import headline
@@ -35,9 +35,11 @@ from npu_patch.sites import (
     modules_of_model,
 )
 from npu_patch.switches import Switches, resolve
-from npu_patch.tuning import Tuning, tuned
+from npu_patch.tuning import ORIGINAL, Signature, Tuning, tuned
 from npu_patch.tuning import read as read_tuning
 
+STILL_IN_PLACE = "still in place from an earlier apply(); call restore() first"
+TUNED_ORIGINAL = "tuned: the original is the fastest for every shape that was measured"
 DEVICE_TYPES = ("npu", "cuda", "cpu")
 
 
@@ -56,7 +58,8 @@ def apply(
     Args:
         model: any `nn.Module`, wrapped or not, on any device, meta included.
         device: "npu", or "cuda" and "cpu" for measuring and debugging: the device type whose tensors are served.
-        strict: raise a `PatchError` at the first site that fails, after this call's rebindings are undone.
+        strict: raise a `PatchError` at the first site that fails, after this call's rebindings are undone, and where
+            there is no `device`.
         **switches: `rms_norm=False` and the like; they win over the environment (see `npu_patch.switches`).
 
     Raises:
@@ -68,16 +71,28 @@ def apply(
     resolved = resolve(switches)
     report = Report(device=describe(device_type))
     if not resolved["patch"]:
-        report.notes.append(f"switched off by {resolved.sources['patch']}: nothing was rebound")
+        report.nothing_because = f"switched off by {resolved.sources['patch']}"
+        if anything_applied():
+            report.warnings.append(f"{report.nothing_because}: {STILL_IN_PLACE}")
+        _tell(report)
         return report
     reason = lacking(device_type)
     if reason is not None:
-        report.notes.append(f"no {device_type} device ({reason}): nothing was rebound")
+        report.nothing_because = f"no {device_type} device ({reason})"
+        if strict:
+            raise PatchError(f"apply(strict=True): {report.nothing_because}")
+        log.warning(headline(report))
         return report
     tuning = _tuning(resolved, device_type, report)
     walk = Walk(model, device_type, strict, resolved, report, tuning)
     with _STATE.journal.lock:
         _STATE.claim(device_type)
+        if _STATE.reports and _STATE.tune != resolved.tune:
+            report.warnings.append(
+                f"TWINKLE_NPU_TUNE is {resolved.tune or 'not set'} now and was {_STATE.tune or 'not set'} before: what "
+                "an earlier apply() rebound stays as it was; call restore() first"
+            )
+        _STATE.tune = resolved.tune if not _STATE.reports else _STATE.tune
         _STATE.reports.append(report)
         try:
             with _STATE.journal.transaction():
@@ -108,11 +123,14 @@ def applied(model: torch.nn.Module | None = None, **arguments: Any) -> Iterator[
 
 def report() -> Report:
     """Everything that is applied now, counters included, as one report."""
-    combined = Report(device=describe(_STATE.device_type) if _STATE.device_type else "no device: nothing is applied")
+    if _STATE.device_type is None:
+        return Report(device="no device", nothing_because=NOTHING_APPLIED)
+    combined = Report(device=describe(_STATE.device_type))
     for each in _STATE.reports:
         known = {id(outcome) for outcome in combined.outcomes}
         combined.outcomes += [outcome for outcome in each.outcomes if id(outcome) not in known]
         combined.notes += [note for note in each.notes if note not in combined.notes]
+        combined.tuning = combined.tuning or each.tuning
         combined.warnings += [warning for warning in each.warnings if warning not in combined.warnings]
     return combined
 
@@ -149,6 +167,7 @@ class _State:
     patched: dict[tuple[int, str], list[PatchedSite]] = field(default_factory=dict)
     reports: list[Report] = field(default_factory=list)
     device_type: str | None = None
+    tune: str | None = None  # the tuning file of the first apply()
 
     def claim(self, device_type: str) -> None:
         if len(self.journal) and self.device_type != device_type:
@@ -207,7 +226,11 @@ class Walk:
         for patch in CATALOGUE:
             choice = self._choose(patch)
             if not self.switches[patch.switch]:
-                self.report.notes.append(f"{patch.name}: switched off by {self.switches.sources[patch.switch]}")
+                off = f"{patch.name}: switched off by {self.switches.sources[patch.switch]}"
+                if any(held.outcome.patch == patch.name for held in self._in_place()):
+                    self.report.warnings.append(f"{off}, and {STILL_IN_PLACE}")
+                else:
+                    self.report.notes.append(off)
             elif choice.chosen is None and not choice.candidates:
                 usual = [each for each in patch.implementations if not each.optional]
                 served = any(self.device_type in each.device_types for each in usual)
@@ -216,6 +239,10 @@ class Walk:
             else:
                 enabled.append((patch, choice))
         return enabled
+
+    def _in_place(self) -> Sequence[PatchedSite]:
+        """What earlier calls rebound."""
+        return patched_sites()
 
     def _choose(self, patch: Patch) -> Choice:
         asked, source = self.switches["triton"], self.switches.sources["triton"]
@@ -284,7 +311,13 @@ class Walk:
                 if isinstance(decision, Replacement):
                     if decision.selection is not None and context.live is not None:
                         self._measure(decision.selection, context.live)
-                    decision = self._tuned(patch, choice, site, decision, context)
+                    choices = self.tuning.of(patch.name, site.label, decision.variant) if patch.tunable else {}
+                    if choices and set(choices.values()) == {ORIGINAL}:
+                        decision.calls.deactivate()
+                        outcome = Outcome(patch.name, site.label, SKIPPED, TUNED_ORIGINAL, layers=layers)
+                        self.report.outcomes.append(outcome)
+                        return
+                    decision = self._tuned(patch, choice, site, decision, choices, context)
                     self._rebind(patch, choice, site, decision, layers)
                 elif decision.notable:
                     self.report.outcomes.append(
@@ -294,10 +327,15 @@ class Walk:
             self._failed(patch, site.label, error)
 
     def _tuned(
-        self, patch: Patch, choice: Choice, site: Site, replacement: Replacement, context: Context
+        self,
+        patch: Patch,
+        choice: Choice,
+        site: Site,
+        replacement: Replacement,
+        choices: Mapping[Signature, str],
+        context: Context,
     ) -> Replacement:
         """The replacement, with the choices of the tuning file if it has any for this site."""
-        choices = self.tuning.of(patch.name, replacement.variant) if patch.tunable else {}
         if not choices:
             return replacement
         others = {
@@ -397,7 +435,8 @@ class Walk:
     def _warn(self, patches: Iterable[tuple[Patch, Choice]]) -> None:
         """A patch that found something it should serve in this model, and serves none of it."""
         for patch, _ in patches:
-            outcomes = [o for o in self.report if o.patch == patch.name and o.layers != 0]
+            found = [o for o in self.report if o.patch == patch.name and o.layers != 0]
+            outcomes = [o for o in found if o.reason != TUNED_ORIGINAL]
             if outcomes and not any(outcome.status == PATCHED for outcome in outcomes):
                 self.report.warnings.append(
                     f"{patch.name}: nothing in {type(self.model).__name__} is served; {len(outcomes)} sites were found"
@@ -432,10 +471,17 @@ def _absent(choice: Choice) -> set[str]:
 def _tuning(switches: Switches, device_type: str, report: Report) -> Tuning:
     if switches.tune is None:
         return Tuning()
-    tuning = read_tuning(switches.tune, device_type)
+    tuning = read_tuning(switches.tune, device_type, [patch.name for patch in CATALOGUE])
     if tuning.refused is not None:
         report.warnings.append(f"the tuning file {switches.tune} is not used: {tuning.refused}")
         return Tuning()
+    by_name = {(patch.name, each.name): each for patch in CATALOGUE for each in patch.implementations}
+    for patch, name in sorted(tuning.choices):
+        each = by_name.get((patch, name))
+        absent = "this npu_patch has none of that name" if each is None else each.missing()
+        if absent is not None:
+            report.warnings.append(f"the tuning file {switches.tune} chooses {name} for {patch}, absent here: {absent}")
+    report.tuning = TuningFile(switches.tune, tuning.count)
     return tuning
 
 

@@ -6,13 +6,13 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from npu_patch import log
+from npu_patch.atomic_file import write_atomically
 from npu_patch.measure import Measured
 from npu_patch.measured_on import MeasuredOn
 
@@ -55,14 +55,7 @@ class Measurements:
         content = {"format": FORMAT, **asdict(self.measured_on), "measured": _plain(self.measured)}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name, suffix=".tmp")
-            try:
-                with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                    json.dump(content, file, indent=1)
-                os.replace(temporary, self.path)
-            except BaseException:
-                os.unlink(temporary)
-                raise
+            write_atomically(self.path, json.dumps(content, indent=1))
         except OSError as error:
             log.warning(f"times are not kept: {error}")
 

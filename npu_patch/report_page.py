@@ -24,7 +24,7 @@ td { border-bottom: 1px solid #dde1e6; }
 
 
 def page_of_report(report: Report) -> str:
-    messages = [f'<p class="note">{escape(note)}</p>' for note in report.notes]
+    messages = [f'<p class="note">{escape(note)}</p>' for note in report.remarks]
     messages += [f'<p class="warning">{escape(warning)}</p>' for warning in report.warnings]
     header = ("patch", "status", "sites", "layers", "ran", "fell through")
     return page("npu_patch", headline(report), [table(header, map(_cells, rows(report.outcomes))), *messages])

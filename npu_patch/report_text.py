@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from npu_patch.outcome import PATCHED, Report
+from npu_patch.outcome import NOTHING_APPLIED, PATCHED, Report
 from npu_patch.report_rows import Row, rows
 
 WIDTH = 100
@@ -21,13 +21,17 @@ def text_of_report(report: Report) -> str:
         lines += ["", _line([name for name, _ in COLUMNS]), _line(["-" * width for _, width in COLUMNS])]
         lines += [line for row, above in zip(found, [None, *found], strict=False) for line in _lines(row, above)]
         lines += [""] if report.notes or report.warnings else []
-    lines += [line for note in report.notes for line in _wrapped(f"note: {note}")]
+    lines += [line for note in report.remarks for line in _wrapped(f"note: {note}")]
     lines += [line for warning in report.warnings for line in _wrapped(f"WARNING: {warning}")]
     return "\n".join(lines)
 
 
 def headline(report: Report) -> str:
     """What became of everything, in one line."""
+    if report.nothing_because == NOTHING_APPLIED:
+        return f"npu_patch: {NOTHING_APPLIED}"
+    if report.nothing_because is not None:
+        return f"npu_patch on {report.device}: nothing was rebound: {report.nothing_because}"
     if not report.outcomes:
         return f"npu_patch on {report.device}: no site was found"
     counts = f"{len(report.patched)} patched, {len(report.skipped)} skipped, {len(report.failed)} failed"

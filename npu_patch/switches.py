@@ -86,7 +86,7 @@ def resolve(keywords: Mapping[str, Any] | None = None, environ: Mapping[str, str
     for switch in SWITCHES:  # a group stands before its members
         if switch.name in keywords:
             values[switch.name] = _keyword_value(switch, keywords[switch.name])
-            sources[switch.name] = f"apply({switch.name}=...)"
+            sources[switch.name] = f"apply({switch.name}={values[switch.name]!r})"
             continue
         found = _read_environment(switch, environ)
         if found is not None:
@@ -113,15 +113,12 @@ def _keyword_value(switch: Switch, value: Any) -> Value:
         if value is None or isinstance(value, (str, os.PathLike)):
             return None if value is None else os.fspath(value)
         raise ValueError(f"apply({switch.name}={value!r}): accepted are a path and None")
-    if isinstance(value, bool):
-        return value
-    if switch.kind == "auto":
-        if isinstance(value, str) and value == AUTO:
-            return AUTO
-        if isinstance(value, int) and value in (0, 1):
-            return bool(value)
-        raise ValueError(f"apply({switch.name}={value!r}): accepted are {AUTO!r}, True (or 1) and False (or 0)")
-    raise ValueError(f"apply({switch.name}={value!r}): accepted are True and False")
+    if isinstance(value, int) and value in (0, 1):
+        return bool(value)
+    if switch.kind == "auto" and isinstance(value, str) and value == AUTO:
+        return AUTO
+    auto = f"{AUTO!r}, " if switch.kind == "auto" else ""
+    raise ValueError(f"apply({switch.name}={value!r}): accepted are {auto}True (or 1) and False (or 0)")
 
 
 def _read_environment(switch: Switch, environ: Mapping[str, str]) -> tuple[Value, str] | None:

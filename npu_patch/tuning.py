@@ -2,8 +2,9 @@
 
     TWINKLE_NPU_TUNE=tuned.json python train.py
 
-A call whose shapes are in the file goes where the file says, another one where it went anyway. Times hold for one chip
-and one set of versions: a file from another is refused, with the reason.
+A call whose shapes are in the file goes where the file says, another one where it went anyway; a site whose every
+measured shape was fastest as the original is not rebound. Times hold for one chip and one set of versions: a file from
+another is refused, with the reason.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,37 +20,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_patch.atomic_file import write_atomically
 from npu_patch.measured_on import here
 from npu_patch.outcome import Calls
 
-FORMAT = 1
+FORMAT = 2
 ORIGINAL = "original"
-Signature = tuple[tuple[str, tuple[int, ...]], ...]
+Signature = tuple[tuple[torch.dtype | str, tuple[int, ...]], ...]
+DTYPES = {str(each): each for each in vars(torch).values() if isinstance(each, torch.dtype)}
 
 
 @dataclass(frozen=True)
 class Decision:
-    """For calls of one signature: `choice` is an implementation's name or "original". For people: the times in ms, what
-    was refused as wrong, and what declined these shapes."""
+    """For calls of one signature at one site: `choice` is an implementation's name or "original". For people: the times
+    in ms (medians, and their quartiles), what was refused as wrong, and what declined these shapes."""
 
     patch: str
+    site: str
     variant: str
     signature: Signature
     choice: str
     times: Mapping[str, float] = field(default_factory=dict)
+    quartiles: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     declined: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What a file decides. `refused` says why none of it counts here."""
+    """What a file decides, by patch, site and variant. `refused` says why none of it counts here."""
 
-    decisions: Mapping[tuple[str, str], Mapping[Signature, str]] = field(default_factory=dict)
+    decisions: Mapping[tuple[str, str, str], Mapping[Signature, str]] = field(default_factory=dict)
     refused: str | None = None
 
-    def of(self, patch: str, variant: str) -> Mapping[Signature, str]:
-        return self.decisions.get((patch, variant), {})
+    def of(self, patch: str, site: str, variant: str) -> Mapping[Signature, str]:
+        return self.decisions.get((patch, site, variant), {})
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.decisions.values()))
+
+    @property
+    def choices(self) -> set[tuple[str, str]]:
+        """Each implementation chosen somewhere, as (patch, name)."""
+        named = ((key[0], choice) for key, found in self.decisions.items() for choice in found.values())
+        return {pair for pair in named if pair[1] != ORIGINAL}
 
 
 def write(path: str | os.PathLike[str], device_type: str, decisions: Iterable[Decision]) -> None:
@@ -58,45 +73,76 @@ def write(path: str | os.PathLike[str], device_type: str, decisions: Iterable[De
         **asdict(here(torch.device(device_type))),
         "decisions": [_as_dict(each) for each in decisions],
     }
-    Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def _as_dict(decision: Decision) -> dict[str, Any]:
-    return {**vars(decision), "signature": [[kind, list(shape)] for kind, shape in decision.signature]}
+    return {**vars(decision), "signature": signature_for_json(decision.signature)}
 
 
-def read(path: str | os.PathLike[str], device_type: str) -> Tuning:
-    """
+def signature_for_json(signature: Signature) -> list[list[Any]]:
+    return [[str(kind), list(shape)] for kind, shape in signature]
+
+
+def read(path: str | os.PathLike[str], device_type: str, patches: Collection[str] = ()) -> Tuning:
+    """`patches`: names that a decision may have, if not any.
+
     Raises:
         ValueError: for a file that cannot be read or that `tune` did not write; names it.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = _checked(json.loads(Path(path).read_text(encoding="utf-8")))
         if content["format"] != FORMAT:
             return Tuning(refused=f"its format is {content['format']}, this npu_patch reads {FORMAT}")
-        why_not = here(torch.device(device_type)).why_not(content)
-        decisions: dict[tuple[str, str], dict[Signature, str]] = {}
+        decisions: dict[tuple[str, str, str], dict[Signature, str]] = {}
         for each in content["decisions"]:
-            signature = tuple((str(kind), tuple(map(int, shape))) for kind, shape in each["signature"])
-            decisions.setdefault((each["patch"], each["variant"]), {})[signature] = str(each["choice"])
+            key, signature, choice = _decision(each)
+            decisions.setdefault(key, {})[signature] = choice
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"TWINKLE_NPU_TUNE={os.fspath(path)!r}: accepted is a file that python -m npu_patch tune wrote "
             f"({type(error).__name__}: {error})"
         ) from error
-    return Tuning(decisions, why_not)
+    refused = here(torch.device(device_type)).why_not(content)
+    unknown = sorted({patch for patch, _, _ in decisions if patches and patch not in patches})
+    if refused is None and unknown:
+        refused = f"it decides on {', '.join(unknown)}; this npu_patch has {', '.join(patches)}"
+    return Tuning(decisions, refused)
+
+
+def _checked(content: Any) -> dict[str, Any]:
+    """The content, if it has the parts of a tuning file."""
+    if not isinstance(content, dict):
+        raise ValueError(f"an object is wanted, not {type(content).__name__}")
+    if content["format"] == FORMAT:
+        for name, kind in (("chip", str), ("versions", dict), ("decisions", list)):
+            if not isinstance(content[name], kind):
+                raise ValueError(f"{name!r} is {content[name]!r}")
+    return content
+
+
+def _decision(content: Any) -> tuple[tuple[str, str, str], Signature, str]:
+    if not isinstance(content, dict):
+        raise ValueError(f"a decision is {content!r}")
+    patch, site, variant, choice = texts = [content[name] for name in ("patch", "site", "variant", "choice")]
+    if not all(isinstance(each, str) for each in texts):
+        raise ValueError(f"a decision has {texts}")
+    signature = tuple(
+        (DTYPES.get(str(kind), str(kind)), tuple(map(int, shape))) for kind, shape in content["signature"]
+    )
+    return (patch, site, variant), signature, choice
 
 
 def signature_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Signature:
     """Of one call: dtype and shape of each tensor and of each layer's own parameters, the widths of a layer's
-    projections, and whether gradients are on."""
-    found: list[tuple[str, tuple[int, ...]]] = [("grad" if torch.is_grad_enabled() else "no grad", ())]
-    for value in (*args, *kwargs.values()):
+    projections, and whether gradients are on. Made at every call: nothing is turned into text here."""
+    found: list[tuple[torch.dtype | str, tuple[int, ...]]] = [("grad" if torch.is_grad_enabled() else "no grad", ())]
+    for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, Tensor):
-            found.append((str(value.dtype), tuple(value.shape)))
+            found.append((value.dtype, value.shape))
         elif isinstance(value, torch.nn.Module):
-            own = (parameter for parameter in value._parameters.values() if parameter is not None)
-            found += [(str(parameter.dtype), tuple(parameter.shape)) for parameter in own]
+            own = value._parameters.values()
+            found += [(parameter.dtype, parameter.shape) for parameter in own if parameter is not None]
             found += [("projection", widths) for widths in projections_of(value)]
     return tuple(found)
 
@@ -125,6 +171,9 @@ def tuned(
         if not calls.active or torch.compiler.is_compiling():
             return usual(*args, **kwargs)
         choice = choices.get(signature_of(args, kwargs))
+        if choice is None:
+            return usual(*args, **kwargs)
+        calls.tuned += 1
         if choice == ORIGINAL:
             calls.fell_through["tuned: the original is the fastest for these shapes"] += 1
             return original(*args, **kwargs)

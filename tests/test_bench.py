@@ -10,8 +10,14 @@ import pytest
 import torch
 
 import npu_patch
+from npu_patch import simulator
 from npu_patch.commands import main
+from npu_patch.commands.steps import Steps
 from npu_patch.commands.timing import in_turns
+from npu_patch.kernels import readiness
+
+NO_TRITON = readiness.why_not() if simulator.is_active() else "for the interpreter on the simulated NPU"
+needs_triton = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +34,7 @@ def test_on_the_simulated_npu_launches_are_counted_and_no_time_is_shown(
     assert main(["bench", "qwen3", "--png", str(picture)]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "its times mean nothing and are not shown" in text and "simulated counts" in text
+    assert "launches unpatched" in text and "MB unpatched" in text
     assert "LoRA, r=16" in text and "Qwen3RMSNorm" in text and "ms" not in text.split()
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert main(["bench", "qwen3", "--json"]) == 0
@@ -64,6 +71,58 @@ def test_samples_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert order[-8:] == ["slow", "fast"] * 4
     assert (found["slow"].low, found["slow"].median, found["slow"].high) == (1750.0, 2500.0, 3250.0)
     assert found["fast"].median == 500.0 and found["fast"].peak is None
+
+
+@needs_triton
+@pytest.mark.usefixtures("two_cores")
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
+def test_an_operator_called_with_heads_that_wait_for_their_norm_is_not_measured_alone(
+    family: str, npu: torch.device, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TWINKLE_NPU_TRITON", "1")
+    assert main(["bench", family, "--samples", "1", "--tokens", "4", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert {"qk_norm_rope", "rms_norm", "step"} <= {each["patch"] for each in results}
+    assert "rope" not in {each["patch"] for each in results}
+    assert not any(each["failure"] for each in results)
+
+
+def test_an_operator_that_raises_is_named_and_the_others_are_measured(
+    simulated: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(torch.ops.npu, "npu_rms_norm", broken)
+    assert main(["bench", "qwen3", "--tokens", "8"]) == 1
+    text = " ".join(capsys.readouterr().out.split())
+    assert "FAILED: rms_norm Qwen3RMSNorm, 48 bfloat16, 1x8x48 bfloat16: raises RuntimeError: no such kernel" in text
+    assert "FAILED: step LoRA, r=16, 1x8 tokens: raises RuntimeError: no such kernel" in text
+    assert "swiglu Qwen3MLP" in text and "FAILED: swiglu" not in text
+
+
+@pytest.mark.parametrize("command", ["bench", "tune"])
+def test_progress_counts_every_measurement(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = {"total": 0, "done": 0}
+    monkeypatch.setattr(Steps, "of", lambda self, total: counted.update(total=total))
+    monkeypatch.setattr(Steps, "done", lambda self: counted.update(done=counted["done"] + 1))
+    options = ["--device", "cpu", "--dtype", "float32", "--samples", "5", "--tokens", "8", "--json"]
+    assert main([command, "llama", *options, *(["--output", str(tmp_path / "x")] if command == "tune" else [])]) == 0
+    content = json.loads(capsys.readouterr().out)
+    results = content["results"] if command == "bench" else content["decisions"]
+    assert counted["done"] == counted["total"] >= len(results) >= 3
+
+
+@pytest.mark.parametrize("command", ["bench", "tune"])
+def test_switched_off_there_is_nothing_to_measure(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TWINKLE_NPU_PATCH", "0")
+    output = ["--output", str(tmp_path / "x")] if command == "tune" else []
+    assert main([command, "qwen3", "--device", "cpu", *output]) == 2
+    assert "TWINKLE_NPU_PATCH switches everything off" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -161,3 +161,11 @@ def test_all_families_without_a_device_in_little_time_and_memory(tmp_path: Path)
     assert content["families"]["qwen3_next"]["patches"]["gated_delta_net"]["patched"] > 0
     page = (tmp_path / "all.html").read_text()
     assert page.count("<tr>") == 1 + len(content["families"])
+
+
+def test_switched_off_coverage_says_by_what(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TWINKLE_NPU_PATCH", "0")
+    assert main(["coverage", "qwen3"]) == 0
+    assert "nothing was rebound: switched off by TWINKLE_NPU_PATCH" in " ".join(capsys.readouterr().out.split())

@@ -12,6 +12,7 @@ import threading
 import time
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 
 import npu_patch
+from npu_patch import log, tuning
 from npu_patch.patches import rms_norm as rms_norm_patch
 from npu_patch.sites import modules_of_model
 from tests.gradients import loss_and_gradients, relative_error
@@ -331,21 +333,69 @@ def test_wrong_arguments_name_themselves(arguments: dict[str, Any], error: type[
         npu_patch.apply(**arguments)
 
 
-def test_without_the_device_nothing_is_rebound_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_device_nothing_is_rebound_and_the_report_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log.forget()
     model = tiny("qwen3")
     forward = type(model.model.norm).forward
     monkeypatch.setattr(torch.npu, "is_available", lambda: False)
     report = npu_patch.apply(model)
     assert type(model.model.norm).forward is forward
-    assert "no npu device (torch.npu.is_available() is False): nothing was rebound" in str(report)
+    said = "npu_patch on npu (simulated): nothing was rebound: no npu device (torch.npu.is_available() is False)"
+    assert said.split(": ", 1)[1] in " ".join(str(report).split())
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and said.split(": ", 1)[1] in record.message
+    with pytest.raises(npu_patch.PatchError, match=r"strict=True\): no npu device \(torch.npu.is_available"):
+        npu_patch.apply(model, strict=True)
 
 
-def test_switched_off_says_by_what(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_switched_off_says_by_what(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    log.forget()
+    caplog.set_level("INFO", "npu_patch")
     monkeypatch.setenv("TWINKLE_NPU_PATCH", "off")
-    assert "switched off by TWINKLE_NPU_PATCH: nothing was rebound" in str(npu_patch.apply(tiny("qwen3")))
+    assert "nothing was rebound: switched off by TWINKLE_NPU_PATCH" in str(npu_patch.apply(tiny("qwen3")))
+    (record,) = caplog.records
+    assert record.levelname == "INFO" and record.message.endswith("switched off by TWINKLE_NPU_PATCH")
     monkeypatch.setenv("TWINKLE_NPU_PATCH", "on")
+    assert "nothing was rebound: switched off by apply(patch=False)" in str(npu_patch.apply(patch=False))
     monkeypatch.setenv("TWINKLE_NPU_ROPE", "0")
     assert "rope: switched off by TWINKLE_NPU_ROPE" in str(npu_patch.apply(tiny("qwen3")))
+
+
+@pytest.mark.parametrize(
+    ("switch", "what"), [("rope", "rope: switched off by apply(rope=False), and "), ("patch", "apply(patch=False): ")]
+)
+def test_what_an_earlier_apply_rebound_stays_and_is_a_warning(switch: str, what: str, npu: torch.device) -> None:
+    model = tiny("qwen3").to(npu)
+    first = npu_patch.apply(model)
+    report = npu_patch.apply(model, **{switch: False})
+    (warning,) = report.warnings
+    assert f"{what}still in place from an earlier apply(); call restore() first" in warning
+    loss_and_gradients(model, tiny_batch())
+    assert ran(first, "rope")
+    npu_patch.restore()
+    assert not npu_patch.apply(model, **{switch: False}).warnings
+
+
+def test_a_tuning_file_that_comes_too_late_is_a_warning(
+    npu: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("qwen3")
+    npu_patch.apply(model)
+    tuning.write(tmp_path / "tuned.json", "npu", [])
+    monkeypatch.setenv("TWINKLE_NPU_TUNE", str(tmp_path / "tuned.json"))
+    (warning,) = npu_patch.apply(model).warnings
+    assert "tuned.json now and was not set before" in warning and "call restore() first" in warning
+    npu_patch.restore()
+    report = npu_patch.apply(model)
+    assert not report.warnings and "0 decisions; 0 calls had their shapes" in " ".join(str(report).split())
+
+
+def test_after_restore_nothing_is_applied(npu: torch.device) -> None:
+    npu_patch.apply(tiny("qwen3"))
+    npu_patch.restore()
+    assert str(npu_patch.report()) == "npu_patch: nothing is applied"
 
 
 def test_another_device_needs_restore_first(npu: torch.device) -> None:

@@ -314,7 +314,7 @@ def test_one_and_zero_measure_nothing(kernels: Kernels, triton: bool, name: str)
     model = tiny("qwen3")
     outcome = qwen3(npu_patch.apply(model, device="cpu", triton=triton))
     assert outcome.implementation == name and not kernels.timed
-    assert outcome.declined == ({} if triton else {"fake": "switched off by apply(triton=...)"})
+    assert outcome.declined == ({} if triton else {"fake": "switched off by apply(triton=False)"})
 
 
 @pytest.mark.parametrize(("auto", "tuned"), [("fake", "usual"), ("usual", "fake")])
@@ -329,7 +329,7 @@ def test_a_tuning_file_wins_over_auto(
         loss_and_gradients(model, tiny_batch())
         assert set(qwen3(report).calls.ran_by) == {auto}
     file = tmp_path / "tuned.json"
-    tuning.write(file, "cpu", [tuning.Decision("rms_norm", "weight", each, tuned) for each in seen])
+    tuning.write(file, "cpu", [tuning.Decision("rms_norm", qwen3(report).site, "weight", each, tuned) for each in seen])
     monkeypatch.setenv("TWINKLE_NPU_TUNE", str(file))
     npu_patch.apply(model, device="cpu")
     kernels.ran.clear()

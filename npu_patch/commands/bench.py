@@ -7,6 +7,7 @@ kernel launches and bytes are counted instead.
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +18,13 @@ import torch
 from npu_patch import lifecycle, simulator
 from npu_patch.commands import models
 from npu_patch.commands.bench_lora import RANK, lora_step
-from npu_patch.commands.recording import function_of, recorded, timed_forms
+from npu_patch.commands.recording import Recording, function_of, recorded, timed_forms
 from npu_patch.commands.result import CommandError, Result
+from npu_patch.commands.steps import Steps, steps
 from npu_patch.commands.timing import Timing, in_turns
+from npu_patch.lifecycle import PatchedSite
 from npu_patch.report_rows import short_name
+from npu_patch.switches import resolve
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SIMULATED = (
@@ -31,7 +35,8 @@ SIMULATED = (
 
 @dataclass(frozen=True)
 class Measured:
-    """One op at one set of shapes, or the step. Times in ms (None on the simulated NPU), counts there only."""
+    """One op at one set of shapes, or the step. Times in ms (None on the simulated NPU), counts there only. `failure`:
+    why there are neither."""
 
     patch: str
     site: str
@@ -40,6 +45,7 @@ class Measured:
     original: Timing | None = None
     launches: tuple[int, int] | None = None  # patched, original
     bytes: tuple[int, int] | None = None
+    failure: str | None = None
 
     @property
     def gain(self) -> float | None:
@@ -71,8 +77,10 @@ def run(options: argparse.Namespace) -> Result:
     if png is not None:
         require_matplotlib()
     device, model, batch = prepared(options)
-    measured = _ops(model, batch, device, options.samples)
-    measured.append(_step(model, batch, device, options.samples))
+    with steps(options, "measuring") as progress:
+        measured = _ops(model, batch, device, options.samples, progress)
+        measured.append(_step(model, batch, device, options.samples))
+        progress.done()
     simulated = device.type == "npu" and simulator.is_active()
     content = {
         "model": options.model,
@@ -87,7 +95,7 @@ def run(options: argparse.Namespace) -> Result:
         from npu_patch.commands.bench_picture import draw
 
         draw(content, measured, png)
-    return Result(content, lambda: _shown(content, measured), fine=True)
+    return Result(content, lambda: _shown(content, measured), fine=not any(each.failure for each in measured))
 
 
 def prepared(options: argparse.Namespace) -> tuple[torch.device, torch.nn.Module, dict[str, torch.Tensor]]:
@@ -96,6 +104,9 @@ def prepared(options: argparse.Namespace) -> tuple[torch.device, torch.nn.Module
         value = getattr(options, name)
         if value is not None and value < 1:
             raise CommandError(f"--{name} {value}: accepted are numbers from 1")
+    switches = resolve()
+    if not switches["patch"]:
+        raise CommandError(f"{switches.sources['patch']} switches everything off: there is nothing to measure")
     device = models.device_of(options)
     tiny = options.tiny or device.type == "cpu" or simulator.is_active()
     source = models.source_of(options.model) if tiny else models.real_source_of(options.model)
@@ -115,18 +126,41 @@ def require_matplotlib() -> None:
         raise CommandError(f"--png needs matplotlib ({error}): pip install 'npu_patch[cli]'") from error
 
 
-def _ops(model: torch.nn.Module, batch: dict[str, torch.Tensor], device: torch.device, samples: int) -> list[Measured]:
+def _ops(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], device: torch.device, samples: int, progress: Steps
+) -> list[Measured]:
     found = []
     with lifecycle.applied(model, device=device.type) as report:
         sites = [held for held in lifecycle.patched_sites(report) if function_of(held) is not None]
-        with recorded(sites) as recording:
-            _forward_backward(model, batch, device)
-        for held in sites:
-            for call in recording.of(held):
-                patched, original = timed_forms(held, call)
-                name = short_name(held.outcome.site)
-                found.append(_measure(held.outcome.patch, name, call.shapes, patched, original, device, samples))
+        recording = recorded_step(model, batch, device, sites)
+        pairs = [(held, call) for held in sites for call in recording.of(held)]
+        progress.of(len(pairs) + 1)  # and the step
+        for held, call in pairs:
+            forms = timed_forms(held, call)
+            name = short_name(held.outcome.site)
+            found.append(_measure(held.outcome.patch, name, call.shapes, *forms, device, samples))
+            progress.done()
+        found += [
+            Measured(each.patch, short_name(each.site), "", failure=f"not patched: {each.reason}")
+            for each in report.failed
+        ]
     return found
+
+
+def recorded_step(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], device: torch.device, sites: list[PatchedSite]
+) -> Recording:
+    """What the sites were called with, forward and backward; by the originals, if a replacement raises."""
+    with recorded(sites) as recording:
+        try:
+            forward_backward(model, batch, device)
+        except Exception:
+            model.zero_grad(set_to_none=True)
+        else:
+            return recording
+    with recorded(sites, originals=True, into=recording):
+        forward_backward(model, batch, device)
+    return recording
 
 
 def _step(model: torch.nn.Module, batch: dict[str, torch.Tensor], device: torch.device, samples: int) -> Measured:
@@ -136,10 +170,14 @@ def _step(model: torch.nn.Module, batch: dict[str, torch.Tensor], device: torch.
         with lifecycle.applied(adapted, device=device.type):
             step()
 
+    named = ("step", f"LoRA, r={RANK}", _shapes(batch))
     if device.type == "npu" and simulator.is_active():
-        return _measure("step", f"LoRA, r={RANK}", _shapes(batch), patched, step, device, samples)
-    forms = in_blocks(adapted, step, device, samples)
-    return Measured("step", f"LoRA, r={RANK}", _shapes(batch), forms["patched"], forms["original"])
+        return _measure(*named, patched, step, device, samples)
+    try:
+        forms = in_blocks(adapted, step, device, samples)
+    except Exception as error:
+        return Measured(*named, failure=_raises(error))
+    return Measured(*named, forms["patched"], forms["original"])
 
 
 def in_blocks(
@@ -165,12 +203,19 @@ def _measure(
     device: torch.device,
     samples: int,
 ) -> Measured:
-    if device.type == "npu" and simulator.is_active():
-        counted = [_counted(form) for form in (patched, original)]
-        launches, moved = zip(*counted, strict=True)
-        return Measured(patch, site, shapes, launches=tuple(launches), bytes=tuple(moved))
-    timings = in_turns({"patched": patched, "original": original}, device, samples=samples)
+    try:
+        if device.type == "npu" and simulator.is_active():
+            counted = [_counted(form) for form in (patched, original)]
+            launches, moved = zip(*counted, strict=True)
+            return Measured(patch, site, shapes, launches=tuple(launches), bytes=tuple(moved))
+        timings = in_turns({"patched": patched, "original": original}, device, samples=samples)
+    except Exception as error:
+        return Measured(patch, site, shapes, failure=_raises(error))
     return Measured(patch, site, shapes, timings["patched"], timings["original"])
+
+
+def _raises(error: Exception) -> str:
+    return f"raises {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _counted(form: Callable[[], None]) -> tuple[int, int]:
@@ -180,8 +225,10 @@ def _counted(form: Callable[[], None]) -> tuple[int, int]:
     return counted.launches, counted.bytes
 
 
-def _forward_backward(model: torch.nn.Module, batch: dict[str, torch.Tensor], device: torch.device) -> None:
-    output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
+def forward_backward(model: torch.nn.Module, batch: dict[str, torch.Tensor], device: torch.device) -> None:
+    """As in training: without a cache."""
+    no_cache = {"use_cache": False} if "use_cache" in inspect.signature(type(model).forward).parameters else {}
+    output = model(**{name: tensor.to(device) for name, tensor in batch.items()}, **no_cache)
     loss = getattr(output, "loss", None)
     (output[0].float().square().mean() if loss is None else loss).backward()
     model.zero_grad(set_to_none=True)
@@ -197,20 +244,27 @@ def _shown(content: dict[str, Any], measured: list[Measured]) -> Iterator[Any]:
     yield f"{content['model']} on {content['device']} ({content['chip']}), {content['dtype']}: forward and backward"
     if content["note"]:
         yield content["note"]
-        columns = ("patch", "site", "shapes", "launches", "unpatched", "MB", "unpatched", "fewer launches")
+        columns = (
+            *("patch", "site", "shapes"),
+            *("launches", "launches unpatched", "MB", "MB unpatched", "fewer launches"),
+        )
         rows = [
             (
                 each.patch,
                 each.site,
                 each.shapes,
-                *each.launches,
+                *map(str, each.launches),
                 *(f"{moved / 1e6:.2f}" for moved in each.bytes),
                 "" if each.gain is None else f"{each.gain:.1f} x",
             )
             for each in measured
+            if each.failure is None and any(each.launches)
         ]
     else:
-        columns = ("patch", "site", "shapes", "ms", "unpatched", "peak MiB", "unpatched", "faster")
+        columns = (
+            *("patch", "site", "shapes"),
+            *("ms", "ms unpatched", "peak MiB", "peak MiB unpatched", "faster"),
+        )
         rows = [
             (
                 each.patch,
@@ -223,8 +277,12 @@ def _shown(content: dict[str, Any], measured: list[Measured]) -> Iterator[Any]:
                 (("green" if each.gain >= 1 else "red"), f"{each.gain:.2f} x"),
             )
             for each in measured
+            if each.failure is None
         ]
     yield table("", columns, rows, numbers=columns[3:])
+    for each in measured:
+        if each.failure is not None:
+            yield f"FAILED: {each.patch} {each.site}, {each.shapes}: {each.failure}"
 
 
 def _time(timing: Timing) -> str:

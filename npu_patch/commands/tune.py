@@ -1,7 +1,8 @@
 """tune: by op and shape, measures what there is on the device (the operator, other implementations, the original) and
 writes the fastest that is right to a file that `apply()` reads.
 
-What is not within the bars of `verify` is refused, however fast; what is not faster than the original is the original.
+What is not within the bars of `verify` is refused, however fast. The original stays unless another way is clearly
+faster, timed as it will be called: three quarters of its samples below three quarters of the original's.
 """
 
 from __future__ import annotations
@@ -17,21 +18,24 @@ import torch
 
 from npu_patch import lifecycle, simulator
 from npu_patch.commands import models
-from npu_patch.commands.bench import DTYPES, add_sizes, chip, prepared
-from npu_patch.commands.recording import Call, function_of, recorded, run_in_float64, run_original, timed_forms
+from npu_patch.commands.bench import DTYPES, add_sizes, chip, prepared, recorded_step
+from npu_patch.commands.recording import Call, function_of, run_in_float64, run_original, timed_forms
 from npu_patch.commands.result import CommandError, Result
-from npu_patch.commands.timing import in_turns
+from npu_patch.commands.steps import Steps, steps
+from npu_patch.commands.timing import Timing, in_turns
 from npu_patch.commands.verify import compared
 from npu_patch.commands.verify_bars import why_not
 from npu_patch.lifecycle import PatchedSite
+from npu_patch.outcome import Calls
 from npu_patch.patches import CATALOGUE
 from npu_patch.patches.patch import Context, Replacement
 from npu_patch.report_rows import short_name
 from npu_patch.switches import TUNE, resolve
-from npu_patch.tuning import ORIGINAL, Decision, signature_of, write
+from npu_patch.tuning import ORIGINAL, Decision, signature_for_json, signature_of, tuned, write
 
 DECLINES = "does not take it: "
-Timer = Callable[[Mapping[str, Callable[[], None]], torch.device, int], Mapping[str, float]]
+FEWEST = 5  # samples that have quartiles
+Timer = Callable[[Mapping[str, Callable[[], None]], torch.device, int], Mapping[str, Timing]]
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,15 @@ def run(options: argparse.Namespace) -> Result:
         raise CommandError(
             f"{TUNE}={os.environ[TUNE]!r} is set: unset it, so that nothing is tuned before it is measured"
         )
+    if options.samples < FEWEST:
+        raise CommandError(f"--samples {options.samples}: accepted are numbers from {FEWEST}, which have quartiles")
     device, model, batch = prepared(options)
     if device.type == "npu" and simulator.is_active():
         note = "simulated NPU: its times mean nothing; this file is of no use on a real one, where it is refused"
     else:
         note = None
-    found, left = _tune(model, batch, device, options)
+    with steps(options, "measuring") as progress:
+        found, left = _tune(model, batch, device, options, progress)
     write(options.output, device.type, [each.decision for each in found])
     content = {
         "model": options.model,
@@ -68,13 +75,20 @@ def run(options: argparse.Namespace) -> Result:
         "file": str(options.output),
         "note": note,
         "not_tuned": left,
-        "decisions": [{"site": each.site, "shapes": each.shapes, **vars(each.decision)} for each in found],
+        "decisions": [
+            {"shapes": each.shapes, **vars(each.decision), "signature": signature_for_json(each.decision.signature)}
+            for each in found
+        ],
     }
     return Result(content, lambda: _shown(content, found), fine=not any(each.decision.refused for each in found))
 
 
 def _tune(
-    model: torch.nn.Module, batch: dict[str, torch.Tensor], device: torch.device, options: argparse.Namespace
+    model: torch.nn.Module,
+    batch: dict[str, torch.Tensor],
+    device: torch.device,
+    options: argparse.Namespace,
+    progress: Steps,
 ) -> tuple[list[Tuned], list[str]]:
     found: list[Tuned] = []
     left: list[str] = []
@@ -82,19 +96,20 @@ def _tune(
     tunable = {patch.name: patch for patch in CATALOGUE if patch.tunable}
     with lifecycle.applied(model, device=device.type, triton=False) as report:  # they are alternatives like others
         sites = lifecycle.patched_sites(report)
-        with recorded(sites) as recording:
-            output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
-            (output[0] if output.get("loss") is None else output.loss).float().mean().backward()
-            model.zero_grad(set_to_none=True)
+        recording = recorded_step(model, batch, device, sites)
+        pairs = []
         for held in sites:
-            if held.outcome.patch not in tunable or function_of(held) is None:
+            if held.outcome.patch in tunable and function_of(held) is not None:
+                pairs += [(held, call) for call in recording.of(held)]
+            else:
                 left.append(f"{held.outcome.patch} {short_name(held.outcome.site)}: chooses by itself at every call")
-                continue
+        progress.of(len(pairs))
+        for held, call in pairs:
             ways = alternatives(held, tunable[held.outcome.patch], device.type, switches)
-            for call in recording.of(held):
-                decision = decide(held, call, ways, device, options.samples, DTYPES[options.dtype])
-                if decision is not None:
-                    found.append(Tuned(short_name(held.outcome.site), call.shapes, decision))
+            decision = decide(held, call, ways, device, options.samples, DTYPES[options.dtype])
+            if decision is not None:
+                found.append(Tuned(short_name(held.outcome.site), call.shapes, decision))
+            progress.done()
     return found, left
 
 
@@ -132,16 +147,42 @@ def decide(
         other = replace(held, replacement=replacement)
         wrong = why_wrong(other, call, original, exact, dtype)
         if wrong is None:
-            forms[name], forms[ORIGINAL] = timed_forms(other, call)
+            forms[name], forms[ORIGINAL] = timed_forms(as_installed(other, name, call), call)
         elif wrong.startswith(DECLINES):
             declined[name] = wrong.removeprefix(DECLINES)
         else:
             refused[name] = wrong
     forms.setdefault(ORIGINAL, lambda: None)
     times = (timer or _times)(forms, device, samples) if len(forms) > 1 else {}
-    choice = min(times, key=lambda name: (times[name], name != ORIGINAL), default=ORIGINAL)
-    signature = signature_of(call.args, call.kwargs)
-    return Decision(held.outcome.patch, held.outcome.variant, signature, choice, times, refused, declined)
+    medians = {name: timing.median for name, timing in times.items()}
+    quartiles = {name: (timing.low, timing.high) for name, timing in times.items()}
+    outcome = held.outcome
+    return Decision(
+        outcome.patch,
+        outcome.site,
+        outcome.variant,
+        signature_of(call.args, call.kwargs),
+        fastest(times),
+        medians,
+        quartiles,
+        refused,
+        declined,
+    )
+
+
+def fastest(times: Mapping[str, Timing]) -> str:
+    """The one with the lowest median of those that are clearly faster than the original, or that."""
+    clearly = [name for name in times if name != ORIGINAL and times[name].high < times[ORIGINAL].low]
+    return min(clearly, key=lambda name: times[name].median, default=ORIGINAL)
+
+
+def as_installed(held: PatchedSite, name: str, call: Call) -> PatchedSite:
+    """As `apply()` will call it under the file: the shapes of the call are looked up first."""
+    replacement = held.replacement
+    choices = {signature_of(call.args, call.kwargs): name}
+    ways = {name: (replacement.function, replacement.calls)}
+    function = tuned(replacement.function, held.site.original, Calls(), choices, ways)
+    return replace(held, replacement=replace(replacement, function=function))
 
 
 def why_wrong(held: PatchedSite, call: Call, original: Any, exact: Mapping[str, Any], dtype: torch.dtype) -> str | None:
@@ -158,8 +199,8 @@ def why_wrong(held: PatchedSite, call: Call, original: Any, exact: Mapping[str, 
     return errors if isinstance(errors, str) else why_not(errors, dtype)
 
 
-def _times(forms: Mapping[str, Callable[[], None]], device: torch.device, samples: int) -> dict[str, float]:
-    return {name: timing.median for name, timing in in_turns(forms, device, samples=samples).items()}
+def _times(forms: Mapping[str, Callable[[], None]], device: torch.device, samples: int) -> Mapping[str, Timing]:
+    return in_turns(forms, device, samples=samples)
 
 
 def _shown(content: dict[str, Any], found: list[Tuned]) -> Iterator[Any]:
