@@ -35,7 +35,9 @@ def headline(report: Report) -> str:
     if not report.outcomes:
         return f"npu_patch on {report.device}: no site was found"
     counts = f"{len(report.patched)} patched, {len(report.skipped)} skipped, {len(report.failed)} failed"
-    return f"npu_patch on {report.device}: {len(report.outcomes)} sites: {counts}"
+    idle = sum(outcome.layers == 0 for outcome in report.patched)
+    apart = f"; {idle} of the patched without a layer in this model" if idle else ""
+    return f"npu_patch on {report.device}: {len(report.outcomes)} sites: {counts}{apart}"
 
 
 def _lines(row: Row, above: Row | None) -> list[str]:

@@ -12,8 +12,11 @@ import torch
 import npu_patch
 from npu_patch import simulator
 from npu_patch.commands import main
+from npu_patch.commands.bench_lora import lora_step
+from npu_patch.commands.models import batch_for
 from npu_patch.commands.steps import Steps
 from npu_patch.commands.timing import in_turns
+from npu_patch.commands.tiny_model import tiny_model
 from npu_patch.kernels import readiness
 
 NO_TRITON = readiness.why_not() if simulator.is_active() else "for the interpreter on the simulated NPU"
@@ -85,6 +88,13 @@ def test_an_operator_called_with_heads_that_wait_for_their_norm_is_not_measured_
     assert {"qk_norm_rope", "rms_norm", "step"} <= {each["patch"] for each in results}
     assert "rope" not in {each["patch"] for each in results}
     assert not any(each["failure"] for each in results)
+
+
+@pytest.mark.parametrize("model_type", ["clip", "t5"])
+def test_tiny_models_of_text_encoders_and_of_encoder_decoders_take_a_step(model_type: str) -> None:
+    model = tiny_model(model_type)
+    _, step = lora_step(model, batch_for(model, length=5))
+    step()
 
 
 def test_an_operator_that_raises_is_named_and_the_others_are_measured(

@@ -38,9 +38,11 @@ SIZES: dict[str, Any] = {
     "linear_key_head_dim": 12,
     "linear_value_head_dim": 20,
     "bos_token_id": 1,
-    "eos_token_id": None,
+    "eos_token_id": 2,  # a text model may be pooled where it stands
     "pad_token_id": 0,
+    "decoder_start_token_id": 0,
 }
+TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id")
 NUMBERS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 EXPERTS, CHOSEN = 6, 2
 
@@ -85,6 +87,8 @@ def few_layers(model_type: str, *, seed: int = 0) -> torch.nn.Module:
             config.num_hidden_layers = len(config.layer_types)
         else:
             config.num_hidden_layers = 2
+        if config.is_encoder_decoder and config.decoder_start_token_id is None:
+            config.decoder_start_token_id = SIZES["decoder_start_token_id"]
         auto = auto_class(config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -116,7 +120,9 @@ def tiny_config(model_type: str, every_expert: bool = False) -> Any:
     wanted = SIZES | {name: EXPERTS for name in NUMBERS_OF_EXPERTS}
     wanted["num_experts_per_tok"] = EXPERTS if every_expert else CHOSEN
     given = {name: value for name, value in wanted.items() if getattr(default, name, None) is not None}
-    given |= {name: wanted[name] for name in ("eos_token_id", "pad_token_id", "bos_token_id") if hasattr(default, name)}
+    given |= {name: wanted[name] for name in TOKENS if hasattr(default, name)}
+    if getattr(default, "is_encoder_decoder", False):  # decoder inputs are made of labels, which some need this for
+        given["decoder_start_token_id"] = wanted["decoder_start_token_id"]
     if "qk_rope_head_dim" in given and "head_dim" in given:  # multi-head latent attention: its rotary part
         given["head_dim"] = given["qk_rope_head_dim"]
     kinds = _kinds(default)
