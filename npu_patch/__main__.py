@@ -2,7 +2,12 @@
 
 import sys
 
-from npu_patch.commands import main
+from npu_patch.commands import main, standard_output
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        code = main(sys.argv[1:])
+    except SystemExit as stopped:  # --help, --version, bad usage
+        code = stopped.code
+    standard_output.close()
+    sys.exit(code)

@@ -141,7 +141,7 @@ def test_neither_a_type_nor_all_is_bad_usage(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit) as stopped:
         main(["coverage"])
     assert stopped.value.code == 2
-    assert "MODEL_TYPE --all is required" in capsys.readouterr().err
+    assert "MODEL --all is required" in capsys.readouterr().err
 
 
 def test_all_families_without_a_device_in_little_time_and_memory(tmp_path: Path) -> None:

@@ -274,10 +274,3 @@ def test_bad_usage_is_told_what_is_accepted(
 ) -> None:
     assert main(["doctor", *arguments]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_without_rich_the_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "rich", None)
-    assert main(["doctor"]) == 2
-    captured = capsys.readouterr()
-    assert "pip install 'npu_patch[cli]', or ask for --json" in captured.err and not captured.out

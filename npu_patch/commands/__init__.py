@@ -1,11 +1,12 @@
 """python -m npu_patch: what an installation, a model family or a device gives, asked from a terminal.
 
-Each command has a module with `NAME`, `HELP`, `add_arguments(parser)` and `run(options) -> Result`; this one reads the
-command line and turns a result into text or JSON on stdout and an exit code:
+Each command has a module with `run(options) -> Result`, and its arguments in arguments.py; this one reads the command
+line and turns a result into text or JSON on stdout and an exit code:
 
     0   everything is fine
     1   the command ran and found something wrong: a fault, a site that fails, a wrong implementation
-    2   the command line or the machine does not allow it to run: a message on stderr says what is accepted
+    2   the command could not run: one line on stderr says why (`--debug`: the traceback too)
+    130 it was interrupted
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import json
 import sys
+import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
+from npu_patch.commands import standard_output
+from npu_patch.commands.arguments import add_arguments
 from npu_patch.commands.result import CommandError, Result
+from npu_patch.version import __version__
 
 COMMANDS = {
     "doctor": "what is installed, what is used, what is wrong and what to do",
@@ -26,41 +31,110 @@ COMMANDS = {
     "bench": "on your device, each patched op at a model's shapes and a LoRA step, patched against unpatched",
     "tune": "on your device, the fastest right way for each op and shape, written to a file that apply() reads",
 }
+WRONG, REFUSED, INTERRUPTED = 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; see above for the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    chosen = next((each for each in arguments if not each.startswith("-")), None)
-    options = _parser(chosen).parse_args(arguments)
-    module = importlib.import_module(f"npu_patch.commands.{options.command}")
+    options = _options(arguments)
     try:
-        # What libraries print while it runs is no part of the JSON.
-        with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
-            result: Result = module.run(options)
-        if options.json:
-            print(json.dumps(result.content, indent=2))
-        else:
-            from npu_patch.commands.terminal import show
-
-            show(result.shown())
+        with standard_output.kept_for_the_answer() if options.json else contextlib.nullcontext():
+            result = _run(options)
+            text = standard_output.as_json(result.content) if options.json else _shown(result)
+        standard_output.write(text)
+    except KeyboardInterrupt:
+        return _refused(options, "interrupted", INTERRUPTED)
     except CommandError as error:
-        print(f"npu_patch {options.command}: {error}", file=sys.stderr)
-        return 2
-    return 0 if result.fine else 1
+        return _refused(options, str(error))
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        return _refused(options, f"{type(error).__name__}: {first} (--debug shows where)")
+    return 0 if result.fine else WRONG
 
 
-def _parser(chosen: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _run(options: argparse.Namespace) -> Result:
+    if options.command != "doctor":
+        _check_environment(options.command)
+    if not getattr(options, "device", "npu").startswith("npu"):
+        from npu_patch.commands.families import without_broken_torch_npu
+
+        without_broken_torch_npu()
+    try:
+        module = importlib.import_module(f"npu_patch.commands.{options.command}")
+    except Exception as error:  # a broken torch_npu raises more than ImportError, out of `import torch`
+        raise CommandError(
+            f"{type(error).__name__}: {error}; python -m npu_patch doctor says what is wrong and what to do"
+        ) from error
+    return module.run(options)
+
+
+def _check_environment(command: str) -> None:
+    """What `apply()` would refuse in the middle of the work. `tune` itself says why it follows no tuning file."""
+    from npu_patch.commands.tuning_file import content_of
+    from npu_patch.switches import resolve
+
+    try:
+        switches = resolve()
+        if switches.tune is not None and command != "tune":
+            content_of(switches.tune)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def _shown(result: Result) -> str:
+    from npu_patch.commands.terminal import drawn
+
+    return drawn(result.shown())
+
+
+def _refused(options: argparse.Namespace, message: str, code: int = REFUSED) -> int:
+    """One line on stderr; called while the exception is handled, which `--debug` shows."""
+    if options.debug and code == REFUSED:
+        traceback.print_exc()
+    message = " ".join(message.split())
+    print(f"npu_patch {options.command}: {message}", file=sys.stderr)
+    if options.json:
+        with contextlib.suppress(CommandError):
+            standard_output.write(standard_output.as_json({"error": message}))
+    return code
+
+
+class _BadUsage(Exception):
+    pass
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise _BadUsage(message)
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    """
+    Raises:
+        SystemExit: for bad usage (2), and after `--help` and `--version` (0).
+    """
+    try:
+        return _parser().parse_args(arguments)
+    except _BadUsage as error:
+        if "--json" in arguments:
+            standard_output.write(standard_output.as_json({"error": str(error)}))
+        raise SystemExit(REFUSED) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
         prog="python -m npu_patch",
         description="Fused kernels for Hugging Face models on Ascend NPUs: what they do here.",
         epilog="Exit codes: 0 fine, 1 something wrong was found, 2 the command could not run. To try a command without "
         "an NPU: python -m npu_patch.simulator -m npu_patch COMMAND ...",
     )
+    parser.add_argument("--version", action="version", version=f"npu_patch {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help_text in COMMANDS.items():
-        command = commands.add_parser(name, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}.")
-        if name == chosen:  # a command may need torch; doctor must not
-            importlib.import_module(f"npu_patch.commands.{name}").add_arguments(command)
-        command.add_argument("--json", action="store_true", help="print JSON to stdout, and nothing else")
+        add_arguments(
+            name, commands.add_parser(name, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}.")
+        )
     return parser

@@ -10,7 +10,6 @@ import argparse
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ import torch
 from npu_patch import lifecycle, simulator
 from npu_patch.commands import models
 from npu_patch.commands.bench_lora import RANK, lora_step
+from npu_patch.commands.output_file import output_file
 from npu_patch.commands.recording import Recording, function_of, recorded, timed_forms
 from npu_patch.commands.result import CommandError, Result
 from npu_patch.commands.steps import Steps, steps
@@ -55,26 +55,10 @@ class Measured:
         return None if self.launches is None or not self.launches[0] else self.launches[1] / self.launches[0]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    models.add_arguments(parser)
-    add_sizes(parser)
-    parser.add_argument("--png", metavar="FILE", type=Path, help="draw it too")
-
-
-def add_sizes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--tokens", type=int, help="in the one sequence of the batch (default 4096; 64 where tiny)")
-    parser.add_argument("--samples", type=int, default=20, help="of each time (default 20)")
-    parser.add_argument(
-        "--tiny", action="store_true", help="a tiny model, not one with the type's own sizes and a layer of each kind"
-    )
-
-
 def run(options: argparse.Namespace) -> Result:
     png = options.png
-    if png is not None and not png.absolute().parent.is_dir():
-        raise CommandError(f"--png {png}: there is no folder {png.absolute().parent}")
     if png is not None:
+        output_file("--png", png, ending=".png")
         require_matplotlib()
     device, model, batch = prepared(options)
     with steps(options, "measuring") as progress:
@@ -95,6 +79,7 @@ def run(options: argparse.Namespace) -> Result:
         from npu_patch.commands.bench_picture import draw
 
         draw(content, measured, png)
+        content["picture"] = str(png)
     return Result(content, lambda: _shown(content, measured), fine=not any(each.failure for each in measured))
 
 
@@ -111,8 +96,10 @@ def prepared(options: argparse.Namespace) -> tuple[torch.device, torch.nn.Module
     tiny = options.tiny or device.type == "cpu" or simulator.is_active()
     source = models.source_of(options.model) if tiny else models.real_source_of(options.model)
     model = source.make(0, False).to(DTYPES[options.dtype]).to(device)
-    length = options.tokens or (64 if tiny else 4096)
-    return device, model, models.batch_for(model, batch=1, length=length)
+    length = options.tokens or min(models.positions_of(model), 64 if tiny else 4096)
+    batch = models.batch_for(model, batch=1, length=length)
+    models.require_it_runs(model, batch, options.model)
+    return device, model, batch
 
 
 def chip(device: torch.device) -> str:
@@ -283,6 +270,8 @@ def _shown(content: dict[str, Any], measured: list[Measured]) -> Iterator[Any]:
     for each in measured:
         if each.failure is not None:
             yield f"FAILED: {each.patch} {each.site}, {each.shapes}: {each.failure}"
+    if "picture" in content:
+        yield f"drawn to {content['picture']}"
 
 
 def _time(timing: Timing) -> str:

@@ -11,12 +11,13 @@ import json
 import resource
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npu_patch.commands.coverage_survey import PROCESSES, Family, Tally, survey
-from npu_patch.commands.families import families, family_of, without_broken_torch_npu
+from npu_patch.commands.families import families, family_of, model_types, without_broken_torch_npu
+from npu_patch.commands.output_file import output_file
 from npu_patch.commands.result import CommandError, Result
+from npu_patch.commands.terminal import progress, table
 
 if TYPE_CHECKING:
     import torch
@@ -24,18 +25,9 @@ if TYPE_CHECKING:
     from npu_patch.outcome import Report
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("model", metavar="MODEL_TYPE", nargs="?", help="a model type of transformers, such as qwen3_moe")
-    which.add_argument("--all", action="store_true", help="every family of the installed transformers, as a matrix")
-    parser.add_argument("--html", metavar="FILE", type=Path, help="write a page too")
-
-
 def run(options: argparse.Namespace) -> Result:
-    if options.html is not None and not options.html.absolute().parent.is_dir():
-        raise CommandError(f"--html {options.html}: there is no folder {options.html.absolute().parent}")
-    if options.html is not None and options.html.is_dir():
-        raise CommandError(f"--html {options.html}: that is a folder; a file is wanted")
+    if options.html is not None:
+        output_file("--html", options.html)
     note = without_broken_torch_npu()
     return _matrix(options, note) if options.all else _one(options, note)
 
@@ -44,58 +36,65 @@ def _one(options: argparse.Namespace, note: str | None) -> Result:
     """The report of a dry run over the family's modeling files and over a model of the default configuration."""
     from npu_patch.dry_run import dry_run
 
-    family = family_of(options.model)
+    config = _configuration(options.model)
+    model_type = options.model if config is None else config.model_type
+    family = family_of(model_type)
     names = families().get(family, ())
     try:
         modules = [importlib.import_module(name) for name in names]
     except Exception as error:
         raise CommandError(f"{options.model}: its modeling file cannot be imported: {error}") from error
-    model, without = _model_without_weights(options.model)
+    model, without = _model_without_weights(model_type, config)
     report: Report = dry_run(modules, model)
     report.notes += [each for each in (note, without) if each is not None]
     if options.html is not None:
         report.to_html(options.html)
-    content = {"model_type": options.model, "family": family, "modules": list(names), **json.loads(report.json())}
-    return Result(content, lambda: [str(report)], fine=not report.failed)
+    content = {"model_type": model_type, "family": family, "modules": list(names), **json.loads(report.json())}
+    return Result(content, lambda: [str(report), *_written(options)], fine=not report.failed)
 
 
-def _model_without_weights(model_type: str) -> tuple[torch.nn.Module | None, str | None]:
-    """A model of the type's default configuration on the meta device; or None, and why."""
+def _configuration(model: str) -> Any | None:
+    """Of a stored model; None for a model type."""
+    from npu_patch.commands.models import is_stored, stored_configuration
+
+    return stored_configuration(model) if is_stored(model, model_types()) else None
+
+
+def _written(options: argparse.Namespace) -> list[str]:
+    return [] if options.html is None else [f"written to {options.html}"]
+
+
+def _model_without_weights(model_type: str, config: Any | None) -> tuple[torch.nn.Module | None, str | None]:
+    """A model on the meta device, of the type's default configuration where no other is given; or None, and why."""
     import torch
     from transformers import AutoConfig
 
     from npu_patch.commands.tiny_model import auto_class
 
     try:
-        config = AutoConfig.for_model(model_type)
+        wanted = AutoConfig.for_model(model_type) if config is None else config
         with torch.device("meta"):
-            return auto_class(config).from_config(config), None
+            return auto_class(wanted).from_config(wanted), None
     except Exception as error:  # as many ways as there are families
+        which = "the default" if config is None else "its"
         first = (str(error).splitlines() or [""])[0]
-        return (
-            None,
-            f"layers are not counted: no model from the default configuration ({type(error).__name__}: {first})",
-        )
+        return None, f"layers are not counted: no model from {which} configuration ({type(error).__name__}: {first})"
 
 
 def _matrix(options: argparse.Namespace, note: str | None) -> Result:
     every = families()
     count = sum(map(len, every.values()))
     started = time.perf_counter()
-    if options.json:
-        found = survey(every)
-    else:
-        from npu_patch.commands.terminal import progress
-
-        with progress(quiet=False) as bar:
-            task = bar.add_task("modeling modules", total=count)
-            found = survey(every, done=lambda: bar.advance(task))
+    with progress(quiet=options.json) as bar:
+        task = bar.add_task("importing transformers", total=count)
+        found = survey(every, done=lambda: bar.update(task, advance=1, description="modeling modules"))
     content = _content(found, count, time.perf_counter() - started, note)
     if options.html is not None:
         from npu_patch.commands.coverage_page import page_of_families
 
         options.html.write_text(page_of_families(found, summary(content)), encoding="utf-8")
-    return Result(content, lambda: _shown(found, content), fine=not any(t.failed for t in totals(found).values()))
+    fine = not any(tally.failed for tally in totals(found).values())
+    return Result(content, lambda: [*_shown(found, content), *_written(options)], fine)
 
 
 def totals(found: list[Family]) -> dict[str, Tally]:
@@ -165,8 +164,6 @@ def cell(tally: Tally | None) -> str:
 
 
 def _shown(found: list[Family], content: dict[str, Any]) -> Iterator[Any]:
-    from npu_patch.commands.terminal import table
-
     patches = list(totals(found))
     matrix = [(family.name, *(cell(family.patches.get(name)) for name in patches)) for family in found]
     yield table("Sites that would be patched, by family", ("family", *patches), matrix, numbers=patches)

@@ -6,6 +6,7 @@ import gc
 import importlib
 import multiprocessing
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,8 +90,13 @@ def _findings(modules: list[str], processes: int) -> Iterable[tuple[str, Finding
     import npu_patch.dry_run  # noqa: F401
 
     torch.set_num_threads(1)  # a pool of threads does not survive the fork
-    with multiprocessing.get_context("fork").Pool(processes, gc.disable) as pool:  # nothing here becomes garbage
+    with multiprocessing.get_context("fork").Pool(processes, _prepare_process) as pool:
         yield from pool.imap_unordered(_look, modules, chunksize=4)
+
+
+def _prepare_process() -> None:
+    gc.disable()  # nothing here becomes garbage
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
 
 
 def _look(name: str) -> tuple[str, Finding]:

@@ -56,6 +56,6 @@ def family_of(model_type: str) -> str:
 
 
 def unknown(model_type: str, known: Mapping[str, object]) -> str:
-    near = difflib.get_close_matches(model_type.lower().replace("-", "_").replace(".", "_"), list(known), 5, 0.5)
+    near = difflib.get_close_matches(model_type.lower().replace("-", "_").replace(".", "_"), list(known), 5, 0.7)
     meant = f"; near names: {', '.join(near)}" if near else ""
     return f"MODEL {model_type!r} is no model type of the installed transformers{meant}"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,54 +26,72 @@ class Source:
     tiny: bool
 
 
-def add_arguments(parser: argparse.ArgumentParser, device: str = "npu") -> None:
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a model type of transformers, such as qwen3_moe (a small random model is made), or a model's folder",
-    )
-    parser.add_argument("--device", default=device, help=f"npu, cuda or cpu (default {device})")
-
-
 def device_of(options: argparse.Namespace) -> torch.device:
     """Raises `CommandError` for a device that is none here."""
     from npu_patch.lifecycle import DEVICE_TYPES, lacking
 
-    name = options.device.split(":", 1)[0]
-    if name not in DEVICE_TYPES:
-        raise CommandError(f"--device {options.device}: accepted are {', '.join(DEVICE_TYPES)}")
+    name, colon, index = options.device.partition(":")
+    if name not in DEVICE_TYPES or (colon and not index.isdecimal()):
+        raise CommandError(f"--device {options.device}: accepted are {', '.join(DEVICE_TYPES)}, and npu:0 and the like")
     reason = lacking(name)
     if reason is not None:
         raise CommandError(f"--device {options.device}: {reason}")
-    return torch.device(options.device)
+    count = 1 if name == "cpu" else getattr(torch, name).device_count()
+    if colon and int(index) >= count:
+        raise CommandError(f"--device {options.device}: {f'there are {count}' if count > 1 else 'there is 1'} {name}")
+    return torch.device(name if name == "cpu" else options.device)
 
 
 def source_of(model: str) -> Source:
     """Raises `CommandError` for a MODEL that is neither a model type nor a model, with the near names."""
-    folder = Path(model)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise CommandError(f"MODEL {model}: the folder has no config.json")
-        return Source(model, lambda seed, every_expert: _stored(model), tiny=False)
     known = model_types()
-    if model in known:
-        return Source(
-            f"a tiny random {model}", lambda seed, every: tiny_model(model, seed=seed, every_expert=every), tiny=True
-        )
-    if "/" in model:
+    if is_stored(model, known):
         return Source(model, lambda seed, every_expert: _stored(model), tiny=False)
-    raise CommandError(unknown(model, known))
+    if model not in known:
+        raise CommandError(unknown(model, known))
+    return Source(
+        f"a tiny random {model}", lambda seed, every: tiny_model(model, seed=seed, every_expert=every), tiny=True
+    )
 
 
-def _stored(name: str) -> torch.nn.Module:
+def is_stored(model: str, known: Collection[str]) -> bool:
+    """Whether MODEL is a folder or a name on the hub. A folder of another kind does not hide a model type.
+
+    Raises:
+        CommandError: for a folder that is none, or that has no model.
+    """
+    folder = Path(model)
+    if (folder / "config.json").is_file():
+        return True
+    if model in known:
+        return False
+    if folder.is_dir():
+        raise CommandError(f"MODEL {model}: the folder has no config.json")
+    if model.startswith(("/", "./", "../", "~")):
+        raise CommandError(f"MODEL {model}: there is no such folder")
+    return "/" in model
+
+
+def stored_configuration(model: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(model)
+    except Exception as error:
+        raise _unloadable(model, error) from error
+
+
+def _stored(name: str) -> torch.nn.Module:
+    config = stored_configuration(name)
+    try:
         return auto_class(config).from_pretrained(name, dtype="auto").eval()
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise CommandError(f"MODEL {name} cannot be loaded: {type(error).__name__}: {first}") from error
+        raise _unloadable(name, error) from error
+
+
+def _unloadable(name: str, error: Exception) -> CommandError:
+    first = (str(error).splitlines() or [""])[0]
+    return CommandError(f"MODEL {name} cannot be loaded: {type(error).__name__}: {first}")
 
 
 def batch_for(model: torch.nn.Module, *, batch: int = 2, length: int = 29, seed: int = 1) -> dict[str, Tensor]:
@@ -85,6 +105,26 @@ def batch_for(model: torch.nn.Module, *, batch: int = 2, length: int = 29, seed:
     if "input_ids" not in names:
         raise CommandError(f"{type(model).__name__} takes no input_ids: it cannot be run on random tokens")
     return {"input_ids": ids} | ({"labels": ids.clone()} if "labels" in names else {})
+
+
+def positions_of(model: torch.nn.Module) -> int:
+    """How long a sequence its configuration allows for; a model without positions takes any."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+@torch.no_grad()
+def require_it_runs(model: torch.nn.Module, batch: dict[str, Tensor], named: str) -> None:
+    """Raises `CommandError` for a model that does not run unpatched on this batch."""
+    device, length = next(model.parameters()).device, batch["input_ids"].shape[1]
+    try:
+        model(**{name: tensor.to(device) for name, tensor in batch.items()})
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        limit = positions_of(model)
+        few = f"; its configuration allows for {limit} tokens" if length > limit else ""
+        raise CommandError(
+            f"{named} does not run unpatched on {length} tokens: {type(error).__name__}: {first}{few}"
+        ) from error
 
 
 def real_source_of(model: str) -> Source:

@@ -1,62 +1,98 @@
-"""Tables and progress in a terminal, through rich."""
+"""Tables and progress in a terminal: drawn by rich where it is installed, plain text where it is not."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
-
-from npu_patch.commands.result import CommandError
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
-    from rich.table import Table
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 WIDTH_OF_FILES = 120
 
 
-def show(parts: Iterable[Any]) -> None:
-    """Prints strings and tables to stdout."""
-    _rich()
-    from rich.console import Console
+@dataclass(frozen=True)
+class Table:
+    """Cells are plain text; a cell `("red", "text")` is coloured. Columns in `numbers` are set to the right."""
 
-    width = None if sys.stdout.isatty() else WIDTH_OF_FILES
-    console = Console(width=width, highlight=False, soft_wrap=False)
-    for part in parts:
-        console.print(part, markup=not isinstance(part, str))
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    numbers: Sequence[str] = ()
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Sequence[str] = ()) -> Table:
-    """Cells are plain text; a cell `("red", "text")` is coloured. Columns in `numbers` are set to the right."""
-    _rich()
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
-    for row in rows:
-        made.add_row(*(Text(cell[1], style=cell[0]) if isinstance(cell, tuple) else Text(str(cell)) for cell in row))
-    return made
+    return Table(title, columns, list(rows), numbers)
 
 
-def progress(quiet: bool) -> Progress:
-    """On stderr, and only where somebody watches it."""
-    _rich()
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
+def drawn(parts: Iterable[str | Table]) -> str:
+    """Tables as wide as the terminal (COLUMNS says how wide it is, where it is set); other lines as they are."""
+    return "\n".join(part if isinstance(part, str) else _table(part) for part in parts)
 
 
-def _rich() -> None:
+def progress(quiet: bool) -> Any:
+    """A context with a bar, on stderr, and only where somebody watches it: `add_task`, `update` and `advance` of
+    rich's."""
+    if quiet or not sys.stderr.isatty():
+        return _silent()
     try:
-        import rich  # noqa: F401
-    except ImportError as error:
-        raise CommandError(
-            f"the package rich, which draws its tables, cannot be imported ({error}): pip install 'npu_patch[cli]', or "
-            "ask for --json"
-        ) from error
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError:
+        return _silent()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+class _NoBar:
+    def add_task(self, description: str, total: int | None = None) -> int:
+        return 0
+
+    def update(self, task: int, **changes: Any) -> None: ...
+
+    def advance(self, task: int) -> None: ...
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[_NoBar]:
+    yield _NoBar()
+
+
+def _table(wanted: Table) -> str:
+    try:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table as RichTable
+        from rich.text import Text
+    except ImportError:
+        return _plain(wanted)
+    made = RichTable(title=wanted.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in wanted.columns:
+        made.add_column(column, justify="right" if column in wanted.numbers else "left", overflow="fold")
+    for row in wanted.rows:
+        made.add_row(*(Text(_text(cell), style=cell[0] if isinstance(cell, tuple) else "") for cell in row))
+    given = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal()
+    console = Console(width=None if given else WIDTH_OF_FILES, highlight=False)
+    with console.capture() as captured:
+        console.print(made)
+    return captured.get().removesuffix("\n")
+
+
+def _plain(wanted: Table) -> str:
+    """Columns as wide as their widest cell, but for the last, which nothing follows."""
+    cells = [[_text(cell) for cell in row] for row in (wanted.columns, *wanted.rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if name in wanted.numbers else cell.ljust(width)
+            for cell, width, name in zip(row, widths, wanted.columns, strict=True)
+        ).rstrip()
+        for row in cells
+    ]
+    rule = "  ".join("-" * width for width in (*widths[:-1], len(wanted.columns[-1])))
+    return "\n".join([wanted.title, lines[0], rule, *lines[1:], ""]).lstrip("\n")
+
+
+def _text(cell: Any) -> str:
+    return str(cell[1] if isinstance(cell, tuple) else cell)

@@ -11,14 +11,13 @@ import argparse
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from npu_patch import lifecycle, simulator
-from npu_patch.commands import models
-from npu_patch.commands.bench import DTYPES, add_sizes, chip, prepared, recorded_step
+from npu_patch.commands.bench import DTYPES, chip, prepared, recorded_step
+from npu_patch.commands.output_file import output_file
 from npu_patch.commands.recording import Call, function_of, run_in_float64, run_original, timed_forms
 from npu_patch.commands.result import CommandError, Result
 from npu_patch.commands.steps import Steps, steps
@@ -45,15 +44,8 @@ class Tuned:
     decision: Decision
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    models.add_arguments(parser)
-    add_sizes(parser)
-    parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="the file to write")
-
-
 def run(options: argparse.Namespace) -> Result:
-    if not options.output.absolute().parent.is_dir():
-        raise CommandError(f"--output {options.output}: there is no folder {options.output.absolute().parent}")
+    output_file("--output", options.output)
     if TUNE in os.environ:
         raise CommandError(
             f"{TUNE}={os.environ[TUNE]!r} is set: unset it, so that nothing is tuned before it is measured"

@@ -30,6 +30,7 @@ from npu_patch.commands.recording import (
 )
 from npu_patch.commands.result import CommandError, Result
 from npu_patch.commands.steps import Steps, steps
+from npu_patch.commands.terminal import table
 from npu_patch.commands.verify_bars import FLOORS, Error, relative_error, why_not, worst
 from npu_patch.commands.verify_sites import why_expected
 from npu_patch.lifecycle import PatchedSite
@@ -75,14 +76,6 @@ class Check:
 
 def failed(dtype: str, patch: str, site: str, what: str, why: str) -> Check:
     return Check(dtype, patch, site, what, failure=why, status=FAILED)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    models.add_arguments(parser)
-    parser.add_argument(
-        "--dtype", choices=DTYPES, action="append", help="may be given again (default: float32 and bfloat16)"
-    )
-    parser.add_argument("--seeds", type=int, default=4, help="models, or batches of a stored model (default 4)")
 
 
 def run(options: argparse.Namespace) -> Result:
@@ -316,8 +309,6 @@ def _decoded(model: torch.nn.Module, ids: Tensor) -> dict[str, Tensor]:
 
 
 def _shown(content: dict[str, Any], checks: list[Check]) -> Iterator[Any]:
-    from npu_patch.commands.terminal import table
-
     yield f"{content['model']} on {content['device']}: error to float64, relative; patched and original"
     unused = dict.fromkeys(f"{each.patch} {short_name(each.site)}" for each in checks if each.status == UNUSED)
     marks = {OK: ("green", "ok"), FAILED: ("red", "FAIL"), WHOLE_MODEL: "-"}

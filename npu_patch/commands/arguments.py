@@ -1,0 +1,82 @@
+"""What each command takes on its command line. Imports no torch: `--help` is answered where torch is broken."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
+    """Those of one command, and those of every command."""
+    OF_COMMANDS[command](parser)
+    parser.add_argument("--json", action="store_true", help="print JSON to stdout, and nothing else")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of what fails")
+
+
+def _doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--python", default=sys.executable, help="the interpreter to examine (default: this one)")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds that one probe may take (default 120)")
+
+
+def _coverage(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "model", metavar="MODEL", nargs="?", help="a model type of transformers, such as qwen3_moe, or a model's folder"
+    )
+    which.add_argument("--all", action="store_true", help="every family of the installed transformers, as a matrix")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="write a page too")
+
+
+def _verify(parser: argparse.ArgumentParser) -> None:
+    _model_and_device(parser)
+    parser.add_argument(
+        "--dtype", choices=DTYPES, action="append", help="may be given again (default: float32 and bfloat16)"
+    )
+    parser.add_argument("--seeds", type=int, default=4, help="models, or batches of a stored model (default 4)")
+
+
+def _bench(parser: argparse.ArgumentParser) -> None:
+    _model_and_device(parser)
+    _sizes(parser)
+    parser.add_argument("--png", metavar="FILE", type=Path, help="draw it too")
+
+
+def _tune(parser: argparse.ArgumentParser) -> None:
+    _model_and_device(parser)
+    _sizes(parser)
+    parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="the file to write")
+
+
+def _model_and_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a model type of transformers, such as qwen3_moe (a small random model is made), or a model's folder",
+    )
+    parser.add_argument("--device", default="npu", help="npu, cuda or cpu, or one of several: npu:1 (default npu)")
+
+
+def _sizes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        help="in the one sequence of the batch (default 4096 or what the model has; 64 where tiny)",
+    )
+    parser.add_argument("--samples", type=int, default=20, help="of each time (default 20)")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny model, not one with the type's own sizes and a layer of each kind"
+    )
+
+
+OF_COMMANDS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
+    "doctor": _doctor,
+    "coverage": _coverage,
+    "verify": _verify,
+    "bench": _bench,
+    "tune": _tune,
+}
