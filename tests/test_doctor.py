@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 import venv
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,7 +18,8 @@ import pytest
 from npu_patch.commands import main
 from npu_patch.commands.cann import Cann, find_cann
 from npu_patch.commands.doctor_faults import FAULTS, complaints
-from npu_patch.commands.doctor_findings import OPERATORS, Answer, Findings
+from npu_patch.commands.doctor_findings import OPERATORS, Findings, look
+from npu_patch.commands.doctor_processes import Answer, Processes
 
 WORKS = "__version__ = 'made up'\n"
 WORKING_TORCH_NPU = """
@@ -116,7 +119,7 @@ def test_a_broken_installation_is_told_its_fault(
     assert main(["doctor", "--python", python]) == 1
     text = " ".join(capsys.readouterr().out.split())
     found = re.findall(r"FAULT: (.+?): ", text)
-    assert found == [fault]
+    assert found == [fault] and text.endswith(" 1 fault found")
     assert re.search(what, text)
     remedy = next(each.remedy for each in FAULTS if each.name == fault)
     assert " ".join(remedy.split()) in text
@@ -230,6 +233,21 @@ SOUND = Findings(
         ),
         ({"environ": {"TWINKLE_NPU_ROPE": "maybe"}}, "switch", "TWINKLE_NPU_ROPE='maybe': accepted are"),
         ({"environ": {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}}, "autoload", "AUTOLOAD=0"),
+        ({"tuning_file": Answer(error="TWINKLE_NPU_TUNE='x': no")}, "tuning file", "TWINKLE_NPU_TUNE='x': no"),
+        (
+            {"tuning_file": Answer({"chip": "Ascend910_9391"}), "environ": {"TWINKLE_NPU_TUNE": "x"}},
+            "tuning file from elsewhere",
+            "x was measured on Ascend910_9391, this is Ascend910B3",
+        ),
+        (
+            {
+                "tuning_file": Answer({"chip": "Ascend910B3", "versions": {"torch": "2.9.0"}}),
+                "environ": {"TWINKLE_NPU_TUNE": "x"},
+            },
+            "tuning file from elsewhere",
+            "x was measured with torch 2.9.0, here is 2.13.0",
+        ),
+        ({"times_file": Answer(error="it cannot be written")}, "file of times", "it cannot be written"),
         (
             {"distributions": (*SOUND.distributions, ("fla-core", "0.6.0", "x"))},
             "fla without triton-ascend",
@@ -274,3 +292,82 @@ def test_bad_usage_is_told_what_is_accepted(
 ) -> None:
     assert main(["doctor", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_without_rich_it_says_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert main(["doctor", "--python", "/bin/false"]) == 1
+    assert "FAULT: no packages: no distribution can be listed" in capsys.readouterr().out
+
+
+def test_one_wrong_switch_leaves_the_others_in_the_table_and_files_are_looked_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TWINKLE_NPU_ROPE", "maybe")
+    monkeypatch.setenv("TWINKLE_NPU_SDPA", "0")
+    monkeypatch.setenv("TWINKLE_NPU_TUNE", str(tmp_path / "tuned.json"))
+    monkeypatch.setenv("TWINKLE_NPU_TRITON_CACHE", "/proc/x/y.json")
+    (tmp_path / "tuned.json").write_text("{}")
+    assert main(["doctor", "--python", "/bin/false", "--json"]) == 1
+    content = json.loads(capsys.readouterr().out)
+    switches = {each["variable"]: each for each in content["switches"]}
+    assert switches["TWINKLE_NPU_SDPA"]["value"] is False and switches["TWINKLE_NPU_SDPA"]["error"] is None
+    assert switches["TWINKLE_NPU_ROPE"]["error"].startswith("TWINKLE_NPU_ROPE='maybe': accepted are")
+    assert switches["TWINKLE_NPU_TUNE"]["value"] == str(tmp_path / "tuned.json")
+    whats = {each["fault"]: each["what"] for each in content["complaints"]}
+    assert "KeyError: 'decisions'" in whats["tuning file"]
+    assert "no folder can be made in /proc" in whats["file of times"]
+    assert whats["switch"].startswith("TWINKLE_NPU_ROPE='maybe'")
+
+
+AUTOLOADING = """
+import os
+if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") != "0":
+    raise RuntimeError("Failed to load the backend extension: torch_npu")
+"""
+
+
+def test_a_torch_that_fails_with_torch_npu_is_shown_so_and_is_no_fault_of_its_own(
+    tmp_path: Path, real: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("npu_patch.commands.cann.USUAL", ())
+    monkeypatch.delenv("TORCH_DEVICE_BACKEND_AUTOLOAD", raising=False)
+    broken = {"torch": ("2.13.0", AUTOLOADING), "torch_npu": ("2.13.0", NO_CANN), "peft": ("1.0", "import torch\n")}
+    python = environment(tmp_path / "venv", HEALTHY | broken)
+    assert main(["doctor", "--python", python, "--json"]) == 1
+    content = json.loads(capsys.readouterr().out)
+    assert "Failed to load the backend" in content["packages"]["torch"]["error"]
+    assert [each["fault"] for each in content["complaints"] if each["serious"]] == ["no CANN"]
+
+
+def test_packages_are_probed_on_the_simulated_npu(simulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def ask(self: Processes, python: str, environ: Mapping[str, str], timeout: float, *arguments: str) -> Answer:
+        asked.append(arguments)
+        return Answer([("torch", "2.13.0", "site"), ("peft", "1.0", "site")])
+
+    monkeypatch.setattr(Processes, "ask", ask)
+    probes: list[int] = []
+    look("python", {}, timeout=1.0, simulated=True, done=probes.append)
+    assert {("package", "simulated", "torch"), ("package", "simulated", "peft")} <= set(asked)
+    assert probes == [len(asked)] * len(asked) == [5] * 5
+
+
+def test_an_interruption_ends_the_probes(tmp_path: Path, real: None) -> None:
+    """At once, although one of them would go on for a minute."""
+    mark = tmp_path / "started"
+    source = f"import pathlib, time; pathlib.Path({str(mark)!r}).touch(); time.sleep(60)\n"
+    python = environment(tmp_path / "venv", HEALTHY | {"peft": ("1.0", source)})
+    started = time.monotonic()
+    doctor = subprocess.Popen(
+        [sys.executable, "-m", "npu_patch", "doctor", "--python", python], stderr=subprocess.PIPE, text=True
+    )
+    while not mark.exists() and time.monotonic() < started + 60:
+        time.sleep(0.05)
+    doctor.send_signal(signal.SIGINT)
+    _, complained = doctor.communicate(timeout=60)
+    assert (doctor.returncode, complained) == (130, "npu_patch doctor: interrupted\n")
+    assert time.monotonic() < started + 50

@@ -13,16 +13,12 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from npu_patch.commands.doctor_faults import Complaint, complaints
-from npu_patch.commands.doctor_findings import NUMBER_OF_PROBES, OPERATORS, PACKAGES, Findings, look
+from npu_patch.commands.doctor_faults import Complaint, complaints, variables_of, wrong_switches
+from npu_patch.commands.doctor_findings import OPERATORS, PACKAGES, Findings, look
 from npu_patch.commands.result import CommandError, Result
-from npu_patch.switches import SWITCHES, resolve
+from npu_patch.commands.terminal import progress, table
+from npu_patch.switches import PREFIX, SWITCHES, TUNE, Switch, resolve
 from npu_patch.version import __version__
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--python", default=sys.executable, help="the interpreter to examine (default: this one)")
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds that one probe may take (default 120)")
 
 
 def run(options: argparse.Namespace) -> Result:
@@ -40,14 +36,15 @@ def run(options: argparse.Namespace) -> Result:
 def _findings(python: str, options: argparse.Namespace) -> Findings:
     simulator = sys.modules.get("npu_patch.simulator")
     simulated = simulator is not None and simulator.is_active()
-    arguments = {"timeout": options.timeout, "simulated": simulated}
-    if options.json:
-        return look(python, os.environ, **arguments)
-    from npu_patch.commands.terminal import progress
-
-    with progress(quiet=False) as bar:
-        task = bar.add_task("looking around", total=NUMBER_OF_PROBES)
-        return look(python, os.environ, done=lambda: bar.advance(task), **arguments)
+    with progress(quiet=options.json) as bar:
+        task = bar.add_task("looking around", total=None)
+        return look(
+            python,
+            os.environ,
+            timeout=options.timeout,
+            simulated=simulated,
+            done=lambda probes: bar.update(task, total=probes, advance=1),
+        )
 
 
 def _content(findings: Findings, found: list[Complaint]) -> dict[str, Any]:
@@ -78,25 +75,41 @@ def _package(findings: Findings, name: str) -> dict[str, str | None]:
 
 
 def _switches(findings: Findings) -> list[dict[str, Any]]:
-    try:
-        resolved = resolve({}, findings.environ)
-    except ValueError:  # a complaint says which
-        return []
-    return [
+    """Each switch's value; of one that is set wrongly as it is set, and the file of `tune`."""
+    wrong = wrong_switches(findings.environ)
+    set_wrongly = {name: v for switch in SWITCHES if switch.name in wrong for name, v in _given(switch, findings)}
+    resolved = resolve({}, {name: value for name, value in findings.environ.items() if name not in set_wrongly})
+    rows = [
         {
-            "variable": f"TWINKLE_NPU_{switch.variable}",
+            "variable": PREFIX + switch.variable,
             "keyword": switch.name,
             "value": resolved[switch.name],
             "source": resolved.sources[switch.name],
             "gates": switch.gates,
+            "error": wrong.get(switch.name),
         }
         for switch in SWITCHES
     ]
+    for row, switch in zip(rows, SWITCHES, strict=True):
+        if row["error"] is not None:
+            row["value"] = None
+            row["source"] = " and ".join(f"{name}={value}" for name, value in _given(switch, findings))
+    tune = {
+        "variable": TUNE,
+        "keyword": None,
+        "value": resolved.tune,
+        "source": TUNE if resolved.tune else "default",
+        "gates": "the file of `tune` that apply() follows",
+        "error": findings.tuning_file.error,
+    }
+    return [*rows, tune]
+
+
+def _given(switch: Switch, findings: Findings) -> list[tuple[str, str]]:
+    return [(name, findings.environ[name]) for name in variables_of(switch) if name in findings.environ]
 
 
 def _shown(content: dict[str, Any]) -> Iterator[Any]:
-    from npu_patch.commands.terminal import table
-
     yield f"npu_patch {content['npu_patch']}, examining {content['python']}"
     packages = [
         (name, package["version"], ("red", package["error"]) if package["error"] else "works")
@@ -126,12 +139,15 @@ def _shown(content: dict[str, Any]) -> Iterator[Any]:
             for name, used, why in implementations
         ]
         yield table("Providers, on an NPU", ("op", "provider", "", "why not"), rows)
-    rows = [(s["variable"], _word(s["value"]), s["source"], s["gates"]) for s in content["switches"]]
+    rows = [
+        (s["variable"], ("red", "wrong") if s["error"] else _word(s["value"]), s["source"], s["gates"])
+        for s in content["switches"]
+    ]
     yield table("Switches", ("variable", "value", "from", "gates"), rows)
     for each in content["complaints"]:
         yield f"{'FAULT' if each['serious'] else 'note'}: {each['fault']}: {each['what']}\n    {each['remedy']}"
     serious = sum(each["serious"] for each in content["complaints"])
-    yield f"\n{serious} faults found" if serious else "\nNothing wrong was found."
+    yield f"\n{serious} fault{'s' if serious > 1 else ''} found" if serious else "\nNothing wrong was found."
 
 
 def _word(value: Any) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from npu_patch.commands.doctor_findings import Findings
-from npu_patch.switches import resolve, unknown_variables
+from npu_patch.switches import PREFIX, SWITCHES, TUNE, Switch, resolve, unknown_variables
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def _two_tritons(findings: Findings) -> str | None:
 def _no_torch(findings: Findings) -> str | None:
     if findings.version("torch") is None:
         return "torch is not installed"
-    error = _error(findings, "torch")
+    error = _error_alone(findings, "torch")
     return None if error is None else f"torch {findings.version('torch')} cannot be imported: {error}"
 
 
@@ -187,12 +187,9 @@ def _kernels(findings: Findings) -> str | None:
 
 def _others_broken(findings: Findings) -> str | None:
     """Not those that only pass on what torch or torch_npu raised."""
-    explained = (_error(findings, "torch"), findings.torch_npu.error)
-    broken = [
-        f"{name}: {answer.error}"
-        for name, answer in findings.imports.items()
-        if answer.error is not None and name not in ("torch", "torch_npu") and answer.error not in explained
-    ]
+    explained = (None, _error_alone(findings, "torch"), findings.torch_npu.error)
+    errors = {name: _error_alone(findings, name) for name in findings.imports if name not in ("torch", "torch_npu")}
+    broken = [f"{name}: {error}" for name, error in errors.items() if error not in explained]
     return f"cannot be imported: {'; '.join(broken)}" if broken else None
 
 
@@ -205,11 +202,48 @@ def _twice(findings: Findings) -> str | None:
 
 
 def _switch(findings: Findings) -> str | None:
-    try:
-        resolve({}, findings.environ)
-    except ValueError as error:
-        return str(error)
+    return "; ".join(wrong_switches(findings.environ).values()) or None
+
+
+def wrong_switches(environ: Mapping[str, str]) -> dict[str, str]:
+    """By the switch's name, what is wrong with the value that the environment gives it."""
+    wrong = {}
+    for switch in SWITCHES:
+        try:
+            resolve({}, {name: environ[name] for name in variables_of(switch) if name in environ})
+        except ValueError as error:
+            wrong[switch.name] = str(error)
+    return wrong
+
+
+def variables_of(switch: Switch) -> list[str]:
+    return [PREFIX + variable for variable in (switch.variable, *switch.aliases)]
+
+
+def _tuning_file(findings: Findings) -> str | None:
+    return findings.tuning_file.error
+
+
+def _foreign_tuning_file(findings: Findings) -> str | None:
+    content = findings.tuning_file.found
+    if content is None:
+        return None
+    chips = [f"simulated {chip}" if findings.simulated else chip for chip in _chips(findings)]
+    if content["chip"] not in chips and chips:
+        return f"{findings.environ[TUNE]} was measured on {content['chip']}, this is {chips[0]}"
+    for name in ("torch", "torch_npu", "triton", "triton-ascend", "transformers"):
+        there, here = content["versions"].get(name), findings.version(name)
+        if there != here:
+            return f"{findings.environ[TUNE]} was measured with {name} {there}, here is {here}"
     return None
+
+
+def _chips(findings: Findings) -> list[str]:
+    return (findings.torch_npu.found or {}).get("chips", [])
+
+
+def _times_file(findings: Findings) -> str | None:
+    return findings.times_file.error
 
 
 def _unknown_variable(findings: Findings) -> str | None:
@@ -222,8 +256,9 @@ def _autoload(findings: Findings) -> str | None:
     return "TORCH_DEVICE_BACKEND_AUTOLOAD=0: torch does not load torch_npu by itself"
 
 
-def _error(findings: Findings, module: str) -> str | None:
-    answer = findings.imports.get(module)
+def _error_alone(findings: Findings, module: str) -> str | None:
+    """What is wrong with the module itself, and not with the torch_npu that torch loads."""
+    answer = findings.alone.get(module, findings.imports.get(module))
     return None if answer is None else answer.error
 
 
@@ -279,13 +314,26 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "new transformers",
         _new_transformers,
-        "What it cannot recognise stays as it is: python -m npu_patch coverage MODEL_TYPE says what.",
+        "What it cannot recognise stays as it is: python -m npu_patch coverage MODEL says what.",
         serious=False,
     ),
     Fault("kernels", _kernels, "Install the version named, or none.", serious=False),
     Fault("packages that break", _others_broken, "Reinstall them, or uninstall those that are not needed."),
     Fault("two versions in one place", _twice, "pip uninstall the package until it is gone, then install it once."),
     Fault("switch", _switch, "Correct or unset the variable."),
+    Fault("tuning file", _tuning_file, "Correct or unset the variable: until then apply() raises."),
+    Fault(
+        "tuning file from elsewhere",
+        _foreign_tuning_file,
+        "Write one here: python -m npu_patch tune MODEL --output FILE. Until then apply() does not follow it.",
+        serious=False,
+    ),
+    Fault(
+        "file of times",
+        _times_file,
+        "Name a file that can be written: until then each process measures Triton kernels anew.",
+        serious=False,
+    ),
     Fault("unknown variable", _unknown_variable, "Correct or unset the variable: it does nothing.", serious=False),
     Fault("autoload", _autoload, "import torch_npu before the first use of a device.", serious=False),
 )

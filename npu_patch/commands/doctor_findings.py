@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from npu_patch.commands.cann import Cann, find_cann
+from npu_patch.commands.doctor_processes import Answer, Processes, too_long
+from npu_patch.commands.output_file import why_no_file_can_be_made
+from npu_patch.commands.tuning_file import content_of
+from npu_patch.switches import PREFIX, TUNE
 
-PROBE = Path(__file__).with_name("doctor_probe.py")
-ROOT = Path(__file__).parents[2]
+AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+TIMES = PREFIX + "TRITON_CACHE"
 # By the name under which pip knows each; what is imported to see whether it works.
 PACKAGES: Mapping[str, str] = {
     "torch": "torch",
@@ -47,23 +47,18 @@ OPERATORS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class Answer:
-    """Of one probe: what it found, or why not."""
-
-    found: Any = None
-    error: str | None = None
-
-
-@dataclass(frozen=True)
 class Findings:
     python: str
     distributions: tuple[tuple[str, str, str], ...]  # name, version, folder
-    imports: Mapping[str, Answer]  # by module
+    imports: Mapping[str, Answer]  # by module: `import torch` as anybody writes it
     torch_npu: Answer
     providers: Answer
     cann: Cann
     simulated: bool
     environ: Mapping[str, str] = field(repr=False)
+    alone: Mapping[str, Answer] = field(default_factory=dict)  # of those that fail: without torch loading torch_npu
+    tuning_file: Answer = field(default_factory=Answer)  # of TWINKLE_NPU_TUNE
+    times_file: Answer = field(default_factory=Answer)  # of TWINKLE_NPU_TRITON_CACHE
 
     def version(self, name: str) -> str | None:
         """Of an installed distribution; the first on the path counts."""
@@ -91,26 +86,34 @@ def look(
     timeout: float,
     simulated: bool = False,
     root: Path = Path("/"),
-    done: Callable[[], None] = lambda: None,
+    done: Callable[[int], None] = lambda probes: None,
 ) -> Findings:
-    """Probes the interpreter `python` in the environment `environ`; each probe has `timeout` seconds. `done()` is
-    called `NUMBER_OF_PROBES` times."""
+    """Probes the interpreter `python` in the environment `environ`; each probe has `timeout` seconds. After each,
+    `done(probes)` is told how many there are."""
+    running = Processes()
+    listed = running.ask(python, environ, timeout, "distributions")
+    distributions = tuple((name, version, folder) for name, version, folder in listed.found or ())
+    installed = [name for name in PACKAGES if any(same(name, each[0]) for each in distributions)]
+    modules = list(dict.fromkeys(PACKAGES[name] for name in installed))
+    probes = 3 + len(modules)
+    done(probes)
 
     def ask(*arguments: str) -> Answer:
-        answer = _ask(python, environ, timeout, arguments)
-        done()
+        answer = running.ask(python, environ, timeout, *arguments)
+        done(probes)
         return answer
 
-    listed = ask("distributions")
-    distributions = tuple((name, version, folder) for name, version, folder in listed.found or ())
-    installed = {module for name, module in PACKAGES.items() if any(same(name, each[0]) for each in distributions)}
     mode = "simulated" if simulated else "as it is"
-    with ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 1)) as pool:
+    pool = ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 1))
+    try:
         device = pool.submit(ask, "torch_npu", mode, *OPERATORS)
         providers = pool.submit(ask, "providers", mode)
-        modules = list(dict.fromkeys(PACKAGES.values()))
-        imports = {name: pool.submit(ask, "package", name) for name in modules if name in installed}
+        imports = {name: pool.submit(ask, "package", mode, name) for name in modules}
         answers = {name: future.result() for name, future in imports.items()}
+        failed = [name for name, answer in answers.items() if answer.error not in (None, too_long(timeout))]
+        if simulated or environ.get(AUTOLOAD) == "0":
+            failed = []
+        again = {name: pool.submit(running.ask, python, environ, timeout, "package", "alone", name) for name in failed}
         return Findings(
             python,
             distributions,
@@ -120,40 +123,28 @@ def look(
             find_cann(environ, root),
             simulated,
             dict(environ),
+            {name: future.result() for name, future in again.items()},
+            _tuning_file(environ),
+            _times_file(environ),
         )
+    except BaseException:  # Ctrl-C: nobody waits for an answer any more
+        pool.shutdown(wait=False, cancel_futures=True)
+        running.kill()
+        raise
+    finally:
+        pool.shutdown(wait=False)
 
 
-NUMBER_OF_PROBES = 3 + len(set(PACKAGES.values()))
-
-
-def _ask(python: str, environ: Mapping[str, str], timeout: float, arguments: tuple[str, ...]) -> Answer:
-    path = os.pathsep.join(each for each in (environ.get("PYTHONPATH", ""), str(ROOT)) if each)
-    command = [python, "-W", "ignore", str(PROBE), *arguments]
+def _tuning_file(environ: Mapping[str, str]) -> Answer:
+    if not environ.get(TUNE):
+        return Answer()
     try:
-        done = subprocess.run(
-            command,
-            env={**environ, "PYTHONPATH": path},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout,
-        )
-    except subprocess.TimeoutExpired:
-        return Answer(error=f"no answer within {timeout:g} s")
-    except OSError as error:
-        return Answer(error=f"{python} cannot be run: {error}")
-    try:
-        return Answer(**json.loads((done.stdout.strip().splitlines() or [""])[-1]))
-    except (ValueError, TypeError):
-        return Answer(error=_death(done))
+        return Answer(found=content_of(environ[TUNE]))
+    except ValueError as error:
+        return Answer(error=str(error))
 
 
-def _death(done: subprocess.CompletedProcess[str]) -> str:
-    last = (done.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
-    how = f"killed by signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-    return f"the process died ({how}): {last}"
-
-
-def this_python() -> str:
-    return sys.executable
+def _times_file(environ: Mapping[str, str]) -> Answer:
+    path = environ.get(TIMES)
+    reason = why_no_file_can_be_made(Path(path)) if path else None
+    return Answer(error=f"{TIMES}={path!r}: {reason}" if reason else None)

@@ -21,18 +21,19 @@ def distributions():
     ]
 
 
-def package(name):
-    """Whether a module can be imported, and what it says of itself."""
+def package(mode, name):
+    """Whether a module can be imported, and what it says of itself. "alone": without torch loading torch_npu."""
+    if mode == "alone":
+        os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    _simulate_if(mode)
     module = importlib.import_module(name)
     return {"version": str(getattr(module, "__version__", "")), "file": str(getattr(module, "__file__", ""))}
 
 
-def torch_npu(simulated, *operators):
+def torch_npu(mode, *operators):
     """The device and the schemas of operators, as this very torch_npu has them."""
-    if simulated == "simulated":
-        from npu_patch import simulator
-
-        simulator.start()
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # what torch says of a torch_npu that fails is not the reason
+    _simulate_if(mode)
     import torch
     import torch_npu
 
@@ -43,6 +44,13 @@ def torch_npu(simulated, *operators):
     return found
 
 
+def _simulate_if(mode):
+    if mode == "simulated":
+        from npu_patch import simulator
+
+        simulator.start()
+
+
 def _schema(torch, name):
     operator = getattr(torch.ops.npu, name, None)
     return None if operator is None else str(getattr(operator, operator.overloads()[0])._schema)
@@ -51,12 +59,10 @@ def _schema(torch, name):
 WHERE_FASTER = "taken where apply(model) measures it to be faster"
 
 
-def providers(simulated):
+def providers(mode):
     """For each op the implementations in order: [name, chosen or not, why not]."""
-    if simulated == "simulated":
-        from npu_patch import simulator
-
-        simulator.start()
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    _simulate_if(mode)
     from npu_patch.ops.implementation import choose
     from npu_patch.patches.catalogue_of_ops import OPS
     from npu_patch.switches import resolve
@@ -74,7 +80,6 @@ def providers(simulated):
 
 if __name__ == "__main__":
     sys.path.pop(0)  # the folder of this file
-    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     probe = {"distributions": distributions, "package": package, "torch_npu": torch_npu, "providers": providers}
     try:
         answer = {"found": probe[sys.argv[1]](*sys.argv[2:])}
