@@ -32,7 +32,7 @@ PACKAGES: Mapping[str, str] = {
     "fla-core": "fla",
     "numpy": "numpy",
 }
-# Operators of torch_npu, and what calls them.
+# Operators of torch_npu, and what calls them, or would.
 OPERATORS: Mapping[str, str] = {
     "npu_rms_norm": "rms_norm",
     "npu_rotary_mul": "rope",
@@ -43,6 +43,9 @@ OPERATORS: Mapping[str, str] = {
     "npu_moe_token_permute": "experts",
     "npu_grouped_matmul": "experts",
     "npu_moe_token_unpermute": "experts",
+    "npu_chunk_gated_delta_rule": "gated delta nets: declined",
+    "npu_recurrent_gated_delta_rule": "gated delta nets: declined",
+    "npu_fused_causal_conv1d": "gated delta nets: declined",
 }
 
 
