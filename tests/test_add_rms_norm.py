@@ -91,7 +91,7 @@ def test_bfloat16_is_no_further_from_float64_than_the_original(npu: torch.device
     """At most 1.1 times, over several models of all families: see tests/test_parity.py."""
     loss_errors = {"original": 0.0, "patched": 0.0}
     ratios: list[float] = []
-    for family, seed in itertools.product(FAMILIES, range(3)):
+    for family, seed in itertools.product(FAMILIES, range(2)):
         model = built(family, seed=seed, **ALL_EXPERTS.get(family, {})).bfloat16()
         batch = tiny_batch(length=9, seed=seed)
         exact_model = in_float64(model)
