@@ -3,8 +3,8 @@
 python scripts/vendor_tests.py CHECKOUT [PATTERN...] [--json FILE] [--timeout SECONDS] [--before FILE]
 
 CHECKOUT is the user's own copy of Ascend's op-plugin or pytorch repository (its test folder is what counts); nothing
-of it is part of this project. PATTERN is a part of a test file's path below test/, or a glob; without any, the operators
-of transformers training in `OPERATORS`. Their tests need: pip install expecttest einops.
+of it is part of this project. PATTERN is a part of a test file's path below test/, or a glob; without any, the
+operators of transformers training in `OPERATORS`. Their tests need: pip install expecttest einops.
 
 Each file runs in a process of its own. A row of the table: tests, passed, failed, skipped, errors, and the first
 reason. `failed` is an assertion, `errors` any other exception, a crash or the time limit. The exit code is 1 if any.

@@ -216,15 +216,6 @@ def test_grouped_matmul_columns(dtype: torch.dtype, npu: torch.device) -> None:
     assert (dw[1] == 0).all()
 
 
-def test_grouped_matmul_without_groups_and_with_a_host_list(npu: torch.device) -> None:
-    x, weight = randn(6, 5).float().to(npu), randn(2, 5, 4).float().to(npu)
-    separate = torch_npu.npu_grouped_matmul([x[:2].clone(), x[2:].clone()], [weight[0], weight[1]], group_type=-1)
-    listed = torch_npu.npu_grouped_matmul([x], [weight], group_list=[2, 6], split_item=0, group_type=0)
-    for some in (separate, listed):
-        assert len(some) == 2
-        torch.testing.assert_close(some[1], x[2:] @ weight[1])
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_token_permutation_and_back(dtype: torch.dtype, npu: torch.device) -> None:
     indices = torch.tensor([[2, 0], [0, 1], [3, 0], [1, 3], [3, 2]])

@@ -3,7 +3,7 @@
 Source: torch_npu's operator documentation (npu_fusion_attention) and the CANN kernels (ops-transformer,
 flash_attention_score). torch_npu's scaled_dot_product_attention ends in _v3.
 
-Not simulated, and refused: sparse modes 5 to 8, pse_type 2 and 3, query_rope, a dropout mask from the caller.
+Not simulated, and refused: sparse modes 5 to 8, pse_type 2 and 3, query_rope.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import rng
 from ..refusal import FLOATS, require, require_dtype, require_same_dtype
 from .attention_formula import Scores, attend, attend_backward
 from .attention_layout import Layout, join, layout_of, split
 from .attention_mask import UNLIMITED, Hidden, hidden_by
+from .dropout import check_mask, draw_kept, packed
 from .kernel import Kernel, OnHost
 
 COPIES = 8  # softmax_max and softmax_sum hold each value eight times
@@ -41,13 +41,25 @@ class Problem:
     packed_statistics: bool
     """softmax_max and softmax_sum are laid out [T, N, 8], not [N, T, 8] under that shape."""
 
-    def scores(self, index: int, draws: torch.Generator | None) -> Scores:
-        """For sequence `index`; `draws` gives the dropout mask, in order of the sequences."""
+    @property
+    def probabilities(self) -> list[int]:
+        """How many each sequence has: numels of the dropout mask is their sum."""
+        lengths = zip(self.layout.query_lengths, self.layout.key_lengths, strict=True)
+        return [self.layout.query_heads * queries * keys for queries, keys in lengths]
+
+    def kept(self, seed: int, offset: int) -> tuple[Tensor | None, ...]:
+        """The dropout mask of each sequence, flat [N * Sq * Skv]."""
+        numbers = self.probabilities
+        if self.keep_prob == 1:
+            return (None,) * len(numbers)
+        return draw_kept(sum(numbers), 1 - self.keep_prob, seed, offset).split(numbers)
+
+    def scores(self, index: int, kept: Tensor | None) -> Scores:
+        """For sequence `index`, with its part of the dropout mask."""
         queries, keys = self.layout.query_lengths[index], self.layout.key_lengths[index]
         heads = self.layout.query_heads
-        kept = None
-        if draws is not None:
-            kept = torch.rand(heads, queries, keys, generator=draws) < self.keep_prob
+        if kept is not None:
+            kept = kept.view(heads, queries, keys)
         pse = None
         if self.pse is not None:
             pse = self.pse[index if self.pse.shape[0] > 1 else 0]
@@ -96,9 +108,14 @@ def problem_of(
     require(pse_type in (0, 1), operator, f"pse_type {pse_type} is not simulated (0 and 1 are)")
     require(0 < keep_prob <= 1, operator, f"keep_prob must be in (0, 1], not {keep_prob}")
     require(inner_precise in (0, 1, 2), operator, f"inner_precise must be 0, 1 or 2, not {inner_precise}")
-    if input_layout != "TND":  # only the others are compared without regard to case
-        input_layout = input_layout.upper()
-        require(input_layout != "TND", operator, "TND must be written in upper case")
+    require(softmax_layout in ("", "TND"), operator, f'softmax_layout must be "" or "TND", not {softmax_layout!r}')
+    require(
+        softmax_layout != "TND" or input_layout == "TND",  # compared before the case is made one
+        operator,
+        f"softmax_layout=TND only supported when input_layout=TND, not {input_layout}",
+    )
+    input_layout = input_layout.upper()
+    if input_layout != "TND":
         require(query_ends is None and key_ends is None, operator, f"actual_seq_qlen is for TND, not {input_layout}")
     layout = layout_of(operator, input_layout, query, key, value, head_num, query_ends, key_ends)
     require(1 <= head_num <= MOST_HEADS, operator, f"head_num must be 1 to {MOST_HEADS}, not {head_num}")
@@ -109,7 +126,6 @@ def problem_of(
     )
     for name, tensor in (("query", query), ("key", key)):
         require(tensor.numel() > 0, operator, f"{name} must not be empty (shape {list(tensor.shape)})")
-    require(softmax_layout in ("", "TND"), operator, f'softmax_layout must be "" or "TND", not {softmax_layout!r}')
     if pse is not None:
         queries, keys = layout.longest
         allowed = [
@@ -147,10 +163,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """attention_out, softmax_max, softmax_sum, softmax_out (always empty)."""
     layout = problem.layout
-    draws = rng.cpu_generator(seed, offset) if problem.keep_prob < 1 else None
+    kept = problem.kept(seed, offset)
     outs, maxima, totals = [], [], []
     for index, (q, k, v) in enumerate(_sequences(problem, query, key, value)):
-        out, maximum, total = attend(q, k, v, problem.scores(index, draws))
+        out, maximum, total = attend(q, k, v, problem.scores(index, kept[index]))
         _leave_unwritten(problem, index, out)
         outs.append(out)
         maxima.append(maximum)
@@ -174,13 +190,13 @@ def backward(
     """dq, dk, dv, dpse, dsink."""
     layout, heads = problem.layout, problem.layout.query_heads
     require_same_dtype(problem.operator, query=query, dy=dy)
-    draws = rng.cpu_generator(seed, offset) if problem.keep_prob < 1 else None
+    kept = problem.kept(seed, offset)
     gradients = split(dy, layout.name, heads, layout.query_lengths)
     outs = split(attention_in, layout.name, heads, layout.query_lengths)
     maxima = _split_statistics(problem, softmax_max)
     totals = _split_statistics(problem, softmax_sum)
     parts = [
-        attend_backward(gradients[i], q, k, v, outs[i], maxima[i], totals[i], problem.scores(i, draws))
+        attend_backward(gradients[i], q, k, v, outs[i], maxima[i], totals[i], problem.scores(i, kept[i]))
         for i, (q, k, v) in enumerate(_sequences(problem, query, key, value))
     ]
     dpse = dsink = None
@@ -285,30 +301,49 @@ def npu_fusion_attention(
     query, key, value: one dtype of float16, bfloat16, float32, in the layout that input_layout names (BSH, SBH, BNSD,
     BSND, or TND with cumulative host lengths); any strides. Key heads divide query heads (GQA). atten_mask: bool or
     uint8, 1 = masked, in exact shapes; without it sparse_mode is ignored and attention is full. A row with every key
-    masked gives the mean of v with inner_precise 0, and 0 with inner_precise 2. Returns attention_out, softmax_max and
-    softmax_sum (float32 [B, N, Sq, 8]), an empty tensor, and seed, offset, numels of the dropout mask as integers.
+    masked gives the mean of v with inner_precise 0, and 0 with inner_precise 2. dropout_mask: what
+    _npu_dropout_gen_mask gives for seed and offset. Returns attention_out, softmax_max and softmax_sum (float32
+    [B, N, Sq, 8]), an empty tensor, and seed, offset, numels of the dropout mask as integers.
     """
     name = "npu_fusion_attention"
-    require(dropout_mask is None and seed == 0 and offset == 0, name, "dropout_mask, seed and offset are not simulated")
     problem = problem_of(
         name, query, key, value, head_num, input_layout, pse=pse, padding_mask=padding_mask, atten_mask=atten_mask,
         scale=scale, keep_prob=keep_prob, before=pre_tockens, after=next_tockens, inner_precise=inner_precise,
         prefix=prefix, query_ends=actual_seq_qlen, key_ends=actual_seq_kvlen, sparse_mode=sparse_mode,
         softmax_layout=softmax_layout, sink=sink, pse_type=1,
     )  # fmt: skip
-    return forward_with_integers(problem, query, key, value, draw)
+    return forward_with_integers(problem, query, key, value, dropout_mask, seed, offset, draw)
 
 
 def forward_with_integers(
-    problem: Problem, query: Tensor, key: Tensor, value: Tensor, draw: Callable[[], tuple[int, int]]
+    problem: Problem,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_mask: Tensor | None,
+    seed: int,
+    offset: int,
+    draw: Callable[[], tuple[int, int]],
 ) -> tuple[Any, ...]:
-    seed, offset, drawn = 0, 0, 0
-    if problem.keep_prob < 1:
-        seed, offset = draw()
-        lengths = zip(problem.layout.query_lengths, problem.layout.key_lengths, strict=True)
-        drawn = problem.layout.query_heads * sum(queries * keys for queries, keys in lengths)
-    # The schema has 64-bit signed integers.
-    return (*_forward(problem, query, key, value, seed, offset), seed & ((1 << 63) - 1), offset, drawn)
+    """The results and seed, offset, numels. numels counts the probabilities, whether there is dropout or not."""
+    numels = sum(problem.probabilities)
+    if dropout_mask is not None:
+        check_mask(problem.operator, "dropout_mask", dropout_mask, numels)
+        # Backward makes its mask of seed and offset again.
+        require(
+            problem.keep_prob == 1
+            or torch.equal(dropout_mask, packed(draw_kept(numels, 1 - problem.keep_prob, seed, offset))),
+            problem.operator,
+            "dropout_mask must be made by _npu_dropout_gen_mask with p = 1 - keep_prob and the seed and offset given "
+            f"beside it, {seed} and {offset}",
+        )
+    else:
+        # The documentation says that seed is used without a mask, and op-plugin draws another over it.
+        require(seed == 0 and offset == 0, problem.operator, "seed and offset need a dropout_mask that they have made")
+        if problem.keep_prob < 1:
+            seed, offset = draw()
+            seed &= (1 << 63) - 1  # the schema has 64-bit signed integers
+    return (*_forward(problem, query, key, value, seed, offset), seed, offset, numels)
 
 
 def npu_fusion_attention_grad(

@@ -27,13 +27,9 @@ def npu_fusion_attention_v2(
     **options: Any,
 ) -> tuple[Any, ...]:
     """As npu_fusion_attention. pse_type 1 adds pse, then scales; pse_type 0 scales, then adds pse."""
-    require(
-        options.get("dropout_mask") is None and not options.get("seed") and not options.get("offset"),  # not in 2.9
-        NAME,
-        "dropout_mask, seed and offset are not simulated",
-    )
     problem = _problem(NAME, query, key, value, head_num, input_layout, options["scale"], options)
-    return forward_with_integers(problem, query, key, value, draw)
+    given = options.get("dropout_mask"), options.get("seed", 0), options.get("offset", 0)  # not in 2.9
+    return forward_with_integers(problem, query, key, value, *given, draw)
 
 
 def npu_fusion_attention_grad_v2(

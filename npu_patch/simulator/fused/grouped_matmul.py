@@ -1,7 +1,8 @@
 """Grouped matrix products: npu_grouped_matmul and its legacy overload with a host list.
 
-Source: torch_npu's operator documentation and the CANN kernel (ops-transformer, grouped_matmul). It has no derivative:
-torch_npu warns in backward and the gradient is undefined.
+Source: torch_npu's operator documentation, op-plugin (GroupedMatmulKernelNpuOpApi.cpp) and CANN's checks
+(ops-transformer, aclnn_grouped_matmul.cpp). It has no derivative: torch_npu warns in backward and the gradient is
+undefined.
 
 Not simulated, and refused: quantised inputs, activations, sparse group lists (group_list_type 2).
 """
@@ -11,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import counters
 from ..refusal import FLOATS, require, require_dtype, require_same_dtype, short
+from .companions import SCALAR_TYPES
 from .kernel import Kernel
 
 NAME = "npu_grouped_matmul"
 MOST_GROUPS = 1024  # one 3-D weight
-MOST_WEIGHTS = 128  # a list of 2-D weights
+MOST_TENSORS = 128  # a list of x or of 2-D weights
 WIDEST = 65536
 BIAS_DTYPES = {torch.float16: torch.float16, torch.bfloat16: torch.float32, torch.float32: torch.float32}
 
@@ -32,41 +33,41 @@ def npu_grouped_matmul(
     group_type: int | None = None,
     group_list_type: int | None = 0,
     act_type: int | None = 0,
+    tuning_config: list[int] | None = None,
     output_dtype: int | None = None,
     **quantised: Any,
 ) -> list[Tensor]:
     """Products of groups of rows, accumulated in float32 with one rounding. x, weight and the result are lists.
 
-    One dtype of float16, bfloat16, float32. group_list: int64 on the device, cumulative ends (group_list_type 0) or
-    counts (1) of the groups.
+    One dtype of float16, bfloat16, float32. group_list: int64 on the device, cumulative ends (group_list_type 0 or
+    None) or counts (1) of the groups. tuning_config is a hint: its first entry is 0 to the rows of x.
 
-    group_type 0: x [M, K] contiguous, weight [E, K, N] (contiguous or a transposed view) or E tensors [K, N]; group e
-    of the rows times weight e; the result [M, N] is unwritten (NaN here) from the end of the last group on.
-    group_type 2: x the transposed view [K, M] of a contiguous [M, K], weight [M, N]; the result [E, K, N] holds
-    x.T @ weight of each group of rows, zeros for an empty one. split_item 2 or 3 gives one tensor.
-    group_type -1: equally many x and weight, no group_list: x[i] @ weight[i].
+    group_type 0 needs split_item 2 or 3 and gives one tensor. One x [M, K], contiguous, and one weight [E, K, N]
+    (contiguous or a transposed view) or several [K, N]: group e of the rows times weight e; the result [M, N] is
+    unwritten (NaN here) from the end of the last group on. Several x and as many weights: the products, one below the
+    other; a group_list, if any, says the rows of each x.
+    group_type 2, with split_item 2 or 3: x the transposed view [K, M] of a contiguous [M, K], weight [M, N]; the result
+    [E, K, N] holds x.T @ weight of each group of rows, zeros for an empty one.
+    group_type -1, with split_item 0, 1 or None: as many x (2 to 6 dimensions) as weights, no group_list:
+    x[i] @ weight[i].
     """
-    require(group_type in (-1, 0, 2), NAME, f"group_type only supports -1, 0 and 2, but got {group_type}")
-    _check_common(x, weight, bias, split_item, act_type, quantised)
+    require(group_type is not None, NAME, "Requires manual passing group_type, current is None")
+    require(group_type in (-1, 0, 2), NAME, f"The group type must be -1, 0 or 2, but now is [{group_type}]")
+    split = _check_common(x, weight, bias, split_item, act_type, quantised)
+    _check_output_dtype(output_dtype, x[0].dtype)
+    if tuning_config:
+        most = max(tensor.shape[0] for tensor in x)
+        require(0 <= tuning_config[0] <= most, NAME, f"tuning_config[0] must be 0 to {most}, not {tuning_config[0]}")
     if group_type == -1:
+        require(split in (0, 1), NAME, f"group_type -1 needs split_item 0 or 1, not {split_item}")
         require(group_list is None, NAME, "group_type -1 takes no group_list")
         return _ungrouped(x, weight, bias)
-    require(group_list is not None, NAME, f"group_type {group_type} needs group_list")
-    require(
-        group_list.dtype == torch.int64 and group_list.dim() == 1,
-        NAME,
-        f"group_list must be 1-D int64, not {short(group_list.dtype)} of shape {list(group_list.shape)}",
-    )
-    require(group_list_type in (0, 1), NAME, f"group_list_type {group_list_type} is not simulated (0 and 1 are)")
-    if split_item in (0, 1) and group_type == 0:
-        # The C++ wrapper reads the list on the host and takes it as cumulative.
-        counters.host_copy("npu::npu_grouped_matmul", counters.tensor_bytes(group_list))
-        return _several(x, weight, bias, group_list.tolist())
-    ends = (group_list.cumsum(0) if group_list_type == 1 else group_list).tolist()
-    require(
-        group_list_type == 0 or len(ends) != 1, NAME, "group_list of counts (group_list_type 1) must be longer than 1"
-    )
-    return [_by_columns(x, weight, bias, ends)] if group_type == 2 else [_by_rows(x, weight, bias, ends)]
+    require(split in (2, 3), NAME, f"group_type {group_type} needs split_item 2 or 3, not {split_item}")
+    ends = None if group_list is None else _ends(group_list, group_list_type or 0)
+    if group_type == 0 and len(x) > 1:
+        return [_joined(x, weight, bias, ends)]
+    require(ends is not None, NAME, f"group_type {group_type} with one x needs group_list")
+    return [_by_columns(x, weight, bias, ends) if group_type == 2 else _by_rows(x, weight, bias, ends)]
 
 
 def npu_grouped_matmul_list(
@@ -82,42 +83,74 @@ def npu_grouped_matmul_list(
     output_dtype: torch.dtype | None = None,
     **quantised: Any,
 ) -> list[Tensor]:
-    """The overload with cumulative ends as a host list; group_type may be None, which means rows (0)."""
-    require(group_type in (None, -1, 0, 2), NAME, f"group_type only supports -1, 0 and 2, but got {group_type}")
-    _check_common(x, weight, bias, split_item, act_type, quantised)
-    if group_list is None:
-        require(group_type in (None, -1), NAME, f"group_type {group_type} needs group_list")
-        return _ungrouped(x, weight, bias)
-    if group_type == 2:
-        return [_by_columns(x, weight, bias, group_list)]
-    if split_item in (0, 1):
-        return _several(x, weight, bias, group_list)
-    return [_by_rows(x, weight, bias, group_list)]
+    """The overload with cumulative ends as a host list, which reach the last row. Rows only; weights are [K, N] each.
+
+    split_item 0 or 1 gives a tensor for each group (one x) or for each x (no group_list); 2 or 3 gives one.
+    """
+    require(group_type in (None, -1, 0), NAME, f"group_type with a host list must be None, not {group_type}")
+    require(group_list_type in (None, 0), NAME, f"a host list holds ends: group_list_type is not {group_list_type}")
+    split = _check_common(x, weight, bias, split_item, act_type, quantised)
+    _check_output_dtype(output_dtype, x[0].dtype)
+    require(
+        all(tensor.dim() == 2 for tensor in weight),
+        NAME,
+        f"weights beside a host list must be 2-D, not {[list(tensor.shape) for tensor in weight]}",
+    )
+    if not group_list:
+        return _ungrouped(x, weight, bias) if split in (0, 1) else [_joined(x, weight, bias, None)]
+    require(len(group_list) > 1, NAME, f"a host list must be longer than 1, not {group_list}")
+    if len(x) > 1:
+        require(split in (2, 3), NAME, f"split_item {split_item} with group_list takes one x, not {len(x)}")
+        return [_joined(x, weight, bias, group_list)]
+    rows = _by_rows(x, weight, bias, group_list)
+    require(
+        group_list[-1] == x[0].shape[0], NAME, f"group_list must end at the {x[0].shape[0]} rows, not {group_list[-1]}"
+    )
+    if split in (2, 3):
+        return [rows]
+    starts = [0, *group_list[:-1]]
+    return [rows[start:end].clone() for start, end in zip(starts, group_list, strict=True)]
 
 
 def _ungrouped(x: list[Tensor], weight: list[Tensor], bias: list[Tensor] | None) -> list[Tensor]:
     require(len(x) == len(weight), NAME, f"x and weight must be as many without groups, not {len(x)} and {len(weight)}")
-    return [_product(x[i], weight[i], bias[i] if bias else None) for i in range(len(x))]
+    require(
+        len({tensor.dim() for tensor in x}) == 1 and 2 <= x[0].dim() <= 6,
+        NAME,
+        f"each x must have as many dimensions, 2 to 6, not {[list(tensor.shape) for tensor in x]}",
+    )
+    weights = _two_dimensional(weight)
+    biases = _biases(bias, len(weights))
+    return [_product(_contiguous(x[i]), weights[i], biases[i]) for i in range(len(x))]
 
 
-def _several(x: list[Tensor], weight: list[Tensor], bias: list[Tensor] | None, ends: list[int]) -> list[Tensor]:
-    rows = _by_rows(x, weight, bias, ends)
-    starts = [0, *ends[:-1]]
-    return [rows[start:end].clone() for start, end in zip(starts, ends, strict=True)]
+def _joined(x: list[Tensor], weight: list[Tensor], bias: list[Tensor] | None, ends: list[int] | None) -> Tensor:
+    """Products of several x with as many weights, one below the other."""
+    require(len(x) == len(weight), NAME, f"x and weight must be as many, not {len(x)} and {len(weight)}")
+    weights = _two_dimensional(weight)
+    biases = _biases(bias, len(weights))
+    require(all(tensor.dim() == 2 for tensor in x), NAME, f"each x must be 2-D, not {[list(t.shape) for t in x]}")
+    require(
+        len({tensor.shape[1] for tensor in weights}) == 1,
+        NAME,
+        f"weights must have one N, not {[list(tensor.shape) for tensor in weights]}",
+    )
+    lengths = [tensor.shape[0] for tensor in x]
+    if ends is not None:
+        _check_ends(ends, sum(lengths), len(x))
+        groups = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        require(groups == lengths, NAME, f"group_list must give the rows of each x, {lengths}, not {groups}")
+    return torch.cat([_product(_contiguous(x[i]), weights[i], biases[i]) for i in range(len(x))])
 
 
 def _by_rows(x: list[Tensor], weight: list[Tensor], bias: list[Tensor] | None, ends: list[int]) -> Tensor:
     require(len(x) == 1, NAME, f"group_type 0 takes one x, not {len(x)}")
     rows = x[0]
     require(rows.dim() == 2, NAME, f"x must be [M, K] for group_type 0, not {list(rows.shape)}")
-    require(
-        rows.is_contiguous(),
-        NAME,
-        f"x must be contiguous, not transposed, for group_type 0 (strides {list(rows.stride())})",
-    )
     weights = _weights(weight)
     biases = _biases(bias, len(weights))
     _check_ends(ends, rows.shape[0], len(weights))
+    _contiguous(rows)
     result = torch.full((rows.shape[0], weights[0].shape[1]), torch.nan, dtype=rows.dtype)
     for group, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
         if end > start:
@@ -158,38 +191,87 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (product if bias is None else product + bias.float()).to(x.dtype)
 
 
+def _contiguous(x: Tensor) -> Tensor:
+    require(
+        x.is_contiguous(),
+        NAME,
+        f"x must be contiguous, not transposed, unless group_type is 2 (strides {list(x.stride())})",
+    )
+    return x
+
+
 def _weights(weight: list[Tensor]) -> list[Tensor]:
-    """One [K, N] for each group, after checking how they are laid out."""
-    dimensions = 3 if len(weight) == 1 else 2
-    if len(weight) == 1 and weight[0].dim() == 2:
-        dimensions = 2
-    layouts = set()
-    for tensor in weight:
+    """One [K, N] for each group of rows of one x."""
+    if len(weight) > 1:
+        weights = _two_dimensional(weight)
         require(
-            tensor.dim() == dimensions,
+            len({tensor.shape[1] for tensor in weights}) == 1,
             NAME,
-            f"weight must be one [E, K, N] or a list of [K, N], not {[list(w.shape) for w in weight]}",
+            f"weights must have one N, not {[list(tensor.shape) for tensor in weights]}",
         )
-        transposed = not tensor.is_contiguous()
-        require(
-            not transposed or tensor.mT.is_contiguous(),
-            NAME,
-            "weight must be contiguous or the transposed view of a contiguous tensor "
-            f"(shape {list(tensor.shape)}, strides {list(tensor.stride())})",
-        )
-        layouts.add(transposed)
+        return weights
+    only = weight[0]
+    require(only.dim() == 3, NAME, f"weight must be one [E, K, N] or several [K, N], not {[list(only.shape)]}")
+    require(only.shape[0] <= MOST_GROUPS, NAME, f"at most {MOST_GROUPS} groups, not {only.shape[0]}")
+    _is_transposed(only)
+    return list(only.unbind(0))
+
+
+def _two_dimensional(weight: list[Tensor]) -> list[Tensor]:
+    require(
+        all(tensor.dim() == 2 for tensor in weight),
+        NAME,
+        f"weight must be one [E, K, N] or several [K, N], not {[list(tensor.shape) for tensor in weight]}",
+    )
+    layouts = {_is_transposed(tensor) for tensor in weight}
     require(len(layouts) == 1, NAME, "weights must be all contiguous or all transposed views")
-    if dimensions == 3:
-        require(weight[0].shape[0] <= MOST_GROUPS, NAME, f"at most {MOST_GROUPS} groups, not {weight[0].shape[0]}")
-        return list(weight[0].unbind(0))
-    require(len(weight) <= MOST_WEIGHTS, NAME, f"at most {MOST_WEIGHTS} weights in a list, not {len(weight)}")
     return weight
+
+
+def _is_transposed(weight: Tensor) -> bool:
+    require(
+        weight.is_contiguous() or weight.mT.is_contiguous(),
+        NAME,
+        "weight must be contiguous or the transposed view of a contiguous tensor "
+        f"(shape {list(weight.shape)}, strides {list(weight.stride())})",
+    )
+    return not weight.is_contiguous()
 
 
 def _biases(bias: list[Tensor] | None, groups: int) -> list[Tensor | None]:
     if not bias:
         return [None] * groups
-    return list(bias[0].unbind(0)) if len(bias) == 1 and bias[0].dim() == 2 else list(bias)
+    biases = list(bias[0].unbind(0)) if len(bias) == 1 and bias[0].dim() == 2 else list(bias)
+    require(len(biases) == groups, NAME, f"bias must be one for each of {groups} weights, not {len(biases)}")
+    return biases
+
+
+def _ends(group_list: Tensor, group_list_type: int) -> list[int]:
+    require(
+        group_list.dtype == torch.int64 and group_list.dim() == 1,
+        NAME,
+        f"group_list must be 1-D int64, not {short(group_list.dtype)} of shape {list(group_list.shape)}",
+    )
+    require(group_list_type in (0, 1), NAME, f"group_list_type {group_list_type} is not simulated (0 and 1 are)")
+    require(group_list.numel() > 0, NAME, "group_list must not be empty")
+    require(
+        group_list_type == 0 or group_list.numel() != 1,
+        NAME,
+        "group_list of counts (group_list_type 1) must be longer than 1",
+    )
+    return (group_list.cumsum(0) if group_list_type == 1 else group_list).tolist()
+
+
+def _check_output_dtype(asked: torch.dtype | int | None, dtype: torch.dtype) -> None:
+    if asked is None:
+        return
+    target = SCALAR_TYPES.get(asked) if isinstance(asked, int) else asked
+    require(
+        target == dtype,
+        NAME,
+        f"output_dtype must be None or that of x, {short(dtype)}, unless x is quantised, "
+        f"not {short(target) if target else asked}",
+    )
 
 
 def _check_ends(ends: list[int], rows: int, groups: int) -> None:
@@ -209,16 +291,19 @@ def _check_common(
     split_item: int | None,
     act_type: int | None,
     quantised: dict[str, Any],
-) -> None:
+) -> int:
+    """Returns split_item, which is 0 for None."""
     require(len(x) > 0 and len(weight) > 0, NAME, "x and weight must be non-empty lists of tensors")
     for argument, value in quantised.items():
         require(value is None or value == [], NAME, f"{argument} is not simulated")
     require(not act_type, NAME, f"act_type {act_type} is for quantised inputs, which are not simulated")
-    require(split_item in (0, 1, 2, 3), NAME, f"split_item must be 0 to 3, not {split_item}")
-    tensors = {f"x[{i}]": t for i, t in enumerate(x)} | {f"weight[{i}]": t for i, t in enumerate(weight)}
-    require_same_dtype(NAME, **tensors)
+    require(split_item in (None, 0, 1, 2, 3), NAME, f"split_item must be 0 to 3, not {split_item}")
+    for argument, tensors in (("x", x), ("weight", weight)):
+        require(len(tensors) <= MOST_TENSORS, NAME, f"at most {MOST_TENSORS} {argument} in a list, not {len(tensors)}")
+    named = {f"x[{i}]": t for i, t in enumerate(x)} | {f"weight[{i}]": t for i, t in enumerate(weight)}
+    require_same_dtype(NAME, **named)
     require_dtype(NAME, "x", x[0], FLOATS)
-    for argument, tensor in tensors.items():
+    for argument, tensor in named.items():
         require(
             tensor.dim() > 0 and tensor.shape[-1] < WIDEST,
             NAME,
@@ -231,6 +316,7 @@ def _check_common(
             NAME,
             f"bias must be {short(expected)} with x {short(x[0].dtype)}, not {short(tensor.dtype)}",
         )
+    return split_item or 0
 
 
 KERNELS = {

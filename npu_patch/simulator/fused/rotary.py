@@ -1,7 +1,7 @@
 """Rotary position embedding: npu_rotary_mul and its backward.
 
 Source: torch_npu's operator documentation and the CANN kernels' tiling (ops-transformer, rotary_position_embedding:
-rope_rotate_half_tiling.cpp, CheckBnsdBlockSkip).
+rope_rotate_half_tiling.cpp, CheckBnsdBlockSkip; rope_half_grad_tiling.cpp, RopeHalfGradSelectLayout).
 """
 
 import torch
@@ -59,23 +59,30 @@ def npu_rotary_mul_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of npu_rotary_mul: dx, dcos, dsin, all of grad's dtype; dcos and dsin have the shape of r1 and r2.
 
-    dcos and dsin are left unwritten (NaN here) unless r1 or r2 requires a gradient. The layout rules are stricter than
-    the forward's.
+    dcos and dsin are left unwritten (NaN here) unless r1 or r2 requires a gradient. The layout rules are not the
+    forward's: see `backward_layout`.
     """
     name = "npu_rotary_mul_backward"
     require_same_dtype(name, grad=grad, input=input)
     require(grad.shape == input.shape, name, f"grad {list(grad.shape)} must have input's shape {list(input.shape)}")
     layout = _check(name, input, r1, r2, rotary_mode)
+    batch, heads = _batch_and_heads(layout, input)
     if rotary_mode == "half":
-        _check_backward_layout(name, layout, input)
+        found = backward_layout(input, r1)
+        require(
+            found is not None,
+            name,
+            f"r1 {list(r1.shape)} fits no layout of input {list(input.shape)} in backward: BNSD with cos [B,1,S,D] "
+            "needs B < S",
+        )
+        batch, heads = (input.shape[axis] for axis in found) if input.dim() == 4 else (batch, heads)
     cos, sin = r1.to(input.dtype).float(), r2.to(input.dtype).float()
     wide = grad.float()
     dx = (wide * cos + _rotated_back(wide * sin, rotary_mode)).to(input.dtype)
     if not (r1_requires_grad or r2_requires_grad):
         unwritten = torch.full(r1.shape, torch.nan, dtype=input.dtype)
         return dx, unwritten, unwritten.clone()
-    rows = input.shape[0] * input.shape[1]
-    require(rows <= 1024, name, f"gradients of r1 and r2 need B*N <= 1024, not {rows}")
+    require(batch * heads <= 1024, name, f"gradients of r1 and r2 need B*N <= 1024, not {batch}*{heads}")
     x = input.float()
     dcos = (wide * x).sum_to_size(r1.shape).to(input.dtype)
     dsin = (wide * _rotated(x, rotary_mode)).sum_to_size(r2.shape).to(input.dtype)
@@ -99,7 +106,11 @@ def _check(name: str, input: Tensor, r1: Tensor, r2: Tensor, mode: str) -> str:
     require_dtype(name, "input", input, FLOATS)
     require_dtype(name, "r1", r1, FLOATS)
     require_dtype(name, "r2", r2, FLOATS)
-    require(mode in ("half", "interleave"), name, f"rotary_mode must be half or interleave on A2/A3, not {mode!r}")
+    require(
+        mode in ("half", "interleave"),
+        name,
+        f"The rotary_mode of {name} should be half or interleave, but got {mode!r} (on A2/A3)",
+    )
     require(input.dim() in (3, 4), name, f"input must be 4-D, or 3-D (TND), not {input.dim()}-D")
     require(input.numel() > 0, name, f"input must not be empty (shape {list(input.shape)})")
     width = input.shape[-1]
@@ -171,14 +182,27 @@ def _check_block_skip(name: str, x: Tensor, mode: str) -> None:
         )
 
 
-def _check_backward_layout(name: str, layout: str, x: Tensor) -> None:
-    if x.dim() == 3:
-        return
-    first, second, third = x.shape[:3]
-    if layout == "x1x" or (layout == "11x" and first == 1):
-        require(first < third, name, f"BNSD with cos [B,1,S,D] needs B < S, not B={first}, S={third}")
-    if layout == "xx1" or (layout == "1x1" and first == 1):
-        require(first < second, name, f"BSND with cos [B,S,1,D] needs B < S, not B={first}, S={second}")
+def backward_layout(x: Tensor, cos: Tensor) -> tuple[int, int] | None:
+    """The dimensions of a 4-D x (3-D x is a batch of one) that backward in half mode takes for B and N; None where the
+    shapes fit no layout. The first that fits is taken, so [B,S,N,D] with cos [B,S,1,D] and B >= S is SBND there."""
+    (first, second, third), (c0, c1, c2) = _four_dimensional(x), _four_dimensional(cos)
+    if (first, second, third) == (c0, c1, c2):
+        return 0, 2
+    if first != 1 and c0 == 1 and second == c1 and c2 == 1:  # BSND, cos [1,S,1,D]
+        return 0, 2
+    if first == c0 and second == c1 and c2 == 1 and first < second:  # BSND, cos [B,S,1,D]
+        return 0, 2
+    if first != 1 and c0 == 1 and c1 == 1 and third == c2:  # BNSD, cos [1,1,S,D]
+        return 0, 1
+    if first == c0 and c1 == 1 and third == c2 and first < third:  # BNSD, cos [B,1,S,D]
+        return 0, 1
+    if first == c0 and c2 == 1 and (second == c1 or (c1 == 1 and second != 1)):  # SBND, cos [S,B,1,D] or [S,1,1,D]
+        return 1, 2
+    return None
+
+
+def _four_dimensional(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape[:-1]) if tensor.dim() == 4 else (1, *tensor.shape[:-1])
 
 
 KERNELS = {
