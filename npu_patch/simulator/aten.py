@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from . import aten_copies, aten_formulas, counters, memory, rng
+from . import aten_copies, aten_formulas, aten_recurrent, counters, memory, rng
 from .memory import CPU
 
 # torch_npu's own kernels stay for what only concerns shapes, storages, allocations and streams. Views stay as well
@@ -67,8 +67,11 @@ def register() -> None:
         library.impl(name, kernel, "PrivateUse1", allow_override=True)
         if name in AUTOGRAD_TOO:
             library.impl(name, kernel, "AutogradPrivateUse1", allow_override=True)
-    for name, kernel in aten_copies.KERNELS.items():
+    for name, kernel in (aten_copies.KERNELS | aten_recurrent.KERNELS).items():
         library.impl(name, kernel, "PrivateUse1", allow_override=True)
+    for name in aten_recurrent.COMPOSED:
+        for key in ("PrivateUse1", "AutogradPrivateUse1"):
+            library.impl(name, aten_recurrent.composed(_operator(name)), key, allow_override=True)
 
 
 def _operator(name: str) -> OpOverload | None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import counters
+from . import aten_recurrent, aten_softmax, counters
 
 
 def on_device(name: str, formula: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,6 +58,8 @@ def histc(self: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Tens
 
 
 FORMULAS: dict[str, Callable[..., Any]] = {
+    **aten_softmax.FORMULAS,
+    **aten_recurrent.FORMULAS,
     "matmul_backward": matmul_backward,
     "histc": histc,
 }

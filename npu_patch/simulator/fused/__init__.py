@@ -3,31 +3,45 @@
 import torch
 
 from . import (
+    adam_w,
     attention,
     attention_inference,
     attention_v2,
     companions,
+    cross_entropy,
     dropout,
     gated_delta_rule,
+    group_norm,
     grouped_matmul,
     moe_permute,
+    moe_routing,
+    moe_routing_map,
     rms_norm,
     rotary,
+    rotary_in_place,
+    scaled_softmax,
     swiglu,
 )
 from .kernel import is_declared, npu_kernel
 
 FAMILIES = (
     rms_norm,
+    group_norm,
     rotary,
+    rotary_in_place,
     swiglu,
     attention,
     attention_v2,
     attention_inference,
     grouped_matmul,
     moe_permute,
+    moe_routing,
+    moe_routing_map,
     gated_delta_rule,
     dropout,
+    scaled_softmax,
+    cross_entropy,
+    adam_w,
     companions,
 )
 

@@ -42,6 +42,21 @@ def npu_transpose(input: Tensor, perm: list[int], require_contiguous: bool = Tru
     return input.permute(perm).contiguous()
 
 
+def npu_confusion_transpose(input: Tensor, perm: list[int], shape: list[int], transpose_first: bool) -> Tensor:
+    """`permute(perm)` and `reshape(shape)`, in the order that transpose_first says."""
+    if transpose_first:
+        return input.permute(perm).reshape(shape)
+    return input.reshape(shape).permute(perm).contiguous()
+
+
+def npu_confusion_transpose_backward(grad: Tensor, perm: list[int], shape: list[int], transpose_first: bool) -> Tensor:
+    """The inverse, for an input of `shape`; transpose_first is the opposite of forward's."""
+    back = [perm.index(axis) for axis in range(len(perm))]
+    if transpose_first:
+        return grad.permute(back).reshape(shape)
+    return grad.reshape([shape[axis] for axis in perm]).permute(back).contiguous()
+
+
 def repeat_interleave_backward(grad: Tensor, input: Tensor, repeats: Tensor | int, dim: int | None = None) -> Tensor:
     """The sum of grad over the copies of each element of input; dim None is the flattened input."""
     source, axis = (input.flatten(), 0) if dim is None else (input, dim)
@@ -91,6 +106,23 @@ def binary_cross_entropy_with_logits_backward(
         grad = grad * weight
     grad = grad * grad_output
     return grad / input.numel() if reduction == 1 else grad
+
+
+def npu_renorm_backward(grad: Tensor, input: Tensor, p: float, dim: int, maxnorm: float) -> Tensor:
+    """The gradient of `input.renorm(p, dim, maxnorm)`, which divides by the norm plus 1e-7."""
+    others = [axis for axis in range(input.dim()) if axis != dim % input.dim()]
+    x, wide = input.float(), grad.float()
+    norm = torch.linalg.vector_norm(x, p, others, keepdim=True)
+    along = (x * wide).sum(others, keepdim=True)
+    if p == float("inf"):
+        largest = x.abs() == norm
+        by_norm = x.sgn() * largest * along / largest.sum(others, keepdim=True)
+    elif p == 0:
+        by_norm = torch.zeros_like(x)
+    else:
+        by_norm = (x.sgn() * x.abs().pow(p - 1)).masked_fill(x == 0, 0.0) * along / norm.pow(p - 1)
+    scale = 1 / (norm + 1e-7)
+    return torch.where(norm > maxnorm, maxnorm * scale * (wide - scale * by_norm), wide).to(input.dtype)
 
 
 def npu_silu_backward(grad_output: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
@@ -148,12 +180,15 @@ KERNELS = {
     "_npu_dtype_cast_backward": Kernel(dtype_cast),
     "npu_broadcast": Kernel(npu_broadcast),
     "npu_transpose": Kernel(npu_transpose),
+    "npu_confusion_transpose": Kernel(npu_confusion_transpose),
+    "npu_confusion_transpose_backward": Kernel(npu_confusion_transpose_backward),
     "repeat_interleave_backward_int": Kernel(repeat_interleave_backward),
     "repeat_interleave_backward_tensor": Kernel(repeat_interleave_backward),
     "l1_loss_backward": Kernel(l1_loss_backward),
     "kl_div_backward": Kernel(kl_div_backward),
     "kl_div_target_backward": Kernel(kl_div_target_backward),
     "npu_binary_cross_entropy_with_logits_backward": Kernel(binary_cross_entropy_with_logits_backward),
+    "npu_renorm_backward": Kernel(npu_renorm_backward),
     "npu_silu": Kernel(functional.silu),
     "npu_silu_backward": Kernel(npu_silu_backward),
     "npu_gelu": Kernel(npu_gelu),

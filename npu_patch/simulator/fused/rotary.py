@@ -44,7 +44,7 @@ def npu_rotary_mul(
         _check_block_skip(name, input, rotary_mode)
     cos, sin = r1.to(input.dtype).float(), r2.to(input.dtype).float()
     wide = input.float()
-    return (wide * cos + _rotated(wide, rotary_mode) * sin).to(input.dtype)
+    return (wide * cos + rotated(wide, rotary_mode) * sin).to(input.dtype)
 
 
 def npu_rotary_mul_backward(
@@ -85,11 +85,11 @@ def npu_rotary_mul_backward(
     require(batch * heads <= 1024, name, f"gradients of r1 and r2 need B*N <= 1024, not {batch}*{heads}")
     x = input.float()
     dcos = (wide * x).sum_to_size(r1.shape).to(input.dtype)
-    dsin = (wide * _rotated(x, rotary_mode)).sum_to_size(r2.shape).to(input.dtype)
+    dsin = (wide * rotated(x, rotary_mode)).sum_to_size(r2.shape).to(input.dtype)
     return dx, dcos, dsin
 
 
-def _rotated(x: Tensor, mode: str) -> Tensor:
+def rotated(x: Tensor, mode: str) -> Tensor:
     if mode == "half":
         first, second = x.chunk(2, -1)
         return torch.cat((-second, first), -1)
@@ -97,8 +97,8 @@ def _rotated(x: Tensor, mode: str) -> Tensor:
 
 
 def _rotated_back(x: Tensor, mode: str) -> Tensor:
-    """The transpose of `_rotated`."""
-    return -_rotated(x, mode)
+    """The transpose of `rotated`."""
+    return -rotated(x, mode)
 
 
 def _check(name: str, input: Tensor, r1: Tensor, r2: Tensor, mode: str) -> str:
