@@ -57,9 +57,15 @@ def histc(self: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Tens
     return torch.histc(self.double(), bins, min, max).to(self.dtype)
 
 
+def one_hot(self: Tensor, num_classes: int = -1) -> Tensor:
+    """The CPU takes int64 only; the NPU other integers too, and returns their dtype."""
+    return torch.nn.functional.one_hot(self.long(), num_classes).to(self.dtype)
+
+
 FORMULAS: dict[str, Callable[..., Any]] = {
     **aten_softmax.FORMULAS,
     **aten_recurrent.FORMULAS,
     "matmul_backward": matmul_backward,
     "histc": histc,
+    "one_hot": one_hot,
 }

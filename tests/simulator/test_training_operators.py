@@ -223,6 +223,14 @@ def test_permutation_by_a_routing_map_and_back(
     check_operator(operator, formula, {"tokens": randn(4, 5), "probs": randn(4, 3)}, dtype, npu)
 
 
+@torch.inference_mode()
+def test_rows_come_back_by_a_routing_map_without_gradients() -> None:
+    tokens, given_map = npu(randn(4, 5).float()), npu(MAP)
+    permuted, _, where = torch_npu.npu_moe_token_permute_with_routing_map(tokens, given_map, num_out_tokens=8)
+    back = torch_npu.npu_moe_token_unpermute_with_routing_map(permuted, where, [4, 5], routing_map=given_map)
+    torch.testing.assert_close(back, 2 * tokens)
+
+
 # ---- rotary in place, group norm, transposes, AdamW ----
 
 
@@ -282,6 +290,23 @@ def test_adam_w_takes_torch_s_steps(maximize: bool) -> None:
         )
         assert [result.data_ptr() for result in results] == [tensor.data_ptr() for tensor in state]
     torch.testing.assert_close(state[0].cpu(), parameter.detach())
+
+
+@pytest.mark.parametrize("acl_format", [0, 2, 3, 29, 30])
+def test_a_format_cast_keeps_the_values(acl_format: int) -> None:
+    x = randn(33, 47).float()
+    given = npu(x).requires_grad_()
+    cast = torch_npu.npu_format_cast(given, acl_format)
+    assert torch.equal(cast.detach().cpu(), x)
+    cast.sum().backward()
+    assert torch.equal(given.grad.cpu(), torch.ones(33, 47))
+    assert torch.equal(torch_npu.npu_format_cast_(npu(x), acl_format).cpu(), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_one_hot_keeps_the_integer_dtype(dtype: torch.dtype) -> None:
+    hot = functional.one_hot(npu(torch.tensor([2, 0], dtype=dtype)), 4)
+    assert hot.dtype == dtype and hot.tolist() == [[0, 0, 1, 0], [1, 0, 0, 0]]
 
 
 # ---- recurrent layers and renorm ----

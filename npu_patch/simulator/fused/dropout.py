@@ -79,7 +79,14 @@ def npu_dropout_do_mask(input: Tensor, mask: Tensor, p: float) -> tuple[Tensor, 
     return _kept_of(input, unpacked(mask, input.numel()), p), mask
 
 
-def dropout_with_byte_mask(input: Tensor, p: float, *, draw: Callable[[], tuple[int, int]]) -> tuple[Tensor, Tensor]:
+def dropout_with_byte_mask(input: Tensor, p: float, train: bool, *, draw: Callable[[], tuple[int, int]]) -> Tensor:
+    """The first result of _dropout_with_byte_mask where train. It has no derivative of its own."""
+    if p == 0 or not train:
+        return input.clone()
+    return torch.zeros_like(input) if p == 1 else draw_byte_mask(input, p, draw=draw)[0]
+
+
+def draw_byte_mask(input: Tensor, p: float, *, draw: Callable[[], tuple[int, int]]) -> tuple[Tensor, Tensor]:
     """_dropout_with_byte_mask: as _npu_dropout; the mask has a byte for each element, uint8 in input's shape."""
     name = "_dropout_with_byte_mask"
     require_dtype(name, "input", input, FLOATS)
@@ -125,6 +132,7 @@ KERNELS = {
     "npu_dropout_backward": Kernel(npu_dropout_backward, made_contiguous=("grad_output",)),
     "_npu_dropout_gen_mask.Tensor": Kernel(npu_dropout_gen_mask_of),
     "npu_dropout_do_mask": Kernel(npu_dropout_do_mask, made_contiguous=("input",)),
-    "_dropout_with_byte_mask": Kernel(dropout_with_byte_mask, made_contiguous=("input",), draws=True),
+    "dropout_with_byte_mask": Kernel(dropout_with_byte_mask, made_contiguous=("input",), draws=True),
+    "_dropout_with_byte_mask": Kernel(draw_byte_mask, made_contiguous=("input",), draws=True),
     "_dropout_with_byte_mask_backward": Kernel(dropout_with_byte_mask_backward, made_contiguous=("grad_output",)),
 }

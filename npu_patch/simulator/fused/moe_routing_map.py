@@ -5,6 +5,8 @@ Source: op-plugin (MoeTokenPermuteWithRoutingMapOpApi.cpp and its neighbours, an
 (ops-transformer, moe_token_permute_with_routing_map). Sums are accumulated in float32 and rounded once.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -69,7 +71,12 @@ def npu_moe_token_permute_with_routing_map_grad(
     return d_tokens.to(grad.dtype), d_probs
 
 
-def npu_moe_token_unpermute_with_routing_map(
+def npu_moe_token_unpermute_with_routing_map(*arguments: Any, **named: Any) -> Tensor:
+    """The first result of `unpermute`: torch_npu calls that one where a gradient is needed."""
+    return unpermute(*arguments, **named)[0]
+
+
+def unpermute(
     permuted_tokens: Tensor,
     sorted_indices: Tensor,
     restore_shape: list[int],
@@ -197,8 +204,9 @@ KERNELS = {
         npu_moe_token_permute_with_routing_map, made_contiguous=("tokens", "routing_map")
     ),
     "npu_moe_token_permute_with_routing_map_grad": Kernel(npu_moe_token_permute_with_routing_map_grad),
-    "_npu_moe_token_unpermute_with_routing_map": Kernel(
+    "npu_moe_token_unpermute_with_routing_map": Kernel(
         npu_moe_token_unpermute_with_routing_map, made_contiguous=("permuted_tokens",)
     ),
+    "_npu_moe_token_unpermute_with_routing_map": Kernel(unpermute, made_contiguous=("permuted_tokens",)),
     "npu_moe_token_unpermute_with_routing_map_grad": Kernel(npu_moe_token_unpermute_with_routing_map_grad),
 }
