@@ -206,6 +206,8 @@ def main(arguments: Sequence[str]) -> int:
     root = options.checkout / "test"
     if not root.is_dir():
         parser.error(f"{options.checkout} has no folder test: give a checkout of Ascend's op-plugin or pytorch")
+    if options.before and not options.before.is_file():
+        parser.error(f"--before {options.before} is not a file: give one that --json has written")
     files = files_of(root, options.patterns or OPERATORS)
     if not files:
         parser.error(f"no test file below {root} matches {' '.join(options.patterns or OPERATORS)}")
