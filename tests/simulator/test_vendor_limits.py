@@ -50,6 +50,16 @@ def test_rotary_gradients_of_long_sequences(case: str) -> None:
         torch.testing.assert_close(ours.grad.cpu().double(), expected.grad, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(80, 1, 9, 32), (1, 80, 9, 32), (80, 3, 1, 32)])
+def test_a_short_sequence_is_refused_only_where_batch_and_heads_are_both_broadcast(shape: tuple[int, ...]) -> None:
+    x, table = torch.ones(shape, device="npu"), torch.ones(1, 1, *shape[2:], device="npu")
+    assert torch_npu.npu_rotary_mul(x, table, table).shape == shape
+    many = torch.ones(80, 3, max(shape[2], 2), 32, device="npu")
+    table = torch.ones(1, 1, *many.shape[2:], device="npu")
+    with pytest.raises(Refused, match=r"B\*N <= 8\*S"):
+        torch_npu.npu_rotary_mul(many, table, table)
+
+
 @pytest.mark.parametrize(
     ("x", "cos", "expected"),
     [
