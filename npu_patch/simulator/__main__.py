@@ -19,7 +19,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--any-version", action="store_true", help="accept a torch_npu that was not tested")
     parser.add_argument("--replace-real", action="store_true", help="simulate even where a real CANN or NPU is present")
     parser.add_argument("--poison", action="store_true", default=None, help="device memory that nobody wrote is NaN")
-    parser.add_argument("--no-children", action="store_true", help="do not simulate in processes that the script starts")
+    parser.add_argument(
+        "--no-children", action="store_true", help="do not simulate in processes that the script starts"
+    )
     parser.add_argument("-m", dest="module", action="store_true", help="run a module instead of a file")
     parser.add_argument("script", help="script file, or module name after -m")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="arguments of the script")
