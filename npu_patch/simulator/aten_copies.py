@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from . import counters, memory
-from .memory import CPU
 
 
 def _copy_(self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:

@@ -29,8 +29,7 @@ class Shared:
                 if not value.is_cpu or (value.dim() and not cpu_allowed):
                     self.refuse(value)
                 return value
-            if value.layout is not torch.strided:
-                raise Refused(f"{self.name}: the simulated NPU does not have {value.layout} tensors")
+            self.require_strided(value)
             self.note_device(value)
             self.pairs.append((value.untyped_storage().data_ptr(), value))
             return memory.alias(value)
@@ -51,6 +50,7 @@ class Shared:
         if isinstance(value, Tensor):
             if not value.is_cpu:
                 return value
+            self.require_strided(value)
             if self.pairs:
                 address = value.untyped_storage().data_ptr()
                 for other, tensor in self.pairs:
@@ -73,6 +73,10 @@ class Shared:
                     "Expected all tensors to be on the same device, but found at least two devices, "
                     f"npu:{self.device} and {tensor.device}! (in {self.name})"
                 )
+
+    def require_strided(self, value: Tensor) -> None:
+        if value.layout is not torch.strided:
+            raise Refused(f"{self.name}: the simulated NPU does not have {value.layout} tensors")
 
     def refuse(self, value: Tensor) -> None:
         kind = value.device.type

@@ -1,4 +1,4 @@
-"""With poison on, device memory that nobody wrote, or that was given back, is NaN in every float dtype of the device."""
+"""With poison on, device memory that nobody wrote, or that was given back, is NaN in every float dtype that it has."""
 
 import os
 import subprocess
