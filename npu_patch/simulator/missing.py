@@ -21,7 +21,6 @@ KEPT = {
     "get_npu_format",
     "get_storage_size",
     "npu_change_data_ptr",
-    "npu_dtype_cast_",
     "npu_format_cast",
     "npu_format_cast.Tensor",
     "npu_format_cast_",
