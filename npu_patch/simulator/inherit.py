@@ -40,12 +40,15 @@ def stop_waiting_for_torch() -> None:
 
 
 def start_in_child(import_torch: Callable[[], None]) -> None:
-    """Called while torch is being imported. An interpreter without torch_npu has no NPU, simulated or not."""
+    """Called while torch is being imported. Where torch would not load torch_npu there is no NPU, simulated or not."""
     from . import start
 
     try:
         importlib.metadata.version("torch_npu")
     except importlib.metadata.PackageNotFoundError:
+        import_torch()
+        return
+    if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
         import_torch()
         return
     start(**json.loads(os.environ[OPTIONS]), import_torch=import_torch)

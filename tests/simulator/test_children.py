@@ -119,15 +119,19 @@ def test_python_that_never_imports_torch_reads_one_file_more() -> None:
     assert python("-c", code).stdout.strip() == "[]"
 
 
-def test_an_interpreter_without_torch_npu_has_no_npu(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "without",
+    [
+        "def version(name): raise m.PackageNotFoundError(name)\nm.version = version",
+        "os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] = '0'; sys.modules['torch_npu'] = None",
+    ],
+    ids=["not installed", "not loaded"],
+)
+def test_an_interpreter_without_torch_npu_has_no_npu(without: str, tmp_path: Path) -> None:
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("PLAIN = True")
-    code = (
-        "import importlib.metadata as m, sys\n"
-        "def version(name): raise m.PackageNotFoundError(name)\n"
-        f"m.version = version; sys.path.insert(0, {str(tmp_path)!r}); import torch; print(torch.PLAIN)"
-    )
-    done = python("-c", code)
+    code = f"import importlib.metadata as m, os, sys\n{without}\nsys.path.insert(0, {str(tmp_path)!r})"
+    done = python("-c", f"{code}; import torch; print(torch.PLAIN)")
     assert done.stdout.strip() == "True", done.stderr
 
 
