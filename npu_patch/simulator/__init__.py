@@ -17,6 +17,7 @@ not allow (`Refused`). Speed means nothing here.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .errors import Refused, SimulatorError
@@ -26,14 +27,26 @@ if TYPE_CHECKING:
 
 __all__ = ["Counted", "Refused", "SimulatorError", "count", "is_active", "real_device", "start"]
 
+POISON = "NPU_PATCH_SIMULATOR_POISON"
+
 _active = False
 
 
-def start(*, devices: int = 1, any_version: bool = False, replace_real: bool = False) -> None:
+def start(
+    *,
+    devices: int = 1,
+    any_version: bool = False,
+    replace_real: bool = False,
+    poison: bool | None = None,
+    children: bool = True,
+    import_torch: Callable[[], None] | None = None,
+) -> None:
     """Give this process simulated NPUs `npu:0` ... and import torch and torch_npu. A second call does nothing.
 
     `devices`: how many NPUs, 1 to 16. `any_version`: accept a torch_npu that the simulator was not tested with.
-    `replace_real`: go ahead on a machine that has a real CANN or NPU.
+    `replace_real`: go ahead on a machine that has a real CANN or NPU. `poison`: fresh and freed device memory holds NaN
+    (default: what the environment variable NPU_PATCH_SIMULATOR_POISON says, 1 or 0). `children`: the processes that
+    this one starts have the same NPUs once they import torch. `import_torch`: for the hook in those processes.
 
     Call it before anything imports torch. Errors: `SimulatorError` for a torch or torch_npu that is imported already,
     a torch_npu that is missing or untested, a missing C compiler, a real CANN or NPU.
@@ -41,14 +54,31 @@ def start(*, devices: int = 1, any_version: bool = False, replace_real: bool = F
     global _active
     if _active:
         return
-    from . import cann
+    from . import cann, inherit
 
-    cann.load(devices, any_version, replace_real)
+    if poison is None:
+        poison = _poison_by_environment()
+    inherit.stop_waiting_for_torch()
+    checker = cann.load(devices, any_version, replace_real, poison, torch_may_be_there=import_torch is not None)
+    os.environ["TASK_QUEUE_ENABLE"] = "0"  # before torch_npu reads it: kernels run and fail within the call
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: Triton kernels run in no other way
+    options = {"devices": devices, "any_version": any_version, "replace_real": replace_real, "poison": poison}
+    inherit.let_children_simulate(options if children else None)
     from . import device
 
-    device.install()
-    _active = True
+    _active = True  # what torch loads may ask
+    try:
+        device.install(import_torch, checker if poison else None)
+    except BaseException:
+        _active = False
+        raise
+
+
+def _poison_by_environment() -> bool:
+    value = os.environ.get(POISON, "0")
+    if value not in ("0", "1"):
+        raise SimulatorError(f"{POISON}={value!r}: it must be 1 (device memory nobody wrote is NaN) or 0")
+    return value == "1"
 
 
 def is_active() -> bool:

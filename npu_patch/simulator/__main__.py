@@ -18,6 +18,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--devices", type=int, default=1, help="how many NPUs to simulate (default 1)")
     parser.add_argument("--any-version", action="store_true", help="accept a torch_npu that was not tested")
     parser.add_argument("--replace-real", action="store_true", help="simulate even where a real CANN or NPU is present")
+    parser.add_argument("--poison", action="store_true", default=None, help="device memory that nobody wrote is NaN")
+    parser.add_argument(
+        "--no-children", action="store_true", help="do not simulate in processes that the script starts"
+    )
     parser.add_argument("-m", dest="module", action="store_true", help="run a module instead of a file")
     parser.add_argument("script", help="script file, or module name after -m")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="arguments of the script")
@@ -26,7 +30,13 @@ def main(arguments: list[str]) -> int:
     if not options.module and not Path(options.script).is_file():
         return _fail(f"no such script: {options.script}")
     try:
-        start(devices=options.devices, any_version=options.any_version, replace_real=options.replace_real)
+        start(
+            devices=options.devices,
+            any_version=options.any_version,
+            replace_real=options.replace_real,
+            poison=options.poison,
+            children=not options.no_children,
+        )
     except SimulatorError as error:
         return _fail(str(error))
 

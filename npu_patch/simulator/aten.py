@@ -9,6 +9,7 @@ from torch._ops import OpOverload
 
 from . import aten_copies, aten_formulas, aten_recurrent, counters, memory, rng
 from .memory import CPU
+from .shared import Shared
 
 # torch_npu's own kernels stay for what only concerns shapes, storages, allocations and streams. Views stay as well
 # (`is_view`).
@@ -16,6 +17,7 @@ KEPT = {
     "_has_compatible_shallow_copy_type",
     "_lazy_clone",
     "_pin_memory",
+    "_to_copy",  # what it does to float64 and to copies that do not wait; it ends in empty_strided and copy_
     "as_strided_",
     "is_pinned",
     "is_set_to",
@@ -34,13 +36,33 @@ KEPT = {
 }
 
 # torch_npu's autograd kernels of these call a CANN operator themselves. None of them has a gradient.
-AUTOGRAD_TOO = {"one_hot"}
+AUTOGRAD_TOO = {
+    "affine_grid_generator_backward",
+    "conv_tbc_backward",
+    "max.out",
+    "min.out",
+    "nanmean.out",
+    "one_hot",
+}
 
 # What an operator changes in place without reading it.
 ONLY_WRITTEN = {"zero_", "fill_", "normal_", "uniform_", "bernoulli_", "exponential_", "random_"}
 
-# Operators that accept indices or lengths on the CPU next to npu tensors.
-CPU_TENSORS_ALLOWED = {"index", "index_put", "index_put_", "_index_put_impl_", "_ctc_loss", "_pack_padded_sequence"}
+# Arguments that may be on the CPU next to npu tensors, beside numbers (CPU tensors without dimensions) anywhere.
+ON_CPU_TOO = {
+    "index": {"indices"},
+    "index_put": {"indices"},
+    "index_put_": {"indices"},
+    "_index_put_impl_": {"indices"},
+    "_ctc_loss": {"input_lengths", "target_lengths"},
+    "_pack_padded_sequence": {"lengths"},
+}
+
+# Arguments that the CPU takes in int64 only and the NPU in int32 too.
+INT32_TOO = {
+    **dict.fromkeys(("nll_loss_forward", "nll_loss_backward", "nll_loss2d_forward", "nll_loss2d_backward"), "target"),
+    **dict.fromkeys(("gather", "scatter", "scatter_", "scatter_add", "scatter_add_"), "index"),
+}
 
 # These wait for the device only if an index is boolean: torch turns it into integers first.
 BOOLEAN_INDEX = {"index", "index_put", "index_put_", "_index_put_impl_"}
@@ -62,16 +84,21 @@ def register() -> None:
         operator = _operator(name)
         if operator is None or operator.is_view or torch.Tag.inplace_view in operator.tags:
             continue
-        formula = aten_formulas.FORMULAS.get(name)
-        kernel = aten_formulas.on_device(name, formula) if formula else kernel_for(operator)
-        library.impl(name, kernel, "PrivateUse1", allow_override=True)
-        if name in AUTOGRAD_TOO:
-            library.impl(name, kernel, "AutogradPrivateUse1", allow_override=True)
+        library.impl(name, _kernel(name, operator), "PrivateUse1", allow_override=True)
+    for name in AUTOGRAD_TOO:
+        library.impl(name, _kernel(name, _operator(name)), "AutogradPrivateUse1", allow_override=True)
+    for name, composite in aten_formulas.COMPOSITES.items():
+        library.impl(name, composite, "AutogradPrivateUse1", allow_override=True)
     for name, kernel in (aten_copies.KERNELS | aten_recurrent.KERNELS).items():
         library.impl(name, kernel, "PrivateUse1", allow_override=True)
     for name in aten_recurrent.COMPOSED:
         for key in ("PrivateUse1", "AutogradPrivateUse1"):
             library.impl(name, aten_recurrent.composed(_operator(name)), key, allow_override=True)
+
+
+def _kernel(name: str, operator: OpOverload) -> Callable[..., Any]:
+    formula = aten_formulas.FORMULAS.get(name)
+    return aten_formulas.on_device(name, formula) if formula else kernel_for(operator)
 
 
 def _operator(name: str) -> OpOverload | None:
@@ -100,11 +127,19 @@ def kernel_for(operator: OpOverload) -> Callable[..., Any]:
     is_sync = bool({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & set(operator.tags))
     boolean_index = short in BOOLEAN_INDEX
     reads_mutable = short not in ONLY_WRITTEN
-    cpu_allowed = short in CPU_TENSORS_ALLOWED
+    on_cpu_too = {position[key] for key in ON_CPU_TOO.get(short, ()) if key in position}
+    compute: Callable[..., Any] = operator
+    if short in INT32_TOO:
+        compute = _in_int64(operator, position[INT32_TOO[short]])
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        shared = _Shared(name, cpu_allowed)
-        on_cpu = [shared.take(value) for value in args]
+        shared = Shared(name)
+        on_cpu = [shared.take(value, i in on_cpu_too) for i, value in enumerate(args)]
+        for i, key in mutable:
+            if key not in outs:
+                changed = args[i] if i < len(args) else kwargs.get(key)
+                if changed is not None:
+                    shared.note_device(changed)
         named = {}
         fresh = {}
         for key, value in kwargs.items():
@@ -127,12 +162,12 @@ def kernel_for(operator: OpOverload) -> Callable[..., Any]:
                         named["generator"] = rng.cpu_generator(seed, offset)
                     else:
                         on_cpu[position["generator"]] = rng.cpu_generator(seed, offset)
-                    result = _run(operator, on_cpu, named, mutable)
+                    result = _run(compute, on_cpu, named, mutable)
                 else:
                     with rng.default_cpu_generator(seed, offset):
-                        result = _run(operator, on_cpu, named, mutable)
+                        result = _run(compute, on_cpu, named, mutable)
             else:
-                result = _run(operator, on_cpu, named, mutable)
+                result = _run(compute, on_cpu, named, mutable)
             for key, value in fresh.items():
                 _write_out(kwargs[key], value)
 
@@ -181,74 +216,18 @@ def _as_tuple(result: Any, length: int) -> tuple[Any, ...]:
     return () if length == 0 else tuple(result)
 
 
-class _Shared:
-    """One call's npu tensors, their aliases, the device they are on, and the generator."""
+def _in_int64(operator: OpOverload, at: int) -> Callable[..., Any]:
+    """The operator, taking int32 as its argument number `at`."""
 
-    __slots__ = ("cpu_allowed", "device", "generator", "name", "pairs")
+    def compute(*args: Any, **kwargs: Any) -> Any:
+        if args[at].dtype == torch.int32:
+            args = (*args[:at], args[at].long(), *args[at + 1 :])
+        return operator(*args, **kwargs)
 
-    def __init__(self, name: str, cpu_allowed: bool) -> None:
-        self.name = name
-        self.cpu_allowed = cpu_allowed
-        self.device: int | None = None
-        self.generator: torch.Generator | None = None
-        self.pairs: list[tuple[int, Tensor]] = []  # storage address, npu tensor
-
-    def take(self, value: Any) -> Any:
-        """The argument as the CPU operator takes it."""
-        if isinstance(value, Tensor):
-            if value.is_cpu:
-                if value.dim() and not self.cpu_allowed:
-                    self.refuse_cpu(value)
-                return value
-            if value.device.type != "npu":
-                return value
-            self.note_device(value)
-            self.pairs.append((value.untyped_storage().data_ptr(), value))
-            return memory.alias(value)
-        if isinstance(value, list | tuple):
-            return [self.take(item) for item in value] if value and not isinstance(value[0], int | float) else value
-        if isinstance(value, torch.device):
-            return CPU if value.type == "npu" else value
-        if isinstance(value, torch.Generator):
-            if value.device.type == "npu":
-                self.generator = value
-            return None
-        return value
-
-    def give(self, value: Any) -> Any:
-        """A result as an npu tensor: a view of an argument where the CPU returned one, else a copy."""
-        if isinstance(value, Tensor):
-            if not value.is_cpu:
-                return value
-            if self.pairs:
-                address = value.untyped_storage().data_ptr()
-                for other, tensor in self.pairs:
-                    if address and address == other:
-                        return memory.view_of(tensor, value)
-            return memory.to_device(value, self.device)
-        if isinstance(value, list | tuple):
-            return [self.give(item) for item in value]
-        return value
-
-    def note_device(self, value: Tensor | list[Tensor]) -> None:
-        tensor = value[0] if isinstance(value, list | tuple) else value
-        index = tensor.device.index
-        if self.device is None:
-            self.device = index
-        elif index != self.device:
-            raise RuntimeError(
-                "Expected all tensors to be on the same device, but found at least two devices, "
-                f"npu:{self.device} and {tensor.device}! (in {self.name})"
-            )
-
-    def refuse_cpu(self, value: Tensor) -> None:
-        raise RuntimeError(
-            "Expected all tensors to be on the same device, but found at least two devices, npu and cpu! "
-            f"(a CPU tensor of shape {list(value.shape)} was given to {self.name})"
-        )
+    return compute
 
 
-def _run(operator: OpOverload, args: list[Any], kwargs: dict[str, Any], mutable: list[tuple[int, str]]) -> Any:
+def _run(operator: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], mutable: list[tuple[int, str]]) -> Any:
     try:
         return operator(*args, **kwargs)
     except (RuntimeError, NotImplementedError) as error:
@@ -258,7 +237,11 @@ def _run(operator: OpOverload, args: list[Any], kwargs: dict[str, Any], mutable:
 
 
 def _run_wider(
-    operator: OpOverload, args: list[Any], kwargs: dict[str, Any], mutable: list[tuple[int, str]], error: Exception
+    operator: Callable[..., Any],
+    args: list[Any],
+    kwargs: dict[str, Any],
+    mutable: list[tuple[int, str]],
+    error: Exception,
 ) -> Any:
     """Compute in a wider dtype what the CPU lacks in a narrow one and the NPU has."""
     narrow = {v.dtype for v in [*args, *kwargs.values()] if isinstance(v, Tensor)} & _WIDER.keys()

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from . import counters, memory
-from .memory import CPU
 
 
 def _copy_(self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
@@ -32,35 +31,6 @@ def _copy_from_and_resize(self: Tensor, dst: Tensor) -> Tensor:
     if dst.shape != self.shape:
         dst.resize_(self.shape)
     return _copy_(dst, self)
-
-
-def _to_copy(
-    self: Tensor,
-    *,
-    dtype: torch.dtype | None = None,
-    layout: torch.layout | None = None,
-    device: torch.device | None = None,
-    pin_memory: bool | None = None,
-    non_blocking: bool = False,
-    memory_format: torch.memory_format | None = None,
-) -> Tensor:
-    source = memory.alias(self) if self.device.type == "npu" else self
-    target = self.device if device is None else device
-    elsewhere = CPU if target.type == "npu" else target
-    with torch._C._AutoDispatchBelowAutograd():
-        copied = torch.ops.aten._to_copy.default(
-            source, dtype=dtype, layout=layout, device=elsewhere, memory_format=memory_format
-        )
-    if target.type == "npu":
-        if counters._counting:
-            if self.device.type == "npu":
-                counters.launch("aten::_to_copy", [source], [copied])
-            else:
-                counters.upload(counters.tensor_bytes(source))
-        return memory.to_device(copied, memory.device_index(target, None))
-    if counters._counting and target.type == "cpu":
-        counters.host_copy("aten::_to_copy", counters.tensor_bytes(source))
-    return copied
 
 
 def _local_scalar_dense(self: Tensor) -> Any:
@@ -119,7 +89,6 @@ KERNELS = {
     "copy_": _copy_,
     "_copy_from": _copy_from,
     "_copy_from_and_resize": _copy_from_and_resize,
-    "_to_copy": _to_copy,
     "_local_scalar_dense": _local_scalar_dense,
     "empty.memory_format": _empty,
     "empty_strided": _empty_strided,

@@ -1,4 +1,4 @@
-"""Aten operators that the npu device has and the CPU lacks, as formulas on CPU tensors."""
+"""Aten operators that the npu device has and the CPU lacks, as formulas on CPU tensors, and compositions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,16 +7,15 @@ import torch
 from torch import Tensor
 
 from . import aten_recurrent, aten_softmax, counters
+from .shared import Shared
 
 
 def on_device(name: str, formula: Callable[..., Any]) -> Callable[..., Any]:
     """The formula as an npu kernel."""
-    from .aten import _Shared
-
     name = f"aten::{name.partition('.')[0]}"
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        shared = _Shared(name, cpu_allowed=False)
+        shared = Shared(name)
         on_cpu = [shared.take(value) for value in args]
         named = {key: shared.take(value) for key, value in kwargs.items()}
         with torch._C._AutoDispatchBelowAutograd():
@@ -68,4 +67,20 @@ FORMULAS: dict[str, Callable[..., Any]] = {
     "matmul_backward": matmul_backward,
     "histc": histc,
     "one_hot": one_hot,
+}
+
+
+def fill_diagonal_(self: Tensor, fill_value: Any, wrap: bool = False) -> Tensor:
+    diagonal = torch.zeros(self.shape, dtype=torch.bool).fill_diagonal_(True, wrap)
+    return self.masked_fill_(diagonal.to(self.device), fill_value)
+
+
+def slogdet(self: Tensor) -> tuple[Tensor, Tensor]:
+    return tuple(torch.linalg.slogdet(self))
+
+
+# What torch_npu computes with a CANN operator above autograd, as a composition of operators that have derivatives.
+COMPOSITES: dict[str, Callable[..., Any]] = {
+    "fill_diagonal_": fill_diagonal_,
+    "slogdet": slogdet,
 }

@@ -25,7 +25,12 @@ LIBRARIES = (
     "libgraph.so",
     "libacl_tdt_channel.so",
     "libopapi.so",
+    "libms_tools_ext.so",  # looked up by name: a memory checker's functions, for poison
 )
+
+# torch_npu's allocator reports to a memory checker if LD_PRELOAD names this file, and $ASCEND_HOME_PATH/lib64 has the
+# library libms_tools_ext.so.
+CHECKER = "libascend_kernel_hook.so"
 
 HBM_BYTES = 64 << 30  # Ascend910B3
 MOST_DEVICES = 16  # as in cann_stub.c
@@ -33,19 +38,23 @@ MOST_DEVICES = 16  # as in cann_stub.c
 _loaded: list[ctypes.CDLL] = []  # kept open for the life of the process
 
 
-def load(devices: int, any_version: bool, replace_real: bool) -> None:
-    """Check that the stub may stand in for CANN here, then load it. Errors: `SimulatorError`."""
+def load(devices: int, any_version: bool, replace_real: bool, poison: bool, torch_may_be_there: bool) -> Path:
+    """Check that the stub may stand in for CANN here, load it, and return its folder. Errors: `SimulatorError`."""
     version = _torch_npu_version(any_version)
-    _refuse_early_import()
+    if not torch_may_be_there:
+        _refuse_early_import()
     if not replace_real:
         _refuse_real_device()
     if not 1 <= devices <= MOST_DEVICES:
         raise SimulatorError(f"devices={devices}: the simulator has 1 to {MOST_DEVICES} devices")
-    for path in _libraries(version):
+    libraries = _libraries(version)
+    for path in libraries:
         _loaded.append(ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL))
     host_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     # Calls resolve to whichever copy of the functions was loaded first; the others' state is never used.
-    _loaded[0].simulator_configure(ctypes.c_int(devices), ctypes.c_uint64(min(HBM_BYTES, host_bytes)))
+    memory = ctypes.c_uint64(min(HBM_BYTES, host_bytes))
+    _loaded[0].simulator_configure(ctypes.c_int(devices), memory, ctypes.c_int(poison))
+    return libraries[0].parent
 
 
 def real_device() -> str | None:
@@ -137,6 +146,8 @@ def _compile_into(work: Path, folder: Path, compiler: list[str]) -> list[Path]:
             shutil.rmtree(work, ignore_errors=True)
             reason = (done.stderr.strip().splitlines() or ["no message"])[0]
             raise SimulatorError(f"the C compiler {' '.join(compiler)} failed on {SOURCE.name}: {reason}")
+    (work / CHECKER).touch()
+    (work / "lib64").symlink_to(".")
     try:
         work.rename(folder)
     except OSError:  # another process was first, with the same source

@@ -7,6 +7,7 @@
  */
 #define _GNU_SOURCE
 #include <pthread.h>
+#include <search.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -16,6 +17,7 @@
 #include <unistd.h>
 
 #define ERROR_INVALID_PARAMETER 107000
+#define ERROR_CONTEXT_NULL 107002
 #define ERROR_OUT_OF_MEMORY 207001
 #define ERROR_NOT_SUPPORTED 207000
 
@@ -57,29 +59,46 @@ static int device_count = 1;
 static uint64_t memory_of_a_device = 64ull << 30; /* Ascend910B3: 64 GB; set by cann.py to what the host can hold. */
 static uint64_t memory_used[MOST_DEVICES];
 static pthread_mutex_t memory_lock = PTHREAD_MUTEX_INITIALIZER;
-static __thread int current_device;
+static int poison;
+static __thread int current_device = -1; /* as on a real NPU: a thread has none until it sets one */
 static char contexts[MOST_DEVICES];
+static char opened[MOST_DEVICES];
 
 /* Called by cann.py right after loading. */
-void simulator_configure(int devices, uint64_t bytes) { device_count = devices; memory_of_a_device = bytes; }
+void simulator_configure(int devices, uint64_t bytes, int poison_memory) {
+    device_count = devices;
+    memory_of_a_device = bytes;
+    poison = poison_memory;
+}
 
 const char *aclrtGetSocName(void) { return "Ascend910B3"; }
 int aclrtGetDeviceCount(uint32_t *count) { *count = (uint32_t)device_count; return 0; }
-int aclrtGetDevice(int32_t *device) { *device = current_device; return 0; }
+/* torch_npu asks before it sets a device. Were the answer 0, it would never set device 0, and so never note that the
+ * device is in use: empty_cache() goes over the devices in use. */
+int aclrtGetDevice(int32_t *device) {
+    if (current_device < 0) return ERROR_CONTEXT_NULL;
+    *device = current_device;
+    return 0;
+}
 int aclrtSetDevice(int32_t device) {
     if (device < 0 || device >= device_count) return ERROR_INVALID_PARAMETER;
     current_device = device;
+    opened[device] = 1;
     return 0;
 }
-int aclrtGetCurrentContext(void **context) { *context = &contexts[current_device]; return 0; }
+int aclrtGetCurrentContext(void **context) {
+    if (current_device < 0) return ERROR_CONTEXT_NULL;
+    *context = &contexts[current_device];
+    return 0;
+}
 int aclrtSetCurrentContext(void *context) {
     ptrdiff_t device = (char *)context - contexts;
-    if (device >= 0 && device < device_count) current_device = (int)device;
-    return 0;
+    return device >= 0 && device < device_count ? aclrtSetDevice((int)device) : ERROR_INVALID_PARAMETER;
 }
 int aclrtGetPrimaryCtxState(int32_t device, uint32_t *flags, int32_t *active) {
+    if (device < 0 || device >= device_count) return ERROR_INVALID_PARAMETER;
     if (flags) *flags = 0;
-    *active = 1;
+    *active = opened[device];
     return 0;
 }
 int aclrtGetLogicDevIdByUserDevId(int32_t user, int32_t *logical) { *logical = user; return 0; }
@@ -91,8 +110,10 @@ int aclrtDeviceGetUuid(int32_t device, char *uuid) { memset(uuid, 0, 16); uuid[1
 
 typedef struct { uint64_t bytes; int device; } Header;
 #define HEADER_BYTES 512 /* keeps the 512-byte alignment that CANN guarantees */
+#define POISON 0xFF      /* NaN in float64, float32, float16, bfloat16 and the 8-bit floats of CANN; -1 in integers */
 
 static int allocate(void **pointer, size_t bytes) {
+    if (current_device < 0) return ERROR_CONTEXT_NULL;
     size_t rounded = (bytes + 32 + 511) / 512 * 512;
     pthread_mutex_lock(&memory_lock);
     int fits = memory_used[current_device] + rounded <= memory_of_a_device;
@@ -111,6 +132,7 @@ static int allocate(void **pointer, size_t bytes) {
     ((Header *)block)->bytes = rounded;
     ((Header *)block)->device = current_device;
     *pointer = block + HEADER_BYTES;
+    if (poison) memset(*pointer, POISON, rounded);
     return 0;
 }
 int aclrtMalloc(void **pointer, size_t bytes, int policy) { return allocate(pointer, bytes); }
@@ -122,11 +144,16 @@ int aclrtFree(void *pointer) {
     pthread_mutex_lock(&memory_lock);
     memory_used[header->device] -= header->bytes;
     pthread_mutex_unlock(&memory_lock);
+    if (poison) memset(pointer, POISON, header->bytes);
     free(block);
     return 0;
 }
 int aclrtGetMemInfo(int kind, size_t *free_bytes, size_t *total_bytes) {
     pthread_mutex_lock(&memory_lock);
+    if (current_device < 0) {
+        pthread_mutex_unlock(&memory_lock);
+        return ERROR_CONTEXT_NULL;
+    }
     *total_bytes = memory_of_a_device;
     *free_bytes = memory_of_a_device - memory_used[current_device];
     pthread_mutex_unlock(&memory_lock);
@@ -157,6 +184,48 @@ int aclrtMemset(void *to, size_t room, int32_t value, size_t bytes) {
 }
 int aclrtMemsetAsync(void *to, size_t room, int32_t value, size_t bytes, void *stream) {
     return aclrtMemset(to, room, value, bytes);
+}
+
+/* ---- Poison within torch_npu's caching allocator: it reports each block that it hands out and takes back to a memory
+ * checker, if one was preloaded (device.py says so while torch_npu asks). ---- */
+
+typedef struct { uint32_t device; const void *pointer; uint64_t bytes; } Range;                  /* mstxMemVirtualRangeDesc_t */
+typedef struct { void *heap; int kind; size_t count; const Range *ranges; void **made; } Ranges; /* mstxMemRegionsRegisterBatch_t */
+typedef struct { int kind; const void *pointer; } Reference;                                     /* mstxMemRegionRef_t */
+typedef struct { size_t count; const Reference *references; } References;                        /* mstxMemRegionsUnregisterBatch_t */
+
+static void *blocks; /* a search tree of Range by pointer: what is taken back comes without its size */
+static int by_pointer(const void *a, const void *b) {
+    const char *left = ((const Range *)a)->pointer, *right = ((const Range *)b)->pointer;
+    return left < right ? -1 : left > right;
+}
+void *mstxDomainCreateA(const char *name) { return &blocks; }
+void *mstxMemHeapRegister(void *domain, const void *description) { return &blocks; }
+void mstxMemRegionsRegister(void *domain, const Ranges *batch) {
+    for (size_t i = 0; i < batch->count; i++) {
+        Range *block = malloc(sizeof *block);
+        if (!block) abort(); /* unpoisoned memory would be a wrong answer */
+        *block = batch->ranges[i];
+        memset((void *)block->pointer, POISON, block->bytes);
+        pthread_mutex_lock(&memory_lock);
+        Range *kept = *(Range **)tsearch(block, &blocks, by_pointer);
+        if (kept != block) {
+            kept->bytes = block->bytes;
+            free(block);
+        }
+        pthread_mutex_unlock(&memory_lock);
+    }
+}
+void mstxMemRegionsUnregister(void *domain, const References *batch) {
+    for (size_t i = 0; i < batch->count; i++) {
+        Range wanted = {.pointer = batch->references[i].pointer};
+        pthread_mutex_lock(&memory_lock);
+        Range **found = tfind(&wanted, &blocks, by_pointer), *block = found ? *found : NULL;
+        if (block) tdelete(block, &blocks, by_pointer);
+        pthread_mutex_unlock(&memory_lock);
+        if (block) memset((void *)block->pointer, POISON, block->bytes);
+        free(block);
+    }
 }
 
 /* ---- Streams and events. Work is done when it is issued, so everything is always complete. ---- */
@@ -216,6 +285,21 @@ int aclGetDeviceCapability(uint32_t device, int kind, int64_t *value) {
     return 0;
 }
 
+/* ---- Options of CANN's compiler for old-style operators. Ascend910B3 takes compiled kernels. ---- */
+
+#define OP_JIT_COMPILE 10
+static char jit_compile[8] = "disable";
+size_t aclGetCompileoptSize(int option) { return option == OP_JIT_COMPILE ? sizeof jit_compile : 0; }
+int aclGetCompileopt(int option, char *value, size_t length) {
+    if (option != OP_JIT_COMPILE || length < sizeof jit_compile) return ERROR_INVALID_PARAMETER;
+    strcpy(value, jit_compile);
+    return 0;
+}
+int aclSetCompileopt(int option, const char *value) {
+    if (option == OP_JIT_COMPILE) snprintf(jit_compile, sizeof jit_compile, "%s", value);
+    return 0;
+}
+
 /* ---- Functions of which only the success matters. ---- */
 
 #define OK(name) long name(void) { return 0; }
@@ -224,7 +308,7 @@ OK(aclInit) OK(aclFinalize) OK(aclrtResetDevice) OK(aclrtSynchronizeDevice) OK(a
 OK(aclrtSynchronizeStream) OK(aclrtSynchronizeStreamWithTimeout) OK(aclrtSynchronizeEvent) OK(aclrtStreamWaitEvent)
 OK(aclrtResetEvent) OK(aclrtProcessReport) OK(aclrtDeviceEnablePeerAccess) OK(aclrtSetDeviceSatMode)
 OK(aclrtSetOpExecuteTimeOut) OK(aclrtSetOpWaitTimeout) OK(aclrtSetStreamOverflowSwitch)
-OK(aclrtSetStreamFailureMode) OK(aclrtPeekAtLastError) OK(aclrtGetLastError) OK(aclSetCompileopt)
+OK(aclrtSetStreamFailureMode) OK(aclrtPeekAtLastError) OK(aclrtGetLastError)
 /* operator descriptions: nothing reads them, since executing one is an error */
 OK(aclCreateDataBuffer) OK(aclDestroyDataBuffer) OK(aclCreateTensorDesc) OK(aclDestroyTensorDesc)
 OK(aclGetTensorDescDimV2) OK(aclGetTensorDescFormat) OK(aclGetTensorDescNumDims) OK(aclGetTensorDescType)

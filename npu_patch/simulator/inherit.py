@@ -1,0 +1,54 @@
+"""What a simulated process starts is simulated too: spawned workers, DataLoaders, torchrun, compile workers.
+
+The options travel in an environment variable, and `children/`, first on PYTHONPATH, holds a sitecustomize.py that waits
+for the import of torch. Not reached: processes started with `python -I`, `-E` or `-S`, or with an environment of their
+own.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+OPTIONS = "NPU_PATCH_SIMULATOR_OPTIONS"  # also in children/sitecustomize.py
+FOLDER = str(Path(__file__).with_name("children"))
+
+
+def let_children_simulate(options: dict[str, object] | None) -> None:
+    """Processes started from here on call `start(**options)` when they import torch; None: they do not."""
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != FOLDER]
+    sys.path[:] = [path for path in sys.path if path != FOLDER]
+    if options is None:
+        os.environ.pop(OPTIONS, None)
+    else:
+        os.environ[OPTIONS] = json.dumps(options)
+        paths.insert(0, FOLDER)
+        sys.path.insert(1, FOLDER)  # inductor's compile workers get sys.path as their PYTHONPATH
+    if paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    else:
+        os.environ.pop("PYTHONPATH", None)
+
+
+def stop_waiting_for_torch() -> None:
+    """A script that calls `start()` itself has its own options."""
+    sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "SimulateOnImport"]
+
+
+def start_in_child(import_torch: Callable[[], None]) -> None:
+    """Called while torch is being imported. Where torch would not load torch_npu there is no NPU, simulated or not."""
+    from . import start
+
+    try:
+        importlib.metadata.version("torch_npu")
+    except importlib.metadata.PackageNotFoundError:
+        import_torch()
+        return
+    if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
+        import_torch()
+        return
+    start(**json.loads(os.environ[OPTIONS]), import_torch=import_torch)
