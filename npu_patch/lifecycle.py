@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from npu_patch import log
+from npu_patch.deferred_norm import takes_part_as
 from npu_patch.journal import Journal
 from npu_patch.ops.implementation import Choice, choose
 from npu_patch.outcome import FAILED, NOTHING_APPLIED, PATCHED, SKIPPED, Outcome, Report, TuningFile
@@ -316,6 +317,7 @@ class Walk:
                         decision.calls.deactivate()
                         outcome = Outcome(patch.name, site.label, SKIPPED, TUNED_ORIGINAL, layers=layers)
                         self.report.outcomes.append(outcome)
+                        self._note_unfused(patch, site)
                         return
                     decision = self._tuned(patch, choice, site, decision, choices, context)
                     self._rebind(patch, choice, site, decision, layers)
@@ -325,6 +327,12 @@ class Walk:
                     )
         except Exception as error:
             self._failed(patch, site.label, error)
+
+    def _note_unfused(self, patch: Patch, site: Site) -> None:
+        """Patches that fuse what this site computes with what follows find nothing to build on."""
+        for other in CATALOGUE:
+            if patch.name in other.needs and self._choose(other).candidates:
+                self.report.notes.append(f"{other.name} does not serve layers with {site.label}: {TUNED_ORIGINAL}")
 
     def _tuned(
         self,
@@ -347,6 +355,7 @@ class Walk:
         }
         ways = {name: (other.function, other.calls) for name, other in others.items() if isinstance(other, Replacement)}
         function = tuned(replacement.function, site.original, replacement.calls, choices, ways)
+        takes_part_as(function, replacement.function)
         return replace(replacement, function=function)
 
     def _held(self, site: Site) -> Sequence[PatchedSite]:
@@ -468,17 +477,21 @@ def _absent(choice: Choice) -> set[str]:
     return {name for name, why in choice.declined.items() if not why.endswith("comes first")}
 
 
+def _choices(patch: Patch, device_type: str) -> list[str]:
+    """What a tuning file may choose for it."""
+    return [each.name for each in patch.implementations if patch.tunable and device_type in each.device_types]
+
+
 def _tuning(switches: Switches, device_type: str, report: Report) -> Tuning:
     if switches.tune is None:
         return Tuning()
-    tuning = read_tuning(switches.tune, device_type, [patch.name for patch in CATALOGUE])
+    tuning = read_tuning(switches.tune, device_type, {patch.name: _choices(patch, device_type) for patch in CATALOGUE})
     if tuning.refused is not None:
         report.warnings.append(f"the tuning file {switches.tune} is not used: {tuning.refused}")
         return Tuning()
     by_name = {(patch.name, each.name): each for patch in CATALOGUE for each in patch.implementations}
     for patch, name in sorted(tuning.choices):
-        each = by_name.get((patch, name))
-        absent = "this npu_patch has none of that name" if each is None else each.missing()
+        absent = by_name[patch, name].missing()
         if absent is not None:
             report.warnings.append(f"the tuning file {switches.tune} chooses {name} for {patch}, absent here: {absent}")
     report.tuning = TuningFile(switches.tune, tuning.count)

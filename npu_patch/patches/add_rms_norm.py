@@ -225,4 +225,4 @@ def _cases(
                     yield sizes, case(sizes, found.variant, original)
 
 
-PATCH = Patch("add_rms_norm", "triton", IMPLEMENTATIONS, find, replace, tunable=False, around=True)
+PATCH = Patch("add_rms_norm", "triton", IMPLEMENTATIONS, find, replace, tunable=False, needs=("rms_norm",), around=True)

@@ -89,6 +89,7 @@ class Patch:
     with the first of the op's `implementations` that serves the device. `layers(site, context)` is how many layers of
     the given model the site reaches. `customers(module)` are the classes of a modeling module that look up at call time
     what `registered()` replaces. `tunable`: a tuning file may choose another of `implementations`, or the original.
+    `needs`: the patches on whose sites it builds.
     `around`: it leaves a site's original to compute what it did, so it stands around another patch's replacement, and
     another patch's around it. Every other patch has its sites for itself.
     """
@@ -103,6 +104,7 @@ class Patch:
     layers: Callable[[Site, Context], int | None] = layers_of_class
     customers: Callable[[ModuleType], Iterable[type]] = _no_customers
     tunable: bool = True
+    needs: tuple[str, ...] = ()
     around: bool = False
 
 

@@ -170,4 +170,4 @@ def _rotations(forward: Any) -> list[RoPESite]:
     return [site for site in found if site is not None]
 
 
-PATCH = Patch("qk_norm_rope", "triton", IMPLEMENTATIONS, find, replace)
+PATCH = Patch("qk_norm_rope", "triton", IMPLEMENTATIONS, find, replace, tunable=False, needs=("rms_norm", "rope"))
