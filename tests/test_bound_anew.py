@@ -21,8 +21,18 @@ from tests.tiny_models import tiny, tiny_batch
 
 @pytest.fixture(autouse=True)
 def nothing_left_applied() -> Iterator[None]:
+    """What tests bind over a replacement, `monkeypatch` would undo to that replacement."""
+    tiny("qwen3")
+    places = [
+        (modeling(), "apply_rotary_pos_emb"),
+        (modeling().Qwen3MLP, "forward"),
+        (modeling().Qwen3RMSNorm, "forward"),
+    ]
+    originals = [vars(owner)[name] for owner, name in places]
     yield
     npu_patch.restore()
+    for (owner, name), original in zip(places, originals, strict=True):
+        setattr(owner, name, original)
 
 
 def modeling() -> types.ModuleType:
