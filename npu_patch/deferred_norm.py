@@ -133,3 +133,10 @@ class RoPESite:
 
 NORMS: WeakKeyDictionary[Callable[..., Any], NormSite] = WeakKeyDictionary()  # by replacement
 ROTATIONS: WeakKeyDictionary[Callable[..., Any], RoPESite] = WeakKeyDictionary()
+
+
+def takes_part_as(wrapper: Callable[..., Any], replacement: Callable[..., Any]) -> None:
+    """`wrapper` is called in the place of `replacement`, and calls it wherever something may be deferred."""
+    for participants in (NORMS, ROTATIONS):
+        if replacement in participants:
+            participants[wrapper] = participants[replacement]

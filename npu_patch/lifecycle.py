@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import re
 import sys
+import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,10 +17,13 @@ from typing import Any
 
 import torch
 
-from npu_patch import log
+from npu_patch import log, replaced_before
+from npu_patch.deferred_norm import takes_part_as
 from npu_patch.journal import Journal
 from npu_patch.ops.implementation import Choice, choose
+from npu_patch.options_kept import Kept, in_words, kept_at
 from npu_patch.outcome import FAILED, NOTHING_APPLIED, PATCHED, SKIPPED, Outcome, Report, TuningFile
+from npu_patch.patched_site import PatchedSite, as_they_stand, bound_since, own_forwards
 from npu_patch.patches import CATALOGUE
 from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.report_text import headline
@@ -27,8 +33,6 @@ from npu_patch.sites import (
     LateImports,
     LiveModules,
     Site,
-    bound_forward,
-    defining_class,
     displaced_classes,
     kept_functions,
     loaded_modeling_modules,
@@ -37,6 +41,7 @@ from npu_patch.sites import (
 from npu_patch.switches import Switches, resolve
 from npu_patch.tuning import ORIGINAL, Signature, Tuning, tuned
 from npu_patch.tuning import read as read_tuning
+from npu_patch.whose import whose
 
 STILL_IN_PLACE = "still in place from an earlier apply(); call restore() first"
 TUNED_ORIGINAL = "tuned: the original is the fastest for every shape that was measured"
@@ -93,6 +98,7 @@ def apply(
                 "an earlier apply() rebound stays as it was; call restore() first"
             )
         _STATE.tune = resolved.tune if not _STATE.reports else _STATE.tune
+        report.warnings += _STATE.bound_since()
         _STATE.reports.append(report)
         try:
             with _STATE.journal.transaction():
@@ -100,6 +106,8 @@ def apply(
         except BaseException:
             _STATE.reports.remove(report)
             raise
+        report.outcomes = as_they_stand(report.outcomes, _STATE.patched.values())
+        _STATE.models += [] if model is None else [weakref.ref(model)]
     _tell(report)
     return report
 
@@ -127,11 +135,14 @@ def report() -> Report:
         return Report(device="no device", nothing_because=NOTHING_APPLIED)
     combined = Report(device=describe(_STATE.device_type))
     for each in _STATE.reports:
-        known = {id(outcome) for outcome in combined.outcomes}
-        combined.outcomes += [outcome for outcome in each.outcomes if id(outcome) not in known]
+        known = {id(outcome.calls) for outcome in combined.outcomes}
+        combined.outcomes += [outcome for outcome in each.outcomes if id(outcome.calls) not in known]
         combined.notes += [note for note in each.notes if note not in combined.notes]
         combined.tuning = combined.tuning or each.tuning
         combined.warnings += [warning for warning in each.warnings if warning not in combined.warnings]
+    with _STATE.journal.lock:
+        combined.outcomes = as_they_stand(combined.outcomes, _STATE.patched.values())
+        combined.warnings += [line for line in _STATE.bound_since() if line not in combined.warnings]
     return combined
 
 
@@ -149,16 +160,6 @@ def anything_applied() -> bool:
 
 
 @dataclass
-class PatchedSite:
-    """One patch's at a site. `around`: it stands around what it found there, be that another patch's."""
-
-    site: Site
-    replacement: Replacement
-    outcome: Outcome
-    around: bool = False
-
-
-@dataclass
 class _State:
     """The one journal of the process, and what stands in it."""
 
@@ -168,6 +169,8 @@ class _State:
     reports: list[Report] = field(default_factory=list)
     device_type: str | None = None
     tune: str | None = None  # the tuning file of the first apply()
+    models: list[weakref.ref[torch.nn.Module]] = field(default_factory=list)  # that were given
+    unreached: weakref.WeakSet[torch.nn.Module] = field(default_factory=weakref.WeakSet)  # layers, and said to be
 
     def claim(self, device_type: str) -> None:
         if len(self.journal) and self.device_type != device_type:
@@ -176,12 +179,18 @@ class _State:
             )
         self.device_type = device_type
 
+    def bound_since(self) -> list[str]:
+        models = [model for reference in self.models if (model := reference()) is not None]
+        return bound_since(self.patched.values(), models, self.unreached)
+
     def undo_to(self, mark: int) -> None:
         with self.journal.lock:
             self.journal.undo_to(mark)
             self.reports = [each for each in self.reports if mark and any(o.calls.active for o in each.patched)]
             if not len(self.journal):
                 self.device_type = None
+                self.models.clear()
+                self.unreached.clear()
 
 
 _STATE = _State()
@@ -204,12 +213,14 @@ class Walk:
     report: Report
     tuning: Tuning = field(default_factory=Tuning)
     measurer: Measurer | None = None
+    kept_options: Counter[Kept] = field(default_factory=Counter)  # by sites
     searched: set[tuple[str, int, str]] = field(default_factory=set)  # in registries: patch, id of the registry, name
 
     def run(self) -> None:
         patches = self._enabled()
         modules = loaded_modeling_modules() if self.model is None else modules_of_model(self.model)
         self._patch_modules(patches, modules)
+        self.report.warnings += in_words(self.kept_options)
         if self.model is None:
             hook = LateImports(lambda module: self._after_late_import(patches, module))
             _STATE.journal.insert(sys.meta_path, hook)
@@ -264,12 +275,21 @@ class Walk:
 
     def _patch_modules(self, patches: Iterable[tuple[Patch, Choice]], modules: Iterable[ModuleType]) -> None:
         live = None if self.model is None else LiveModules(self.model)
-        modules = list(modules)
+        modules, patches = list(modules), list(patches)
         displaced = [] if self.model is None else displaced_classes(self.model)
         for patch, choice in patches:
             context = Context(self.device_type, choice.chosen, self.switches, live, choice)
             for site in self._found(patch, modules, displaced):
                 self._patch_site(patch, choice, site, context)
+        self._name_replaced({patch.name for patch, _ in patches}, modules)
+
+    def _name_replaced(self, patches: set[str], modules: Iterable[ModuleType]) -> None:
+        """What another patcher has taken, and no patch has found."""
+        known = {outcome.site for outcome in self.report} | {held.site.label for held in self._in_place()}
+        for module in modules:
+            for label, patch, theirs in replaced_before.replaced_in(module):
+                if patch in patches and label not in known:
+                    self.report.outcomes.append(Outcome(patch, label, SKIPPED, theirs))
 
     def _found(self, patch: Patch, modules: Iterable[ModuleType], displaced: Iterable[Displaced]) -> Iterator[Site]:
         """Registries first, then modeling modules, then the layers of the given model."""
@@ -298,6 +318,7 @@ class Walk:
         for held in stack:
             if held.outcome.patch == patch.name:
                 held.outcome.layers = layers
+                self.kept_options.update(kept_at(held, patch, self.switches))
                 if held.replacement.selection is not None and context.live is not None:
                     self._measure(held.replacement.selection, context.live)
                     held.outcome.describe(held.replacement.selection)
@@ -305,6 +326,7 @@ class Walk:
                 return
         if not (patch.around or all(held.around for held in stack)):
             return
+        theirs = replaced_before.by_whom(site)
         try:
             with _STATE.journal.transaction():
                 decision = patch.replace(site, context)
@@ -316,15 +338,23 @@ class Walk:
                         decision.calls.deactivate()
                         outcome = Outcome(patch.name, site.label, SKIPPED, TUNED_ORIGINAL, layers=layers)
                         self.report.outcomes.append(outcome)
+                        self._note_unfused(patch, site)
                         return
                     decision = self._tuned(patch, choice, site, decision, choices, context)
                     self._rebind(patch, choice, site, decision, layers)
+                    if theirs is not None:
+                        self.report.notes.append(f"{patch.name}: {site.label} was {theirs}; this patch is on top of it")
                 elif decision.notable:
-                    self.report.outcomes.append(
-                        Outcome(patch.name, site.label, SKIPPED, decision.reason, layers=layers)
-                    )
+                    reason = theirs or decision.reason
+                    self.report.outcomes.append(Outcome(patch.name, site.label, SKIPPED, reason, layers=layers))
         except Exception as error:
             self._failed(patch, site.label, error)
+
+    def _note_unfused(self, patch: Patch, site: Site) -> None:
+        """Patches that fuse what this site computes with what follows find nothing to build on."""
+        for other in CATALOGUE:
+            if patch.name in other.needs and self._choose(other).candidates:
+                self.report.notes.append(f"{other.name} does not serve layers with {site.label}: {TUNED_ORIGINAL}")
 
     def _tuned(
         self,
@@ -347,6 +377,7 @@ class Walk:
         }
         ways = {name: (other.function, other.calls) for name, other in others.items() if isinstance(other, Replacement)}
         function = tuned(replacement.function, site.original, replacement.calls, choices, ways)
+        takes_part_as(function, replacement.function)
         return replace(replacement, function=function)
 
     def _held(self, site: Site) -> Sequence[PatchedSite]:
@@ -366,7 +397,7 @@ class Walk:
         )
         if replacement.selection is not None:
             outcome.describe(replacement.selection)
-        self._bind(PatchedSite(site, replacement, outcome, patch.around))
+        self._bind(PatchedSite(site, replacement, outcome, patch.around, self.switches))
         self.report.outcomes.append(outcome)
 
     def _bind(self, patched: PatchedSite) -> None:
@@ -413,20 +444,15 @@ class Walk:
             for owner, name, kept in list(kept_functions(module)):
                 if id(kept) in functions:
                     _STATE.journal.rebind(owner, name, functions[id(kept)])
-            stack = _STATE.patched.get((id(defining_class(module)), "forward"))
-            if stack is None:
-                continue
+        for module, stack, bound in own_forwards(model, _STATE.patched):
             function = stack[-1].replacement.function
-            bound = bound_forward(module, (stack[0].site.original, function))
-            if bound is None:
-                continue
             if bound.reachable:
                 if getattr(bound.bound, "__func__", None) is not function:
                     _STATE.journal.rebind(module, bound.name, MethodType(function, module))
                 continue
-            name = getattr(bound.bound, "__qualname__", type(bound.bound).__name__)
+            _STATE.unreached.add(module)
             for held in stack:
-                unreached.setdefault((held.outcome.patch, held.site.label, name), []).append(module)
+                unreached.setdefault((held.outcome.patch, held.site.label, whose(bound.bound)), []).append(module)
                 held.outcome.layers = (held.outcome.layers or 1) - 1
         for (patch, label, name), modules in unreached.items():
             reason = f"live layers whose own forward is {name}, which hides the class's"
@@ -444,8 +470,8 @@ class Walk:
 
 
 def _checked_device(device: str) -> str:
-    device_type = str(device).split(":", 1)[0]
-    if device_type not in DEVICE_TYPES:
+    device_type = str(device).split(":", 1)[0]  # any index: the tensors of every device of a type are served
+    if device_type not in DEVICE_TYPES or not re.fullmatch(r"\w+(:\d+)?", str(device)):
         raise ValueError(f"apply(device={device!r}): accepted are {', '.join(DEVICE_TYPES)}")
     return device_type
 
@@ -468,17 +494,21 @@ def _absent(choice: Choice) -> set[str]:
     return {name for name, why in choice.declined.items() if not why.endswith("comes first")}
 
 
+def _choices(patch: Patch, device_type: str) -> list[str]:
+    """What a tuning file may choose for it."""
+    return [each.name for each in patch.implementations if patch.tunable and device_type in each.device_types]
+
+
 def _tuning(switches: Switches, device_type: str, report: Report) -> Tuning:
     if switches.tune is None:
         return Tuning()
-    tuning = read_tuning(switches.tune, device_type, [patch.name for patch in CATALOGUE])
+    tuning = read_tuning(switches.tune, device_type, {patch.name: _choices(patch, device_type) for patch in CATALOGUE})
     if tuning.refused is not None:
         report.warnings.append(f"the tuning file {switches.tune} is not used: {tuning.refused}")
         return Tuning()
     by_name = {(patch.name, each.name): each for patch in CATALOGUE for each in patch.implementations}
     for patch, name in sorted(tuning.choices):
-        each = by_name.get((patch, name))
-        absent = "this npu_patch has none of that name" if each is None else each.missing()
+        absent = by_name[patch, name].missing()
         if absent is not None:
             report.warnings.append(f"the tuning file {switches.tune} chooses {name} for {patch}, absent here: {absent}")
     report.tuning = TuningFile(switches.tune, tuning.count)

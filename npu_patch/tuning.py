@@ -13,7 +13,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,10 @@ def signature_for_json(signature: Signature) -> list[list[Any]]:
     return [[str(kind), list(shape)] for kind, shape in signature]
 
 
-def read(path: str | os.PathLike[str], device_type: str, patches: Collection[str] = ()) -> Tuning:
-    """`patches`: names that a decision may have, if not any.
+def read(
+    path: str | os.PathLike[str], device_type: str, accepted: Mapping[str, Collection[str]] | None = None
+) -> Tuning:
+    """`accepted`: by the names of all patches, the implementations that may be chosen; none where it is not tunable.
 
     Raises:
         ValueError: for a file that cannot be read or that `tune` did not write; names it.
@@ -104,10 +106,25 @@ def read(path: str | os.PathLike[str], device_type: str, patches: Collection[str
             f"({type(error).__name__}: {error})"
         ) from error
     refused = here(torch.device(device_type)).why_not(content)
-    unknown = sorted({patch for patch, _, _ in decisions if patches and patch not in patches})
-    if refused is None and unknown:
-        refused = f"it decides on {', '.join(unknown)}; this npu_patch has {', '.join(patches)}"
-    return Tuning(decisions, refused)
+    tuning = Tuning(decisions)
+    return replace(tuning, refused=refused or _why_unacceptable(tuning, accepted))
+
+
+def _why_unacceptable(tuning: Tuning, accepted: Mapping[str, Collection[str]] | None) -> str | None:
+    if accepted is None:
+        return None
+    decided = sorted({patch for patch, _, _ in tuning.decisions})
+    unknown = [patch for patch in decided if patch not in accepted]
+    if unknown:
+        return f"it decides on {', '.join(unknown)}; this npu_patch has {', '.join(accepted)}"
+    fixed = [patch for patch in decided if not accepted[patch]]
+    if fixed:
+        tunable = [patch for patch, choices in accepted.items() if choices]
+        return f"it decides on {', '.join(fixed)}, which cannot be tuned; what can is {', '.join(tunable)}"
+    for patch, choice in sorted(tuning.choices):
+        if choice not in accepted[patch]:
+            return f"it chooses {choice} for {patch}; accepted are {', '.join((ORIGINAL, *accepted[patch]))}"
+    return None
 
 
 def _checked(content: Any) -> dict[str, Any]:

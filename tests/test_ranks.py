@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 SAME = ("classes", "names", "placements", "keys")
 
 
-def run_ranks(wrapper: str, directory: Path) -> list[dict[str, Any]]:
-    """What each of two ranks wrote down, by when it was patched."""
+def run_ranks(script: str, *arguments: str, directory: Path) -> list[dict[str, Any]]:
+    """What each of two ranks wrote down."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -30,7 +30,7 @@ def run_ranks(wrapper: str, directory: Path) -> list[dict[str, Any]]:
     environment |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "ranks.py"), wrapper, str(directory)],
+            [sys.executable, str(ROOT / "tests" / script), *arguments, str(directory)],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
@@ -48,7 +48,7 @@ def run_ranks(wrapper: str, directory: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp", "accelerate"])
 def test_wrapped_sharded_trained_saved_and_loaded_as_unpatched(wrapper: str, tmp_path: Path) -> None:
-    for rank in run_ranks(wrapper, tmp_path):
+    for rank in run_ranks("ranks.py", wrapper, directory=tmp_path):
         original = rank["never"]
         assert original["loss after loading"] == original["loss before saving"]
         assert (wrapper == "ddp") == (set(original["placements"]) == {"whole"})
@@ -65,3 +65,11 @@ def test_wrapped_sharded_trained_saved_and_loaded_as_unpatched(wrapper: str, tmp
             assert patched["checkpoint"].keys() == original["checkpoint"].keys()
             norms = [(patched["checkpoint"][name], norm) for name, norm in original["checkpoint"].items()]
             assert all(abs(a - b) < 1e-5 * b for a, b in norms)
+
+
+def test_an_attention_over_both_ranks_in_the_place_of_torchs_is_called(tmp_path: Path) -> None:
+    """Context parallelism: a local attention would be right about half of the keys."""
+    for rank in run_ranks("context_parallel_ranks.py", directory=tmp_path):
+        assert rank["unpatched"] < 1e-5 and rank["patched"] < 1e-5
+        named = "torch.nn.functional.scaled_dot_product_attention was bound anew by __main__.over_both_ranks"
+        assert rank["ran"] == 0 and rank["reasons"] == [named]

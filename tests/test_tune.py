@@ -240,7 +240,12 @@ def decision(**changes: Any) -> dict[str, Any]:
     ("changes", "said"),
     [
         ({"patch": "teleport"}, "is not used: it decides on teleport; this npu_patch has rms_norm, rope"),
-        ({"choice": "magic"}, "chooses magic for swiglu, absent here: this npu_patch has none of that name"),
+        ({"choice": "magic"}, f"is not used: it chooses magic for swiglu; accepted are original, {USUAL}"),
+        ({"choice": "torch_npu.npu_swiglu"}, "it chooses torch_npu.npu_swiglu for swiglu; accepted are original, "),
+        *(
+            ({"patch": patch}, f"it decides on {patch}, which cannot be tuned; what can is rms_norm, rope, ")
+            for patch in ("qk_norm_rope", "add_rms_norm", "gated_delta_net")
+        ),
     ],
 )
 def test_what_a_file_names_and_is_not_here_is_a_warning(

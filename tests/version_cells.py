@@ -42,8 +42,6 @@ EQUAL, DIFFERENT, SKIPPED, FAILED, NOTHING, NO_FAMILY = (
     "no family",
 )
 Results = dict[str, Tensor]
-# Patches that serve only what others have recognised.
-NEEDS = {"qk_norm_rope": ("rms_norm", "rope"), "add_rms_norm": ("rms_norm",)}
 
 
 def patches() -> Sequence[Patch]:
@@ -87,7 +85,7 @@ def _on_two_cores() -> AbstractContextManager[object]:
 
 def _cell(patch: Patch, on_cpu: torch.nn.Module, original: Results, batch: Results, device: torch.device) -> Cell:
     model = copy.deepcopy(on_cpu).to(device)
-    on = {patch.name, *NEEDS.get(patch.name, ())}
+    on = {patch.name, *patch.needs}
     # Among the switches is `triton`: on for the patches that Triton kernels alone can serve, off for every other.
     switched_on = {each.switch for each in CATALOGUE if each.name in on}
     with npu_patch.applied(model, **{each.switch: each.switch in switched_on for each in CATALOGUE}) as report:

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from npu_patch.kernels import launch
-from npu_patch.kernels.gamma import GAMMAS, load_gamma
+from npu_patch.kernels.gamma import load_gamma
 from npu_patch.kernels.partial_sums import sum_rows
 from npu_patch.kernels.rows import row_tiling, rows_of
+from npu_patch.kernels.variants import GAMMAS
 
 FORWARD = launch.Tile(bytes_per_element=24, elements=2048, stages=3, least_bytes=15)
 BACKWARD = launch.Tile(bytes_per_element=32, elements=4096, programs=3, stages=2, least_bytes=23)
@@ -29,7 +30,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm(x + residual) and x + residual, for x and residual `[..., D]` of one dtype and weight `[D]`.
 
-    `gamma` is a name of `kernels.gamma.GAMMAS`, `eps` is positive.
+    `gamma` is a name of `kernels.variants.GAMMAS`, `eps` is positive.
     """
     return _AddRMSNorm.apply(x, residual, weight, eps, gamma)
 

@@ -1,11 +1,9 @@
-"""What multiplies a normalized row: the weight, 1 + weight, or nothing. The names are those of `ops.rms_norm`."""
+"""What multiplies a normalized row: the weight, 1 + weight, or nothing, by its number in `variants.GAMMAS`."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-GAMMAS = {"none": 0, "weight": 1, "1 + weight": 2, "rounded 1 + weight": 3}
 
 
 @triton.jit

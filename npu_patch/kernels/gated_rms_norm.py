@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from npu_patch.kernels import launch
-from npu_patch.kernels.gamma import GAMMAS, load_gamma
+from npu_patch.kernels.gamma import load_gamma
 from npu_patch.kernels.partial_sums import sum_rows
 from npu_patch.kernels.rows import row_tiling, rows_of
+from npu_patch.kernels.variants import ACTIVATIONS, GAMMAS
 
 FORWARD = launch.Tile(bytes_per_element=32, elements=4096, least_bytes=19)
 BACKWARD = launch.Tile(bytes_per_element=48, elements=4096, least_bytes=35)
 TILES = (FORWARD, BACKWARD)
-ACTIVATIONS = {"sigmoid": 0, "silu": 1}
 
 
 def gated_rms_norm(
@@ -29,7 +29,7 @@ def gated_rms_norm(
 ) -> Tensor:
     """RMSNorm(x) * activation(gate) for x and gate `[..., D]` and weight `[D]`, in the dtype of x.
 
-    `activation` is "silu" or "sigmoid", `gamma` a name of `kernels.gamma.GAMMAS`, `eps` positive.
+    `activation` is a name of `ACTIVATIONS`, `gamma` one of `kernels.variants.GAMMAS`, `eps` positive.
     """
     return _GatedRMSNorm.apply(x, gate, weight, eps, activation, gamma)
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from npu_patch.kernels import launch, qk_norm_rope_backward, qk_norm_rope_forward
-from npu_patch.kernels.gamma import GAMMAS
 from npu_patch.kernels.partial_sums import sum_rows
+from npu_patch.kernels.variants import GAMMAS
 
 # As tuned on an H200; heads that are rotated in part hold two kinds of tiles, which suit other sizes.
 FORWARD = launch.Tile(bytes_per_element=24, elements=2048, least_bytes=24)
@@ -32,7 +32,7 @@ TILES = (FORWARD, BACKWARD, PARTIAL_FORWARD, PARTIAL_BACKWARD)
 
 @dataclass(frozen=True)
 class QKNorm:
-    """How q and k are normalized. `gamma` is a name of `kernels.gamma.GAMMAS`; "none" takes no weights."""
+    """How q and k are normalized. `gamma` is a name of `kernels.variants.GAMMAS`; "none" takes no weights."""
 
     q_eps: float = 1e-6
     k_eps: float = 1e-6

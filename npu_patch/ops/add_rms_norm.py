@@ -80,10 +80,7 @@ def case(sizes: Sizes, variant: RMSNormVariant, original: Alternative) -> Case:
 
     def definition(x: Tensor, residual: Tensor, weight: Tensor | None = None) -> Tensor:
         total = x + residual
-        y = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + CASE_EPS)
-        if weight is not None:
-            y = y * (weight if variant.gamma == "weight" else 1.0 + weight)
-        return torch.cat((y, total), -1)
+        return torch.cat((variant.exact(total, weight, CASE_EPS), total), -1)
 
     def inputs(tokens: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         weights = [] if sizes.weight_dtype is None else [((sizes.width,), sizes.weight_dtype)]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_patch.kernels.variants import GAMMAS
 from npu_patch.measure import Alternative, Case
 from npu_patch.ops.implementation import TRITON, Implementation, dtype_name, is_plain, layout, needs_triton
 from npu_patch.ops.rms_norm import CASE_EPS, FLOAT_DTYPES, RMSNormVariant
@@ -41,6 +42,8 @@ def why_not_fused(norms: tuple[RMSNormVariant, RMSNormVariant], rope: RoPEVarian
         return f"the rotation is {rope.name!r}, not that of halves"
     if norms[0].gamma != norms[1].gamma:
         return f"the norms of q and k differ: {norms[0].name!r} and {norms[1].name!r}"
+    if norms[0].gamma not in GAMMAS:
+        return f"gamma is {norms[0].gamma!r}, for which there is no kernel"
     if any(norm.gate is not None for norm in norms):
         return "the norms are gated"
     return None
@@ -174,9 +177,7 @@ def case(sizes: Sizes, norm: RMSNormVariant, rope: RoPEVariant, original: Altern
         def run(q: Heads, k: Heads, cos: Tensor, sin: Tensor, rope: RoPEVariant) -> list[Tensor]:
             results = []
             for heads in (q, k):
-                y = heads.x * torch.rsqrt(heads.x.square().mean(-1, keepdim=True) + heads.eps)
-                if heads.weight is not None:
-                    y = y * (heads.weight if norm.gamma == "weight" else 1.0 + heads.weight)
+                y = norm.exact(heads.x, heads.weight, heads.eps)
                 results.append(rope.reference(y.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1)))
             return results
 

@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from npu_patch.kernels import variants as of_kernels
 from npu_patch.measure import Case
+from npu_patch.ops.gamma import GAMMAS, NONE, gamma_of
 from npu_patch.ops.implementation import (
     TRITON,
     Implementation,
@@ -35,14 +37,20 @@ CASE_EPS = 1e-6
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 FLOAT_DTYPES = (torch.float32, *HALF_DTYPES)
 NPU_RMS_NORM = Operator("npu_rms_norm", ("epsilon",), gradient=True)
+# By `RMSNormVariant.output`, from the dtypes of input and weight.
+OUTPUT_DTYPES: dict[str, Callable[[torch.dtype, torch.dtype], torch.dtype]] = {
+    "input": lambda x, weight: x,
+    "promoted": torch.promote_types,
+    "weight": lambda x, weight: weight,
+}
 
 
 @dataclass(frozen=True)
 class RMSNormVariant:
     """A function that RMSNorm modules compute.
 
-    `gamma`: "weight", "1 + weight", "rounded 1 + weight" (summed in the weight's dtype) or "none". `output`: whose
-    dtype is returned, "input", "promoted" (of input and weight) or "weight". `gate`: the activation of the gate that
+    `gamma`: a name of `ops.gamma.GAMMAS`, or "none". `output`: whose dtype is returned, "input", "promoted" (of input
+    and weight) or "weight". `gate`: the activation of the gate that
     multiplies the norm, or None.
     `rounds_before_gate`: the norm is rounded to the input's dtype before the gate multiplies it.
     `reference(x, weight, eps)` or `reference(x, weight, eps, gate)` is the original's arithmetic in plain torch.
@@ -55,10 +63,20 @@ class RMSNormVariant:
     gate: Callable[[Tensor], Tensor] | None = None
     rounds_before_gate: bool = False
 
+    def __post_init__(self) -> None:
+        for what, value, accepted in (("gamma", self.gamma, (NONE, *GAMMAS)), ("output", self.output, OUTPUT_DTYPES)):
+            if value not in accepted:
+                raise ValueError(f"RMSNorm {self.name!r}: {what} is {value!r}; accepted are {', '.join(accepted)}")
+
     def output_dtype(self, x: Tensor, weight: Tensor | None) -> torch.dtype:
-        if weight is None or self.output == "input":
-            return x.dtype
-        return weight.dtype if self.output == "weight" else torch.promote_types(x.dtype, weight.dtype)
+        return x.dtype if weight is None else OUTPUT_DTYPES[self.output](x.dtype, weight.dtype)
+
+    def exact(self, x: Tensor, weight: Tensor | None, eps: float, gate: Tensor | None = None) -> Tensor:
+        """The definition, which rounds nowhere: for float64."""
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        gamma = gamma_of(self.gamma, weight)
+        y = y if gamma is None else y * gamma
+        return y if gate is None else y * self.gate(gate)
 
 
 def normalize(
@@ -76,7 +94,7 @@ def normalize(
     `gate_in_float32` keeps a gated norm in float32 up to the last rounding; variants whose original does so are
     always computed so.
     """
-    gamma = _gamma(variant, weight)
+    gamma = gamma_of(variant.gamma, weight)
     output_dtype = variant.output_dtype(x, weight)
     gated = variant.gate is not None
     if output_dtype != x.dtype or (gated and (gate_in_float32 or not variant.rounds_before_gate)):
@@ -87,15 +105,6 @@ def normalize(
     if gated:
         y = y * variant.gate(gate.float())
     return y.to(output_dtype)
-
-
-def _gamma(variant: RMSNormVariant, weight: Tensor | None) -> Tensor | None:
-    if variant.gamma == "none":
-        return None
-    if variant.gamma == "rounded 1 + weight":
-        return (1.0 + weight).float()
-    # 1 + weight in float32: in bfloat16 the sum would lose up to 8 bits of a weight near zero.
-    return 1.0 + weight.float() if variant.gamma == "1 + weight" else weight
 
 
 def _normalized(x: Tensor, eps: float) -> Tensor:
@@ -185,8 +194,13 @@ def _triton_rms_norm(
         return rms_norm(x, weight, eps, variant.gamma)
     from npu_patch.kernels.gated_rms_norm import gated_rms_norm
 
-    activation = next(name for name, function in GATE_ACTIVATIONS.items() if function is variant.gate)
-    return gated_rms_norm(x, gate, weight, eps, activation, variant.gamma)
+    return gated_rms_norm(x, gate, weight, eps, _kernels_activation(variant), variant.gamma)
+
+
+def _kernels_activation(variant: RMSNormVariant) -> str | None:
+    """The kernels' name of a gate's activation."""
+    names = (name for name in of_kernels.ACTIVATIONS if GATE_ACTIVATIONS.get(name) is variant.gate)
+    return next(names, None)
 
 
 def unsupported_by_triton(
@@ -195,6 +209,10 @@ def unsupported_by_triton(
     reason = _unsupported(variant, x, weight, eps, gate)
     if reason is not None:
         return reason
+    if variant.gamma not in of_kernels.GAMMAS:
+        return f"gamma is {variant.gamma!r}, for which there is no kernel"
+    if variant.gate is not None and _kernels_activation(variant) is None:
+        return f"{variant.name}: there is no kernel for this gate"
     if not isinstance(eps, (int, float)) or eps <= 0:
         return f"eps {eps}: rows of zeros need a positive one"
     if variant.output_dtype(x, weight) != x.dtype:
@@ -259,10 +277,7 @@ def case(variant: RMSNormVariant, width: int, dtype: torch.dtype, weight_dtype: 
 
     def definition(*inputs: Tensor) -> Tensor:
         x, weight, gate = split(inputs)
-        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + CASE_EPS)
-        if weight is not None:
-            y = y * (weight if variant.gamma == "weight" else 1.0 + weight)
-        return y if gate is None else y * variant.gate(gate)
+        return variant.exact(x, weight, CASE_EPS, gate)
 
     weighted = "" if weight_dtype is None else f", weight {dtype_name(weight_dtype)}"
     return Case(

@@ -56,6 +56,14 @@ class RoPEVariant:
     negated: bool = False
     output: str = "promoted"
 
+    def __post_init__(self) -> None:
+        for what, value, accepted in (
+            ("pairing", self.pairing, (HALF, INTERLEAVE)),
+            ("output", self.output, ("input", "promoted")),
+        ):
+            if value not in accepted:
+                raise ValueError(f"RoPE: {what} is {value!r}; accepted are {', '.join(accepted)}")
+
     @property
     def name(self) -> str:
         parts = [self.pairing]
@@ -112,7 +120,9 @@ def rotate_pairs(x: Tensor, pairing: str) -> Tensor:
     if pairing == HALF:
         first, second = x.chunk(2, -1)
         return torch.cat((-second, first), -1)
-    return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+    if pairing == INTERLEAVE:
+        return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+    raise ValueError(f"pairing is {pairing!r}; accepted are {HALF!r} and {INTERLEAVE!r}")
 
 
 def deinterleave(x: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as torch_modules
 
+from npu_patch.bypassed import Bypassed
 from npu_patch.deferred_norm import NORMS
 from npu_patch.deferred_sum import Addition, DeferredBranch
 from npu_patch.measure import Alternative, Case
@@ -121,7 +122,8 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         return Pending((branch, *others) if reading.in_tuple else branch)
 
     names = ", ".join(dict.fromkeys(reading.layer.__name__ for reading in readings))
-    return Replacement(replacement_for(original, calls, serve), f"in {names}", calls, None, selection, alone=False)
+    function = replacement_for(original, calls, serve, bypassed=Bypassed())
+    return Replacement(function, f"in {names}", calls, None, selection, alone=False)
 
 
 class Callers:
@@ -225,4 +227,4 @@ def _cases(
                     yield sizes, case(sizes, found.variant, original)
 
 
-PATCH = Patch("add_rms_norm", "triton", IMPLEMENTATIONS, find, replace, tunable=False, around=True)
+PATCH = Patch("add_rms_norm", "triton", IMPLEMENTATIONS, find, replace, tunable=False, needs=("rms_norm",), around=True)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from npu_patch.bypassed import SDPA
 from npu_patch.ops.attention import IMPLEMENTATIONS
 from npu_patch.outcome import Calls
 from npu_patch.patches import attention_flash, attention_mask, attention_sdpa
@@ -137,7 +138,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
     door = _BY_DESCRIPTION[site.described]
     if door.stands_for is not None and door.name in site.owner:
         return Skip(f"another package has registered the name {door.name!r}")
-    reason = door.observe(site.original)
+    reason = SDPA.replaced() or door.observe(site.original)
     if reason is not None:
         return Skip(reason)
     calls = Calls()

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_patch.bypassed import SILU, Bypassed
 from npu_patch.ops.experts import IMPLEMENTATIONS, silu_of_halves
 from npu_patch.outcome import Calls
 from npu_patch.patches import experts_looped, experts_packed
@@ -98,7 +99,8 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
             return Unserved(reason)
         return run(tokens, indices, router_weights, experts)
 
-    return Replacement(replacement_for(site.original, calls, serve), "routed experts", calls)
+    function = replacement_for(site.original, calls, serve, bypassed=Bypassed.by(site.original, SILU))
+    return Replacement(function, "routed experts", calls)
 
 
 def layers(site: Site, context: Context) -> int | None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_patch.bypassed import LINEAR, MODULE_CALL, SILU, Bypassed
 from npu_patch.ops.experts import Experts
 from npu_patch.ops.grouped_matmul import Weights
 from npu_patch.ops.implementation import Implementation
@@ -67,7 +68,8 @@ def _replace_method(site: Site, context: Context) -> Replacement | Skip:
             return Unserved("arguments that are no tensors")
         return _run(context, layers, self, *bound)
 
-    return Replacement(replacement_for(site.original, calls, serve), "looped experts", calls)
+    bypassed = Bypassed.by(site.original, LINEAR, SILU, MODULE_CALL)
+    return Replacement(replacement_for(site.original, calls, serve, bypassed=bypassed), "looped experts", calls)
 
 
 def _replace_forward(site: Site, context: Context) -> Replacement | Skip:
@@ -117,7 +119,8 @@ def _replace_forward(site: Site, context: Context) -> Replacement | Skip:
             result = result + (shared if reading.shared_gate is None else part(reading.shared_gate).sigmoid() * shared)
         return (result.view(x.shape), logits) if reading.returns_logits else result.view(x.shape)
 
-    return Replacement(replacement_for(original, calls, serve), "looped experts", calls)
+    bypassed = Bypassed.by(original, LINEAR, SILU, MODULE_CALL)
+    return Replacement(replacement_for(original, calls, serve, bypassed=bypassed), "looped experts", calls)
 
 
 def _run(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_patch.bypassed import SILU, Bypassed
 from npu_patch.ops.experts import Experts
 from npu_patch.ops.grouped_matmul import Weights
 from npu_patch.outcome import Calls
@@ -81,7 +82,8 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
             result = result + tokens * others.sum(-1, keepdim=True).to(tokens.dtype)
         return result.view(shape[0], -1, shape[-1]) if reading.batched else result
 
-    return Replacement(replacement_for(original, calls, serve), "routed experts", calls)
+    function = replacement_for(original, calls, serve, bypassed=Bypassed.by(original, SILU))
+    return Replacement(function, "routed experts", calls)
 
 
 def experts_of(module: torch.nn.Module, reading: ExpertsReading) -> Experts | None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from npu_patch.names_used import names_used
 from npu_patch.ops.causal_conv1d import causal_conv1d
 from npu_patch.probe.closeness import distance
+from npu_patch.probe.error_text import error_text
 from npu_patch.probe.gated_delta_net import CONVOLUTION, Reading
 from npu_patch.probe.room import quiet_room, values
 from npu_patch.sites import Site
@@ -89,7 +90,7 @@ def why_not(cls: type, name: str) -> str | None:
         with quiet_room(), torch.random.fork_rng(devices=[]):
             return _observe(cls, name)
     except Exception as error:
-        return f"cannot be observed with a convolution of its own: {type(error).__name__}: {error}"
+        return f"cannot be observed with a convolution of its own: {error_text(error)}"
 
 
 def _observe(cls: type, name: str) -> str | None:

@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from npu_patch.bypassed import CONVOLVED, MODULE_CALL, Bypassed
 from npu_patch.names_used import names_used
 from npu_patch.ops.gated_delta_providers import CONVOLUTION_PROVIDERS, RULE_PROVIDERS, UPDATE_PROVIDERS
 from npu_patch.ops.implementation import choose
@@ -105,7 +106,10 @@ def _open_door(site: Site, context: Context) -> Replacement | Skip:
         return Skip(reason, notable=reason != door.FUNCTION_HELD)
     calls = Calls()
     served = serve(door.READING, _chain(door.READING, context), context.device_type, calls)
-    replacement = replacement_for(door.inline, calls, lambda layer, *args, **kwargs: served(*args, **kwargs))
+    bypassed = Bypassed.by(door.inline, CONVOLVED, MODULE_CALL)
+    replacement = replacement_for(
+        door.inline, calls, lambda layer, *args, **kwargs: served(*args, **kwargs), bypassed=bypassed
+    )
     choice = choose(PROVIDERS[CONVOLUTION], context.device_type)
     return Replacement(door.Door(site.name, replacement), CONVOLUTION, calls, choice)
 

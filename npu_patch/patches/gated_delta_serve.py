@@ -14,7 +14,7 @@ from npu_patch.patches.gated_delta_chain import Chain
 from npu_patch.patches.gated_delta_packing import refuse_if_untold
 from npu_patch.patches.packing import OncePerTensor
 from npu_patch.patches.patch import Unserved
-from npu_patch.probe.gated_delta_net import RULE, UPDATE, Reading
+from npu_patch.probe.gated_delta_net import CONVOLUTION, RULE, UPDATE, Reading
 
 # Arguments of the packages' functions that change the result. transformers passes none of them; of others that come
 # along from a model's own keyword arguments (use_cache, max_length_q, ...) the originals take no notice either.
@@ -42,7 +42,7 @@ _BOUNDS_ON_HOST = OncePerTensor()
 
 def serve(reading: Reading, chain: Chain, device_type: str, calls: Calls) -> Callable[..., Any]:
     """`serve` for `replacement_for`, of a function that computes what `reading` says."""
-    call_of = {RULE: _rule_call, UPDATE: _update_call}.get(reading.kind, _convolution_call)
+    call_of = {RULE: _rule_call, CONVOLUTION: _convolution_call, UPDATE: _update_call}[reading.kind]
 
     def serve_call(*args: Any, **kwargs: Any) -> Any:
         given = _bound(reading, args, kwargs)

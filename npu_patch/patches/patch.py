@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from npu_patch.bypassed import Bypassed
 from npu_patch.ops.implementation import Choice, Implementation
 from npu_patch.outcome import Calls
 from npu_patch.selection import Cases, Selection
@@ -89,6 +90,8 @@ class Patch:
     with the first of the op's `implementations` that serves the device. `layers(site, context)` is how many layers of
     the given model the site reaches. `customers(module)` are the classes of a modeling module that look up at call time
     what `registered()` replaces. `tunable`: a tuning file may choose another of `implementations`, or the original.
+    `options`: switches that its replacements are made with, beside its own and that of Triton kernels.
+    `needs`: the patches on whose sites it builds.
     `around`: it leaves a site's original to compute what it did, so it stands around another patch's replacement, and
     another patch's around it. Every other patch has its sites for itself.
     """
@@ -103,6 +106,8 @@ class Patch:
     layers: Callable[[Site, Context], int | None] = layers_of_class
     customers: Callable[[ModuleType], Iterable[type]] = _no_customers
     tunable: bool = True
+    options: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
     around: bool = False
 
 
@@ -137,10 +142,17 @@ class Pending:
 
 
 def replacement_for(
-    original: Callable[..., Any], calls: Calls, serve: Callable[..., Any], named_after: Callable[..., Any] | None = None
+    original: Callable[..., Any],
+    calls: Calls,
+    serve: Callable[..., Any],
+    named_after: Callable[..., Any] | None = None,
+    *,
+    bypassed: Bypassed | None = None,
 ) -> Callable[..., Any]:
     """A function with the original's name and signature that returns `serve(*args, **kwargs)`, or the original's
-    result where `serve` returns `Unserved`, and counts which. `named_after` is the function inside a wrapped one."""
+    result where `serve` returns `Unserved`, and counts which. `named_after` is the function inside a wrapped one.
+    `bypassed`: the functions of others that the original finds and `serve` does not, if not those of its own code."""
+    bypassed = Bypassed.by(named_after or original) if bypassed is None else bypassed
 
     @functools.wraps(named_after or original)
     def replacement(*args: Any, **kwargs: Any) -> Any:
@@ -150,6 +162,10 @@ def replacement_for(
             result = serve(*args, **kwargs)
         else:
             if calls.watch is not None and calls.watch(args, kwargs):
+                return original(*args, **kwargs)
+            reason = bypassed.why_not()
+            if reason is not None:
+                calls.fell_through[reason] += 1
                 return original(*args, **kwargs)
             calls.ran += 1  # before: checkpointing's recomputation leaves a forward by an exception once it has enough
             result = serve(*args, **kwargs)

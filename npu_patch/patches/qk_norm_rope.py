@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as global_hooks
 
+from npu_patch.bypassed import Bypassed
 from npu_patch.deferred_norm import NORMS, ROTATIONS, Abandoned, Deferral, DeferredHeads, RoPESite, deferring
 from npu_patch.measure import Alternative, Case
 from npu_patch.names_used import names_used
@@ -93,7 +94,9 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
             return Unserved(str(error))
         return result if deferral.done else Unfused(result, "its norms or its rotation were not put off")
 
-    return Replacement(replacement_for(original, calls, serve), found.name, calls, selection=selection)
+    return Replacement(
+        replacement_for(original, calls, serve, bypassed=Bypassed()), found.name, calls, selection=selection
+    )
 
 
 def _cases(
@@ -170,4 +173,4 @@ def _rotations(forward: Any) -> list[RoPESite]:
     return [site for site in found if site is not None]
 
 
-PATCH = Patch("qk_norm_rope", "triton", IMPLEMENTATIONS, find, replace)
+PATCH = Patch("qk_norm_rope", "triton", IMPLEMENTATIONS, find, replace, tunable=False, needs=("rms_norm", "rope"))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from npu_patch import deferred_norm
+from npu_patch.bypassed import SILU, Bypassed
 from npu_patch.deferred_sum import DeferredSum
 from npu_patch.measure import Case
 from npu_patch.ops.rms_norm import IMPLEMENTATIONS, case
@@ -97,7 +98,8 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
 
     live = [reading for reading in map(readings.of, context.live_modules(cls)) if reading is not None]
     variants = dict.fromkeys(reading.variant.name for reading in live or found.readings)
-    function = replacement_for(original, calls, serve)
+    bypassed = Bypassed.by(original, *([SILU] if gated else []))
+    function = replacement_for(original, calls, serve, bypassed=bypassed)
     deferred_norm.NORMS[function] = deferred_norm.NormSite(original, readings.of, calls)
     return Replacement(function, " or ".join(variants), calls, selection=selection)
 
@@ -124,4 +126,4 @@ def _cases(cls: type, readings: Readings, live: LiveModules) -> Iterator[tuple[H
             yield _key(reading, width, live.dtype, weight), case(reading.variant, width, live.dtype, weight.dtype)
 
 
-PATCH = Patch("rms_norm", "rms_norm", IMPLEMENTATIONS, find, replace)
+PATCH = Patch("rms_norm", "rms_norm", IMPLEMENTATIONS, find, replace, options=("gated_rmsnorm_fp32",))

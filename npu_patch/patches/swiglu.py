@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_patch.bypassed import MODULE_CALL, SILU, Bypassed
 from npu_patch.measure import Case
 from npu_patch.ops.recomputed import recomputed
 from npu_patch.ops.swiglu import IMPLEMENTATIONS, NO_BACKWARD, case, kept_for_the_backward
@@ -98,7 +99,9 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         with recomputed(product, serving.run, *kept):
             return down(product)
 
-    return Replacement(replacement_for(original, calls, serve), found.name, calls, selection=selection)
+    bypassed = Bypassed.by(original, SILU, MODULE_CALL)
+    function = replacement_for(original, calls, serve, bypassed=bypassed)
+    return Replacement(function, found.name, calls, selection=selection)
 
 
 def _cases(cls: type, found: SwiGLUReading, live: LiveModules) -> Iterator[tuple[Hashable, Case]]:
@@ -139,4 +142,4 @@ class Activations:
         return getattr(activation, "__name__", type(activation).__name__)
 
 
-PATCH = Patch("swiglu", "swiglu", IMPLEMENTATIONS, find, replace)
+PATCH = Patch("swiglu", "swiglu", IMPLEMENTATIONS, find, replace, options=("swiglu_recompute",))

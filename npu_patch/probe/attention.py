@@ -15,6 +15,7 @@ from torch import Tensor
 
 from npu_patch.ops.attention_mask import CAUSAL_TOP_LEFT, FULL, Band
 from npu_patch.probe.closeness import distance
+from npu_patch.probe.error_text import error_text
 from npu_patch.probe.room import quiet_room, values
 
 BATCH, HEADS, KEY_HEADS, QUERIES, KEYS, HEAD_DIM, VALUE_DIM = 2, 6, 2, 3, 5, 8, 4
@@ -36,7 +37,7 @@ def why_not_attention(function: Callable[..., Any]) -> str | None:
                 try:
                     apart = _distance(function, mask, keywords, seen, dtype)
                 except Exception as problem:
-                    return f"{what} it fails: {type(problem).__name__}: {problem}"[:160]
+                    return f"{what} it fails: {error_text(problem)}"
                 if apart > 1.0:
                     return f"{what} it computes no scaled dot-product attention"
     return None
@@ -55,7 +56,7 @@ def why_not_mask(function: Callable[..., Any]) -> str | None:
             try:
                 made = function(mask_function=sliding_window_causal_mask_function(2), **queries, **arguments)
             except Exception as problem:
-                problems.append(f"it fails: {type(problem).__name__}: {problem}"[:160])
+                problems.append(f"it fails: {error_text(problem)}")
                 continue
             same = isinstance(made, Tensor) and made.dtype == torch.bool and made.shape == expected.shape
             right = same and torch.equal(made, expected)
@@ -72,7 +73,7 @@ def why_not_packing(function: Callable[..., Any]) -> str | None:
         try:
             numbered, nothing = function(packed), function(plain)
         except Exception as problem:
-            return f"it fails: {type(problem).__name__}: {problem}"[:160]
+            return f"it fails: {error_text(problem)}"
     same = isinstance(numbered, Tensor) and numbered.dtype == expected.dtype and torch.equal(numbered, expected)
     one_each = nothing is None or (isinstance(nothing, Tensor) and not nothing.any())
     return None if same and one_each else "it does not number packed sequences"

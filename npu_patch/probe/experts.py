@@ -20,6 +20,7 @@ from torch import Tensor
 from npu_patch.ops.experts import Experts, reference, silu_of_halves
 from npu_patch.ops.grouped_matmul import Weights
 from npu_patch.probe.closeness import distance
+from npu_patch.probe.error_text import error_text
 from npu_patch.probe.room import quiet_room, values
 from npu_patch.probe.stand_in import Missing, StandIn
 
@@ -200,7 +201,7 @@ def _observe(
         except Missing as missing:
             return _Not(f"it asks for {missing.name!r}", reading, missing.name not in WEIGHTS)
         except Exception as error:
-            return _Not(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:120], reading)
+            return _Not(error_text(error), reading)
         try:
             expected = _formula(expected_trial, reading)
         except (Missing, Exception):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from npu_patch.probe.closeness import distance
+from npu_patch.probe.error_text import error_text
 from npu_patch.probe.room import quiet_room, values
 from npu_patch.probe.stand_in import Missing, StandIn
 
@@ -257,4 +258,4 @@ def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
 def _short(problem: BaseException) -> str:
     if isinstance(problem, Missing):
         return f"it asks for {problem.name!r}"
-    return f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}"[:120]
+    return error_text(problem)

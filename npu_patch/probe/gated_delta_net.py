@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from npu_patch.probe.closeness import difference, gradients
+from npu_patch.probe.error_text import error_text
 from npu_patch.probe.gated_delta_reference import convolution, recurrence
 from npu_patch.probe.room import quiet_room, values
 
@@ -68,7 +69,7 @@ def read(original: Callable[..., Any], function: Callable[..., Any]) -> Reading 
         try:
             found = _OBSERVERS[kind](function)
         except Exception as error:
-            return f"cannot be observed as {kind}: {type(error).__name__}: {error}"
+            return f"cannot be observed as {kind}: {error_text(error)}"
         if isinstance(found, str):
             return found
         return Reading(kind, tuple(spellings.values()), spellings, found, _leaks(kind, original, found))
@@ -117,7 +118,7 @@ def _observe_rule(function: Callable[..., Any]) -> tuple[()] | str:
         try:
             far = _distance_of_rule(function, case)
         except Exception as error:
-            return _why_no_rule(function, f"{type(error).__name__}: {error}")
+            return _why_no_rule(function, error_text(error))
         if far > 1.0:
             return _why_no_rule(function, f"{far:.3g} tolerances away")
     try:

@@ -18,6 +18,7 @@ from torch import Tensor
 from npu_patch.ops.gated_delta_calls import ConvolutionCall, RuleCall
 from npu_patch.ops.implementation import Implementation
 from npu_patch.probe.closeness import difference
+from npu_patch.probe.error_text import error_text
 from npu_patch.probe.gated_delta_reference import convolution, recurrence
 from npu_patch.probe.room import quiet_room, values
 
@@ -81,7 +82,7 @@ def _verdict(key: tuple[Any, ...], observe: Callable[[], str | None]) -> str | N
             with quiet_room(), torch.autocast(device_type, enabled=False):
                 VERDICTS[key] = observe()
         except Exception as error:
-            VERDICTS[key] = f"self-check: {type(error).__name__}: {error}"
+            VERDICTS[key] = f"self-check: {error_text(error)}"
     return VERDICTS[key]
 
 

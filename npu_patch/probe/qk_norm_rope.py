@@ -20,6 +20,7 @@ from torch import Tensor
 from npu_patch.deferred_norm import NORMS, Abandoned, Deferral, DeferredHeads, RoPESite, deferring
 from npu_patch.ops.qk_norm_rope import Heads, reference, why_not_fused
 from npu_patch.probe.closeness import distance
+from npu_patch.probe.error_text import error_text
 from npu_patch.probe.rms_norm import RMSNormReading
 from npu_patch.probe.room import quiet_room
 from npu_patch.probe.rope import RoPEReading
@@ -120,15 +121,13 @@ def _difference(
     try:
         expected, expected_inputs = run(defer=False)
     except Exception as error:
-        raise Unobservable(
-            f"its forward needs more than a tiny layer has: {type(error).__name__}: {error}"[:200]
-        ) from error
+        raise Unobservable(f"its forward needs more than a tiny layer has: {error_text(error)}") from error
     try:
         observed, inputs = run(defer=True)
     except Abandoned as error:
         return str(error)
     except Exception as error:
-        return f"with its norms put off it raises {type(error).__name__}: {error}"[:200]
+        return f"with its norms put off it raises {error_text(error)}"
     if not deferral.done:
         return "its norms are not followed by a rotation"
     far = distance(observed, expected, inputs, expected_inputs)

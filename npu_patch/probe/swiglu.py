@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npu_patch.probe.closeness import difference, distance
+from npu_patch.probe.error_text import error_text
 from npu_patch.probe.room import quiet_room, values
 from npu_patch.probe.stand_in import Missing, StandIn
 
@@ -108,8 +109,7 @@ def _read(
 def _short(problem: BaseException) -> str:
     if isinstance(problem, Missing):
         return f"it asks for {problem.name!r}"
-    text = str(problem).splitlines() or [""]
-    return f"{type(problem).__name__}: {text[0]}"[:120]
+    return error_text(problem)
 
 
 def _parts(x: Tensor, calls: list[Call], returned: Any) -> SwiGLUReading | NoSwiGLU:

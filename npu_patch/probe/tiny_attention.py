@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_patch.probe.error_text import error_text
 from npu_patch.probe.room import values
 from npu_patch.sites import innermost
 
@@ -54,7 +55,7 @@ def build(cls: type) -> torch.nn.Module:
         except TypeError:
             layer = cls(_Config(**CONFIG))
     except Exception as error:
-        raise Unobservable(f"no tiny layer of it could be made: {type(error).__name__}: {error}"[:160]) from error
+        raise Unobservable(f"no tiny layer of it could be made: {error_text(error)}") from error
     for index, module in enumerate(layer.modules()):
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
