@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from types import CodeType, FrameType, FunctionType
 from typing import Any
@@ -20,11 +20,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from npu_patch.probe.in_place_flow import Argument, Later, Source, changed_parameters, source_of, what_becomes
+from npu_patch.probe.in_place_flow import Effect, Later, Source, effect, source_of, what_becomes
 from npu_patch.sites import innermost, is_own
 
 CALLS_OF_MODULES = (torch.nn.Module._call_impl.__code__, torch.nn.Module._wrapped_call_impl.__code__)
 NO_MODELS = ("npu_patch", *sys.stdlib_module_names)
+COMPUTE_ANEW = (torch.nn.Linear, torch.nn.Embedding, torch.nn.LayerNorm, torch.nn.modules.conv._ConvNd)
 DEEPEST = 3  # of calls within calls that are looked into
 
 
@@ -37,7 +38,8 @@ class Callers:
         default_factory=WeakKeyDictionary
     )
     sources: dict[int, tuple[CodeType, Source | None]] = field(default_factory=dict)
-    _later: dict[Any, Later] = field(default_factory=dict)
+    effects: dict[Any, Effect | None] = field(default_factory=dict)
+    _later: dict[Any, Later | None] = field(default_factory=dict)
 
     def why_changed_later(self, layer: torch.nn.Module, given: Iterable[Any]) -> str | None:
         """Asked within the call of `layer`, by what its forward was replaced with: two frames from here."""
@@ -80,19 +82,18 @@ class Callers:
     def _what_becomes(
         self,
         frame: FrameType,
-        arguments: tuple[Argument, ...] | None,
+        arguments: tuple[int | str, ...] | None,
         closed_over: tuple[str, ...],
         returned: bool,
     ) -> Later | None:
         """None where it cannot be read."""
         code, module = frame.f_code, _module_of(frame)
-        kinds = () if module is None else tuple(type(child) for child in module.children())
-        key = (id(code), frame.f_lasti, arguments, closed_over, returned, type(module), kinds)
+        key = (id(code), frame.f_lasti, arguments, closed_over, returned, _kinds(module))
         if key not in self._later:
             source = self._source(code)
             calls = [] if source is None else source.calls_at(code, frame.f_lasti, frame.f_lineno)
-            changes = _Changes(self, frame.f_globals, module)
-            found = [what_becomes(source, call, arguments, closed_over, returned, changes) for call in calls]
+            effects = _Effects(self, frame.f_globals, module)
+            found = [what_becomes(source, call, arguments, closed_over, returned, effects) for call in calls]
             lines = [each.line for each in found if each.line is not None]
             later = Later(lines[0] if lines else None, any(each.returned for each in found)) if found else None
             self._later[key] = later
@@ -105,34 +106,55 @@ class Callers:
 
 
 @dataclass(frozen=True)
-class _Changes:
-    """The parameters that a called function or module changes in place, for functions of modeling files and modules of
-    the layer whose code calls."""
+class _Effects:
+    """Of the functions and modules that code calls by name, where that is code of a model, and of torch's layers.
+    `names`: the globals of the calling code, `module`: the one whose method it is."""
 
     callers: Callers
     names: dict[str, Any]
     module: torch.nn.Module | None
     depth: int = 0
 
-    def __call__(self, called: ast.expr) -> Iterator[int]:
+    def __call__(self, called: ast.expr) -> Effect | None:
         found: Any = None
         if isinstance(called, ast.Name):
             found = self.names.get(called.id)
         elif isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == "self":
-            found = None if self.module is None else getattr(self.module, called.attr, None)
+            found = getattr(self.module, called.attr, None)
+        if isinstance(found, torch.nn.ModuleList):
+            return _joined(list({_kinds(each): self._of_module(each) for each in found}.values()))
         if isinstance(found, torch.nn.Module):
-            if getattr(found, "inplace", False) is True:
-                yield 0
-            inner, function, bound = found, innermost(type(found).forward), 1
-        else:
-            bound = int(hasattr(found, "__self__"))
-            inner, function = self.module if bound else None, innermost(found) if callable(found) else None
-        if not isinstance(function, FunctionType) or self.depth >= DEEPEST or not _is_own(function.__module__ or ""):
-            return
-        source = self.callers._source(function.__code__)
-        if source is not None:
-            deeper = _Changes(self.callers, function.__globals__, inner, self.depth + 1)
-            yield from (index - bound for index in changed_parameters(source, deeper) if index >= bound)
+            return self._of_module(found)
+        bound = hasattr(found, "__self__")
+        return self._of(innermost(found), bound, self.module if bound else None) if callable(found) else None
+
+    def _of_module(self, found: torch.nn.Module) -> Effect | None:
+        if isinstance(found, COMPUTE_ANEW):
+            return Effect(frozenset(), frozenset())
+        if getattr(found, "inplace", False) is True:
+            return Effect(frozenset([0, "input"]), frozenset([0, "input"]))
+        return self._of(innermost(type(found).forward), True, found)
+
+    def _of(self, function: Any, bound: bool, module: torch.nn.Module | None) -> Effect | None:
+        if not isinstance(function, FunctionType) or self.depth == DEEPEST or not _is_own(function.__module__ or ""):
+            return None
+        key = (id(function.__code__), bound, _kinds(module), self.depth)
+        if key not in self.callers.effects:
+            source = self.callers._source(function.__code__)
+            deeper = _Effects(self.callers, function.__globals__, module, self.depth + 1)
+            self.callers.effects[key] = None if source is None else effect(source, bound, deeper)
+        return self.callers.effects[key]
+
+
+def _joined(effects: Sequence[Effect | None]) -> Effect | None:
+    if not effects or None in effects:
+        return None
+    return Effect(*(frozenset().union(*each) for each in zip(*((e.changes, e.returns) for e in effects), strict=True)))
+
+
+def _kinds(module: torch.nn.Module | None) -> tuple[type, ...]:
+    """What decides which code a module's code calls."""
+    return () if module is None else (type(module), *map(type, module.children()))
 
 
 def _is_caller(frame: FrameType) -> bool:
@@ -153,7 +175,7 @@ def _is_in_module(frame: FrameType) -> bool:
     return outer is not None
 
 
-def _arguments_with(between: Sequence[FrameType], given: Sequence[Any]) -> tuple[Argument, ...] | None:
+def _arguments_with(between: Sequence[FrameType], given: Sequence[Any]) -> tuple[int | str, ...] | None:
     """As which arguments a caller passed one of `given` to the module that `between` leads to, from the inside out;
     None for any: where it calls something else that calls the module."""
     calls = [frame for frame in between if frame.f_code in CALLS_OF_MODULES]
@@ -161,7 +183,7 @@ def _arguments_with(between: Sequence[FrameType], given: Sequence[Any]) -> tuple
         return None
     values = calls[-1].f_locals  # which the call keeps anyway
     passed = [*enumerate(values.get("args", ())), *values.get("kwargs", {}).items()]
-    found = tuple(Argument(key) for key, value in passed if _holds(value, given))
+    found = tuple(key for key, value in passed if _holds(value, given))
     return found if between[-1] is calls[-1] or not found else None
 
 

@@ -356,9 +356,8 @@ def test_in_float32_nothing_is_copied_and_what_raised_raises(npu: torch.device) 
     model = own(AddsToIt, npu, dtype=torch.float32)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         gradients(model)
-    with npu_patch.applied(model) as report:
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            gradients(model)
+    with npu_patch.applied(model) as report, pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients(model)
     assert kept_copies(report) == []
 
 

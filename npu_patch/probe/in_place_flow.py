@@ -8,27 +8,32 @@ Where in doubt, it may be the same.
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
 import itertools
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
 
 Objects = frozenset[Any]
 NOTHING: Objects = frozenset()
+NO_MEMORY = ("shape", "dtype", "device", "ndim", "size", "dim", "numel", "item", "tolist")  # of the tensor's own
+FILLS = ("append", "extend", "insert", "update", "add")  # a collection
 NEW_MEMORY = ("clone", "cat", "stack", "matmul", "bmm", "embedding", "linear")  # and *_like, new_*
-# Of a called expression: the positions of the arguments that it changes, or None where it cannot be told.
-Changes = Callable[[ast.expr], Iterable[int]]
 
 
 @dataclass(frozen=True)
-class Argument:
-    """Of a call: by position or keyword."""
+class Effect:
+    """Of a function on what it is given, by position and by keyword: what it changes in place, and what its result may
+    be, or be a view of."""
 
-    key: int | str
+    changes: frozenset[int | str]
+    returns: frozenset[int | str]
+
+
+# Of a called expression, as far as it is known.
+EffectOf = Callable[[ast.expr], Effect | None]
 
 
 @dataclass(frozen=True)
@@ -83,23 +88,37 @@ def source_of(code: CodeType) -> Source | None:
 def what_becomes(
     source: Source,
     call: ast.Call,
-    arguments: Iterable[Argument] | None,
+    arguments: Iterable[int | str] | None,
     names: Iterable[str],
     result: bool,
-    of: Changes,
+    effect_of: EffectOf,
 ) -> Later:
     """Of what `call` is given as `arguments` (None: as any), of the variables `names`, and of its `result`."""
-    flow = _Flow(source.tree, of, call, None if arguments is None else tuple(arguments), tuple(names), result)
-    flow.run()
-    return Later(None if flow.line is None else flow.line + source.first - 1, flow.returned)
+    flow = _Flow(source.tree, effect_of, _Watch(call, arguments, tuple(names), result)).run()
+    return Later(None if flow.line is None else flow.line + source.first - 1, bool(flow.returned & flow.seen))
 
 
-def changed_parameters(source: Source, of: Changes) -> tuple[int, ...]:
-    """The positions, `self` included, of the parameters that a function changes in place."""
+def effect(source: Source, bound: bool, effect_of: EffectOf) -> Effect:
+    """Of a function; `bound`: it is called without its first argument."""
+    flow = _Flow(source.tree, effect_of).run()
     names = [each.arg for each in (*source.tree.args.posonlyargs, *source.tree.args.args)]
-    return tuple(
-        index for index, name in enumerate(names) if _Flow(source.tree, of, watched=name).run().line is not None
-    )
+    names_of = {name: (index, name) for index, name in enumerate(names[1:] if bound else names)}
+    names_of |= {each.arg: (each.arg,) for each in source.tree.args.kwonlyargs}
+
+    def keys(objects: Objects) -> frozenset[int | str]:
+        return frozenset(key for name, keys in names_of.items() if name in objects for key in keys)
+
+    return Effect(keys(flow.changed), keys(flow.returned))
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """A call, and what is watched from it on."""
+
+    call: ast.Call
+    arguments: Iterable[int | str] | None
+    names: tuple[str, ...]
+    result: bool
 
 
 @dataclass
@@ -131,47 +150,36 @@ class _Flow:
     """Runs over the statements with nothing known but what names may refer to."""
 
     def __init__(
-        self,
-        tree: ast.FunctionDef | ast.AsyncFunctionDef,
-        changes: Changes,
-        call: ast.Call | None = None,
-        arguments: tuple[Argument, ...] | None = (),
-        names: tuple[str, ...] = (),
-        result: bool = False,
-        watched: str | None = None,
+        self, tree: ast.FunctionDef | ast.AsyncFunctionDef, effect_of: EffectOf, watch: _Watch | None = None
     ) -> None:
-        self.tree, self.changes, self.call, self.arguments = tree, changes, call, arguments
-        self.closed_over, self.result, self.watched = names, result, watched
-        self.line: int | None = None
-        self.returned = False
-        self._new = itertools.count()
-        self._nested: list[ast.AST] = []
-        self._exits: list[_State | None] = []  # of the innermost loop
+        self.tree, self.effect_of, self.watch = tree, effect_of, watch
+        self.line: int | None = None  # where something watched is changed first
+        self.changed = self.returned = self.seen = NOTHING
         first = (*tree.args.posonlyargs, *tree.args.args)
-        self.self_name = first[0].arg if first and first[0].arg == "self" else None
-        self.local = {each.arg for each in ast.walk(tree.args) if isinstance(each, ast.arg)}
+        self._self = first[0].arg if first and first[0].arg == "self" else None
+        self._local = {each.arg for each in ast.walk(tree.args) if isinstance(each, ast.arg)}
+        self._new = itertools.count()
+        self._nested: list[ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda] = []
+        self._exits: list[_State] = []  # of the innermost loop
+        self._ends: list[_State | None] = []
 
     def run(self) -> _Flow:
-        state = _State({name: frozenset([name]) for name in self.local})
-        if self.watched is not None:
-            state.watched = frozenset([self.watched])
-        ends: list[_State | None] = []
-        self._ends = ends
-        ends.append(self._block(self.tree.body, state))
-        last = _join(ends)
+        self._ends.append(self._block(self.tree.body, _State({name: frozenset([name]) for name in self._local})))
+        last, returned = _join(self._ends), self.returned
         for nested in self._nested if last is not None else ():
-            body = nested.body if isinstance(nested.body, list) else [ast.Expr(nested.body)]
             inner = last.copied()
             for each in ast.walk(nested.args):
                 if isinstance(each, ast.arg):
                     inner.names[each.arg] = self._fresh()
-            self._block(body, inner)
+            self._block(nested.body if isinstance(nested.body, list) else [ast.Expr(nested.body)], inner)
+        self.returned = returned
         return self
 
     def _fresh(self) -> Objects:
         return frozenset([next(self._new)])
 
-    def _changed(self, objects: Objects, state: _State, node: ast.AST) -> None:
+    def _change(self, objects: Objects, state: _State, node: ast.AST) -> None:
+        self.changed |= objects
         if self.line is None and objects & state.watched:
             self.line = node.lineno
 
@@ -188,8 +196,8 @@ class _Flow:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             self._nested.append(node)
         elif isinstance(node, ast.Return):
-            if node.value is not None and self._value(node.value, state) & state.watched:
-                self.returned = True
+            self.returned |= NOTHING if node.value is None else self._value(node.value, state)
+            self.seen |= state.watched
             self._ends.append(state)
             return None
         elif isinstance(node, ast.Raise):
@@ -260,12 +268,12 @@ class _Flow:
         if isinstance(node.value, (ast.Tuple, ast.List)):  # a collection grows
             self._put_into(target, value, state)
             return
-        self._changed(self._value(target, state), state, node)
+        self._change(self._value(target, state), state, node)
 
     def _bind(self, target: ast.expr, expression: ast.expr, value: Objects, state: _State) -> None:
         if isinstance(target, ast.Name):
             state.names[target.id] = value
-            self.local.add(target.id)
+            self._local.add(target.id)
         elif isinstance(target, (ast.Tuple, ast.List)):
             each = expression.elts if isinstance(expression, (ast.Tuple, ast.List)) else ()
             alike = len(each) == len(target.elts) and not any(isinstance(one, ast.Starred) for one in target.elts)
@@ -276,11 +284,11 @@ class _Flow:
             self._bind(target.value, expression, value, state)
         elif isinstance(target, ast.Subscript):
             self._value(target.slice, state)
-            self._changed(self._value(target.value, state), state, target)
+            self._change(self._value(target.value, state), state, target)
             self._put_into(target.value, value, state)
         elif isinstance(target, ast.Attribute):
             if target.attr == "data":
-                self._changed(self._value(target.value, state), state, target)
+                self._change(self._value(target.value, state), state, target)
             if self._is_outside(target.value):
                 state.names[ast.unparse(target)] = value
             else:
@@ -290,14 +298,14 @@ class _Flow:
         while isinstance(container, (ast.Subscript, ast.Attribute)) and not self._is_outside(container):
             container = container.value
         name = ast.unparse(container)
-        if isinstance(container, (ast.Name, ast.Attribute)) and name != self.self_name:
+        if isinstance(container, (ast.Name, ast.Attribute)) and name != self._self:
             state.names[name] = self._value(container, state) | value
 
     def _is_outside(self, node: ast.expr) -> bool:
         """`self`, a module or another global, or an attribute of one."""
         while isinstance(node, ast.Attribute):
             node = node.value
-        return isinstance(node, ast.Name) and (node.id == self.self_name or node.id not in self.local)
+        return isinstance(node, ast.Name) and (node.id == self._self or node.id not in self._local)
 
     # Expressions: each gives what its value may be.
 
@@ -308,7 +316,8 @@ class _Flow:
             if self._is_outside(node):
                 name = ast.unparse(node)
                 return state.names.get(name) or frozenset([name])
-            return self._value(node.value, state)
+            value = self._value(node.value, state)
+            return self._fresh() if node.attr in NO_MEMORY else value
         if isinstance(node, ast.Subscript):
             value = self._value(node.value, state)
             self._value(node.slice, state)
@@ -342,9 +351,7 @@ class _Flow:
         return self._fresh()
 
     def _all(self, nodes: Iterable[ast.AST], state: _State) -> Objects:
-        return functools.reduce(
-            frozenset.union, [self._value(each, state) for each in nodes if isinstance(each, ast.expr)], NOTHING
-        )
+        return NOTHING.union(*(self._value(each, state) for each in nodes if isinstance(each, ast.expr)))
 
     def _called(self, node: ast.Call, state: _State) -> Objects:
         function = node.func
@@ -352,55 +359,60 @@ class _Flow:
         owner = self._value(function.value, state) if method else NOTHING
         if not method and not isinstance(function, (ast.Name, ast.Attribute)):
             owner = self._value(function, state)
-        given: list[tuple[Argument | None, Objects]] = []
-        starred = False
+        given: list[tuple[int | str | None, Objects]] = []
         for index, each in enumerate(node.args):
-            starred |= isinstance(each, ast.Starred)
-            given.append((None if starred else Argument(index), self._value(each, state)))
-        for each in node.keywords:
-            given.append((None if each.arg is None else Argument(each.arg), self._value(each.value, state)))
-        every = functools.reduce(frozenset.union, [objects for _, objects in given], owner)
-        if node is self.call:
-            return self._passed(given, every, state)
+            known = not any(isinstance(before, ast.Starred) for before in node.args[: index + 1])
+            given.append((index if known else None, self._value(each, state)))
+        given += [(each.arg, self._value(each.value, state)) for each in node.keywords]
+        if self.watch is not None and node is self.watch.call:
+            return self._watched(given, owner, state)
+        called = None if method else self._effect(function, state)
         name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-        self._changes_of(node, name, method, owner, given, state)
-        if method and isinstance(function.value, ast.Name) and name in ("append", "extend", "insert", "update", "add"):
-            self._put_into(function.value, every, state)
-        if name in NEW_MEMORY or name.endswith("_like") or name.startswith("new_"):
-            return self._fresh()
-        return every | self._fresh()
-
-    def _passed(self, given: list[tuple[Argument | None, Objects]], every: Objects, state: _State) -> Objects:
-        """The call in question: its arguments are watched from here on."""
-        if self.arguments is None:
-            found = every
+        if called is None:
+            self._change_by_convention(node, name, owner if method else None, given, state)
         else:
-            found = [objects for key, objects in given if key is None or key in self.arguments]
-            found = functools.reduce(frozenset.union, found, NOTHING)
-        for name in self.closed_over:
-            found |= state.names.get(name, NOTHING)
+            self._change(_of(given, called.changes), state, node)
+        if method and name in FILLS:
+            self._put_into(function.value, _of(given), state)
+        if name in (*NEW_MEMORY, *NO_MEMORY) or name.endswith("_like") or name.startswith("new_"):
+            return self._fresh()
+        return self._fresh() | (owner | _of(given) if called is None else _of(given, called.returns))
+
+    def _effect(self, function: ast.expr, state: _State) -> Effect | None:
+        """A local name may be one of the modules that an attribute holds: `for layer in self.layers`."""
+        if not isinstance(function, ast.Name) or function.id not in self._local:
+            return self.effect_of(function)
+        known = [each for each in state.names.get(function.id, ()) if isinstance(each, str)]
+        held = len(known) == 1 and known[0].startswith(f"{self._self}.")
+        return self.effect_of(ast.parse(known[0], mode="eval").body) if held else None
+
+    def _watched(self, given: Given, owner: Objects, state: _State) -> Objects:
+        """The call in question: what is watched, is from here on."""
         result = self._fresh()
-        state.watched |= found | (result if self.result else NOTHING)
+        found = owner | _of(given) if self.watch.arguments is None else _of(given, self.watch.arguments)
+        for name in self.watch.names:
+            found |= state.names.get(name, NOTHING)
+        state.watched |= found | (result if self.watch.result else NOTHING)
         return result
 
-    def _changes_of(
-        self,
-        node: ast.Call,
-        name: str,
-        method: bool,
-        owner: Objects,
-        given: list[tuple[Argument | None, Objects]],
-        state: _State,
+    def _change_by_convention(
+        self, node: ast.Call, name: str, owner: Objects | None, given: Given, state: _State
     ) -> None:
-        by_key = {key.key: objects for key, objects in given if key is not None}
-        first = by_key.get(0, by_key.get("input", NOTHING))
+        """torch's: `add_`, `out=`, `inplace=True`."""
+        first = _of(given, (0, "input"))
         if name.endswith("_") and not name.endswith("__") and name != "requires_grad_":
-            self._changed(owner if method else first, state, node)
+            self._change(first if owner is None else owner, state, node)
         for keyword in node.keywords:
             if keyword.arg == "out":
-                self._changed(by_key["out"], state, node)
+                self._change(_of(given, ("out",)), state, node)
             elif keyword.arg == "inplace" and not (isinstance(keyword.value, ast.Constant) and not keyword.value.value):
-                self._changed(first, state, node)
-        if not method and getattr(node.func, "id", None) not in self.local:
-            for key in self.changes(node.func):
-                self._changed(by_key.get(key, NOTHING), state, node)
+                self._change(first, state, node)
+
+
+# What a call is given, by position or keyword; None for what `*` and `**` unpack.
+Given = Sequence[tuple[int | str | None, Objects]]
+
+
+def _of(given: Given, keys: Iterable[int | str] | None = None) -> Objects:
+    """The objects given as one of `keys`, or perhaps; None for all."""
+    return NOTHING.union(*(objects for key, objects in given if keys is None or key is None or key in keys))
