@@ -41,8 +41,9 @@ class Callers:
     effects: dict[Any, Effect | None] = field(default_factory=dict)
     _later: dict[Any, Later | None] = field(default_factory=dict)
 
-    def why_changed_later(self, layer: torch.nn.Module, given: Iterable[Any]) -> str | None:
-        """Asked within the call of `layer`, by what its forward was replaced with: two frames from here."""
+    def why_changed_later(self, layer: torch.nn.Module, given: Iterable[Any], result: bool = False) -> str | None:
+        """Of what is `given` to the call that two frames from here answer, or of its `result`. `layer`: whose call it
+        is; its callers are always asked for the same."""
         frame = sys._getframe(2)
         while frame is not None and not _is_caller(frame):
             frame = frame.f_back
@@ -52,12 +53,11 @@ class Callers:
         key = (id(frame.f_code), frame.f_lasti)
         if key not in of_layer:
             self._source(frame.f_code)  # holds the code
-            of_layer[key] = self._read(sys._getframe(2), list(given))
+            of_layer[key] = self._read(sys._getframe(2), list(given), result)
         return of_layer[key]
 
-    def _read(self, frame: FrameType | None, given: Sequence[Any]) -> str | None:
+    def _read(self, frame: FrameType | None, given: Sequence[Any], returned: bool) -> str | None:
         """Outwards: from call to call, as long as the caller has what is given, as an argument or as a result."""
-        returned = False
         closed_over: tuple[str, ...] = ()
         while True:
             between: list[FrameType] = []
@@ -66,7 +66,7 @@ class Callers:
                 frame = frame.f_back
             if frame is None:
                 return None
-            arguments = _arguments_with(between, given)
+            arguments = _arguments_with(between, given) if given else ()
             if arguments == () and not returned and not closed_over:
                 return None
             later = self._what_becomes(frame, arguments, closed_over, returned)

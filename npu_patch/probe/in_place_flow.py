@@ -414,5 +414,9 @@ Given = Sequence[tuple[int | str | None, Objects]]
 
 
 def _of(given: Given, keys: Iterable[int | str] | None = None) -> Objects:
-    """The objects given as one of `keys`, or perhaps; None for all."""
-    return NOTHING.union(*(objects for key, objects in given if keys is None or key is None or key in keys))
+    """The objects given as one of `keys`, or perhaps, where not all of them are named; None for all."""
+    named = {key for key, _ in given}
+    unpacked = keys is None or not named.issuperset(keys)
+    return NOTHING.union(
+        *(objects for key, objects in given if (unpacked if key is None else keys is None or key in keys))
+    )
