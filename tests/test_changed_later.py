@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import types
 
 import pytest
@@ -9,9 +10,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import npu_patch
+from npu_patch import changed_later
+from npu_patch.deferred_norm import Abandoned, DeferredHeads
+from npu_patch.ops.rms_norm import PLAIN_VARIANTS
 from npu_patch.outcome import Report
+from npu_patch.probe.in_place_flow import Source, what_becomes
 from tests.gradients import relative_error
 from tests.own_layers import own_modeling
 from tests.tiny_models import FAMILIES, tiny, tiny_batch
@@ -290,6 +296,50 @@ LEAVE_IT = (
     LoopsOverSums,
     Collects,
 )
+
+
+class MultipliesItsHeads(Layer):
+    num_key_value_groups = 1
+    is_causal = True
+
+    def attended(self, h: Tensor) -> Tensor:
+        heads = self.mlp(h).unflatten(-1, (2, -1)).transpose(1, 2)
+        y, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](self, heads, heads * 2, heads * 3, None, scaling=0.5)
+        return y
+
+    def forward(self, h: Tensor) -> Tensor:
+        y = self.attended(h)
+        y = y * 3
+        return y.flatten(2)
+
+
+class ScalesItsHeads(MultipliesItsHeads):
+    def forward(self, h: Tensor) -> Tensor:
+        y = self.attended(h)
+        y *= 3
+        return y.flatten(2)
+
+
+class Mixer(nn.Module):
+    def __init__(self, config: object) -> None:
+        super().__init__()
+        self.proj = nn.Linear(config.size, config.size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+class AddsToTheSum(nn.Module):
+    def __init__(self, config: object) -> None:
+        super().__init__()
+        self.mixer, self.mlp, self.norm = Mixer(config), Mixer(config), RMSNorm(config.size)
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h + self.mixer(h)
+        h += 3 * self.mlp(self.norm(h))
+        return h
+
+
 CHECKPOINTING = {"kept": None, "checkpointed": False, "reentrant": True}
 
 
@@ -406,3 +456,93 @@ def test_families_keep_no_copy(family: str, checkpointed: bool, npu: torch.devic
         model(**{name: each.to(npu) for name, each in tiny_batch().items()}).loss.backward()
         assert any(each.calls.ran for each in report if each.patch == "rms_norm")
     assert kept_copies(report) == []
+
+
+@pytest.mark.parametrize("way", CHECKPOINTING)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("changes", [False, True])
+def test_attention_whose_result_is_changed_in_place(
+    changes: bool, dtype: torch.dtype, way: str, npu: torch.device
+) -> None:
+    """The operator keeps its result for the backward; what torch's attention returns here may be changed."""
+    model = own(ScalesItsHeads if changes else MultipliesItsHeads, npu, dtype=dtype)
+    expected = gradients(model, way)
+    with npu_patch.applied(model) as report:
+        found = gradients(model, way)
+        (attention,) = (each for each in report if each.site == "AttentionInterface['sdpa']")
+        assert attention.calls.ran
+        assert ("the result itself" in attention.calls.declined) == changes
+    assert near(found, expected, 2e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_heads_that_wait_for_their_rotation_notice_a_change_of_their_input() -> None:
+    x = torch.randn(2, 5, 3, WIDTH)
+    waiting = DeferredHeads(RMSNorm(WIDTH), x, None, 1e-6, PLAIN_VARIANTS[4])
+    waiting.transpose(1, 2)
+    x.mul_(2)
+    with pytest.raises(Abandoned, match="changed in place"):
+        waiting.transpose(1, 2)
+
+
+@pytest.mark.parametrize("way", ["kept", "checkpointed"])
+def test_a_sum_that_is_changed_in_place_is_not_put_off(way: str, npu: torch.device, two_cores: None) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"first": AddsToTheSum(types.SimpleNamespace(size=WIDTH))}).to(npu, torch.bfloat16)
+    expected = gradients(model, way)
+    with npu_patch.applied(model, triton=True) as report:
+        found = gradients(model, way)
+    assert near(found, expected)
+    assert not any(each.calls.ran for each in report if each.patch == "add_rms_norm")
+
+
+def function(body: str) -> Source:
+    lines = "\n    ".join(body.split("; "))
+    return Source(ast.parse(f"def forward(self, h, other, *rest, out=None):\n    {lines}").body[0], 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("body", "line"),
+    [
+        ("y = self.norm(h); h += y", 3),
+        ("y = self.norm(h); h = h + y; h += y", None),
+        ("y = self.norm(h); h -= y", 3),
+        ("y = self.norm(h); torch.relu_(h)", 3),
+        ("y = self.norm(h); torch.add(other, y, out=h)", 3),
+        ("y = self.norm(h); F.relu(h, inplace=True)", 3),
+        ("y = self.norm(h); F.relu(h, inplace=False)", None),
+        ("y = self.norm(h); h.data = y", 3),
+        ("y = self.norm(h); h.requires_grad_()", None),
+        ("y = self.norm(h); h.T[0].zero_()", 3),
+        ("y = self.norm(h); a, b = h.chunk(2, -1); b *= 2", 4),
+        ("y = self.norm(h); first, *more = self.split(h); more[0].zero_()", 4),
+        ("y = self.norm(h); held = [h]; held[0].zero_()", 4),
+        ("y = self.norm(h); held = []; held.append(h); held[0].zero_()", 5),
+        ("y = self.norm(h); self.last = h; self.last.zero_()", 4),
+        ("y = self.norm(h); h = self.dropout(h); h += y", 4),
+        ("y = self.norm(h); g = h if self.flag else other; g += y", 4),
+        ("y = self.norm(h); (g := h).zero_()", 3),
+        ("y = self.norm(h[:, 1:]); h += y", 3),
+        ("y = self.norm(h[~other]); h[~other] += y", None),
+        ("y = self.norm(h + other); h += y", None),
+        ("y = self.norm(h.clone()); h += y", None),
+        ("other += h; y = self.norm(h)", None),
+        ("other = self.norm(h); other += h", None),
+        ("shape = h.shape; y = self.norm(h); y = y.view(shape); y += 1", None),
+        ("index = 0; y = self.norm(h); index += 1", None),
+    ],
+)
+def test_the_line_that_changes_it(body: str, line: int | None) -> None:
+    source = function(body)
+    (call,) = (
+        each for each in ast.walk(source.tree) if isinstance(each, ast.Call) and "norm" in ast.unparse(each.func)
+    )
+    assert what_becomes(source, call, (0,), (), False, lambda called: None).line == line
+
+
+def test_a_call_costs_no_second_look(npu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = own(AddsToIt, npu)
+    with npu_patch.applied(model):
+        gradients(model)
+        monkeypatch.setattr(changed_later, "what_becomes", None)
+        monkeypatch.setattr(changed_later, "source_of", None)
+        gradients(model)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from npu_patch.ops import experts, gated_delta_rule, qk_norm_rope, rms_norm, rope, swiglu
+from npu_patch.ops import gated_delta_rule, rms_norm, rope, swiglu
 from npu_patch.ops.implementation import Implementation
 from tests.gradients import relative_error
 

@@ -73,7 +73,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         bound = bind(names, args, kwargs)
         if bound is not None and isinstance(bound[0], DeferredSum):
-            half = bound[0].dtype in HALF_DTYPES and torch.is_grad_enabled()
+            half = bound[0].dtype in HALF_DTYPES
             changed = callers.why_changed_later(self, bound[:1]) if half else None
             normed = None if changed else _with_its_sum(readings.of(self), self, bound[0])
             if normed is not None:
@@ -91,8 +91,8 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         eps = getattr(self, reading.eps_name)
         deferral = deferred_norm.current()
         kept = _is_kept_by_the_original(x, weight, *gate)
-        unseen = deferral is not None and x.is_inference()  # has no version
-        changed = callers.why_changed_later(self, (x, *gate)) if kept or unseen else None
+        deferrable = deferral is not None and x.dtype in HALF_DTYPES  # with gradients or without: one function
+        changed = callers.why_changed_later(self, (x, *gate)) if kept or deferrable else None
         deferred = None if deferral is None or changed else deferral.defer(self, x, weight, eps, reading.variant)
         if deferred is not None:
             return TakenOver(deferred)

@@ -369,7 +369,9 @@ class _Flow:
         called = None if method else self._effect(function, state)
         name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
         if called is None:
-            self._change_by_convention(node, name, owner if method else None, given, state)
+            own = isinstance(function, ast.Attribute) and ast.unparse(function).startswith(f"{self._self}.")
+            changed = self._value(function.value, state) if method or own else None
+            self._change_by_convention(node, name, changed, given, state)
         else:
             self._change(_of(given, called.changes), state, node)
         if method and name in FILLS:
