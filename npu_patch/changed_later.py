@@ -10,6 +10,7 @@ theirs too; each layer's callers once. Code without a source may do anything.
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from npu_patch.probe.in_place_flow import Effect, Later, Source, effect, source_
 from npu_patch.sites import innermost, is_own
 
 CALLS_OF_MODULES = (torch.nn.Module._call_impl.__code__, torch.nn.Module._wrapped_call_impl.__code__)
-NO_MODELS = ("npu_patch", *sys.stdlib_module_names)
+NO_MODELS = frozenset(("npu_patch", *sys.stdlib_module_names))
 COMPUTE_ANEW = (torch.nn.Linear, torch.nn.Embedding, torch.nn.LayerNorm, torch.nn.modules.conv._ConvNd)
 DEEPEST = 3  # of calls within calls that are looked into
 
@@ -37,11 +38,12 @@ class Callers:
     known: WeakKeyDictionary[torch.nn.Module, dict[tuple[int, int], str | None]] = field(
         default_factory=WeakKeyDictionary
     )
+    of_others: dict[tuple[int, int], str | None] = field(default_factory=dict)  # what passes for a layer
     sources: dict[int, tuple[CodeType, Source | None]] = field(default_factory=dict)
     effects: dict[Any, Effect | None] = field(default_factory=dict)
     _later: dict[Any, Later | None] = field(default_factory=dict)
 
-    def why_changed_later(self, layer: torch.nn.Module, given: Iterable[Any], result: bool = False) -> str | None:
+    def why_changed_later(self, layer: Any, given: Iterable[Any], result: bool = False) -> str | None:
         """Of what is `given` to the call that two frames from here answer, or of its `result`. `layer`: whose call it
         is; its callers are always asked for the same."""
         frame = sys._getframe(2)
@@ -49,7 +51,7 @@ class Callers:
             frame = frame.f_back
         if frame is None:
             return None
-        of_layer = self.known.setdefault(layer, {})
+        of_layer = self.known.setdefault(layer, {}) if isinstance(layer, torch.nn.Module) else self.of_others
         key = (id(frame.f_code), frame.f_lasti)
         if key not in of_layer:
             self._source(frame.f_code)  # holds the code
@@ -163,7 +165,9 @@ def _is_caller(frame: FrameType) -> bool:
     return frame.f_code not in CALLS_OF_MODULES and not frame.f_code.co_name.startswith("<") and _is_own(name)
 
 
+@functools.cache
 def _is_own(name: str) -> bool:
+    """By the name of a module: asked in every call of a layer."""
     return is_own(name) and name.split(".", 1)[0] not in NO_MODELS
 
 
