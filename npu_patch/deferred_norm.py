@@ -30,18 +30,25 @@ class Abandoned(Exception):
 class DeferredHeads:
     """q or k before its norm: x `[B, H, S, D]` or `[B, S, H, D]`, to be normalized over D. Not a tensor."""
 
-    __slots__ = ("eps", "norm", "variant", "weight", "x")
+    __slots__ = ("eps", "norm", "variant", "version", "weight", "x")
 
     def __init__(
         self, norm: torch.nn.Module, x: Tensor, weight: Tensor | None, eps: float, variant: RMSNormVariant
     ) -> None:
         self.norm, self.x, self.weight, self.eps, self.variant = norm, x, weight, eps, variant
+        self.version = _version(x)
 
     def transpose(self, first: int, second: int) -> DeferredHeads:
         """Of the dimensions 1 and 2, which no norm over the last one touches."""
         if {first, second} != {1, 2} or self.x.dim() != 4:
             raise Abandoned(f"q or k is transposed over {first} and {second} after its norm")
+        self.check()
         return DeferredHeads(self.norm, self.x.transpose(1, 2), self.weight, self.eps, self.variant)
+
+    def check(self) -> None:
+        """The norm is that of x as it was given."""
+        if _version(self.x) != self.version:
+            raise Abandoned("what q or k was normalized from is changed in place before the rotation")
 
     def __getattr__(self, name: str) -> Any:
         raise Abandoned(f"q or k is used ({name}) between its norm and its rotation")
@@ -49,6 +56,10 @@ class DeferredHeads:
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise Abandoned(f"q or k goes through {getattr(function, '__name__', function)} after its norm")
+
+
+def _version(x: Tensor) -> int | None:
+    return None if x.is_inference() else x._version
 
 
 Rotate = Callable[[RoPEReading, DeferredHeads, DeferredHeads, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -108,6 +119,8 @@ def rotate_deferred(
         raise Abandoned("one of q and k is rotated without the other")
     if reading.signature.sections or dimension != 1 or not (isinstance(cos, Tensor) and isinstance(sin, Tensor)):
         raise Abandoned("the tables are laid out in another way")
+    for each in tensors:
+        each.check()
     rotated = deferral.rotate(reading, *tensors, cos, sin)
     deferral.done = True
     return rotated

@@ -64,7 +64,7 @@ def loaded_modeling_modules() -> list[ModuleType]:
 def modules_of_model(model: torch.nn.Module) -> list[ModuleType]:
     """The modules that define the classes of `model`, wherever its author put them."""
     names = {cls.__module__: None for module in model.modules() for cls in type(module).__mro__}
-    found = [sys.modules[name] for name in names if name in sys.modules and _is_own(name)]
+    found = [sys.modules[name] for name in names if name in sys.modules and is_own(name)]
     return [module for module in found if isinstance(module, ModuleType)]
 
 
@@ -85,7 +85,7 @@ def displaced_classes(model: torch.nn.Module) -> list[Displaced]:
     """By their modules."""
     classes: dict[str, dict[str, type]] = {}
     for cls in {cls for module in model.modules() for cls in type(module).__mro__}:
-        named = getattr(sys.modules.get(cls.__module__), cls.__name__, cls) if _is_own(cls.__module__) else cls
+        named = getattr(sys.modules.get(cls.__module__), cls.__name__, cls) if is_own(cls.__module__) else cls
         if named is not cls:
             classes.setdefault(cls.__module__, {})[cls.__name__] = cls
     found = []
@@ -96,7 +96,7 @@ def displaced_classes(model: torch.nn.Module) -> list[Displaced]:
     return found
 
 
-def _is_own(name: str) -> bool:
+def is_own(name: str) -> bool:
     return is_modeling_module(name) or name.split(".", 1)[0] not in FOREIGN_PACKAGES
 
 
@@ -113,7 +113,7 @@ def functions(module: ModuleType) -> Iterator[Site]:
     """Each function in the namespace of `module` that comes from modeling code, as it is bound there."""
     for name, value in list(vars(module).items()):
         function = unwrapped(value)
-        if function is not None and function.__module__ is not None and _is_own(function.__module__):
+        if function is not None and function.__module__ is not None and is_own(function.__module__):
             yield Site(module, name, value)
 
 

@@ -20,6 +20,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from npu_patch.kernels import launch, qk_norm_rope_backward, qk_norm_rope_forward
 from npu_patch.kernels.partial_sums import sum_rows
+from npu_patch.kernels.results import changeable
 from npu_patch.kernels.variants import GAMMAS
 
 # As tuned on an H200; heads that are rotated in part hold two kinds of tiles, which suit other sizes.
@@ -90,7 +91,7 @@ class _QKNormRoPE(torch.autograd.Function):
         ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
         ctx.norm = norm
         q_out, k_out = forward(q, k, q_weight, k_weight, cos, sin, norm, dtype or q.dtype)
-        return q_out.transpose(1, 2), k_out.transpose(1, 2)
+        return changeable(q_out.transpose(1, 2)), changeable(k_out.transpose(1, 2))
 
     @staticmethod
     @once_differentiable
@@ -121,7 +122,7 @@ class _PackedQKNormRoPE(torch.autograd.Function):
         ctx.heads, ctx.norm = heads, norm
         q, k, v = _unpacked(qkv, heads)
         q_out, k_out = forward(q, k, q_weight, k_weight, cos, sin, norm, dtype or qkv.dtype)
-        return q_out.transpose(1, 2), k_out.transpose(1, 2), v.transpose(1, 2)
+        return tuple(changeable(result.transpose(1, 2)) for result in (q_out, k_out, v))
 
     @staticmethod
     @once_differentiable

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from npu_patch.kernels.results import changeable
 from npu_patch.ops import gated_delta_algebra as algebra
 from npu_patch.ops.gated_delta_chunks import NORM_EPS, Problem
 from npu_patch.ops.gated_delta_layout import boundaries, layout_for
@@ -144,7 +145,7 @@ class _ChunkGatedDeltaRule(torch.autograd.Function):
             o, final, kept = algebra.forward(problem, wants_final, any(ctx.needs_input_grad))
         if kept is not None:
             ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, *kept)
-        return o, final
+        return changeable(o), None if final is None else changeable(final)
 
     @staticmethod
     @once_differentiable

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_patch.kernels.results import changeable
 from npu_patch.ops.implementation import Implementation, is_plain, layout, needs_operators
 from npu_patch.ops.operators import Operator
 
@@ -152,7 +153,7 @@ class _Rotate(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.kernel, ctx.pairing = kernel, pairing
         ctx.save_for_backward(cos, sin)
-        return tuple(_rotate_first(kernel, tensor, cos, sin, pairing) for tensor in tensors)
+        return tuple(changeable(_rotate_first(kernel, tensor, cos, sin, pairing)) for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -4,6 +4,7 @@ Rebinds    entries of `AttentionInterface` and `AttentionMaskInterface`, which e
            the function of masking_utils that reads packed position ids.
 To         `npu_fusion_attention`, with masks as patterns wherever transformers makes them from patterns; single tokens
            that need no backward to `npu_fused_infer_attention_score`.
+           The operator keeps its result for the backward: a layer that changes it in place gets a copy.
 Not when   the model's attention is eager, flex or its own. A call falls through for softcap, requested attention
            weights, paged caches, compilation, tensors on another device and the operator's limits.
 Delete     when transformers' sdpa on NPU keeps additive masks and makes no mask for windows and packed sequences, and
@@ -17,7 +18,10 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from npu_patch.bypassed import SDPA
+from npu_patch.changed_later import Callers
 from npu_patch.ops.attention import IMPLEMENTATIONS
 from npu_patch.outcome import Calls
 from npu_patch.patches import attention_flash, attention_mask, attention_sdpa
@@ -147,8 +151,27 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         """What falls through sees masks, not patterns."""
         return site.original(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
 
-    function = replacement_for(original, calls, door.serve(site.original, context), named_after=site.original)
+    serve = door.serve(site.original, context)
+    if door.holder is _attention_entries:
+        serve = _with_a_result_to_change(serve, calls)
+    function = replacement_for(original, calls, serve, named_after=site.original)
     return Replacement(function, door.variant, calls)
+
+
+def _with_a_result_to_change(serve: Callable[..., Any], calls: Calls) -> Callable[..., Any]:
+    callers = Callers()
+
+    def kept(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = serve(module, *args, **kwargs)
+        if type(result) is not tuple or torch.compiler.is_compiling() or not result[0].requires_grad:
+            return result
+        changed = callers.why_changed_later(module, (), result=True)
+        if changed is None:
+            return result
+        calls.declined["the result itself"] = f"a copy is returned: {changed}"
+        return result[0].clone(), *result[1:]
+
+    return kept
 
 
 def find(module: ModuleType) -> Iterable[Site]:

@@ -4,7 +4,8 @@ Rebinds    `forward` of the class, so that instances made later, deep copies and
 To         `npu_rms_norm`: one kernel that rounds once, for the five or more of the original; or the Triton kernel,
            which does a gate in the same launch.
 Not when   the forward computes something else (grouped or gate-first norms, norms of norms), or the class is a
-           checkpointing layer. A call falls through for tensors on another device, DTensors and odd dtypes.
+           checkpointing layer. A call falls through for tensors on another device, DTensors and odd dtypes. Where the
+           caller changes the input in place afterwards, a copy of it is what the backward gets.
 Delete     when transformers' kernel mapping has an NPU entry for every norm variant and needs no package for it.
 """
 
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from npu_patch import deferred_norm
 from npu_patch.bypassed import SILU, Bypassed
+from npu_patch.changed_later import Callers
 from npu_patch.deferred_sum import DeferredSum
 from npu_patch.measure import Case
-from npu_patch.ops.rms_norm import IMPLEMENTATIONS, case
+from npu_patch.ops.rms_norm import HALF_DTYPES, IMPLEMENTATIONS, case
 from npu_patch.outcome import Calls
 from npu_patch.patches.patch import (
     Context,
@@ -65,17 +67,19 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
     for reading in found.readings:
         values = tuple(reading.configuration.get(name) for name in configuration)
         readings.known[(cls, *values) if configuration else cls] = reading
-    calls = Calls()
+    calls, callers = Calls(), Callers()
     device_type, in_float32 = context.device_type, context.switches["gated_rmsnorm_fp32"]
     selection = context.selection(lambda live: _cases(cls, readings, live))
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         bound = bind(names, args, kwargs)
         if bound is not None and isinstance(bound[0], DeferredSum):
-            normed = _with_its_sum(readings.of(self), self, bound[0])
+            half = bound[0].dtype in HALF_DTYPES
+            changed = callers.why_changed_later(self, bound[:1]) if half else None
+            normed = None if changed else _with_its_sum(readings.of(self), self, bound[0])
             if normed is not None:
                 return TakenOver(normed)
-            bound[0] = bound[0].tensor()
+            bound[0] = bound[0].tensor(changed or "")
         if bound is None or not all(isinstance(value, Tensor) for value in bound):
             return Unserved("arguments that are no tensors")
         x, *gate = bound
@@ -87,9 +91,15 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         weight = getattr(self, reading.weight_name) if reading.weight_name else None
         eps = getattr(self, reading.eps_name)
         deferral = deferred_norm.current()
-        deferred = None if deferral is None else deferral.defer(self, x, weight, eps, reading.variant)
+        kept = _is_kept_by_the_original(x, weight, *gate)
+        deferrable = deferral is not None and x.dtype in HALF_DTYPES  # with gradients or without: one function
+        changed = callers.why_changed_later(self, (x, *gate)) if kept or deferrable else None
+        deferred = None if deferral is None or changed else deferral.defer(self, x, weight, eps, reading.variant)
         if deferred is not None:
             return TakenOver(deferred)
+        if kept and changed:
+            calls.declined["the input itself"] = f"a copy is kept: {changed}"
+            x, *gate = (tensor.clone() for tensor in (x, *gate))
         call = (reading.variant, x, weight, eps, *gate)
         serving = selection.serving(_key(reading, x.shape[-1], x.dtype, weight), calls, *call)
         if isinstance(serving, str):
@@ -110,6 +120,14 @@ def _with_its_sum(reading: RMSNormReading | None, norm: torch.nn.Module, total: 
         return None
     weight = getattr(norm, reading.weight_name) if reading.weight_name else None
     return total.normalized(reading.variant, weight, getattr(norm, reading.eps_name))
+
+
+def _is_kept_by_the_original(x: Tensor, weight: Tensor | None, *gate: Tensor) -> bool:
+    """Whether a backward will need the input, of which the original has a copy in float32. What is compiled keeps what
+    it needs."""
+    if x.dtype not in HALF_DTYPES or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return any(tensor is not None and tensor.requires_grad for tensor in (x, weight, *gate))
 
 
 def _key(reading: RMSNormReading, width: int, dtype: torch.dtype, weight: Tensor | None) -> Hashable:
