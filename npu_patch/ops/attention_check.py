@@ -1,4 +1,4 @@
-"""What of the attention operators is checked on a device before they serve a model, and which calls a verdict holds for.
+"""What of the attention operators is checked on a device before they serve a model, and for which calls that holds.
 
 A form is what the kernels have paths of their own for: each kind of mask, packed sequences, a bias, single queries with
 a cache. Lengths cross the blocks of the kernels: 128 queries, and for single queries 512 keys, beyond which an operator

@@ -1,7 +1,7 @@
 """One new token per sample: `npu_fused_infer_attention_score`, which has no backward and keeps nothing for one.
 
-Beyond 512 keys some releases ignore a bool mask `[., 1, 1, S]` without a word; a bias with all heads, `[., N, 1, S]`, is
-right there at every length (https://github.com/vllm-project/vllm-ascend/issues/15503). So longer masks go as a bias.
+Beyond 512 keys some releases ignore a bool mask `[., 1, 1, S]` without a word; a bias with all heads, `[., N, 1, S]`,
+is right there at every length (https://github.com/vllm-project/vllm-ascend/issues/15503). So longer masks go as a bias.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What of the experts' operators is checked on a device before they serve a model: one small layer of the same form, a few
-of its experts, one of them without a token.
+"""What of the experts' operators is checked on a device before they serve a model: a layer of the same form with a few
+experts, one of them without a token.
 """
 
 from __future__ import annotations

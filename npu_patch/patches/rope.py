@@ -89,9 +89,9 @@ def _cases(site: Site, reading: RoPEReading, live: LiveModules) -> Iterator[tupl
     layers = [module for module in live if type(module).__module__ == site.owner.__name__]
     users = {cls for cls in map(type, layers) if site.name in names_used(cls.forward)}
     for sizes in head_sizes((layer for layer in layers if type(layer) in users), live):
-        rotary = sizes.rotary if reading.partial else sizes.head_dim
+        head_dim = sizes.head_dim if reading.partial else sizes.rotary  # of what is given to it
         for dtype in dict.fromkeys((live.dtype, torch.float32)):
-            key = CallSizes(sizes.head_dim, rotary, dtype)
+            key = CallSizes(head_dim, sizes.rotary, dtype)
             yield key, case(reading.variant, max(sizes.heads, sizes.key_heads), key)
 
 

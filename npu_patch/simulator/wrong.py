@@ -33,7 +33,7 @@ def wrong_operator(
 ) -> Iterator[None]:
     """`torch.ops.npu.NAME` answers wrongly within the block; its backward is an operator of its own.
 
-    `factor`: what its floating-point results are multiplied by, NaN included. `given`: it computes from these arguments
+    The name that torch_npu gives its kernel under autograd, `_NAME`, means the same. `factor`: what its floating-point results are multiplied by, NaN included. `given`: it computes from these arguments
     instead of those that it was given; both by the names of its schema, as CPU tensors over the same memory. `error`:
     it raises this. `where`: only in such calls. Blocks may nest.
 
@@ -55,14 +55,14 @@ def wrong_operator(
 
 
 def is_any(name: str) -> bool:
-    return any(each.name == name for each in _wrong)
+    return any(each.name == name.removeprefix("_") for each in _wrong)
 
 
 def spoiled(name: str, compute: Callable[[Arguments], Any], arguments: Arguments) -> Any:
     """The result of `compute(arguments)` as the wrong operators of this name have it."""
     factor = 1.0
     for each in _wrong:
-        if each.name == name and each.where(arguments):
+        if each.name == name.removeprefix("_") and each.where(arguments):
             if each.error is not None:
                 raise each.error
             arguments, factor = each.given(arguments), factor * each.factor
