@@ -27,6 +27,7 @@ FEW_TOKENS = 5
 # Of the largest input that is timed: 4096 tokens of a model 4096 wide, in 32 heads.
 ELEMENTS, MOST_ROWS = 2**24, 2**17
 WARM_UPS, RUNS, IN_A_ROW = 3, 7, 4
+ENOUGH_S = 0.5  # of one alternative: fewer runs where they take that long
 # Relative to the largest element. Results are rounded once or twice; a wrong one is off by its own size.
 ALLOWED = {torch.float32: 1e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
 # Of operators that multiply matrices: a device may take float32 ones in parts of fewer bits.
@@ -179,9 +180,14 @@ def _median_time(case: Case, alternative: Alternative, device: torch.device, sto
     def forward_and_backward() -> None:
         torch.autograd.grad(case.call(alternative.run, *leaves), leaves, gradient)
 
-    for _ in range(WARM_UPS):
+    forward_and_backward()  # compiles, if it is a kernel that must be
+    enough = time.perf_counter() + ENOUGH_S
+    for _ in range(WARM_UPS - 1):
         forward_and_backward()
-    return statistics.median(stopwatch(forward_and_backward) for _ in range(RUNS))
+    found = [stopwatch(forward_and_backward)]
+    while len(found) < RUNS and time.perf_counter() < enough:
+        found.append(stopwatch(forward_and_backward))
+    return statistics.median(found)
 
 
 def _timed_tokens(case: Case) -> int:

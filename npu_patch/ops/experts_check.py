@@ -17,8 +17,8 @@ from npu_patch.ops.experts import Experts, reference, silu_of_halves
 from npu_patch.ops.grouped_matmul import Weights
 from npu_patch.ops.implementation import dtype_name
 
-EXPERTS, CHOICES, TOKENS = 4, 2, 12
-IDLE = 2  # the expert without a token
+EXPERTS, CHOICES, TOKENS = 3, 2, 12
+IDLE = 1  # the expert without a token
 MOST_ELEMENTS = 2**22  # of one expert's first weight; beyond that it is checked narrower inside
 STEP = 16  # what inner widths are a multiple of, where they are made narrower
 
@@ -108,10 +108,11 @@ def _shapes(form: ExpertsForm, width_in: int, width_out: int) -> list[tuple[int,
 
 
 def _indices(tokens: int) -> Tensor:
-    """Not sorted, and no two choices of a token alike."""
+    """Not sorted, no two choices of a token alike, and none on the idle expert."""
     busy = [expert for expert in range(EXPERTS) if expert != IDLE]
-    chosen = [[busy[(7 * token + choice) % len(busy)] for choice in range(CHOICES)] for token in range(tokens)]
-    return torch.tensor(chosen)
+    return torch.tensor(
+        [[busy[(token * token + choice) % len(busy)] for choice in range(CHOICES)] for token in range(tokens)]
+    )
 
 
 def _gate(up_width: int, inner: int) -> Callable[[Tensor], Tensor]:

@@ -31,9 +31,10 @@ def wrong_operator(
     given: Callable[[Arguments], Arguments] = lambda arguments: arguments,
     error: Exception | None = None,
 ) -> Iterator[None]:
-    """`torch.ops.npu.NAME` answers wrongly within the block; its backward is an operator of its own.
+    """`torch.ops.npu.NAME` answers wrongly within the block, and its form for autograd, `_NAME`; its backward is an
+    operator of its own.
 
-    The name that torch_npu gives its kernel under autograd, `_NAME`, means the same. `factor`: what its floating-point results are multiplied by, NaN included. `given`: it computes from these arguments
+    `factor`: what its floating-point results are multiplied by, NaN included. `given`: it computes from these arguments
     instead of those that it was given; both by the names of its schema, as CPU tensors over the same memory. `error`:
     it raises this. `where`: only in such calls. Blocks may nest.
 
