@@ -4,8 +4,8 @@
 
 Models of 60 layers: tiny ones with weights on the device, and real widths on the meta device. On a simulated NPU the
 checks are asked for, and so is choosing between operators and Triton kernels by time, with kernels that cost nothing
-and a clock that is made up: what remains is what npu_patch does itself, and float64 on the host. Limits: 10 s and 1 s, of
-wall time; on a simulated NPU of processor time, as nothing waits for a device there, and others may use the machine.
+and a clock that is made up: what remains is what npu_patch does itself, and float64 on the host. Limits: 10 s and 1 s,
+of wall time; on a simulated NPU of processor time, as nothing waits for a device there, and others may use the machine.
 """
 
 from __future__ import annotations
