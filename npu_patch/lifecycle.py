@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from npu_patch import log, replaced_before
+from npu_patch import log, replaced_before, self_check
 from npu_patch.deferred_norm import takes_part_as
 from npu_patch.journal import Journal
 from npu_patch.ops.implementation import Choice, choose
@@ -27,7 +27,8 @@ from npu_patch.patched_site import PatchedSite, as_they_stand, bound_since, own_
 from npu_patch.patches import CATALOGUE
 from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.report_text import headline
-from npu_patch.selection import NO_MODEL, Measurer, Selection
+from npu_patch.selection import NO_MODEL
+from npu_patch.self_check import Decisions
 from npu_patch.sites import (
     Displaced,
     LateImports,
@@ -212,9 +213,12 @@ class Walk:
     switches: Switches
     report: Report
     tuning: Tuning = field(default_factory=Tuning)
-    measurer: Measurer | None = None
     kept_options: Counter[Kept] = field(default_factory=Counter)  # by sites
     searched: set[tuple[str, int, str]] = field(default_factory=set)  # in registries: patch, id of the registry, name
+
+    def __post_init__(self) -> None:
+        self.checked = self_check.wanted(self.switches, self.device_type)
+        self.decisions = Decisions(self.device_type, self.switches["triton_cache"], self.checked)
 
     def run(self) -> None:
         patches = self._enabled()
@@ -224,9 +228,10 @@ class Walk:
         if self.model is None:
             hook = LateImports(lambda module: self._after_late_import(patches, module))
             _STATE.journal.insert(sys.meta_path, hook)
+            if self.checked:
+                self.report.notes.append(self_check.NO_MODEL)
         else:
-            if self.measurer is not None:
-                self.measurer.kept.write()
+            self.decisions.decide(_STATE.journal, self.report)
             self._reach_live_layers(self.model)
             self._warn(patches)
             if getattr(self.model, "use_kernels", False) or getattr(self.model, "_use_kernels", False):
@@ -319,9 +324,8 @@ class Walk:
             if held.outcome.patch == patch.name:
                 held.outcome.layers = layers
                 self.kept_options.update(kept_at(held, patch, self.switches))
-                if held.replacement.selection is not None and context.live is not None:
-                    self._measure(held.replacement.selection, context.live)
-                    held.outcome.describe(held.replacement.selection)
+                self.decisions.add(held.replacement.selection, context.live)
+                self.decisions.describe(held.replacement.selection, held.outcome)
                 self.report.outcomes.append(held.outcome)
                 return
         if not (patch.around or all(held.around for held in stack)):
@@ -331,8 +335,7 @@ class Walk:
             with _STATE.journal.transaction():
                 decision = patch.replace(site, context)
                 if isinstance(decision, Replacement):
-                    if decision.selection is not None and context.live is not None:
-                        self._measure(decision.selection, context.live)
+                    self.decisions.add(decision.selection, context.live)
                     choices = self.tuning.of(patch.name, site.label, decision.variant) if patch.tunable else {}
                     if choices and set(choices.values()) == {ORIGINAL}:
                         decision.calls.deactivate()
@@ -375,6 +378,8 @@ class Walk:
             and each.name not in _absent(choice)
             and (each is not choice.chosen or choice.candidates)  # the usual one, unless that may be a Triton kernel
         }
+        for other in others.values():
+            self.decisions.add(getattr(other, "selection", None), context.live)
         ways = {name: (other.function, other.calls) for name, other in others.items() if isinstance(other, Replacement)}
         function = tuned(replacement.function, site.original, replacement.calls, choices, ways)
         takes_part_as(function, replacement.function)
@@ -395,8 +400,7 @@ class Walk:
             calls=replacement.calls,
             layers=layers,
         )
-        if replacement.selection is not None:
-            outcome.describe(replacement.selection)
+        self.decisions.describe(replacement.selection, outcome)
         self._bind(PatchedSite(site, replacement, outcome, patch.around, self.switches))
         self.report.outcomes.append(outcome)
 
@@ -412,16 +416,6 @@ class Walk:
 
         _STATE.journal.rebind(site.owner, site.name, replacement.function, on_undo=forget)
         _STATE.patched.setdefault(key, []).append(patched)
-
-    def _measure(self, selection: Selection, live: LiveModules) -> None:
-        """Decides between the usual and the optional implementations at the sizes of the model's layers."""
-        cases = selection.unmeasured(live)
-        if not cases:
-            return
-        if self.measurer is None:
-            self.measurer = Measurer.of(self.device_type, self.switches["triton_cache"])
-        verdicts = {key: self.measurer.judge(case, selection.choice) for key, case in cases.items()}
-        _STATE.journal.rebind(selection, "verdicts", {**selection.verdicts, **verdicts})
 
     def _failed(self, patch: Patch, label: str, error: Exception) -> None:
         if self.strict:

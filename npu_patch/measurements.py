@@ -1,4 +1,4 @@
-"""What was measured on this device with these versions, kept between processes in one JSON file."""
+"""What was measured and checked on this device with these versions, kept between processes in one JSON file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from npu_patch.atomic_file import write_atomically
 from npu_patch.measure import Measured
 from npu_patch.measured_on import MeasuredOn
 
-FORMAT = 1
+FORMAT = 2
 
 
 def default_path(measured_on: MeasuredOn) -> Path:
@@ -32,6 +32,7 @@ class Measurements:
     path: Path
     measured_on: MeasuredOn
     measured: dict[str, dict[str, Measured]] = field(default_factory=dict)
+    changed: bool = False  # since it was read or written
 
     @classmethod
     def read(cls, path: Path, measured_on: MeasuredOn) -> Measurements:
@@ -49,9 +50,13 @@ class Measurements:
 
     def keep(self, case: str, alternative: str, measured: Measured) -> None:
         self.measured.setdefault(case, {})[alternative] = measured
+        self.changed = True
 
     def write(self) -> None:
         """Atomically: a reader sees the old file or the new one. One that cannot be written is a line of log."""
+        if not self.changed:
+            return
+        self.changed = False
         content = {"format": FORMAT, **asdict(self.measured_on), "measured": _plain(self.measured)}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +82,6 @@ def _parsed(content: Any, measured_on: MeasuredOn) -> dict[str, dict[str, Measur
 
 def _measured(wrong: Any, seconds: Any) -> Measured:
     number = seconds is None or (isinstance(seconds, float) and 0.0 < seconds < float("inf"))
-    if not number or not (wrong is None or isinstance(wrong, str)) or (seconds is None) == (wrong is None):
+    if not number or not (wrong is None or isinstance(wrong, str)) or (seconds is not None and wrong is not None):
         raise ValueError(f"no measurement: wrong={wrong!r}, seconds={seconds!r}")
     return Measured(wrong, seconds)

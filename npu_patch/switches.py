@@ -51,7 +51,14 @@ SWITCHES: tuple[Switch, ...] = (
     Switch("gated_rmsnorm_fp32", "GATED_RMSNorm_FP32", False, "gated RMSNorm computed in float32"),
     Switch("swiglu_recompute", "SWIGLU_RECOMPUTE", False, "making SwiGLU's product again in the backward"),
     Switch("triton", "TRITON", AUTO, "Triton kernels beside torch_npu's operators", kind="auto"),
-    Switch("triton_cache", "TRITON_CACHE", None, "the file that keeps the times of Triton kernels", kind="path"),
+    Switch(
+        "triton_cache",
+        "TRITON_CACHE",
+        None,
+        "the file that keeps the times of Triton kernels and the verdicts on operators",
+        kind="path",
+    ),
+    Switch("self_check", "SELF_CHECK", True, "checking operators on a real device against float64 before they serve"),
 )
 BY_NAME: Mapping[str, Switch] = MappingProxyType({switch.name: switch for switch in SWITCHES})
 

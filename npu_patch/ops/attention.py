@@ -43,7 +43,8 @@ class Attention:
     `hidden`: bool, True where a query does not see a key, in one of the operator's shapes (`in_operator_shape`); not
     together with a `band`. `bias`: added to the scaled scores, broadcasts to `[B, N, Sq, Skv]`. `sink`: `[N]`, one more
     logit in each softmax. `ends`: where each packed sequence ends, for queries and for keys. `empty_rows_give_zero`:
-    what a query without any key gets; else the mean of the values.
+    what a query without any key gets; else the mean of the values. `by_inference`: a single query may go to the
+    inference operator.
     """
 
     scale: float
@@ -54,6 +55,7 @@ class Attention:
     dropout: float = 0.0
     ends: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     empty_rows_give_zero: bool = True
+    by_inference: bool = True
 
 
 def _npu_attention(query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> Tensor:

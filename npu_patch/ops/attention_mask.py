@@ -7,6 +7,8 @@ length: the kernel reads it at the diagonal blocks only.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -118,3 +120,14 @@ def compressed_mask(device: torch.device) -> Tensor:
     """
     with torch.inference_mode(False):
         return torch.ones(COMPRESSED, COMPRESSED, dtype=torch.bool, device=device).triu_(1)
+
+
+@contextlib.contextmanager
+def nothing_kept() -> Iterator[None]:
+    """A constant that was not there before is not there afterwards, but for who saved it."""
+    before = compressed_mask.cache_info().currsize
+    try:
+        yield
+    finally:
+        if not before:
+            compressed_mask.cache_clear()

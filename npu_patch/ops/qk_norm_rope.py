@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from npu_patch.kernels.variants import GAMMAS
-from npu_patch.measure import Alternative, Case
+from npu_patch.measure import Alternative, Case, numbers
 from npu_patch.ops.implementation import TRITON, Implementation, dtype_name, is_plain, layout, needs_triton
 from npu_patch.ops.rms_norm import CASE_EPS, FLOAT_DTYPES, RMSNormVariant
 from npu_patch.ops.rope import HALF, RoPEVariant, rotate
-from npu_patch.probe.room import values
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ def case(sizes: Sizes, norm: RMSNormVariant, rope: RoPEVariant, original: Altern
         if key not in tables:
             tables.clear()
             shape = (1, x.shape[0], rope.table.width(sizes.rotary))
-            tables[key] = tuple(values(shape, seed, sizes.dtype).to(x.device, x.dtype) for seed in (7, 8))
+            tables[key] = tuple(numbers(shape, seed, sizes.dtype).to(x.device, x.dtype) for seed in (7, 8))
         return tables[key]
 
     def call(run: Callable[..., Any], q: Tensor, k: Tensor, *weights: Tensor) -> Tensor:

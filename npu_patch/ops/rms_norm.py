@@ -286,4 +286,5 @@ def case(variant: RMSNormVariant, width: int, dtype: torch.dtype, weight_dtype: 
         lambda tokens: [((tokens, width), each) for each in rows] + row,
         call,
         definition,
+        why_not=call,
     )

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from npu_patch.kernels.results import changeable
-from npu_patch.ops.implementation import Implementation, is_plain, layout, needs_operators
+from npu_patch.measure import Case
+from npu_patch.ops.implementation import Implementation, dtype_name, is_plain, layout, needs_operators
 from npu_patch.ops.operators import Operator
+from npu_patch.probe.room import values
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NPU_ROTARY_MUL = Operator("npu_rotary_mul", ("rotary_mode",))  # _Rotate is its derivative
@@ -274,3 +276,47 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     ),
     Implementation("torch, float32", ("cuda", "cpu"), _torch_rotary_mul, _unsupported_anywhere),
 )
+
+
+@dataclass(frozen=True)
+class CallSizes:
+    """What a self-check of a rotation holds for: how wide a head is, how much of it is rotated, and in which dtype."""
+
+    head_dim: int
+    rotary: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x: Tensor, cos: Tensor, variant: RoPEVariant) -> CallSizes:
+        return cls(x.shape[-1], _rotary_dim(cos, variant), torch.promote_types(x.dtype, cos.dtype))
+
+
+def case(variant: RoPEVariant, heads: int, sizes: CallSizes) -> Case:
+    """`[2, N, S, D]` as models have it, `[2, S, N, D]` in memory, with one table for both samples."""
+
+    def tables(tokens: int) -> list[Tensor]:
+        """Of angles, in the dtype of the call: what is rounded in them is rounded for everyone."""
+        width = variant.table.width(sizes.rotary)
+        places = torch.frombuffer(bytearray(range(tokens)), dtype=torch.uint8).view(1, 1, -1, 1)
+        angles = places.double() * 10000.0 ** -(values((width,), 7).double().abs() % 1.0)
+        return [table.to(sizes.dtype) for table in (angles.cos(), angles.sin())]
+
+    def rotated(rotate: Callable[..., Any], x: Tensor) -> Any:
+        heads = x.transpose(1, 2)
+        return rotate(heads, *(table.to(x.device, x.dtype) for table in tables(x.shape[1])))
+
+    def call(kernel: Callable[..., Tensor], x: Tensor) -> Tensor:
+        return rotated(lambda heads, cos, sin: rotate(variant, kernel, [heads], cos, sin)[0], x)
+
+    def why_not(unsupported: Callable[..., str | None], x: Tensor) -> str | None:
+        return rotated(lambda heads, cos, sin: unsupported([heads], cos, sin, variant), x)
+
+    part = "" if sizes.rotary == sizes.head_dim else f", {sizes.rotary} rotated"
+    return Case(
+        "rope",
+        f"{variant.name}, {heads} heads of {sizes.head_dim}{part} {dtype_name(sizes.dtype)}",
+        lambda tokens: [((2, tokens, heads, sizes.head_dim), sizes.dtype)],
+        call,
+        lambda x: rotated(variant.reference, x),
+        why_not=why_not,
+    )

@@ -19,6 +19,9 @@ An implementation's `run` is called with gate and up `[..., I]`, or with gate_up
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -112,12 +115,20 @@ def kept_for_the_backward(implementation: Implementation, *call: Tensor) -> tupl
     return None
 
 
-def case(width: int, dtype: torch.dtype) -> Case:
-    """gate and up `[tokens, width]` of one dtype."""
+def case(width: int, dtype: torch.dtype, in_one: bool = False) -> Case:
+    """gate and up `[tokens, width]` of one dtype; `in_one`: gate_up `[tokens, width]`, half of it gate."""
+
+    def call(run: Callable[..., Any], *gate_and_up: Tensor) -> Any:
+        return run(*gate_and_up)
+
+    def definition(*gate_and_up: Tensor) -> Tensor:
+        return reference(*(gate_and_up if len(gate_and_up) == 2 else gate_and_up[0].chunk(2, -1)))
+
     return Case(
         "swiglu",
-        f"{width} {dtype_name(dtype)}",
-        lambda tokens: [((tokens, width), dtype)] * 2,
-        lambda run, gate, up: run(gate, up),
-        reference,
+        f"{width} {dtype_name(dtype)}{', in one' if in_one else ''}",
+        lambda tokens: [((tokens, width), dtype)] * (1 if in_one else 2),
+        call,
+        definition,
+        why_not=call,
     )

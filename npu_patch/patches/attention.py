@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -25,9 +26,11 @@ from npu_patch.changed_later import Callers
 from npu_patch.ops.attention import IMPLEMENTATIONS
 from npu_patch.outcome import Calls
 from npu_patch.patches import attention_flash, attention_mask, attention_sdpa
+from npu_patch.patches.attention_checked import REGISTRY, Attend, checks
 from npu_patch.patches.mask_pattern import plain
 from npu_patch.patches.patch import Context, Patch, Replacement, Skip, replacement_for
 from npu_patch.probe.attention import why_not_attention, why_not_mask, why_not_packing
+from npu_patch.selection import no_cases
 from npu_patch.sites import Site, forwards, innermost
 
 OWN_NAME = "npu"
@@ -37,8 +40,8 @@ OWN_NAME = "npu"
 class Door:
     """One place where transformers lets attention be replaced: `holder()[name]`, or an attribute of a module.
 
-    `observe(original)` says why it is not what it should be, or None; `serve(original, context)` makes what takes its
-    place; `stands_for`: the entry whose original it calls, for a name that transformers does not have.
+    `observe(original)` says why it is not what it should be, or None; `serve(original, device_type, attend)` makes what
+    takes its place; `stands_for`: the entry whose original it calls, for a name that transformers does not have.
     """
 
     described: str
@@ -46,7 +49,7 @@ class Door:
     name: str
     variant: str
     observe: Callable[[Any], str | None]
-    serve: Callable[[Any, Context], Callable[..., Any]]
+    serve: Callable[[Any, str, Attend], Callable[..., Any]]
     stands_for: str | None = None
 
 
@@ -151,11 +154,13 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         """What falls through sees masks, not patterns."""
         return site.original(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
 
-    serve = door.serve(site.original, context)
-    if door.holder is _attention_entries:
+    attends = door.holder is _attention_entries
+    selection = context.selection(partial(checks, door.name) if attends else no_cases)
+    serve = door.serve(site.original, context.device_type, Attend(context.implementation, selection))
+    if attends:
         serve = _with_a_result_to_change(serve, calls)
     function = replacement_for(original, calls, serve, named_after=site.original)
-    return Replacement(function, door.variant, calls)
+    return Replacement(function, door.variant, calls, selection=selection)
 
 
 def _with_a_result_to_change(serve: Callable[..., Any], calls: Calls) -> Callable[..., Any]:
@@ -180,9 +185,9 @@ def find(module: ModuleType) -> Iterable[Site]:
 
 
 def customers(module: ModuleType) -> Iterable[type]:
-    """Layers whose forward asks AttentionInterface, which modeling files hold as ALL_ATTENTION_FUNCTIONS."""
+    """Layers whose forward asks AttentionInterface, which modeling files hold under one name."""
     for site in forwards(module):
-        if "ALL_ATTENTION_FUNCTIONS" in innermost(site.original).__code__.co_names:
+        if REGISTRY in innermost(site.original).__code__.co_names:
             yield site.owner
 
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from npu_patch.ops.attention import Attention
 from npu_patch.ops.attention_mask import FULL, Band
 from npu_patch.ops.implementation import is_plain
+from npu_patch.patches.attention_checked import Attend
 from npu_patch.patches.attention_sdpa import refused
 from npu_patch.patches.packing import HOST_READS, Ends, OncePerTensor
-from npu_patch.patches.patch import Context, Unserved
+from npu_patch.patches.patch import Unserved
 
 _HIDDEN = OncePerTensor()
 
@@ -30,9 +31,7 @@ def why_not_flash(function: Any) -> str | None:
     return None if function is flash_attention.flash_attention_forward else "it is not transformers' own"
 
 
-def serve(original: Callable[..., Any], context: Context) -> Callable[..., Any]:
-    run, unsupported = context.implementation.run, context.implementation.unsupported
-
+def serve(original: Callable[..., Any], device_type: str, attend: Attend) -> Callable[..., Any]:
     def serve_flash(
         module: torch.nn.Module,
         query: Tensor,
@@ -52,7 +51,7 @@ def serve(original: Callable[..., Any], context: Context) -> Callable[..., Any]:
         **others: Any,
     ) -> tuple[Tensor, None] | Unserved:
         """query `[B, N, Sq, D]`, key and value `[B, Nkv, Skv, D]` -> `[B, Sq, N, Dv]`, None."""
-        if query.device.type != context.device_type:
+        if query.device.type != device_type:
             return Unserved(f"input on {query.device.type}")
         reason = refused(others)
         if reason is not None:
@@ -84,13 +83,12 @@ def serve(original: Callable[..., Any], context: Context) -> Callable[..., Any]:
             ends = None if found is None else (found, found)
         if ends is None:
             attention = Attention(scale, band, hidden, sink=s_aux, dropout=dropout)
-            reason = unsupported(query, key, value, attention)
-            return Unserved(reason) if reason is not None else (run(query, key, value, attention), None)
+            out = attend(query, key, value, attention)
+            return Unserved(out) if isinstance(out, str) else (out, None)
         attention = Attention(scale, band, sink=s_aux, dropout=dropout, ends=ends)
-        reason = unsupported(*packed, attention)
-        if reason is not None:
-            return Unserved(reason)
-        out = run(*packed, attention)
+        out = attend(*packed, attention)
+        if isinstance(out, str):
+            return Unserved(out)
         if indices is not None:
             padded = out.new_zeros(query.shape[0] * queries, *out.shape[1:])
             out = padded.index_copy(0, indices, out)

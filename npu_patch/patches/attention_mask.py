@@ -11,17 +11,18 @@ from torch import Tensor
 
 from npu_patch.ops.attention_mask import Band
 from npu_patch.ops.implementation import is_plain
+from npu_patch.patches.attention_checked import Attend
 from npu_patch.patches.mask_pattern import Pattern, PatternMask, plain, read_mask_function
 from npu_patch.patches.packing import HOST_READS
-from npu_patch.patches.patch import Context, Unfused, Unserved
+from npu_patch.patches.patch import Unfused, Unserved
 
 
-def serve(original: Callable[..., Any], context: Context) -> Callable[..., Any]:
+def serve(original: Callable[..., Any], device_type: str, attend: Attend) -> Callable[..., Any]:
     def serve_mask(*args: Any, **arguments: Any) -> PatternMask | Unserved | Unfused | None:
         queries = None if args or "mask_function" not in arguments else _queries(arguments)
         if queries is None:
             return Unserved("arguments of another version of transformers")
-        if queries.device.type != context.device_type:
+        if queries.device.type != device_type:
             return Unserved(f"a mask on {queries.device.type}")
         if torch.compiler.is_compiling():
             return Unserved("being compiled")
@@ -40,11 +41,11 @@ def serve(original: Callable[..., Any], context: Context) -> Callable[..., Any]:
     return serve_mask
 
 
-def serve_packing(original: Callable[..., Any], context: Context) -> Callable[..., Any]:
+def serve_packing(original: Callable[..., Any], device_type: str, attend: Attend) -> Callable[..., Any]:
     def find_packed_sequence_indices(position_ids: Any) -> Tensor | Unserved | None:
         if not isinstance(position_ids, Tensor) or not is_plain(position_ids) or torch.compiler.is_compiling():
             return Unserved("position ids that cannot be read")
-        if position_ids.device.type != context.device_type:
+        if position_ids.device.type != device_type:
             return Unserved(f"position ids on {position_ids.device.type}")
         if position_ids.dim() != 2 or position_ids.is_floating_point() or position_ids.numel() == 0:
             return Unserved(f"position ids of {position_ids.dim()} dimensions, {position_ids.dtype}")

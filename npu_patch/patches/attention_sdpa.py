@@ -12,9 +12,10 @@ from torch import Tensor
 
 from npu_patch.ops.attention import Attention
 from npu_patch.ops.attention_mask import CAUSAL_TOP_LEFT, FULL, Band, in_operator_shape, inverted
+from npu_patch.patches.attention_checked import Attend
 from npu_patch.patches.mask_pattern import PatternMask, plain
 from npu_patch.patches.packing import OncePerTensor
-from npu_patch.patches.patch import Context, Unfused, Unserved
+from npu_patch.patches.patch import Unfused, Unserved
 
 # Arguments that change the result and that the operator has nothing for.
 REFUSED = {
@@ -35,9 +36,7 @@ def refused(arguments: dict[str, Any]) -> Unserved | None:
     return None
 
 
-def serve(original: Callable[..., Any], context: Context) -> Callable[..., Any]:
-    run, unsupported = context.implementation.run, context.implementation.unsupported
-
+def serve(original: Callable[..., Any], device_type: str, attend: Attend) -> Callable[..., Any]:
     def serve_sdpa(
         module: torch.nn.Module,
         query: Tensor,
@@ -72,7 +71,7 @@ def serve(original: Callable[..., Any], context: Context) -> Callable[..., Any]:
         s_aux: Tensor | None,
         **others: Any,
     ) -> tuple[Tensor, None] | Unserved | Unfused:
-        if query.device.type != context.device_type:
+        if query.device.type != device_type:
             return Unserved(f"input on {query.device.type}")
         if torch.compiler.is_compiling():
             return Unserved("being compiled")
@@ -83,8 +82,8 @@ def serve(original: Callable[..., Any], context: Context) -> Callable[..., Any]:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if isinstance(attention_mask, PatternMask):
             packed = _packed(query, key, value, attention_mask, scale, dropout, s_aux, position_bias)
-            if packed is not None and (reason := unsupported(*packed)) is None:
-                return run(*packed).unflatten(0, (query.shape[0], query.shape[2])), None
+            if packed is not None and isinstance(out := attend(*packed), Tensor):
+                return out.unflatten(0, (query.shape[0], query.shape[2])), None
         is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         causal = query.shape[2] > 1 and attention_mask is None and bool(is_causal)
         if causal and position_bias is not None and key.shape[2] > query.shape[2]:
@@ -94,14 +93,14 @@ def serve(original: Callable[..., Any], context: Context) -> Callable[..., Any]:
         attention = _dense(query, key, attention_mask, causal, scale, dropout, s_aux, position_bias)
         if isinstance(attention, Unserved):
             return attention
-        reason = unsupported(query, key, value, attention)
-        if reason is None:
-            return run(query, key, value, attention), None
+        out = attend(query, key, value, attention)
+        if isinstance(out, Tensor):
+            return out, None
         mask = plain(attention_mask)
         if mask is not None and mask.is_floating_point() and s_aux is None:
             # The original would take every element but 0 for "hidden" on an NPU.
-            return Unfused((_exact(query, key, value, mask, position_bias, scale, dropout), None), reason)
-        return Unserved(reason)
+            return Unfused((_exact(query, key, value, mask, position_bias, scale, dropout), None), out)
+        return Unserved(out)
 
     return serve_sdpa
 

@@ -14,7 +14,7 @@ Delete     when transformers' grouped_mm runs a grouped kernel on NPU and leaves
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from types import FunctionType, ModuleType
 from typing import Any
@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from npu_patch.bypassed import SILU, Bypassed
-from npu_patch.ops.experts import IMPLEMENTATIONS, silu_of_halves
+from npu_patch.ops.experts import IMPLEMENTATIONS, Experts, silu_of_halves
 from npu_patch.outcome import Calls
 from npu_patch.patches import experts_looped, experts_packed
+from npu_patch.patches.experts_checked import checks, route
 from npu_patch.patches.experts_kind import Kinds
 from npu_patch.patches.experts_packed import experts_of
 from npu_patch.patches.patch import (
@@ -39,7 +40,7 @@ from npu_patch.patches.patch import (
     replacement_for,
 )
 from npu_patch.probe.experts import Convention, ExpertsReading, declared, read_experts
-from npu_patch.sites import Site, forwards, innermost
+from npu_patch.sites import LiveModules, Site, forwards, innermost
 
 DOORS = ("grouped_mm", "batched_mm")
 ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
@@ -81,7 +82,14 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         if _looks_up(type(module), site.owner):
             KINDS.of(module)
     calls = Calls()
-    run, unsupported = context.implementation.run, context.implementation.unsupported
+
+    def live_experts(live: LiveModules) -> Iterator[Experts | None]:
+        for module in live:
+            if _looks_up(type(module), site.owner) and _asked_for(module) == site.name:
+                reading = KINDS.of(module)
+                yield None if isinstance(reading, str) else experts_of(module, reading)
+
+    selection = context.selection(lambda live: checks(live_experts(live)))
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
         bound = bind(ARGUMENTS, args, kwargs)
@@ -94,13 +102,11 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         if isinstance(reading, str):
             return Unserved(reading)
         experts = experts_of(self, reading)
-        reason = unsupported(tokens, indices, router_weights, experts)
-        if reason is not None:
-            return Unserved(reason)
-        return run(tokens, indices, router_weights, experts)
+        result = route(context.implementation, selection, tokens, indices, router_weights, experts)
+        return Unserved(result) if isinstance(result, str) else result
 
     function = replacement_for(site.original, calls, serve, bypassed=Bypassed.by(site.original, SILU))
-    return Replacement(function, "routed experts", calls)
+    return Replacement(function, "routed experts", calls, selection=selection)
 
 
 def layers(site: Site, context: Context) -> int | None:

@@ -21,13 +21,14 @@ from torch import Tensor
 from npu_patch.bypassed import LINEAR, MODULE_CALL, SILU, Bypassed
 from npu_patch.ops.experts import Experts
 from npu_patch.ops.grouped_matmul import Weights
-from npu_patch.ops.implementation import Implementation
 from npu_patch.outcome import Calls
+from npu_patch.patches.experts_checked import checks, route
 from npu_patch.patches.experts_kind import Kinds
 from npu_patch.patches.patch import Context, Replacement, Skip, Unserved, bind, replacement_for
 from npu_patch.patches.swiglu import Activations
 from npu_patch.probe.experts_looped import BlockReading, chosen, read_block, read_method
 from npu_patch.probe.swiglu import NoSwiGLU, SwiGLUReading, read_swiglu
+from npu_patch.selection import Selection
 from npu_patch.sites import Site, forwards, innermost, is_checkpointing_layer, parameter_names
 
 METHOD = "moe"
@@ -61,15 +62,17 @@ def _replace_method(site: Site, context: Context) -> Replacement | Skip:
     if reason is not None:
         return Skip(reason)
     calls, layers = Calls(), FeedForwards()
+    selection = context.selection(lambda live: checks(map(layers.experts_if_plain, live.of(site.owner))))
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
         bound = bind(names, args, kwargs)
         if bound is None or not all(isinstance(value, Tensor) for value in bound):
             return Unserved("arguments that are no tensors")
-        return _run(context, layers, self, *bound)
+        return _run(context, selection, layers, self, *bound)
 
     bypassed = Bypassed.by(site.original, LINEAR, SILU, MODULE_CALL)
-    return Replacement(replacement_for(site.original, calls, serve, bypassed=bypassed), "looped experts", calls)
+    function = replacement_for(site.original, calls, serve, bypassed=bypassed)
+    return Replacement(function, "looped experts", calls, selection=selection)
 
 
 def _replace_forward(site: Site, context: Context) -> Replacement | Skip:
@@ -90,6 +93,7 @@ def _replace_forward(site: Site, context: Context) -> Replacement | Skip:
     for module in context.live_modules(cls):
         kinds.of(module)
     calls, layers = Calls(), FeedForwards()
+    selection = context.selection(lambda live: checks(map(layers.experts_if_plain, live.of(cls))))
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         bound = bind(names, args, kwargs)
@@ -111,7 +115,7 @@ def _replace_forward(site: Site, context: Context) -> Replacement | Skip:
 
         logits = part(reading.router)
         indices, weights = chosen(logits, self.top_k, reading.normalised, x.dtype)
-        result = _run(context, layers, self, flat, indices, weights)
+        result = _run(context, selection, layers, self, flat, indices, weights)
         if isinstance(result, Unserved):
             return result
         if reading.shared is not None:
@@ -120,11 +124,18 @@ def _replace_forward(site: Site, context: Context) -> Replacement | Skip:
         return (result.view(x.shape), logits) if reading.returns_logits else result.view(x.shape)
 
     bypassed = Bypassed.by(original, LINEAR, SILU, MODULE_CALL)
-    return Replacement(replacement_for(original, calls, serve, bypassed=bypassed), "looped experts", calls)
+    function = replacement_for(original, calls, serve, bypassed=bypassed)
+    return Replacement(function, "looped experts", calls, selection=selection)
 
 
 def _run(
-    context: Context, layers: FeedForwards, block: torch.nn.Module, tokens: Tensor, indices: Tensor, weights: Tensor
+    context: Context,
+    selection: Selection,
+    layers: FeedForwards,
+    block: torch.nn.Module,
+    tokens: Tensor,
+    indices: Tensor,
+    weights: Tensor,
 ) -> Tensor | Unserved:
     if tokens.device.type != context.device_type:
         return Unserved(f"input on {tokens.device.type}")
@@ -132,11 +143,9 @@ def _run(
     if reason is not None:
         return Unserved(reason)
     experts = layers.experts(block)
-    implementation: Implementation = context.implementation
-    reason = implementation.unsupported(tokens, indices, weights, experts)
-    if reason is not None:
-        return Unserved(reason)
-    result = implementation.run(tokens, indices, weights, experts)
+    result = route(context.implementation, selection, tokens, indices, weights, experts)
+    if isinstance(result, str):
+        return Unserved(result)
     if experts.sentinels:  # identity experts behind the others
         others = weights.masked_fill(indices < experts.down.groups, 0.0)
         result = result + (tokens * others.sum(-1, keepdim=True)).to(tokens.dtype)
@@ -197,6 +206,10 @@ class FeedForwards:
             gate=None if activations.is_silu(own[0]) else gate,
             sentinels=bool(identities),
         )
+
+    def experts_if_plain(self, block: torch.nn.Module) -> Experts | None:
+        is_list = isinstance(getattr(block, "experts", None), torch.nn.ModuleList) and len(block.experts) > 0
+        return self.experts(block) if is_list and self.why_not(block) is None else None
 
     def _split(self, block: torch.nn.Module) -> tuple[list[torch.nn.Module], list[torch.nn.Module]]:
         every = list(block.experts)

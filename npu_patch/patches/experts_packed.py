@@ -6,7 +6,7 @@ Which argument is what, how the weights are stored and what the gate is, is obse
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -17,10 +17,11 @@ from npu_patch.bypassed import SILU, Bypassed
 from npu_patch.ops.experts import Experts
 from npu_patch.ops.grouped_matmul import Weights
 from npu_patch.outcome import Calls
+from npu_patch.patches.experts_checked import checks, route
 from npu_patch.patches.experts_kind import Kinds
 from npu_patch.patches.patch import Context, Replacement, Skip, Unserved, bind, replacement_for
 from npu_patch.probe.experts import WEIGHTS, ExpertsReading, gate_of, read_experts, undeclared_conventions
-from npu_patch.sites import Site, forwards, parameter_names
+from npu_patch.sites import LiveModules, Site, forwards, parameter_names
 
 # Settings that the gates of probe/experts.py read, for observing a class of which there is no instance yet.
 SETTINGS = {"limit": 7.0, "alpha": 1.7, "training": True}
@@ -50,7 +51,13 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
     for module in context.live_modules(cls):
         kinds.of(module)
     calls = Calls()
-    run, unsupported = context.implementation.run, context.implementation.unsupported
+
+    def live_experts(live: LiveModules) -> Iterator[Experts | None]:
+        for module in live.of(cls):
+            reading = kinds.of(module)
+            yield None if isinstance(reading, str) else experts_of(module, reading)
+
+    selection = context.selection(lambda live: checks(live_experts(live)))
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
         bound = bind(names, args, kwargs)
@@ -73,17 +80,16 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
             if router_weights.dim() != 2 or router_weights.shape[0] != indices.shape[0]:
                 return Unserved(f"router weights of shape {tuple(router_weights.shape)}")
             router_weights = router_weights.gather(1, indices.clamp(max=router_weights.shape[1] - 1))
-        reason = unsupported(tokens, indices, router_weights, experts)
-        if reason is not None:
-            return Unserved(reason)
-        result = run(tokens, indices, router_weights, experts)
+        result = route(context.implementation, selection, tokens, indices, router_weights, experts)
+        if isinstance(result, str):
+            return Unserved(result)
         if reading.convention.identities:
             others = router_weights.masked_fill(indices < experts.down.groups, 0.0)
             result = result + tokens * others.sum(-1, keepdim=True).to(tokens.dtype)
         return result.view(shape[0], -1, shape[-1]) if reading.batched else result
 
     function = replacement_for(original, calls, serve, bypassed=Bypassed.by(original, SILU))
-    return Replacement(function, "routed experts", calls)
+    return Replacement(function, "routed experts", calls, selection=selection)
 
 
 def experts_of(module: torch.nn.Module, reading: ExpertsReading) -> Experts | None:

@@ -26,7 +26,7 @@ import torch
 from npu_patch.bypassed import CONVOLVED, MODULE_CALL, Bypassed
 from npu_patch.names_used import names_used
 from npu_patch.ops.gated_delta_providers import CONVOLUTION_PROVIDERS, RULE_PROVIDERS, UPDATE_PROVIDERS
-from npu_patch.ops.implementation import choose
+from npu_patch.ops.implementation import Implementation, choose
 from npu_patch.outcome import Calls
 from npu_patch.patches import gated_delta_door as door
 from npu_patch.patches import gated_delta_packing as packing
@@ -115,7 +115,12 @@ def _open_door(site: Site, context: Context) -> Replacement | Skip:
 
 
 def _chain(reading: Reading, context: Context) -> Chain:
-    return Chain(PROVIDERS[reading.kind], context.device_type, CHECKS[reading.kind])
+    check = CHECKS[reading.kind] if context.switches["self_check"] else _unchecked
+    return Chain(PROVIDERS[reading.kind], context.device_type, check)
+
+
+def _unchecked(implementation: Implementation, call: Any) -> None:
+    """What is wrong with it, if the user says that nothing is."""
 
 
 def _published(function: Callable[..., Any]) -> Reading | None:

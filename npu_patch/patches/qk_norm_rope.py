@@ -28,6 +28,7 @@ from npu_patch.ops import rms_norm, rope
 from npu_patch.ops.implementation import choose
 from npu_patch.ops.qk_norm_rope import IMPLEMENTATIONS, Heads, Sizes, case, one_after_the_other, rotary_width
 from npu_patch.outcome import Calls
+from npu_patch.patches.head_sizes import rotary_widths
 from npu_patch.patches.patch import (
     HOOKS,
     NOT_FASTER,
@@ -115,22 +116,9 @@ def _cases(
         if reading is not None and reading.weight_name and all(isinstance(each, int) for each in heads):
             weight = getattr(norm, reading.weight_name)
             head_dim = weight.shape[-1]
-            for rotary in _rotary_widths(live, config, head_dim) if rotation.reading.partial else {head_dim}:
+            for rotary in rotary_widths(live, config, head_dim) if rotation.reading.partial else {head_dim}:
                 sizes = Sizes(*heads, head_dim, rotary, live.dtype, weight.dtype)
                 yield sizes, case(sizes, reading.variant, rotation.reading.variant, original)
-
-
-def _rotary_widths(live: LiveModules, config: Any, head_dim: int) -> set[int]:
-    """How much of a head the model's tables rotate, told by the frequencies they are made of, one for each pair; the
-    whole head where the model shows none."""
-    buffers = (
-        buffer
-        for module in live
-        if getattr(module, "config", None) is config
-        for name, buffer in module.named_buffers(recurse=False)
-        if name.endswith("inv_freq") and buffer.dim() == 1
-    )
-    return {2 * len(buffer) for buffer in buffers if 2 * len(buffer) <= head_dim} or {head_dim}
 
 
 def _why_not(layer: torch.nn.Module, q_norm: str, k_norm: str, device_type: str) -> str | None:

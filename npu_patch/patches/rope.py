@@ -10,18 +10,22 @@ Delete     when transformers has a registration point for rotary functions that 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from npu_patch import deferred_norm
-from npu_patch.ops.rope import IMPLEMENTATIONS, mix_sections, rotate
+from npu_patch.measure import Case
+from npu_patch.names_used import names_used
+from npu_patch.ops.rope import IMPLEMENTATIONS, CallSizes, case, mix_sections, rotate
 from npu_patch.outcome import Calls
+from npu_patch.patches.head_sizes import head_sizes
 from npu_patch.patches.patch import Context, Patch, Replacement, Skip, TakenOver, Unserved, bind, replacement_for
-from npu_patch.probe.rope import read_rope
-from npu_patch.sites import Site, functions, unwrapped
+from npu_patch.probe.rope import RoPEReading, read_rope
+from npu_patch.sites import LiveModules, Site, functions, unwrapped
 
 
 def find(module: ModuleType) -> Iterable[Site]:
@@ -38,8 +42,9 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
     if isinstance(reading, str):
         return Skip(reading, notable="rotary" in site.name)
     signature, variant = reading.signature, reading.variant
-    run, unsupported = context.implementation.run, context.implementation.unsupported
+    name, run, unsupported = (getattr(context.implementation, each) for each in ("name", "run", "unsupported"))
     calls, device_type = Calls(), context.device_type
+    selection = context.selection(lambda live: _cases(site, reading, live))
 
     def serve(*args: Any, **kwargs: Any) -> Any:
         bound = bind(signature.names, args, kwargs)
@@ -63,6 +68,9 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         if dimension is not None:
             cos, sin = cos.unsqueeze(dimension), sin.unsqueeze(dimension)
         reason = unsupported(tensors, cos, sin, variant)
+        if reason is None and selection.wrong:
+            wrong = (selection.why_wrong(name, CallSizes.of(x, cos, variant)) for x in tensors)
+            reason = next(filter(None, wrong), None)
         if reason is not None:
             return Unserved(reason)
         if not reading.partial and any(2 * cos.shape[-1] // variant.table.width(2) != x.shape[-1] for x in tensors):
@@ -73,7 +81,18 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
     # What the kernels package wrapped into a module keeps its wrapper as the way to fall through.
     function = replacement_for(original, calls, serve, named_after=unwrapped(original))
     deferred_norm.ROTATIONS[function] = deferred_norm.RoPESite(original, reading, calls)
-    return Replacement(function, variant.name, calls)
+    return Replacement(function, variant.name, calls, selection=selection)
+
+
+def _cases(site: Site, reading: RoPEReading, live: LiveModules) -> Iterator[tuple[Hashable, Case]]:
+    """Of the layers that look the function up, in the model's dtype and in float32, which tables may stay in."""
+    layers = [module for module in live if type(module).__module__ == site.owner.__name__]
+    users = {cls for cls in map(type, layers) if site.name in names_used(cls.forward)}
+    for sizes in head_sizes((layer for layer in layers if type(layer) in users), live):
+        head_dim = sizes.head_dim if reading.partial else sizes.rotary  # of what is given to it
+        for dtype in dict.fromkeys((live.dtype, torch.float32)):
+            key = CallSizes(head_dim, sizes.rotary, dtype)
+            yield key, case(reading.variant, max(sizes.heads, sizes.key_heads), key)
 
 
 PATCH = Patch("rope", "rope", IMPLEMENTATIONS, find, replace)

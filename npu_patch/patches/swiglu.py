@@ -105,11 +105,11 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
 
 
 def _cases(cls: type, found: SwiGLUReading, live: LiveModules) -> Iterator[tuple[Hashable, Case]]:
-    """Of the layers with two projections that say how wide they are, in the model's dtype."""
-    for module in live.of(cls) if found.up is not None else ():
+    """Of the layers whose projections say how wide they are, in the model's dtype."""
+    for module in live.of(cls):
         width = getattr(getattr(module, found.gate, None), "out_features", None)
         if isinstance(width, int):
-            yield (width, live.dtype), case(width, live.dtype)
+            yield (width, live.dtype), case(width, live.dtype, in_one=found.up is None)
 
 
 class Activations:

@@ -24,8 +24,9 @@ from .errors import Refused, SimulatorError
 
 if TYPE_CHECKING:
     from .counters import Counted, count
+    from .wrong import wrong_operator
 
-__all__ = ["Counted", "Refused", "SimulatorError", "count", "is_active", "real_device", "start"]
+__all__ = ["Counted", "Refused", "SimulatorError", "count", "is_active", "real_device", "start", "wrong_operator"]
 
 POISON = "NPU_PATCH_SIMULATOR_POISON"
 
@@ -98,4 +99,8 @@ def __getattr__(name: str) -> object:
         from . import counters
 
         return getattr(counters, name)
+    if name == "wrong_operator":
+        from .wrong import wrong_operator
+
+        return wrong_operator
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -253,3 +253,19 @@ def test_is_refused(call: Callable[[], Any], words: str) -> None:
         call()
     assert str(refusal.value).startswith("npu_")
     assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("dtype", HALF)
+def test_fused_infer_adds_a_bias_to_the_scaled_scores(dtype: torch.dtype, samples: int) -> None:
+    q, k, v = inputs(1, 9, dtype)
+    bias = randn(samples, HEADS, 1, 9, seed=3).to(dtype)
+    out, _ = fused_infer(q, k, v, pse_shift=bias.to("npu:0"))
+    scores = q.double() @ k.repeat_interleave(2, 1).double().mT * SCALE + bias.double()
+    expect_close(out, scores.softmax(-1) @ v.repeat_interleave(2, 1).double(), dtype)
+
+
+def test_fused_infer_refuses_a_bias_of_fewer_heads() -> None:
+    q, k, v = inputs(1, 9, torch.float16)
+    with pytest.raises(Refused, match=r"pse_shift must be one of .*2, 4, 1, 9.*, not \[1, 1, 1, 9\]"):
+        fused_infer(q, k, v, pse_shift=randn(1, 1, 1, 9).half().to("npu:0"))

@@ -2,7 +2,7 @@
 
 Source: torch_npu's operator documentation. None of them has a derivative.
 
-Not simulated, and refused: quantised inputs, pse_shift, query_rope, shared prefixes, padding sizes, and the layouts
+Not simulated, and refused: quantised inputs, query_rope, shared prefixes, padding sizes, and the layouts
 that change between input and output except BNSD_BSND.
 """
 
@@ -45,6 +45,7 @@ class Call:
     block_table: Tensor | None = None
     block_size: int = 0
     sink: Tensor | None = None
+    bias: Tensor | None = None
 
 
 def infer(call: Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,8 +79,14 @@ def infer(call: Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor
         if layout_in != "TND":
             rows = _length(call, "actual_seq_lengths", call.query_lengths, index, rows)
             columns = _length(call, "actual_seq_lengths_kv", call.key_lengths, index, columns)
-        hidden = _hidden(call, layout, index, rows, columns)
-        scores = Scores(call.scale, hidden, sink=call.sink, empty_rows_give_zero=call.inner_precise in (2, 3))
+        scores = Scores(
+            call.scale,
+            _hidden(call, layout, index, rows, columns),
+            _bias(call, layout, query.dtype, index, rows, columns),
+            pse_last=True,
+            sink=call.sink,
+            empty_rows_give_zero=call.inner_precise in (2, 3),
+        )
         written, maximum, total = attend(q[:, :rows], k[:, :columns], v[:, :columns], scores)
         out = torch.full((*q.shape[:2], v.shape[-1]), torch.nan, dtype=q.dtype)
         out[:, :rows] = written
@@ -176,6 +183,22 @@ def _hidden(call: Call, layout: Layout, index: int, rows: int, columns: int) -> 
     return hidden
 
 
+def _bias(call: Call, layout: Layout, dtype: torch.dtype, index: int, rows: int, columns: int) -> Tensor | None:
+    """What is added to the scaled scores of sequence `index`: [N, rows, columns]."""
+    name, bias = call.operator, call.bias
+    if bias is None:
+        return None
+    require(layout.name != "TND", name, "pse_shift in TND is not simulated")
+    require_dtype(name, "pse_shift", bias, (dtype,))
+    allowed = [(batch, call.heads, *layout.longest) for batch in dict.fromkeys((layout.batch, 1))]
+    require(
+        tuple(bias.shape) in allowed,
+        name,
+        f"pse_shift must be one of {[list(some) for some in allowed]}, not {list(bias.shape)}",
+    )
+    return bias[index if bias.shape[0] > 1 else 0][:, :rows, :columns]
+
+
 def _unpaged(call: Call, cache: Tensor, key_heads: int, layout: str) -> Tensor:
     """The pages of each entry of the batch as one tensor in `layout`, up to the longest; cache is
     [blocks, block_size, H] or [blocks, N, block_size, D]."""
@@ -226,7 +249,7 @@ def npu_fused_infer_attention_score(query: Tensor, key: Tensor, value: Tensor, *
         name, options["input_layout"], options["num_heads"], options["num_key_value_heads"], options["scale"],
         options["atten_mask"], options["sparse_mode"], options["pre_tokens"], options["next_tokens"],
         options["inner_precise"], options["actual_seq_lengths"], options["actual_seq_lengths_kv"],
-        options["block_table"], options["block_size"],
+        options["block_table"], options["block_size"], bias=options["pse_shift"],
     )  # fmt: skip
     out, lse = infer(call, query, key, value)
     return out, lse if options["softmax_lse_flag"] else torch.empty(0)
@@ -280,7 +303,7 @@ COMMON = {"atten_mask", "input_layout", "num_key_value_heads"}
 PAGED = {"block_table", "block_size", "inner_precise"}
 BAND = {"sparse_mode", "pre_tokens", "next_tokens"}
 LENGTHS = {"actual_seq_lengths", "actual_seq_lengths_kv"}
-FIA_SIMULATED = COMMON | PAGED | BAND | LENGTHS | {"num_heads", "scale", "softmax_lse_flag"}
+FIA_SIMULATED = COMMON | PAGED | BAND | LENGTHS | {"num_heads", "scale", "softmax_lse_flag", "pse_shift"}
 FIA_V2_SIMULATED = (
     COMMON
     | PAGED

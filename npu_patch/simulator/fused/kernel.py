@@ -1,13 +1,13 @@
 """What turns a formula on CPU tensors into an npu kernel of a fused operator."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import counters, memory, rng
+from .. import counters, memory, rng, wrong
 from ..refusal import require
 
 
@@ -52,8 +52,13 @@ def npu_kernel(name: str, kernel: Kernel) -> Callable[..., Any]:
     positional = [a for a in arguments if not a.kwarg_only]
     keywords = [a for a in arguments if a.kwarg_only]
     position = {a.name: i for i, a in enumerate(positional)}
+    names = [a.name for a in positional]
     full_name = f"npu::{packet}"
     copy_name = f"contiguous(inside {packet})"
+
+    def compute(arguments: Mapping[str, Any]) -> Any:
+        others = {name: value for name, value in arguments.items() if name not in position}
+        return kernel.formula(*(arguments[name] for name in names), **others)
 
     def launch(*args: Any, **kwargs: Any) -> Any:
         values = [args[i] if i < len(args) else kwargs.get(a.name, a.default_value) for i, a in enumerate(positional)]
@@ -68,7 +73,12 @@ def npu_kernel(name: str, kernel: Kernel) -> Callable[..., Any]:
         if kernel.draws:
             extra["draw"] = lambda: rng.next_seed_and_offset(None, aliases.device)
         with torch._C._AutoDispatchBelowAutograd():
-            result = kernel.formula(*on_cpu, **named_on_cpu, **extra)
+            if wrong.is_any(packet):
+                result = wrong.spoiled(
+                    packet, compute, {**dict(zip(names, on_cpu, strict=True)), **named_on_cpu, **extra}
+                )
+            else:
+                result = kernel.formula(*on_cpu, **named_on_cpu, **extra)
         if counters.is_counting():
             _count(full_name, copy_name, kernel, position, on_cpu, named_on_cpu, result)
         return aliases.give(result)
