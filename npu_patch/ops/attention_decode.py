@@ -1,4 +1,6 @@
-"""One new token per sample: `npu_fused_infer_attention_score`, which has no backward and keeps nothing for one."""
+"""One new token per sample beside a cache: `npu_fused_infer_attention_score`, which has no backward and keeps nothing for
+one. No training step has this shape; single queries without a cache (attention pooling, one-token prompts) do, and stay
+with the operator that they are trained with."""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ WIDEST_HEAD = 512
 def serves(query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> bool:
     """Limits of the operator for a single query (operator documentation): float16 and bfloat16, heads a multiple of 16
     wide, contiguous keys and values. It differentiates nothing: torch_npu would warn and leave the gradients out."""
-    if query.shape[2] != 1 or query.dtype not in (torch.float16, torch.bfloat16):
+    if not attention.decodes or query.shape[2] != 1 or query.dtype not in (torch.float16, torch.bfloat16):
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
         return False

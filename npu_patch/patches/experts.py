@@ -26,7 +26,7 @@ from npu_patch.ops.experts import IMPLEMENTATIONS, silu_of_halves
 from npu_patch.outcome import Calls
 from npu_patch.patches import experts_looped, experts_packed
 from npu_patch.patches.experts_kind import Kinds
-from npu_patch.patches.experts_packed import experts_of
+from npu_patch.patches.experts_packed import experts_of, listener_in
 from npu_patch.patches.patch import (
     Context,
     Patch,
@@ -92,6 +92,9 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         reading = KINDS.of(self)
         if isinstance(reading, str):
             return Unserved(reading)
+        heard = listener_in(self)
+        if heard is not None:
+            return Unserved(heard)
         experts = experts_of(self, reading)
         reason = unsupported(tokens, indices, router_weights, experts)
         if reason is not None:

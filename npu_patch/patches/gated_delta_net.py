@@ -104,8 +104,8 @@ def _open_door(site: Site, context: Context) -> Replacement | Skip:
     if reason is not None:
         return Skip(reason, notable=reason != door.FUNCTION_HELD)
     calls = Calls()
-    served = serve(door.READING, _chain(door.READING, context), context.device_type, calls)
-    replacement = replacement_for(door.inline, calls, lambda layer, *args, **kwargs: served(*args, **kwargs))
+    served = serve(door.READING, _chain(door.READING, context), context.device_type, calls, door.why_inline)
+    replacement = replacement_for(door.inline, calls, served)
     choice = choose(PROVIDERS[CONVOLUTION], context.device_type)
     return Replacement(door.Door(site.name, replacement), CONVOLUTION, calls, choice)
 

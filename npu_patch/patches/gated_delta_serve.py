@@ -40,12 +40,23 @@ BOUNDARIES = ("seq_idx", "cu_seqlens", "cu_seq_lens_q")
 _BOUNDS_ON_HOST = OncePerTensor()
 
 
-def serve(reading: Reading, chain: Chain, device_type: str, calls: Calls) -> Callable[..., Any]:
-    """`serve` for `replacement_for`, of a function that computes what `reading` says."""
+def serve(
+    reading: Reading,
+    chain: Chain,
+    device_type: str,
+    calls: Calls,
+    why_not: Callable[[torch.nn.Module], str | None] | None = None,
+) -> Callable[..., Any]:
+    """`serve` for `replacement_for`, of a function that computes what `reading` says; with `why_not`, of a method, whose
+    layer comes first and is asked."""
     call_of = {RULE: _rule_call, UPDATE: _update_call}.get(reading.kind, _convolution_call)
 
     def serve_call(*args: Any, **kwargs: Any) -> Any:
-        given = _bound(reading, args, kwargs)
+        reason = None
+        if why_not is not None:
+            layer, *args = args
+            reason = why_not(layer)
+        given = _bound(reading, args, kwargs) if reason is None else Unserved(reason)
         if reading.kind != UPDATE and not any(kwargs.get(name) is not None for name in BOUNDARIES):
             refuse_if_untold(reading.kind)
         result = given if isinstance(given, Unserved) else _served(given)

@@ -1,0 +1,47 @@
+"""Who would not hear of a call because a replacement does not call a submodule: the original is called, and heard, then.
+
+Asked at every call, since hooks come and go; well under a microsecond for a module that nobody listens to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from torch.nn import Module
+from torch.nn.modules import module as of_all
+
+OF_ALL_MODULES = "hooks on all modules"
+PARAMETRIZATIONS = "parametrizations"  # where torch.nn.utils.parametrize keeps them; run when a parameter is read
+
+
+def listener(module: Any, name: str) -> str | None:
+    """Who listens to `module`, the one called `name`; None for nobody, and for what is no module."""
+    if (
+        of_all._global_forward_hooks
+        or of_all._global_forward_pre_hooks
+        or of_all._global_backward_hooks
+        or of_all._global_backward_pre_hooks
+    ):
+        return OF_ALL_MODULES
+    return _own_listener(module, name) if isinstance(module, Module) else None
+
+
+def listener_among(layer: Module, called: Collection[str] = ()) -> str | None:
+    """Who listens to a submodule of `layer`, direct ones in `called` excepted."""
+    for name, module in layer._modules.items():
+        if module is not None and name not in called and name != PARAMETRIZATIONS:
+            found = listener(module, name) or (listener_among(module) if module._modules else None)
+            if found is not None:
+                return found
+    return None
+
+
+def _own_listener(module: Module, name: str) -> str | None:
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return f"hooks on {name}"
+    if "forward" in module.__dict__:
+        return f"{name} is a {type(module).__name__} with a forward of its own"
+    if PARAMETRIZATIONS in module._modules:
+        return f"{name} is parametrized"
+    return None
