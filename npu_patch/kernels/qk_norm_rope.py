@@ -68,8 +68,8 @@ def packed_qk_norm_rope(
     norm: QKNorm,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same from one projection `[B, S, (H + 2 K) * D]`, `heads` being (H, K), with v `[B, K, S, D]` as a view; cos and
-    sin take no gradient.
+    """The same from one projection `[B, S, (H + 2 K) * D]`, `heads` being (H, K), with v `[B, K, S, D]` as a view. cos
+    and sin take no gradient.
 
     Its backward writes the gradients of q, k and v next to each other, where autograd would concatenate.
     """
@@ -104,11 +104,11 @@ class _QKNormRoPE(torch.autograd.Function):
         outputs = dq_out.transpose(1, 2), dk_out.transpose(1, 2)
         tables: tuple[Tensor | None, ...] = (None, None)
         if any(ctx.needs_input_grad[4:6]):
-            normed = (
-                _normalized(q, q_weight, ctx.norm.q_eps, ctx.norm.gamma),
-                _normalized(k, k_weight, ctx.norm.k_eps, ctx.norm.gamma),
-            )
-            tables = [each.squeeze(2) for each in table_gradients(list(zip(outputs, normed)), cos.unsqueeze(2), HALF)]
+            rotated = [
+                (outputs[0], _normalized(q, q_weight, ctx.norm.q_eps, ctx.norm.gamma)),
+                (outputs[1], _normalized(k, k_weight, ctx.norm.k_eps, ctx.norm.gamma)),
+            ]
+            tables = [each.squeeze(2) for each in table_gradients(rotated, cos.unsqueeze(2), HALF)]
         weights = backward(*outputs, q, k, q_weight, k_weight, cos, sin, ctx.norm, dq, dk, *needs[2:])
         return dq, dk, *weights, *tables, None, None
 

@@ -1,6 +1,6 @@
-"""One new token per sample beside a cache: `npu_fused_infer_attention_score`, which has no backward and keeps nothing for
-one. No training step has this shape; single queries without a cache (attention pooling, one-token prompts) do, and stay
-with the operator that they are trained with."""
+"""One new token per sample beside a cache: `npu_fused_infer_attention_score`, which has no backward and keeps nothing
+for one. No training step has this shape; it may have single queries without a cache (attention pooling, prompts of one
+token), which stay with the operator that they are trained with."""
 
 from __future__ import annotations
 

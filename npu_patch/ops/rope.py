@@ -161,13 +161,13 @@ class _Rotate(torch.autograd.Function):
             _rotate_first(ctx.kernel, grad, cos, back, ctx.pairing) if need else None
             for grad, need in itertools.zip_longest(grads, needed)
         ]
-        d_cos, d_sin = table_gradients(list(zip(grads, tensors, strict=True)), cos, ctx.pairing) if tensors else (None,) * 2
+        d_cos, d_sin = (
+            table_gradients(list(zip(grads, tensors, strict=True)), cos, ctx.pairing) if tensors else (None,) * 2
+        )
         return None, None, d_cos if needs_cos else None, d_sin if needs_sin else None, *inputs
 
 
-def table_gradients(
-    rotated: Sequence[tuple[Tensor, Tensor]], table: Tensor, pairing: str
-) -> tuple[Tensor, Tensor]:
+def table_gradients(rotated: Sequence[tuple[Tensor, Tensor]], table: Tensor, pairing: str) -> tuple[Tensor, Tensor]:
     """Of cos and sin, both like `table`, from the gradient of each rotated tensor beside that tensor before it."""
     d_cos = d_sin = 0.0
     for dy, x in rotated:

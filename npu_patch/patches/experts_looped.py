@@ -216,4 +216,3 @@ class FeedForwards:
                 found = _FeedForward(reading, Activations(reading.activation))
             self._known[cls] = found
         return found
-

@@ -47,8 +47,8 @@ def serve(
     calls: Calls,
     why_not: Callable[[torch.nn.Module], str | None] | None = None,
 ) -> Callable[..., Any]:
-    """`serve` for `replacement_for`, of a function that computes what `reading` says; with `why_not`, of a method, whose
-    layer comes first and is asked."""
+    """`serve` for `replacement_for`, of a function that computes what `reading` says; with `why_not`, of a method,
+    whose layer comes first and is asked."""
     call_of = {RULE: _rule_call, UPDATE: _update_call}.get(reading.kind, _convolution_call)
 
     def serve_call(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Who would not hear of a call because a replacement does not call a submodule: the original is called, and heard, then.
+"""Who would not hear of a call, as a replacement does not call a submodule: then the original serves it, and is heard.
 
 Asked at every call, since hooks come and go; well under a microsecond for a module that nobody listens to.
 """

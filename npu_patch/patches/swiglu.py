@@ -2,8 +2,9 @@
 
 Rebinds    `forward` of the class. The projections are called as the modules they are: LoRA wrappers, hooks and
            quantised layers stay in effect; no weight is read.
-To         `npu_swiglu` on one gate_up projection, or on two concatenated ones; or the Triton kernel on two as they are. With `swiglu_recompute` the down projection and its adapters keep gate
-           and up, which are kept anyway, in place of their product.
+To         `npu_swiglu` on one gate_up projection, or on two concatenated ones; or the Triton kernel on two as they are.
+           With `swiglu_recompute` the down projection and its adapters keep gate and up, which are kept anyway, in
+           place of their product.
 Not when   the activation of the instance at hand is not SiLU, or anything (dropout, clamp, norm, scale) stands between
            the parts. A call falls through for tensors on another device, and where somebody listens to the activation.
 Delete     when transformers has a registration point for feed-forward layers.
@@ -136,7 +137,9 @@ class Activations:
         if torch.compiler.is_compiling():
             return False
         # By its forward: hooks are for the model's calls.
-        silu = computes_silu(partial(cls.forward, activation) if isinstance(activation, torch.nn.Module) else activation)
+        silu = computes_silu(
+            partial(cls.forward, activation) if isinstance(activation, torch.nn.Module) else activation
+        )
         self._silu[activation] = cls, silu
         return silu
 
