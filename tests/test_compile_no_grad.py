@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import Any
@@ -22,17 +22,10 @@ import npu_patch.ops
 from npu_patch.kernels.readiness import why_not
 from npu_patch.ops.grouped_matmul import TORCH_PRODUCTS, Grouping, Weights, grouped_matmul
 from tests.gradients import relative_error
+from tests.test_compile import nothing_left_compiled  # noqa: F401
 from tests.tiny_models import tiny, tiny_batch
 
 FAMILIES = ("qwen3", "llama", "gemma3", "qwen3_moe", "qwen3_5", "qwen3_next")
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_compiled() -> Iterator[None]:
-    dynamo.reset()
-    yield
-    npu_patch.restore()
-    dynamo.reset()
 
 
 def cut(run: Callable[[], Tensor]) -> tuple[Tensor, int, dict[str, int]]:
@@ -94,13 +87,13 @@ def test_compiled_generation_has_no_more_graphs_than_unpatched(family: str, npu:
 @pytest.mark.parametrize("experts", [1, 2, 3])
 def test_grouped_products_over_any_number_of_weights_compile_without_gradients(experts: int) -> None:
     """With two, Dynamo counts as many arguments as the forward would have parameters, were they spelt out."""
-    weights = Weights(tuple(torch.randn(experts, 8, 12).unbind(0)), transposed=False)
+    weights = Weights(tuple(torch.randn(experts, 8, 16).bfloat16().unbind(0)), transposed=False)
     counts = torch.full((experts,), 3)
 
     def products(x: Tensor) -> Tensor:
         return grouped_matmul(TORCH_PRODUCTS, x, weights, Grouping(counts, lambda: counts))
 
-    x = torch.randn(3 * experts, 8)
+    x = torch.randn(3 * experts, 8).bfloat16()
     with torch.no_grad():
         expected = products(x)
         assert torch.equal(torch.compile(products, backend="eager", fullgraph=True)(x), expected)

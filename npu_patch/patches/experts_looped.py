@@ -172,6 +172,8 @@ class FeedForwards:
             heard = listener(expert, "an expert") or listener_among(expert)
             if heard is not None:
                 return heard
+            if type(found.activations.of(expert)) is not type(found.activations.of(own[0])):
+                return "its experts' activations are of several classes"
             for name in names:
                 linear = getattr(expert, name)
                 if type(linear) is not torch.nn.Linear:

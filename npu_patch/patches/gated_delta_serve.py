@@ -12,6 +12,7 @@ from npu_patch.ops.gated_delta_calls import ConvolutionCall, RuleCall
 from npu_patch.outcome import Calls
 from npu_patch.patches.gated_delta_chain import Chain
 from npu_patch.patches.gated_delta_packing import refuse_if_untold
+from npu_patch.patches.listeners import listener_to_all
 from npu_patch.patches.packing import OncePerTensor
 from npu_patch.patches.patch import Unserved
 from npu_patch.probe.gated_delta_net import RULE, UPDATE, Reading
@@ -75,6 +76,9 @@ def serve(
             return Unserved(f"{', '.join(unusual)} given")
         if reading.kind != RULE and given.get("activation") not in reading.activations:
             return Unserved(f"activation {given.get('activation')}")
+        heard = None if reading.kind == RULE else listener_to_all()  # its activation may be a module made at every call
+        if heard is not None:
+            return Unserved(heard)
         call = call_of(given, leading.device)
         if call is None:
             return Unserved("arguments that are no tensors")

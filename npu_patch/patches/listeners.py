@@ -11,20 +11,31 @@ from typing import Any
 from torch.nn import Module
 from torch.nn.modules import module as of_all
 
-OF_ALL_MODULES = "hooks on all modules"
 PARAMETRIZATIONS = "parametrizations"  # where torch.nn.utils.parametrize keeps them; run when a parameter is read
 
 
 def listener(module: Any, name: str) -> str | None:
     """Who listens to `module`, the one called `name`; None for nobody, and for what is no module."""
-    if (
+    if not isinstance(module, Module):
+        return None
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return f"hooks on {name}"
+    if "forward" in module.__dict__:
+        return f"{name} is a {type(module).__name__} with a forward of its own"
+    if PARAMETRIZATIONS in module._modules:
+        return f"{name} is parametrized"
+    return listener_to_all()
+
+
+def listener_to_all() -> str | None:
+    """Who listens to every module."""
+    hooked = (
         of_all._global_forward_hooks
         or of_all._global_forward_pre_hooks
         or of_all._global_backward_hooks
         or of_all._global_backward_pre_hooks
-    ):
-        return OF_ALL_MODULES
-    return _own_listener(module, name) if isinstance(module, Module) else None
+    )
+    return "hooks on all modules" if hooked else None
 
 
 def listener_among(layer: Module, called: Collection[str] = ()) -> str | None:
@@ -34,14 +45,4 @@ def listener_among(layer: Module, called: Collection[str] = ()) -> str | None:
             found = listener(module, name) or (listener_among(module) if module._modules else None)
             if found is not None:
                 return found
-    return None
-
-
-def _own_listener(module: Module, name: str) -> str | None:
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return f"hooks on {name}"
-    if "forward" in module.__dict__:
-        return f"{name} is a {type(module).__name__} with a forward of its own"
-    if PARAMETRIZATIONS in module._modules:
-        return f"{name} is parametrized"
     return None

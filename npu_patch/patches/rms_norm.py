@@ -22,7 +22,7 @@ from npu_patch.deferred_sum import DeferredSum
 from npu_patch.measure import Case
 from npu_patch.ops.rms_norm import IMPLEMENTATIONS, case
 from npu_patch.outcome import Calls
-from npu_patch.patches.listeners import listener_among
+from npu_patch.patches.listeners import listener_among, listener_to_all
 from npu_patch.patches.patch import (
     Context,
     Patch,
@@ -84,9 +84,10 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         reading = readings.of(self)
         if reading is None:
             return Unserved("this instance computes no known RMSNorm")
-        heard = listener_among(self) if self._modules else None
-        if heard is not None:
-            return Unserved(heard)
+        if gate or self._modules:  # gated norms make the module of their activation at every call
+            heard = listener_to_all() or listener_among(self)
+            if heard is not None:
+                return Unserved(heard)
         weight = getattr(self, reading.weight_name) if reading.weight_name else None
         eps = getattr(self, reading.eps_name)
         deferral = deferred_norm.current()
