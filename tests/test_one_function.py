@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.utils.checkpoint import set_checkpoint_early_stop
@@ -22,7 +23,7 @@ from npu_patch.ops.rope import TABLES, VARIANTS, rotate
 from npu_patch.patches.packing import OncePerTensor
 from tests.gradients import relative_error
 from tests.test_triton_models import needs_triton
-from tests.tiny_models import FAMILIES, tiny, tiny_batch
+from tests.tiny_models import COMMON, FAMILIES, tiny, tiny_batch
 
 DTYPES = [torch.float32, torch.bfloat16]
 WATCHERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
@@ -61,6 +62,40 @@ def test_the_same_bits_whatever_the_grad_mode(family: str, dtype: torch.dtype, n
         found = logits_by_watcher(model, tiny_batch()["input_ids"].to(npu))
         assert any(outcome.calls.ran for outcome in report.patched)
     assert others(found) == []
+
+
+ELSEWHERE: dict[str, tuple[str, dict[str, Any]]] = {
+    "one projection for gate and up": ("Phi3Config", {"hidden_size": 96}),
+    "experts in a registry": ("MixtralConfig", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "experts with another gate, and biases": ("GptOssConfig", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+@pytest.mark.parametrize("kind", ELSEWHERE)
+def test_the_same_bits_of_other_kinds_of_layers(kind: str, autocast: bool, npu: torch.device) -> None:
+    name, arguments = ELSEWHERE[kind]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**{**COMMON, **arguments}))
+    model = model.float().to(npu) if autocast else model.bfloat16().to(npu)
+    with npu_patch.applied(model), torch.autocast("npu", torch.bfloat16, enabled=autocast):
+        assert others(logits_by_watcher(model, tiny_batch()["input_ids"].to(npu))) == []
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
+def test_a_mask_first_seen_in_inference_mode_serves_every_other(attention: str, npu: torch.device) -> None:
+    """What is worked out from a padding mask is kept for as long as the mask is there."""
+    model = tiny("qwen3").bfloat16().to(npu)
+    batch = {name: tensor.to(npu) for name, tensor in tiny_batch().items()}
+    mask = torch.ones_like(batch["input_ids"])
+    mask[0, :4] = 0
+    with npu_patch.applied(model):
+        model.set_attn_implementation(attention)
+        with torch.inference_mode():
+            first = model(**batch, attention_mask=mask).logits[mask.bool()].cpu()
+        again = model(**batch, attention_mask=mask)
+        again.loss.backward()
+    assert torch.equal(again.logits[mask.bool()].detach().cpu(), first)
 
 
 @pytest.mark.usefixtures("two_cores")
