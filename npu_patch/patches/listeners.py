@@ -5,7 +5,6 @@ Asked at every call, since hooks come and go; well under a microsecond for a mod
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 from torch.nn import Module
@@ -38,10 +37,10 @@ def listener_to_all() -> str | None:
     return "hooks on all modules" if hooked else None
 
 
-def listener_among(layer: Module, called: Collection[str] = ()) -> str | None:
-    """Who listens to a submodule of `layer`, direct ones in `called` excepted."""
+def listener_among(layer: Module) -> str | None:
+    """Who listens to a module within `layer`."""
     for name, module in layer._modules.items():
-        if module is not None and name not in called and name != PARAMETRIZATIONS:
+        if module is not None and name != PARAMETRIZATIONS:
             found = listener(module, name) or (listener_among(module) if module._modules else None)
             if found is not None:
                 return found
