@@ -24,7 +24,7 @@ from npu_patch.atomic_file import write_atomically
 from npu_patch.measured_on import here
 from npu_patch.outcome import Calls
 
-FORMAT = 2
+FORMAT = 3
 ORIGINAL = "original"
 Signature = tuple[tuple[torch.dtype | str, tuple[int, ...]], ...]
 DTYPES = {str(each): each for each in vars(torch).values() if isinstance(each, torch.dtype)}
@@ -151,9 +151,10 @@ def _decision(content: Any) -> tuple[tuple[str, str, str], Signature, str]:
 
 
 def signature_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Signature:
-    """Of one call: dtype and shape of each tensor and of each layer's own parameters, the widths of a layer's
-    projections, and whether gradients are on. Made at every call: nothing is turned into text here."""
-    found: list[tuple[torch.dtype | str, tuple[int, ...]]] = [("grad" if torch.is_grad_enabled() else "no grad", ())]
+    """Of one call: dtype and shape of each tensor and of each layer's own parameters, and the widths of a layer's
+    projections. Not whether gradients are on: who watches decides nothing. Made at every call: nothing is turned into
+    text here."""
+    found: list[tuple[torch.dtype | str, tuple[int, ...]]] = []
     for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, Tensor):
             found.append((value.dtype, value.shape))

@@ -230,13 +230,6 @@ def test_rope_names_what_it_does_not_support(
     assert words in reason
 
 
-def test_rope_lets_tables_that_need_a_gradient_through() -> None:
-    cos = torch.ones(2, 1, 4, 32, requires_grad=True)
-    for implementation in rope.IMPLEMENTATIONS:
-        reason = implementation.unsupported([torch.ones(2, 3, 4, 32)], cos, cos, rope.VARIANTS[0])
-        assert reason == "cos or sin needs a gradient"
-
-
 def test_m_rope_sections_follow_their_positions() -> None:
     table = torch.arange(3.0)[:, None, None, None].expand(3, 1, 1, 8).contiguous()
     assert rope.mix_sections(table, [1, 2, 1]).flatten().tolist() == [0, 1, 1, 2, 0, 1, 1, 2]

@@ -164,7 +164,7 @@ def a_weight_in_half_precision(model: nn.Module) -> None:
     [
         (hook_on_q_norm, "hooks on q_norm"),
         (doubled_q_norm, "q_norm is a Qwen3RMSNorm with a forward of its own"),
-        (another_norm, "k_norm is a RMSNorm with a forward of its own"),
+        (another_norm, "k_norm is a RMSNorm, which is not served"),
         (no_eps, "an eps of 0"),
         (a_weight_in_half_precision, "weights of two dtypes"),
     ],

@@ -190,7 +190,7 @@ def written(path: Path, **changes: Any) -> Path:
         ({"chip": "Ascend910_9391"}, "it was measured on Ascend910_9391, this is "),
         ({"versions": {"torch": "2.1.0"}}, "it was measured with torch 2.1.0, here is"),
         ({"versions": {"triton-ascend": "9.9"}}, "it was measured with triton-ascend 9.9, here is"),
-        ({"format": 99}, "its format is 99, this npu_patch reads 2"),
+        ({"format": 99}, "its format is 99, this npu_patch reads 3"),
     ],
 )
 def test_a_file_from_elsewhere_is_refused_with_the_reason(
@@ -211,10 +211,10 @@ def test_a_simulated_chip_is_not_the_chip_it_is_named_after(simulated: None) -> 
 @pytest.mark.parametrize(
     "content",
     [
-        *(None, "no json", "{}", "[]", '{"format": 2, "chip": "x", "versions": {}, "decisions": 3}'),
-        '{"format": 2, "chip": "x", "versions": [], "decisions": []}',
-        '{"format": 2, "chip": "x", "versions": {}, "decisions": [7]}',
-        '{"format": 2, "chip": "x", "versions": {}, "decisions": [{"patch": "rope", "site": 1}]}',
+        *(None, "no json", "{}", "[]", '{"format": 3, "chip": "x", "versions": {}, "decisions": 3}'),
+        '{"format": 3, "chip": "x", "versions": [], "decisions": []}',
+        '{"format": 3, "chip": "x", "versions": {}, "decisions": [7]}',
+        '{"format": 3, "chip": "x", "versions": {}, "decisions": [{"patch": "rope", "site": 1}]}',
     ],
 )
 def test_what_is_no_tuning_file_is_an_error_that_names_it(
@@ -261,7 +261,7 @@ def test_what_a_file_names_and_is_not_here_is_a_warning(
 
 def test_classes_with_the_same_variant_and_shapes_are_decided_apart(tmp_path: Path) -> None:
     made = [
-        tuning.Decision("rms_norm", site, "weight", (("grad", ()), (torch.float32, (2, 3))), choice)
+        tuning.Decision("rms_norm", site, "weight", ((torch.float32, (2, 3)),), choice)
         for site, choice in (("a.Norm", "one"), ("b.Norm", "other"))
     ]
     tuning.write(tmp_path / "tuned.json", "cpu", made)

@@ -22,6 +22,7 @@ from npu_patch.kernels import launch, qk_norm_rope_backward, qk_norm_rope_forwar
 from npu_patch.kernels.partial_sums import sum_rows
 from npu_patch.kernels.results import changeable
 from npu_patch.kernels.variants import GAMMAS
+from npu_patch.ops.rope import HALF, table_gradients
 
 # As tuned on an H200; heads that are rotated in part hold two kinds of tiles, which suit other sizes.
 FORWARD = launch.Tile(bytes_per_element=24, elements=2048, least_bytes=24)
@@ -52,8 +53,8 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:
     """q `[B, S, H, D]` and k `[B, S, K, D]` become `[B, H, S, D]` and `[B, K, S, D]`, views of `[B, S, H, D]`.
 
-    The weights are `[D]`, the epsilons of `norm` positive; cos and sin, `[B or 1, S, R]` with even R up to D, take no
-    gradient. `dtype` is that of the results, by default that of q and k.
+    The weights are `[D]`, the epsilons of `norm` positive; cos and sin `[B or 1, S, R]` with even R up to D. `dtype` is
+    that of the results, by default that of q and k.
     """
     return _QKNormRoPE.apply(q, k, q_weight, k_weight, cos, sin, norm, dtype)
 
@@ -68,7 +69,8 @@ def packed_qk_norm_rope(
     norm: QKNorm,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same from one projection `[B, S, (H + 2 K) * D]`, `heads` being (H, K), with v `[B, K, S, D]` as a view.
+    """The same from one projection `[B, S, (H + 2 K) * D]`, `heads` being (H, K), with v `[B, K, S, D]` as a view. cos
+    and sin take no gradient.
 
     Its backward writes the gradients of q, k and v next to each other, where autograd would concatenate.
     """
@@ -101,8 +103,24 @@ class _QKNormRoPE(torch.autograd.Function):
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if needs[0] else None
         dk = torch.empty(k.shape, dtype=k.dtype, device=k.device) if needs[1] else None
         outputs = dq_out.transpose(1, 2), dk_out.transpose(1, 2)
+        tables: tuple[Tensor | None, ...] = (None, None)
+        if any(ctx.needs_input_grad[4:6]):
+            rotated = [
+                (outputs[0], _normalized(q, q_weight, ctx.norm.q_eps, ctx.norm.gamma)),
+                (outputs[1], _normalized(k, k_weight, ctx.norm.k_eps, ctx.norm.gamma)),
+            ]
+            tables = [each.squeeze(2) for each in table_gradients(rotated, cos.unsqueeze(2), HALF)]
         weights = backward(*outputs, q, k, q_weight, k_weight, cos, sin, ctx.norm, dq, dk, *needs[2:])
-        return dq, dk, *weights, None, None, None, None
+        return dq, dk, *weights, *tables, None, None
+
+
+def _normalized(x: Tensor, weight: Tensor | None, eps: float, gamma: str) -> Tensor:
+    """In plain torch: few tables are trained."""
+    x = x.float()
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    if gamma == "none":
+        return x
+    return x * {"weight": weight, "1 + weight": 1.0 + weight.float(), "rounded 1 + weight": 1.0 + weight}[gamma].float()
 
 
 class _PackedQKNormRoPE(torch.autograd.Function):

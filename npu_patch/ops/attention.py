@@ -1,8 +1,8 @@
 """Scaled dot-product attention: `softmax(scale * q @ k.mT + bias, hidden) @ v` (https://arxiv.org/abs/1706.03762).
 
 `npu_fusion_attention` holds no score in memory, forward or backward (https://arxiv.org/abs/2205.14135), shares key
-heads among query heads by itself, and takes packed sequences without a mask. Single queries that need no backward go to
-the inference operator (ops/attention_decode.py).
+heads among query heads by itself, and takes packed sequences without a mask. Single tokens beside a cache that
+need no backward go to the inference operator (ops/attention_decode.py).
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Attention:
     `hidden`: bool, True where a query does not see a key, in one of the operator's shapes (`in_operator_shape`); not
     together with a `band`. `bias`: added to the scaled scores, broadcasts to `[B, N, Sq, Skv]`. `sink`: `[N]`, one more
     logit in each softmax. `ends`: where each packed sequence ends, for queries and for keys. `empty_rows_give_zero`:
-    what a query without any key gets; else the mean of the values. `by_inference`: a single query may go to the
-    inference operator.
+    what a query without any key gets; else the mean of the values. `decodes`: the queries are the latest tokens of a
+    sequence whose other keys come from a cache.
     """
 
     scale: float
@@ -55,7 +55,7 @@ class Attention:
     dropout: float = 0.0
     ends: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     empty_rows_give_zero: bool = True
-    by_inference: bool = True
+    decodes: bool = False
 
 
 def _npu_attention(query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> Tensor:

@@ -1,4 +1,6 @@
-"""One new token per sample: `npu_fused_infer_attention_score`, which has no backward and keeps nothing for one.
+"""One new token per sample beside a cache: `npu_fused_infer_attention_score`, which has no backward and keeps nothing
+for one. No training step has this shape; it may have single queries without a cache (attention pooling, prompts of one
+token), which stay with the operator that they are trained with.
 
 Beyond 512 keys some releases ignore a bool mask `[., 1, 1, S]` without a word; a bias with all heads, `[., N, 1, S]`,
 is right there at every length (https://github.com/vllm-project/vllm-ascend/issues/15503). So longer masks go as a bias.
@@ -32,7 +34,7 @@ HIDDEN = -30000.0  # as a score: nothing is left of it, in float16 too, and no m
 def serves(query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> bool:
     """Limits of the operator for a single query (operator documentation): float16 and bfloat16, heads a multiple of 16
     wide, contiguous keys and values. It differentiates nothing: torch_npu would warn and leave the gradients out."""
-    if not attention.by_inference or query.shape[2] != 1 or query.dtype not in (torch.float16, torch.bfloat16):
+    if not attention.decodes or query.shape[2] != 1 or query.dtype not in (torch.float16, torch.bfloat16):
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
         return False

@@ -90,16 +90,10 @@ def grouped_matmul(products: Products, x: Tensor, weights: Weights, grouping: Gr
 
 
 class _GroupedMatmul(torch.autograd.Function):
+    # All in one: without gradients Dynamo takes ctx away where it counts as many arguments as parameters.
     @staticmethod
-    def forward(
-        ctx: Any,
-        products: Products,
-        grouping: Grouping,
-        transposed: bool,
-        x: Tensor,
-        bias: Tensor | None,
-        *weights: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        products, grouping, transposed, x, bias, *weights = given
         x = x.contiguous()  # the operator takes no transposed x
         _, _, _, x_needed, bias_needed, *weights_needed = ctx.needs_input_grad
         ctx.products, ctx.transposed, ctx.packed = products, transposed, weights[0].dim() == 3

@@ -55,8 +55,6 @@ def _unsupported(q: Heads, k: Heads, cos: Tensor, sin: Tensor, rope: RoPEVariant
     weights = [heads.weight for heads in (q, k) if heads.weight is not None]
     if not all(is_plain(tensor) for tensor in (q.x, k.x, cos, sin, *weights)):
         return "tensor subclass"
-    if cos.requires_grad or sin.requires_grad:
-        return "cos or sin needs a gradient"
     if any(x.dim() != 4 or x.dtype not in FLOAT_DTYPES or x.numel() == 0 for x in (q.x, k.x)):
         return f"q of dtype {q.x.dtype}, {layout(q.x)}"
     same = [
@@ -117,7 +115,7 @@ def reference(q: Heads, k: Heads, cos: Tensor, sin: Tensor, rope: RoPEVariant) -
 
 
 # Called with q, k, cos, sin and the rotation, `run` returns q `[B, H, S, D]` and k `[B, K, S, D]`. cos and sin are
-# `[B or 1, S, R]` as the original takes them, and get no gradient.
+# `[B or 1, S, R]` as the original takes them.
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation(TRITON, ("npu", "cuda"), _triton, _unsupported, needs_triton, optional=True),
 )

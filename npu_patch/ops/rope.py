@@ -98,8 +98,7 @@ def rotate(
 ) -> list[Tensor]:
     """`variant` of each of `tensors` (`[B, N, S, D]`, `[B, S, N, D]` or `[T, N, D]`).
 
-    cos and sin have as many dimensions as the tensors, one head, and the variant's table width, at most D. They take
-    no gradient.
+    cos and sin have as many dimensions as the tensors, one head, and the variant's table width, at most D.
     """
     cos, sin = variant.table.widen(cos), variant.table.widen(sin)
     if variant.negated:
@@ -112,7 +111,8 @@ def rotate(
         # The operator casts the tables to the dtype of the input: a float32 table beside a bfloat16 input needs the
         # input in float32, or it would lose what the original keeps.
         same = [tensor.to(dtype) for tensor, its_dtype in zip(tensors, dtypes, strict=True) if its_dtype == dtype]
-        rotated += _Rotate.apply(kernel, variant.pairing, cos.to(dtype), sin.to(dtype), *same)
+        for first, second in itertools.zip_longest(same[::2], same[1::2]):
+            rotated += _Rotate.apply(kernel, variant.pairing, cos.to(dtype), sin.to(dtype), first, second)
     if variant.output == "input":
         rotated = [y.to(tensor.dtype) for y, tensor in zip(rotated, tensors, strict=True)]
     return rotated
@@ -149,24 +149,45 @@ class _Rotate(torch.autograd.Function):
     every table that comes from angles; nothing here depends on it.
     """
 
+    # Not `*tensors`: without gradients Dynamo takes ctx away where it counts as many arguments as parameters.
     @staticmethod
     def forward(
-        ctx: Any, kernel: Callable[..., Tensor], pairing: str, cos: Tensor, sin: Tensor, *tensors: Tensor
+        ctx: Any,
+        kernel: Callable[..., Tensor],
+        pairing: str,
+        cos: Tensor,
+        sin: Tensor,
+        first: Tensor,
+        second: Tensor | None,
     ) -> tuple[Tensor, ...]:
+        tensors = (first,) if second is None else (first, second)
         ctx.kernel, ctx.pairing = kernel, pairing
-        ctx.save_for_backward(cos, sin)
+        ctx.save_for_backward(cos, sin, *(tensors if any(ctx.needs_input_grad[2:4]) else ()))
         return tuple(changeable(_rotate_first(kernel, tensor, cos, sin, pairing)) for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
+        cos, sin, *tensors = ctx.saved_tensors
         back = _swap_pairs(sin, ctx.pairing).neg()
-        needed = ctx.needs_input_grad[4:]
+        needs_cos, needs_sin, *needed = ctx.needs_input_grad[2:]
         inputs = [
             _rotate_first(ctx.kernel, grad, cos, back, ctx.pairing) if need else None
-            for grad, need in zip(grads, needed, strict=True)
+            for grad, need in itertools.zip_longest(grads, needed)
         ]
-        return None, None, None, None, *inputs
+        d_cos, d_sin = (
+            table_gradients(list(zip(grads, tensors, strict=True)), cos, ctx.pairing) if tensors else (None,) * 2
+        )
+        return None, None, d_cos if needs_cos else None, d_sin if needs_sin else None, *inputs
+
+
+def table_gradients(rotated: Sequence[tuple[Tensor, Tensor]], table: Tensor, pairing: str) -> tuple[Tensor, Tensor]:
+    """Of cos and sin, both like `table`, from the gradient of each rotated tensor beside that tensor before it."""
+    d_cos = d_sin = 0.0
+    for dy, x in rotated:
+        dy, x = (each[..., : table.shape[-1]].to(torch.promote_types(each.dtype, torch.float32)) for each in (dy, x))
+        d_cos = d_cos + (dy * x).sum_to_size(table.shape)
+        d_sin = d_sin + (dy * rotate_pairs(x, pairing)).sum_to_size(table.shape)
+    return d_cos.to(table.dtype), d_sin.to(table.dtype)
 
 
 def _rotate_first(kernel: Callable[..., Tensor], x: Tensor, cos: Tensor, sin: Tensor, pairing: str) -> Tensor:
@@ -224,8 +245,6 @@ def _torch_rotary_mul(x: Tensor, cos: Tensor, sin: Tensor, pairing: str) -> Tens
 
 def _unsupported_anywhere(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, variant: RoPEVariant) -> str | None:
     """cos and sin as `rotate` takes them, before the table is widened."""
-    if cos.requires_grad or sin.requires_grad:
-        return "cos or sin needs a gradient"
     for x in (*tensors, cos, sin):
         if not is_plain(x):
             return "tensor subclass"

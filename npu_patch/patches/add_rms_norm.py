@@ -22,7 +22,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.nn.modules import module as torch_modules
 
 from npu_patch.bypassed import Bypassed
 from npu_patch.deferred_norm import NORMS
@@ -33,8 +32,8 @@ from npu_patch.ops.add_rms_norm import IMPLEMENTATIONS, Sizes, case, one_after_t
 from npu_patch.ops.implementation import choose, is_plain
 from npu_patch.ops.rms_norm import RMSNormVariant
 from npu_patch.outcome import Calls
+from npu_patch.patches.listeners import listener
 from npu_patch.patches.patch import (
-    HOOKS,
     NOT_FASTER,
     Context,
     Patch,
@@ -184,11 +183,7 @@ def _why_not(mixer: torch.nn.Module, device_type: str) -> str | None:
     """What is known before the mixer runs: cheaply, for every call."""
     if torch.is_autocast_enabled(device_type):
         return "autocast"
-    if any(getattr(torch_modules, f"_global{name}") for name in HOOKS):
-        return "hooks on all modules"
-    if any(getattr(mixer, hooks) for hooks in HOOKS):
-        return "hooks on it"
-    return None
+    return listener(mixer, "it")
 
 
 def _why_no_norm(layer: torch.nn.Module, reading: AddRMSNormReading) -> str | None:
@@ -199,10 +194,9 @@ def _why_no_norm(layer: torch.nn.Module, reading: AddRMSNormReading) -> str | No
             continue  # of another kind of layer
         if not _is_served(type(norm)):
             return f"{name} is a {type(norm).__name__}, which is not served"
-        if "forward" in vars(norm):
-            return f"{name} is a {type(norm).__name__} with a forward of its own"
-        if any(getattr(norm, hooks) for hooks in HOOKS):
-            return f"hooks on {name}"
+        found = listener(norm, name)
+        if found is not None:
+            return found
         if norm._compiled_call_impl is not None:
             return f"{name} is compiled"
     return None

@@ -3,7 +3,7 @@
 Rebinds    entries of `AttentionInterface` and `AttentionMaskInterface`, which every model looks up at call time, and
            the function of masking_utils that reads packed position ids.
 To         `npu_fusion_attention`, with masks as patterns wherever transformers makes them from patterns; single tokens
-           that need no backward to `npu_fused_infer_attention_score`.
+           beside a cache that need no backward to `npu_fused_infer_attention_score`.
            The operator keeps its result for the backward: a layer that changes it in place gets a copy.
 Not when   the model's attention is eager, flex or its own. A call falls through for softcap, requested attention
            weights, paged caches, compilation, tensors on another device and the operator's limits.

@@ -82,7 +82,8 @@ def serve(original: Callable[..., Any], device_type: str, attend: Attend) -> Cal
             packed, indices = _flat(query, key, value), None
             ends = None if found is None else (found, found)
         if ends is None:
-            attention = Attention(scale, band, hidden, sink=s_aux, dropout=dropout)
+            decodes = queries == 1 < keys and bool(is_causal)
+            attention = Attention(scale, band, hidden, sink=s_aux, dropout=dropout, decodes=decodes)
             out = attend(query, key, value, attention)
             return Unserved(out) if isinstance(out, str) else (out, None)
         attention = Attention(scale, band, sink=s_aux, dropout=dropout, ends=ends)
@@ -148,10 +149,7 @@ def _hidden(mask: Tensor, keys: int) -> Tensor:
     def make() -> Tensor:
         return F.pad(mask.bool().logical_not(), (0, keys - mask.shape[1]), value=True)[:, None, None]
 
-    by_keys = _HIDDEN.of((mask,), dict)
-    if keys not in by_keys:
-        by_keys[keys] = make()
-    return by_keys[keys]
+    return _HIDDEN.by(mask, keys, make)
 
 
 def _gather(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[list[Tensor], Tensor, tuple[Ends, Ends]]:

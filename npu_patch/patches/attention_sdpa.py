@@ -86,11 +86,12 @@ def serve(original: Callable[..., Any], device_type: str, attend: Attend) -> Cal
                 return out.unflatten(0, (query.shape[0], query.shape[2])), None
         is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         causal = query.shape[2] > 1 and attention_mask is None and bool(is_causal)
+        decodes = query.shape[2] == 1 < key.shape[2] and bool(is_causal)
         if causal and position_bias is not None and key.shape[2] > query.shape[2]:
             # Causality is aligned to the top left: later keys are not seen, and transformers cuts the bias too.
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
             position_bias = position_bias[..., : query.shape[2]]
-        attention = _dense(query, key, attention_mask, causal, scale, dropout, s_aux, position_bias)
+        attention = _dense(query, key, attention_mask, causal, decodes, scale, dropout, s_aux, position_bias)
         if isinstance(attention, Unserved):
             return attention
         out = attend(query, key, value, attention)
@@ -139,6 +140,7 @@ def _dense(
     key: Tensor,
     mask: Tensor | None,
     causal: bool,
+    decodes: bool,
     scale: float,
     dropout: float,
     sink: Tensor | None,
@@ -148,7 +150,9 @@ def _dense(
     # transformers adds the lowest number to a position bias to hide a key: a row without any averages the values.
     # Without a position bias, torch's attention gives such a row zeros.
     zero = position_bias is None
-    attention = Attention(scale, bias=position_bias, sink=sink, dropout=dropout, empty_rows_give_zero=zero)
+    attention = Attention(
+        scale, bias=position_bias, sink=sink, dropout=dropout, empty_rows_give_zero=zero, decodes=decodes
+    )
     band = _band(mask, causal, wanted)
     if band is not None:
         return replace(attention, band=band)

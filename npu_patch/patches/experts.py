@@ -28,7 +28,7 @@ from npu_patch.outcome import Calls
 from npu_patch.patches import experts_looped, experts_packed
 from npu_patch.patches.experts_checked import checks, route
 from npu_patch.patches.experts_kind import Kinds
-from npu_patch.patches.experts_packed import experts_of
+from npu_patch.patches.experts_packed import experts_of, listener_in
 from npu_patch.patches.patch import (
     Context,
     Patch,
@@ -101,6 +101,9 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         reading = KINDS.of(self)
         if isinstance(reading, str):
             return Unserved(reading)
+        heard = listener_in(self)
+        if heard is not None:
+            return Unserved(heard)
         experts = experts_of(self, reading)
         result = route(context.implementation, selection, tokens, indices, router_weights, experts)
         return Unserved(result) if isinstance(result, str) else result

@@ -24,6 +24,7 @@ from npu_patch.ops.grouped_matmul import Weights
 from npu_patch.outcome import Calls
 from npu_patch.patches.experts_checked import checks, route
 from npu_patch.patches.experts_kind import Kinds
+from npu_patch.patches.listeners import listener, listener_among
 from npu_patch.patches.patch import Context, Replacement, Skip, Unserved, bind, replacement_for
 from npu_patch.patches.swiglu import Activations
 from npu_patch.probe.experts_looped import BlockReading, chosen, read_block, read_method
@@ -170,22 +171,29 @@ class FeedForwards:
         own, identities = self._split(block)
         if not own or any(type(each) is not torch.nn.Identity for each in identities):
             return "its experts are not of one class"
+        for each in (block.experts, *identities):
+            heard = listener(each, "its experts")
+            if heard is not None:
+                return heard
         found = self._feed_forward(type(own[0]))
         if isinstance(found, str):
             return found
         reading = found.reading
         names = [name for name in (reading.gate, reading.up, reading.down) if name is not None]
         for expert in own:
-            if _is_hooked(expert):
-                return "hooks on an expert"
+            heard = listener(expert, "an expert") or listener_among(expert)
+            if heard is not None:
+                return heard
+            if type(found.activations.of(expert)) is not type(found.activations.of(own[0])):
+                return "its experts' activations are of several classes"
             for name in names:
                 linear = getattr(expert, name)
                 if type(linear) is not torch.nn.Linear:
                     return f"an expert's layer is a {type(linear).__module__.split('.')[0]} {type(linear).__name__}"
                 if linear.bias is not None:
                     return "an expert's layer has a bias"
-                if _is_hooked(linear) or hasattr(linear.weight, "ds_id"):
-                    return "hooks on an expert's layer"
+                if hasattr(linear.weight, "ds_id"):
+                    return "an expert's weight is sharded"
         return None
 
     def experts(self, block: torch.nn.Module) -> Experts:
@@ -226,7 +234,3 @@ class FeedForwards:
                 found = _FeedForward(reading, Activations(reading.activation))
             self._known[cls] = found
         return found
-
-
-def _is_hooked(module: torch.nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

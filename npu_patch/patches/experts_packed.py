@@ -19,6 +19,7 @@ from npu_patch.ops.grouped_matmul import Weights
 from npu_patch.outcome import Calls
 from npu_patch.patches.experts_checked import checks, route
 from npu_patch.patches.experts_kind import Kinds
+from npu_patch.patches.listeners import listener_among
 from npu_patch.patches.patch import Context, Replacement, Skip, Unserved, bind, replacement_for
 from npu_patch.probe.experts import WEIGHTS, ExpertsReading, gate_of, read_experts, undeclared_conventions
 from npu_patch.sites import LiveModules, Site, forwards, parameter_names
@@ -68,6 +69,9 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         reading = kinds.of(self)
         if isinstance(reading, str):
             return Unserved(reading)
+        heard = listener_in(self)
+        if heard is not None:
+            return Unserved(heard)
         given = dict(zip(reading.convention.arguments, bound, strict=True))
         tokens, indices, router_weights = given["tokens"], given["indices"], given["router_weights"]
         shape = tokens.shape
@@ -90,6 +94,11 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
 
     function = replacement_for(original, calls, serve, bypassed=Bypassed.by(original, SILU))
     return Replacement(function, "routed experts", calls, selection=selection)
+
+
+def listener_in(module: torch.nn.Module) -> str | None:
+    """Who listens to the activation, or to another part of a packed layer that is not called as it is."""
+    return "an _apply_gate of its own" if "_apply_gate" in vars(module) else listener_among(module)
 
 
 def experts_of(module: torch.nn.Module, reading: ExpertsReading) -> Experts | None:

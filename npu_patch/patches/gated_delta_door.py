@@ -22,6 +22,7 @@ from torch import Tensor
 
 from npu_patch.names_used import names_used
 from npu_patch.ops.causal_conv1d import causal_conv1d
+from npu_patch.patches.listeners import listener
 from npu_patch.probe.closeness import distance
 from npu_patch.probe.error_text import error_text
 from npu_patch.probe.gated_delta_net import CONVOLUTION, Reading
@@ -70,6 +71,14 @@ class Door:
 def inline(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: Any, seq_idx: Any) -> Tensor:
     """What the layer computes itself: through its module, hooks included."""
     return F.silu(layer.conv1d(x)[:, :, : x.shape[-1]])
+
+
+def why_inline(layer: torch.nn.Module) -> str | None:
+    """Why the layer's module for the convolution is to be called, and not a function of its weight."""
+    convolution = layer.conv1d
+    if type(convolution) is not torch.nn.Conv1d:
+        return f"conv1d is a {type(convolution).__name__}"
+    return listener(convolution, "conv1d")
 
 
 def find(module: ModuleType) -> Iterable[Site]:

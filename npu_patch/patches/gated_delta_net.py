@@ -105,11 +105,9 @@ def _open_door(site: Site, context: Context) -> Replacement | Skip:
     if reason is not None:
         return Skip(reason, notable=reason != door.FUNCTION_HELD)
     calls = Calls()
-    served = serve(door.READING, _chain(door.READING, context), context.device_type, calls)
+    served = serve(door.READING, _chain(door.READING, context), context.device_type, calls, door.why_inline)
     bypassed = Bypassed.by(door.inline, CONVOLVED, MODULE_CALL)
-    replacement = replacement_for(
-        door.inline, calls, lambda layer, *args, **kwargs: served(*args, **kwargs), bypassed=bypassed
-    )
+    replacement = replacement_for(door.inline, calls, served, bypassed=bypassed)
     choice = choose(PROVIDERS[CONVOLUTION], context.device_type)
     return Replacement(door.Door(site.name, replacement), CONVOLUTION, calls, choice)
 

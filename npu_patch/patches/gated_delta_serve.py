@@ -12,6 +12,7 @@ from npu_patch.ops.gated_delta_calls import ConvolutionCall, RuleCall
 from npu_patch.outcome import Calls
 from npu_patch.patches.gated_delta_chain import Chain
 from npu_patch.patches.gated_delta_packing import refuse_if_untold
+from npu_patch.patches.listeners import listener_to_all
 from npu_patch.patches.packing import OncePerTensor
 from npu_patch.patches.patch import Unserved
 from npu_patch.probe.gated_delta_net import CONVOLUTION, RULE, UPDATE, Reading
@@ -40,12 +41,23 @@ BOUNDARIES = ("seq_idx", "cu_seqlens", "cu_seq_lens_q")
 _BOUNDS_ON_HOST = OncePerTensor()
 
 
-def serve(reading: Reading, chain: Chain, device_type: str, calls: Calls) -> Callable[..., Any]:
-    """`serve` for `replacement_for`, of a function that computes what `reading` says."""
+def serve(
+    reading: Reading,
+    chain: Chain,
+    device_type: str,
+    calls: Calls,
+    why_not: Callable[[torch.nn.Module], str | None] | None = None,
+) -> Callable[..., Any]:
+    """`serve` for `replacement_for`, of a function that computes what `reading` says; with `why_not`, of a method,
+    whose layer comes first and is asked."""
     call_of = {RULE: _rule_call, CONVOLUTION: _convolution_call, UPDATE: _update_call}[reading.kind]
 
     def serve_call(*args: Any, **kwargs: Any) -> Any:
-        given = _bound(reading, args, kwargs)
+        reason = None
+        if why_not is not None:
+            layer, *args = args
+            reason = why_not(layer)
+        given = _bound(reading, args, kwargs) if reason is None else Unserved(reason)
         if reading.kind != UPDATE and not any(kwargs.get(name) is not None for name in BOUNDARIES):
             refuse_if_untold(reading.kind)
         result = given if isinstance(given, Unserved) else _served(given)
@@ -64,6 +76,9 @@ def serve(reading: Reading, chain: Chain, device_type: str, calls: Calls) -> Cal
             return Unserved(f"{', '.join(unusual)} given")
         if reading.kind != RULE and given.get("activation") not in reading.activations:
             return Unserved(f"activation {given.get('activation')}")
+        heard = None if reading.kind == RULE else listener_to_all()  # its activation may be a module made at every call
+        if heard is not None:
+            return Unserved(heard)
         call = call_of(given, leading.device)
         if call is None:
             return Unserved("arguments that are no tensors")

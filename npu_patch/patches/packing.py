@@ -33,9 +33,18 @@ class OncePerTensor:
         kept = self._kept.get(first)
         if kept is not None and kept[0] == versions and all(a() is b for a, b in zip(kept[1], others, strict=True)):
             return kept[2]
-        value = make()
+        with torch.inference_mode(False):  # a later training step may save it for its backward
+            value = make()
         self.keep(tensors, value)
         return value
+
+    def by(self, tensor: Tensor, key: Any, make: Callable[[], Value]) -> Value:
+        """One value for each `key`."""
+        kept = self.of((tensor,), dict)
+        if key not in kept:
+            with torch.inference_mode(False):
+                kept[key] = make()
+        return kept[key]
 
     def keep(self, tensors: tuple[Tensor, ...], value: Any) -> None:
         first, *others = tensors
@@ -96,10 +105,8 @@ class HostReads:
 
     def last_padding(self, mask: Tensor, last: int) -> Padding:
         """The padding of the last tokens of each sample."""
-        by_last = self._last_paddings.of((mask,), dict)
-        if last not in by_last:
-            by_last[last] = _padding(self._masks.of((mask,), mask.cpu)[:, -last:], mask.device)
-        return by_last[last]
+        on_host = self._masks.of((mask,), mask.cpu)
+        return self._last_paddings.by(mask, last, lambda: _padding(on_host[:, -last:], mask.device))
 
     def packed_indices(self, position_ids: Tensor) -> Tensor | None:
         """transformers' packed_sequence_mask for position ids `[B, S]`: which sequence each token belongs to, on the

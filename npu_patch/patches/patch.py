@@ -18,7 +18,6 @@ from npu_patch.sites import LiveModules, Site
 from npu_patch.switches import Switches
 
 NOT_FASTER = "no kernel was measured to be faster"
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of a torch.nn.Module
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ Rebinds    `forward` of the class, with one that runs the original forward while
            stay the original's business.
 To         one Triton kernel forward and one backward, from the layout of the projections to that of attention.
 Not when   the patches of RMSNorm and RoPE do not serve its norms and its rotary function, anything else is done to q or
-           k in between, or the norms differ. A call falls through under autocast and compilation, for norms with
-           hooks, tensors on another device, and what the kernel does not take.
+           k in between, or the norms differ. A call falls through under autocast and compilation, where
+           somebody listens to a part of the layer, for tensors on another device, and what the kernel does not take.
 Delete     when torch_npu has an operator for both, or transformers a registration point for norms before rotation.
 """
 
@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules import module as global_hooks
 
 from npu_patch.bypassed import Bypassed
 from npu_patch.deferred_norm import NORMS, ROTATIONS, Abandoned, Deferral, DeferredHeads, RoPESite, deferring
@@ -29,8 +28,8 @@ from npu_patch.ops.implementation import choose
 from npu_patch.ops.qk_norm_rope import IMPLEMENTATIONS, Heads, Sizes, case, one_after_the_other, rotary_width
 from npu_patch.outcome import Calls
 from npu_patch.patches.head_sizes import rotary_widths
+from npu_patch.patches.listeners import listener
 from npu_patch.patches.patch import (
-    HOOKS,
     NOT_FASTER,
     Context,
     Patch,
@@ -127,21 +126,19 @@ def _why_not(layer: torch.nn.Module, q_norm: str, k_norm: str, device_type: str)
         return "being compiled"
     if torch.is_autocast_enabled(device_type):
         return "autocast"
-    if any(getattr(global_hooks, f"_global{name}") for name in HOOKS):
-        return "hooks on all modules"
     for name in (q_norm, k_norm):
         norm = getattr(layer, name, None)
         if not isinstance(norm, torch.nn.Module):
             return f"no module in {name}"
         site = NORMS.get(type(norm).forward)
-        if site is None or not site.calls.active or "forward" in vars(norm):
-            return f"{name} is a {type(norm).__name__} with a forward of its own"
-        if any(getattr(norm, hooks) for hooks in HOOKS):
-            return f"hooks on {name}"
+        if site is None or not site.calls.active:
+            return f"{name} is a {type(norm).__name__}, which is not served"
         weight = next(norm.parameters(recurse=False), None)
         if weight is not None and weight.device.type != device_type:
             return f"{name} on {weight.device.type}"
-    return None
+    # To any of its parts: a forward that is abandoned runs them all again.
+    heard = (listener(part, name) for name, part in layer._modules.items())
+    return next((each for each in heard if each is not None), None)
 
 
 def _rotation(value: Any) -> RoPESite | None:

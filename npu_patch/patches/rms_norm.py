@@ -25,6 +25,7 @@ from npu_patch.deferred_sum import DeferredSum
 from npu_patch.measure import Case
 from npu_patch.ops.rms_norm import HALF_DTYPES, IMPLEMENTATIONS, case
 from npu_patch.outcome import Calls
+from npu_patch.patches.listeners import listener_among, listener_to_all
 from npu_patch.patches.patch import (
     Context,
     Patch,
@@ -88,6 +89,10 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         reading = readings.of(self)
         if reading is None:
             return Unserved("this instance computes no known RMSNorm")
+        if gate or self._modules:  # gated norms make the module of their activation at every call
+            heard = listener_to_all() or listener_among(self)
+            if heard is not None:
+                return Unserved(heard)
         weight = getattr(self, reading.weight_name) if reading.weight_name else None
         eps = getattr(self, reading.eps_name)
         deferral = deferred_norm.current()

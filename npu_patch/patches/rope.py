@@ -3,7 +3,7 @@
 Rebinds    the function's name in the modeling module: all callers look it up there at call time, in every version.
 To         `npu_rotary_mul`, through an autograd function whose backward is the same kernel.
 Not when   positions or sections the function takes matter in a way that is not known, or it rotates complex numbers.
-           A call falls through for tensors on another device, tables that need a gradient, and the operator's limits.
+           A call falls through for tensors on another device and for the operator's limits.
 Delete     when transformers has a registration point for rotary functions that works without the kernels package.
 """
 

@@ -2,12 +2,11 @@
 
 Rebinds    `forward` of the class. The projections are called as the modules they are: LoRA wrappers, hooks and
            quantised layers stay in effect; no weight is read.
-To         `npu_swiglu` on one gate_up projection, or on two concatenated ones where a backward will follow; or the
-           Triton kernel on two as they are. With `swiglu_recompute` the down projection and its adapters keep gate
-           and up, which are kept anyway, in place of their product.
+To         `npu_swiglu` on one gate_up projection, or on two concatenated ones; or the Triton kernel on two as they are.
+           With `swiglu_recompute` the down projection and its adapters keep gate and up, which are kept anyway, in
+           place of their product.
 Not when   the activation of the instance at hand is not SiLU, or anything (dropout, clamp, norm, scale) stands between
-           the parts. A call falls through for tensors on another device and where no gradient is needed by two
-           projections (see ops/swiglu.py for the counts).
+           the parts. A call falls through for tensors on another device, and where somebody listens to the activation.
 Delete     when transformers has a registration point for feed-forward layers.
 """
 
@@ -15,6 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable, Iterable, Iterator, Mapping
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -24,8 +24,9 @@ from torch import Tensor
 from npu_patch.bypassed import MODULE_CALL, SILU, Bypassed
 from npu_patch.measure import Case
 from npu_patch.ops.recomputed import recomputed
-from npu_patch.ops.swiglu import IMPLEMENTATIONS, NO_BACKWARD, case, kept_for_the_backward
+from npu_patch.ops.swiglu import IMPLEMENTATIONS, case, kept_for_the_backward
 from npu_patch.outcome import Calls
+from npu_patch.patches.listeners import listener
 from npu_patch.patches.patch import (
     Context,
     Patch,
@@ -81,8 +82,9 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
             return Unserved("this instance computes no SwiGLU")
         if not activations.is_silu(self):
             return Unserved(f"the activation is {activations.name_of(self)}")
-        if found.up is not None and not selection.choice.candidates and not torch.is_grad_enabled():
-            return Unserved(NO_BACKWARD)
+        heard = None if found.activation is None else listener(getattr(self, found.activation), found.activation)
+        if heard is not None:
+            return Unserved(heard)
         down = getattr(self, found.down)
         gate = getattr(self, found.gate)(x)
         up = None if found.up is None else getattr(self, found.up)(x)
@@ -113,11 +115,11 @@ def _cases(cls: type, found: SwiGLUReading, live: LiveModules) -> Iterator[tuple
 
 
 class Activations:
-    """Which live activations are SiLU, each looked at once."""
+    """Which live activations are SiLU, each looked at once, and again where its class has become another."""
 
     def __init__(self, name: str | None) -> None:
         self._name = name
-        self._silu: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+        self._silu: weakref.WeakKeyDictionary[Any, tuple[type, bool]] = weakref.WeakKeyDictionary()
 
     def of(self, module: torch.nn.Module) -> Any:
         return torch.nn.functional.silu if self._name is None else getattr(module, self._name, None)
@@ -126,16 +128,23 @@ class Activations:
         if self._name is None:
             return True
         activation = self.of(module)
+        cls = type(activation)
         try:
-            return self._silu[activation]
+            observed, silu = self._silu[activation]
+            if observed is cls:
+                return silu
         except KeyError:
             pass
         except TypeError:  # nothing that can be called and referred to
             return False
         if torch.compiler.is_compiling():
             return False
-        self._silu[activation] = computes_silu(activation)
-        return self._silu[activation]
+        # By its forward: hooks are for the model's calls.
+        silu = computes_silu(
+            partial(cls.forward, activation) if isinstance(activation, torch.nn.Module) else activation
+        )
+        self._silu[activation] = cls, silu
+        return silu
 
     def name_of(self, module: torch.nn.Module) -> str:
         activation = self.of(module)
