@@ -17,7 +17,7 @@ from npu_patch.ops.attention import Attention
 from npu_patch.ops.attention_mask import FULL, Band
 from npu_patch.ops.implementation import is_plain
 from npu_patch.patches.attention_sdpa import refused
-from npu_patch.patches.packing import HOST_READS, Ends, OncePerTensor
+from npu_patch.patches.packing import HOST_READS, Ends, OncePerTensor, made_apart
 from npu_patch.patches.patch import Context, Unserved
 
 _HIDDEN = OncePerTensor()
@@ -152,7 +152,7 @@ def _hidden(mask: Tensor, keys: int) -> Tensor:
 
     by_keys = _HIDDEN.of((mask,), dict)
     if keys not in by_keys:
-        by_keys[keys] = make()
+        by_keys[keys] = made_apart(make)
     return by_keys[keys]
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from npu_patch.ops.selective_checkpointing import unseen
+
 Value = TypeVar("Value")
 Ends = tuple[int, ...]
 
@@ -28,12 +30,12 @@ class OncePerTensor:
     def of(self, tensors: tuple[Tensor, ...], make: Callable[[], Value]) -> Value:
         versions = tuple(_version(tensor) for tensor in tensors)
         if None in versions:  # made in inference mode: a write would go unnoticed
-            return make()
+            return made_apart(make)
         first, *others = tensors
         kept = self._kept.get(first)
         if kept is not None and kept[0] == versions and all(a() is b for a, b in zip(kept[1], others, strict=True)):
             return kept[2]
-        value = make()
+        value = made_apart(make)
         self.keep(tensors, value)
         return value
 
@@ -45,6 +47,14 @@ class OncePerTensor:
     def known(self, tensor: Tensor) -> Any | None:
         kept = self._kept.get(tensor)
         return kept[2] if kept is not None and kept[0] == (_version(tensor),) else None
+
+
+def made_apart(make: Callable[[], Value]) -> Value:
+    """Not within the saved tensors and the selective checkpointing of the layer that happens to ask first."""
+    if torch.compiler.is_compiling():
+        return make()
+    with torch.no_grad(), unseen():
+        return make()
 
 
 def _version(tensor: Tensor) -> int | None:
@@ -98,7 +108,8 @@ class HostReads:
         """The padding of the last tokens of each sample."""
         by_last = self._last_paddings.of((mask,), dict)
         if last not in by_last:
-            by_last[last] = _padding(self._masks.of((mask,), mask.cpu)[:, -last:], mask.device)
+            on_host = self._masks.of((mask,), mask.cpu)
+            by_last[last] = made_apart(lambda: _padding(on_host[:, -last:], mask.device))
         return by_last[last]
 
     def packed_indices(self, position_ids: Tensor) -> Tensor | None:
