@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from npu_patch import log
+from npu_patch import log, new_layers
 from npu_patch.journal import Journal
 from npu_patch.ops.implementation import Choice, choose
 from npu_patch.outcome import FAILED, NOTHING_APPLIED, PATCHED, SKIPPED, Outcome, Report, TuningFile
 from npu_patch.patches import CATALOGUE
 from npu_patch.patches.patch import Context, Patch, Replacement
+from npu_patch.probe.findings import forget
 from npu_patch.report_text import headline
 from npu_patch.selection import NO_MODEL, Measurer, Selection
 from npu_patch.sites import (
@@ -167,6 +168,7 @@ class _State:
     patched: dict[tuple[int, str], list[PatchedSite]] = field(default_factory=dict)
     reports: list[Report] = field(default_factory=list)
     device_type: str | None = None
+    registries: set[tuple[int, str]] = field(default_factory=set)  # keys of `patched` that serve layers of any class
     tune: str | None = None  # the tuning file of the first apply()
 
     def claim(self, device_type: str) -> None:
@@ -176,12 +178,18 @@ class _State:
             )
         self.device_type = device_type
 
+    def watch_new_layers(self) -> None:
+        if not self.journal.holds(new_layers.REGISTRY, new_layers.KEY):
+            hook = new_layers.watcher(self.patched, self.registries)
+            self.journal.rebind(new_layers.REGISTRY, new_layers.KEY, hook)
+
     def undo_to(self, mark: int) -> None:
         with self.journal.lock:
             self.journal.undo_to(mark)
             self.reports = [each for each in self.reports if mark and any(o.calls.active for o in each.patched)]
             if not len(self.journal):
                 self.device_type = None
+                forget()
 
 
 _STATE = _State()
@@ -220,6 +228,9 @@ class Walk:
             self._warn(patches)
             if getattr(self.model, "use_kernels", False) or getattr(self.model, "_use_kernels", False):
                 self.report.warnings.append("the model uses hub kernels: those stay wherever they are bound")
+        if self.model is None or _STATE.patched:
+            _STATE.registries |= {key[1:] for key in self.searched}
+            _STATE.watch_new_layers()
 
     def _enabled(self) -> list[tuple[Patch, Choice]]:
         enabled = []

@@ -98,7 +98,11 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
             return Unserved(reason)
         return run(tokens, indices, router_weights, experts)
 
-    return Replacement(replacement_for(site.original, calls, serve), "routed experts", calls)
+    def observe(layer: torch.nn.Module) -> None:
+        if _looks_up(type(layer), site.owner):
+            KINDS.of(layer)
+
+    return Replacement(replacement_for(site.original, calls, serve), "routed experts", calls, observe=observe)
 
 
 def layers(site: Site, context: Context) -> int | None:

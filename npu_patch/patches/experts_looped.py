@@ -67,7 +67,7 @@ def _replace_method(site: Site, context: Context) -> Replacement | Skip:
             return Unserved("arguments that are no tensors")
         return _run(context, layers, self, *bound)
 
-    return Replacement(replacement_for(site.original, calls, serve), "looped experts", calls)
+    return Replacement(replacement_for(site.original, calls, serve), "looped experts", calls, observe=layers.observe)
 
 
 def _replace_forward(site: Site, context: Context) -> Replacement | Skip:
@@ -117,7 +117,11 @@ def _replace_forward(site: Site, context: Context) -> Replacement | Skip:
             result = result + (shared if reading.shared_gate is None else part(reading.shared_gate).sigmoid() * shared)
         return (result.view(x.shape), logits) if reading.returns_logits else result.view(x.shape)
 
-    return Replacement(replacement_for(original, calls, serve), "looped experts", calls)
+    def observe(block: torch.nn.Module) -> None:
+        kinds.of(block)
+        layers.observe(block)
+
+    return Replacement(replacement_for(original, calls, serve), "looped experts", calls, observe=observe)
 
 
 def _run(
@@ -194,6 +198,12 @@ class FeedForwards:
             gate=None if activations.is_silu(own[0]) else gate,
             sentinels=bool(identities),
         )
+
+    def observe(self, block: torch.nn.Module) -> None:
+        for expert in self._split(block)[0]:
+            found = self._feed_forward(type(expert))
+            if not isinstance(found, str):
+                found.activations.is_silu(expert)
 
     def _split(self, block: torch.nn.Module) -> tuple[list[torch.nn.Module], list[torch.nn.Module]]:
         every = list(block.experts)

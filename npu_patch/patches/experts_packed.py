@@ -81,7 +81,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
             result = result + tokens * others.sum(-1, keepdim=True).to(tokens.dtype)
         return result.view(shape[0], -1, shape[-1]) if reading.batched else result
 
-    return Replacement(replacement_for(original, calls, serve), "routed experts", calls)
+    return Replacement(replacement_for(original, calls, serve), "routed experts", calls, observe=kinds.of)
 
 
 def experts_of(module: torch.nn.Module, reading: ExpertsReading) -> Experts | None:

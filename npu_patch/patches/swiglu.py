@@ -25,6 +25,7 @@ from npu_patch.measure import Case
 from npu_patch.ops.recomputed import recomputed
 from npu_patch.ops.swiglu import IMPLEMENTATIONS, NO_BACKWARD, case, kept_for_the_backward
 from npu_patch.outcome import Calls
+from npu_patch.patches.experts_kind import activation_kind, in_mode
 from npu_patch.patches.patch import (
     Context,
     Patch,
@@ -65,7 +66,8 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         reading = read_swiglu(its_class, original)
         return reading if reading == found else None
 
-    readings = Readings(read, known={cls: found})
+    readings = Readings(read)
+    readings.note(cls, found)
     calls, device_type, recompute = Calls(), context.device_type, context.switches["swiglu_recompute"]
     selection = context.selection(lambda live: _cases(cls, found, live))
 
@@ -98,7 +100,12 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         with recomputed(product, serving.run, *kept):
             return down(product)
 
-    return Replacement(replacement_for(original, calls, serve), found.name, calls, selection=selection)
+    def observe(layer: torch.nn.Module) -> None:
+        readings.of(layer)
+        activations.is_silu(layer)
+
+    function = replacement_for(original, calls, serve)
+    return Replacement(function, found.name, calls, selection=selection, observe=observe)
 
 
 def _cases(cls: type, found: SwiGLUReading, live: LiveModules) -> Iterator[tuple[Hashable, Case]]:
@@ -110,11 +117,12 @@ def _cases(cls: type, found: SwiGLUReading, live: LiveModules) -> Iterator[tuple
 
 
 class Activations:
-    """Which live activations are SiLU, each looked at once."""
+    """Which live activations are SiLU, training or not, each kind observed once."""
 
     def __init__(self, name: str | None) -> None:
         self._name = name
         self._silu: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+        self._kinds: dict[Hashable, bool] = {}
 
     def of(self, module: torch.nn.Module) -> Any:
         return torch.nn.functional.silu if self._name is None else getattr(module, self._name, None)
@@ -131,7 +139,13 @@ class Activations:
             return False
         if torch.compiler.is_compiling():
             return False
-        self._silu[activation] = computes_silu(activation)
+        try:
+            kind = activation_kind(activation)
+            if kind not in self._kinds:
+                self._kinds[kind] = all(computes_silu(in_mode(activation, training)) for training in (False, True))
+            self._silu[activation] = self._kinds[kind]
+        except TypeError:  # one that cannot be told from another
+            return False
         return self._silu[activation]
 
     def name_of(self, module: torch.nn.Module) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_patch.probe.findings import unless_accident
 from npu_patch.probe.room import values
 from npu_patch.sites import innermost
 
@@ -54,6 +55,7 @@ def build(cls: type) -> torch.nn.Module:
         except TypeError:
             layer = cls(_Config(**CONFIG))
     except Exception as error:
+        unless_accident(error)
         raise Unobservable(f"no tiny layer of it could be made: {type(error).__name__}: {error}"[:160]) from error
     for index, module in enumerate(layer.modules()):
         for name, parameter in list(module._parameters.items()):
