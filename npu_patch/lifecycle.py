@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from npu_patch import log, replaced_before, self_check
+from npu_patch import log, new_layers, replaced_before, self_check
 from npu_patch.deferred_norm import takes_part_as
 from npu_patch.journal import Journal
 from npu_patch.ops.implementation import Choice, choose
@@ -26,6 +26,7 @@ from npu_patch.outcome import FAILED, NOTHING_APPLIED, PATCHED, SKIPPED, Outcome
 from npu_patch.patched_site import PatchedSite, as_they_stand, bound_since, own_forwards
 from npu_patch.patches import CATALOGUE
 from npu_patch.patches.patch import Context, Patch, Replacement
+from npu_patch.probe.findings import forget
 from npu_patch.report_text import headline
 from npu_patch.selection import NO_MODEL
 from npu_patch.self_check import Decisions
@@ -169,6 +170,7 @@ class _State:
     patched: dict[tuple[int, str], list[PatchedSite]] = field(default_factory=dict)
     reports: list[Report] = field(default_factory=list)
     device_type: str | None = None
+    registries: set[tuple[int, str]] = field(default_factory=set)  # keys of `patched` that serve layers of any class
     tune: str | None = None  # the tuning file of the first apply()
     models: list[weakref.ref[torch.nn.Module]] = field(default_factory=list)  # that were given
     unreached: weakref.WeakSet[torch.nn.Module] = field(default_factory=weakref.WeakSet)  # layers, and said to be
@@ -184,6 +186,11 @@ class _State:
         models = [model for reference in self.models if (model := reference()) is not None]
         return bound_since(self.patched.values(), models, self.unreached)
 
+    def watch_new_layers(self) -> None:
+        if not self.journal.holds(new_layers.REGISTRY, new_layers.KEY):
+            hook = new_layers.watcher(self.patched, self.registries)
+            self.journal.rebind(new_layers.REGISTRY, new_layers.KEY, hook)
+
     def undo_to(self, mark: int) -> None:
         with self.journal.lock:
             self.journal.undo_to(mark)
@@ -192,6 +199,7 @@ class _State:
                 self.device_type = None
                 self.models.clear()
                 self.unreached.clear()
+                forget()
 
 
 _STATE = _State()
@@ -236,6 +244,9 @@ class Walk:
             self._warn(patches)
             if getattr(self.model, "use_kernels", False) or getattr(self.model, "_use_kernels", False):
                 self.report.warnings.append("the model uses hub kernels: those stay wherever they are bound")
+        if self.model is None or _STATE.patched:
+            _STATE.registries |= {key[1:] for key in self.searched}
+            _STATE.watch_new_layers()
 
     def _enabled(self) -> list[tuple[Patch, Choice]]:
         enabled = []

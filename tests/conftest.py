@@ -19,6 +19,10 @@ from npu_patch.kernels import launch
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-first-steps", action="store_true", help="every combination in test_observation_apart.py")
+
+
 @pytest.fixture(scope="session")
 def npu() -> torch.device:
     """The NPU, real or simulated."""

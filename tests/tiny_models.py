@@ -80,16 +80,53 @@ _FAMILIES: dict[str, Family] = {
     ),
 }
 
+# With other routers and gates than those; for what is special to experts.
+_MIXTURES: dict[str, Family] = {
+    "mixtral": Family("MixtralConfig", {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 40}),
+    "gpt_oss": Family(
+        "GptOssConfig",
+        {
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 40,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "deepseek_v3": Family(
+        "DeepseekV3Config",
+        {
+            "n_routed_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 40,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "n_group": 2,
+            "topk_group": 1,
+            "norm_topk_prob": True,
+            "num_key_value_heads": 6,
+            "head_dim": 8,
+            "q_lora_rank": 20,
+            "kv_lora_rank": 24,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 12,
+            "v_head_dim": 20,
+        },
+    ),
+}
+
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
+MIXTURES: tuple[str, ...] = tuple(_MIXTURES)
 
 
 def tiny(name: str, *, seed: int = 0, **overrides: Any) -> torch.nn.Module:
-    """A float32 model on the CPU, in evaluation mode, of a family in `FAMILIES`; `overrides` are config arguments.
+    """A float32 model on the CPU, in evaluation mode, of a family in `FAMILIES` or `MIXTURES`; `overrides` are config
+    arguments.
 
     A family that the installed transformers does not have skips the test."""
     import transformers
 
-    family = _FAMILIES[name]
+    family = (_FAMILIES | _MIXTURES)[name]
     if not hasattr(transformers, family.config):
         raise unittest.SkipTest(f"transformers {transformers.__version__} has no {family.config}")  # pytest skips too
     config = getattr(transformers, family.config)(**{**COMMON, **family.arguments, **overrides})

@@ -108,8 +108,12 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         result = route(context.implementation, selection, tokens, indices, router_weights, experts)
         return Unserved(result) if isinstance(result, str) else result
 
+    def observe(layer: torch.nn.Module) -> None:
+        if _looks_up(type(layer), site.owner):
+            KINDS.of(layer)
+
     function = replacement_for(site.original, calls, serve, bypassed=Bypassed.by(site.original, SILU))
-    return Replacement(function, "routed experts", calls, selection=selection)
+    return Replacement(function, "routed experts", calls, selection=selection, observe=observe)
 
 
 def layers(site: Site, context: Context) -> int | None:

@@ -73,7 +73,7 @@ def _replace_method(site: Site, context: Context) -> Replacement | Skip:
 
     bypassed = Bypassed.by(site.original, LINEAR, SILU, MODULE_CALL)
     function = replacement_for(site.original, calls, serve, bypassed=bypassed)
-    return Replacement(function, "looped experts", calls, selection=selection)
+    return Replacement(function, "looped experts", calls, selection=selection, observe=layers.observe)
 
 
 def _replace_forward(site: Site, context: Context) -> Replacement | Skip:
@@ -124,9 +124,13 @@ def _replace_forward(site: Site, context: Context) -> Replacement | Skip:
             result = result + (shared if reading.shared_gate is None else part(reading.shared_gate).sigmoid() * shared)
         return (result.view(x.shape), logits) if reading.returns_logits else result.view(x.shape)
 
+    def observe(block: torch.nn.Module) -> None:
+        kinds.of(block)
+        layers.observe(block)
+
     bypassed = Bypassed.by(original, LINEAR, SILU, MODULE_CALL)
     function = replacement_for(original, calls, serve, bypassed=bypassed)
-    return Replacement(function, "looped experts", calls, selection=selection)
+    return Replacement(function, "looped experts", calls, selection=selection, observe=observe)
 
 
 def _run(
@@ -218,6 +222,12 @@ class FeedForwards:
     def experts_if_plain(self, block: torch.nn.Module) -> Experts | None:
         is_list = isinstance(getattr(block, "experts", None), torch.nn.ModuleList) and len(block.experts) > 0
         return self.experts(block) if is_list and self.why_not(block) is None else None
+
+    def observe(self, block: torch.nn.Module) -> None:
+        for expert in self._split(block)[0]:
+            found = self._feed_forward(type(expert))
+            if not isinstance(found, str):
+                found.activations.is_silu(expert)
 
     def _split(self, block: torch.nn.Module) -> tuple[list[torch.nn.Module], list[torch.nn.Module]]:
         every = list(block.experts)

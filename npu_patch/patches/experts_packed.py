@@ -93,7 +93,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         return result.view(shape[0], -1, shape[-1]) if reading.batched else result
 
     function = replacement_for(original, calls, serve, bypassed=Bypassed.by(original, SILU))
-    return Replacement(function, "routed experts", calls, selection=selection)
+    return Replacement(function, "routed experts", calls, selection=selection, observe=kinds.of)
 
 
 def listener_in(module: torch.nn.Module) -> str | None:

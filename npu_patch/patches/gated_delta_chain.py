@@ -7,6 +7,7 @@ from typing import Any
 
 from npu_patch.ops.gated_delta_providers import OWN
 from npu_patch.ops.implementation import Implementation
+from npu_patch.ops.selective_checkpointing import unseen
 from npu_patch.outcome import Calls
 from npu_patch.patches.patch import Unserved
 
@@ -35,6 +36,7 @@ class Chain:
                 reason = self.why_wrong(implementation, call)
             if reason is None:
                 calls.ran_by[implementation.name] += 1
-                return implementation.run(call)
+                with unseen():  # the own ones write into what they computed
+                    return implementation.run(call)
             calls.declined[implementation.name] = reason
         return Unserved(reason)

@@ -25,8 +25,9 @@ from npu_patch.ops.causal_conv1d import causal_conv1d
 from npu_patch.patches.listeners import listener
 from npu_patch.probe.closeness import distance
 from npu_patch.probe.error_text import error_text
+from npu_patch.probe.findings import remembered, unless_accident
 from npu_patch.probe.gated_delta_net import CONVOLUTION, Reading
-from npu_patch.probe.room import quiet_room, values
+from npu_patch.probe.room import quiet_room, random_state_kept, values
 from npu_patch.sites import Site
 
 # What the layers ask their config for, tiny and without two sizes that could be confused.
@@ -92,13 +93,14 @@ def find(module: ModuleType) -> Iterable[Site]:
                 yield Site(cls, name, None)
 
 
-@functools.lru_cache(maxsize=64)
+@remembered
 def why_not(cls: type, name: str) -> str | None:
     """Why a function in `name` is not what the layer computes inline, or None if it was observed to be."""
     try:
-        with quiet_room(), torch.random.fork_rng(devices=[]):
+        with quiet_room(), random_state_kept():
             return _observe(cls, name)
     except Exception as error:
+        unless_accident(error)
         return f"cannot be observed with a convolution of its own: {error_text(error)}"
 
 

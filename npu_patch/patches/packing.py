@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from npu_patch.ops.selective_checkpointing import unseen
+
 Value = TypeVar("Value")
 Ends = tuple[int, ...]
 
@@ -28,13 +30,12 @@ class OncePerTensor:
     def of(self, tensors: tuple[Tensor, ...], make: Callable[[], Value]) -> Value:
         versions = tuple(_version(tensor) for tensor in tensors)
         if None in versions:  # made in inference mode: a write would go unnoticed
-            return make()
+            return made_apart(make)
         first, *others = tensors
         kept = self._kept.get(first)
         if kept is not None and kept[0] == versions and all(a() is b for a, b in zip(kept[1], others, strict=True)):
             return kept[2]
-        with torch.inference_mode(False):  # a later training step may save it for its backward
-            value = make()
+        value = made_apart(make)
         self.keep(tensors, value)
         return value
 
@@ -42,8 +43,7 @@ class OncePerTensor:
         """One value for each `key`."""
         kept = self.of((tensor,), dict)
         if key not in kept:
-            with torch.inference_mode(False):
-                kept[key] = make()
+            kept[key] = made_apart(make)
         return kept[key]
 
     def keep(self, tensors: tuple[Tensor, ...], value: Any) -> None:
@@ -54,6 +54,14 @@ class OncePerTensor:
     def known(self, tensor: Tensor) -> Any | None:
         kept = self._kept.get(tensor)
         return kept[2] if kept is not None and kept[0] == (_version(tensor),) else None
+
+
+def made_apart(make: Callable[[], Value]) -> Value:
+    """Not within the saved tensors and the selective checkpointing of the layer that happens to ask first."""
+    if torch.compiler.is_compiling():
+        return make()
+    with torch.inference_mode(False), torch.no_grad(), unseen():  # a later training step may save it
+        return make()
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -13,6 +13,8 @@ import torch
 from npu_patch.bypassed import Bypassed
 from npu_patch.ops.implementation import Choice, Implementation
 from npu_patch.outcome import Calls
+from npu_patch.probe.findings import Unobserved
+from npu_patch.probe.room import in_quiet_room
 from npu_patch.selection import Cases, Selection
 from npu_patch.sites import LiveModules, Site
 from npu_patch.switches import Switches
@@ -48,7 +50,7 @@ class Replacement:
 
     `choice`: of this site's implementations, where a patch has sites of several ops. `selection`: among the usual and
     the optional ones, by call, where the op has optional ones. `alone`: called by itself, outside its model, it does
-    what it does there.
+    what it does there. `observe(layer)` looks at a new layer, so that its first call need not.
     """
 
     function: Callable[..., Any]
@@ -57,6 +59,7 @@ class Replacement:
     choice: Choice | None = None
     selection: Selection | None = None
     alone: bool = True
+    observe: Callable[[torch.nn.Module], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,8 @@ def replacement_for(
     def replacement(*args: Any, **kwargs: Any) -> Any:
         if not calls.active:
             return original(*args, **kwargs)
-        if torch.compiler.is_compiling():  # a count would be a guard to the compiler
+        # A count would be a guard to the compiler; and what a probe calls is nobody's step.
+        if torch.compiler.is_compiling() or in_quiet_room():
             result = serve(*args, **kwargs)
         else:
             if calls.watch is not None and calls.watch(args, kwargs):
@@ -167,7 +171,10 @@ def replacement_for(
                 calls.fell_through[reason] += 1
                 return original(*args, **kwargs)
             calls.ran += 1  # before: checkpointing's recomputation leaves a forward by an exception once it has enough
-            result = serve(*args, **kwargs)
+            try:
+                result = serve(*args, **kwargs)
+            except Unobserved as accident:
+                result = Unserved(str(accident))
             if isinstance(result, (Unserved, Unfused)):
                 calls.ran -= 1
                 calls.fell_through[result.reason] += 1
@@ -197,17 +204,21 @@ class Readings:
     """What each kind of instance of a patched class computes, observed once per kind.
 
     A kind is the instance's class (a subclass may override what the forward calls) with the values of the attributes
-    in `configuration` (flags, names of activations). `read(cls, attributes)` observes a new kind.
+    in `configuration` (flags, names of activations). `read(cls, attributes)` observes a new kind, training and not.
     """
 
     read: Callable[[type, Mapping[str, Any]], Any | None]
     configuration: tuple[str, ...] = ()
-    known: dict[Any, Any | None] = field(default_factory=dict)
+    known: dict[tuple[Any, ...], Any | None] = field(default_factory=dict)
+
+    def note(self, cls: type, reading: Any, configured: Sequence[Any] = ()) -> None:
+        """What was read of the class itself. A forward that asks for `training` has it in its configuration."""
+        for training in (False, True):
+            self.known[(cls, training, *configured)] = reading
 
     def of(self, module: torch.nn.Module) -> Any | None:
-        kind: Any = type(module)
-        if self.configuration:
-            kind = (kind, *(getattr(module, name, None) for name in self.configuration))
+        configured = [getattr(module, name, None) for name in self.configuration]
+        kind = (type(module), module.training, *configured)
         try:
             return self.known[kind]
         except KeyError:
@@ -217,6 +228,9 @@ class Readings:
         if torch.compiler.is_compiling():
             return None
         attributes = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-        reading = self.read(type(module), attributes | dict(module.named_parameters(recurse=False)))
-        self.known[kind] = reading
-        return reading
+        attributes |= dict(module.named_parameters(recurse=False))
+        for training in (False, True):
+            self.known[(type(module), training, *configured)] = self.read(
+                type(module), attributes | {"training": training}
+            )
+        return self.known[kind]

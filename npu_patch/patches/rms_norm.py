@@ -66,8 +66,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
 
     readings = Readings(read, configuration)
     for reading in found.readings:
-        values = tuple(reading.configuration.get(name) for name in configuration)
-        readings.known[(cls, *values) if configuration else cls] = reading
+        readings.note(cls, reading, [reading.configuration.get(name) for name in configuration])
     calls, callers = Calls(), Callers()
     device_type, in_float32 = context.device_type, context.switches["gated_rmsnorm_fp32"]
     selection = context.selection(lambda live: _cases(cls, readings, live))
@@ -116,7 +115,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
     bypassed = Bypassed.by(original, *([SILU] if gated else []))
     function = replacement_for(original, calls, serve, bypassed=bypassed)
     deferred_norm.NORMS[function] = deferred_norm.NormSite(original, readings.of, calls)
-    return Replacement(function, " or ".join(variants), calls, selection=selection)
+    return Replacement(function, " or ".join(variants), calls, selection=selection, observe=readings.of)
 
 
 def _with_its_sum(reading: RMSNormReading | None, norm: torch.nn.Module, total: DeferredSum) -> Tensor | None:

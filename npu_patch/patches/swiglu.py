@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +25,7 @@ from npu_patch.measure import Case
 from npu_patch.ops.recomputed import recomputed
 from npu_patch.ops.swiglu import IMPLEMENTATIONS, case, kept_for_the_backward
 from npu_patch.outcome import Calls
+from npu_patch.patches.experts_kind import activation_kind, in_mode
 from npu_patch.patches.listeners import listener
 from npu_patch.patches.patch import (
     Context,
@@ -67,7 +67,8 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         reading = read_swiglu(its_class, original)
         return reading if reading == found else None
 
-    readings = Readings(read, known={cls: found})
+    readings = Readings(read)
+    readings.note(cls, found)
     calls, device_type, recompute = Calls(), context.device_type, context.switches["swiglu_recompute"]
     selection = context.selection(lambda live: _cases(cls, found, live))
 
@@ -101,9 +102,13 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         with recomputed(product, serving.run, *kept):
             return down(product)
 
+    def observe(layer: torch.nn.Module) -> None:
+        readings.of(layer)
+        activations.is_silu(layer)
+
     bypassed = Bypassed.by(original, SILU, MODULE_CALL)
     function = replacement_for(original, calls, serve, bypassed=bypassed)
-    return Replacement(function, found.name, calls, selection=selection)
+    return Replacement(function, found.name, calls, selection=selection, observe=observe)
 
 
 def _cases(cls: type, found: SwiGLUReading, live: LiveModules) -> Iterator[tuple[Hashable, Case]]:
@@ -115,11 +120,13 @@ def _cases(cls: type, found: SwiGLUReading, live: LiveModules) -> Iterator[tuple
 
 
 class Activations:
-    """Which live activations are SiLU, each looked at once, and again where its class has become another."""
+    """Which live activations are SiLU, training or not: each kind is observed once, and one whose class has become
+    another is looked at again."""
 
     def __init__(self, name: str | None) -> None:
         self._name = name
         self._silu: weakref.WeakKeyDictionary[Any, tuple[type, bool]] = weakref.WeakKeyDictionary()
+        self._kinds: dict[Hashable, bool] = {}
 
     def of(self, module: torch.nn.Module) -> Any:
         return torch.nn.functional.silu if self._name is None else getattr(module, self._name, None)
@@ -139,12 +146,14 @@ class Activations:
             return False
         if torch.compiler.is_compiling():
             return False
-        # By its forward: hooks are for the model's calls.
-        silu = computes_silu(
-            partial(cls.forward, activation) if isinstance(activation, torch.nn.Module) else activation
-        )
-        self._silu[activation] = cls, silu
-        return silu
+        try:
+            kind = activation_kind(activation)
+            if kind not in self._kinds:
+                self._kinds[kind] = all(computes_silu(in_mode(activation, training)) for training in (False, True))
+        except TypeError:  # one that cannot be told from another
+            return False
+        self._silu[activation] = cls, self._kinds[kind]
+        return self._kinds[kind]
 
     def name_of(self, module: torch.nn.Module) -> str:
         activation = self.of(module)

@@ -26,6 +26,7 @@ from torch import Tensor
 from npu_patch.deferred_sum import Addition, Deferred, DeferredBranch, DeferredSum
 from npu_patch.names_used import names_used
 from npu_patch.probe.error_text import error_text
+from npu_patch.probe.findings import unless_accident
 from npu_patch.probe.recorded_layer import Recording, Trial, arguments, attributes_of, is_module_class, loggers, make
 from npu_patch.probe.recorded_layer import same as same_result
 from npu_patch.probe.room import quiet_room, random_state_kept, silent, values
@@ -274,6 +275,7 @@ def _attempt(trial: Trial, is_norm: IsNorm, path: Path, run: _Run) -> _Run:
     except TooManyPaths as error:
         run.failed, run.endless = path.refuse(str(error)).args[0], True
     except Exception as error:
+        unless_accident(error)
         run.failed = error_text(error)
         init = innermost(trial.layer.__init__)
         lacks = error.name if isinstance(error, AttributeError) and made is not None and error.obj is made else None

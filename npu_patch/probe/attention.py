@@ -16,6 +16,7 @@ from torch import Tensor
 from npu_patch.ops.attention_mask import CAUSAL_TOP_LEFT, FULL, Band
 from npu_patch.probe.closeness import distance
 from npu_patch.probe.error_text import error_text
+from npu_patch.probe.findings import unless_accident
 from npu_patch.probe.room import quiet_room, values
 
 BATCH, HEADS, KEY_HEADS, QUERIES, KEYS, HEAD_DIM, VALUE_DIM = 2, 6, 2, 3, 5, 8, 4
@@ -24,19 +25,20 @@ SCALE = 0.3
 
 def why_not_attention(function: Callable[..., Any]) -> str | None:
     """It should compute grouped attention: causal from the top left without a mask, else what a bool mask shows."""
-    shown = Band(before=1, after=2, bottom_right=False).visible(QUERIES, KEYS).expand(BATCH, 1, -1, -1)
-    causal = CAUSAL_TOP_LEFT.visible(QUERIES, KEYS)
-    cases = (
-        ("without a mask", None, {}, causal),
-        ("bidirectional", None, {"is_causal": False}, FULL.visible(QUERIES, KEYS)),
-        ("with a bool mask", shown, {}, shown),
-    )
     with quiet_room():
+        shown = Band(before=1, after=2, bottom_right=False).visible(QUERIES, KEYS).expand(BATCH, 1, -1, -1)
+        causal = CAUSAL_TOP_LEFT.visible(QUERIES, KEYS)
+        cases = (
+            ("without a mask", None, {}, causal),
+            ("bidirectional", None, {"is_causal": False}, FULL.visible(QUERIES, KEYS)),
+            ("with a bool mask", shown, {}, shown),
+        )
         for what, mask, keywords, seen in cases:
             for dtype in (torch.float32, torch.bfloat16):
                 try:
                     apart = _distance(function, mask, keywords, seen, dtype)
                 except Exception as problem:
+                    unless_accident(problem)
                     return f"{what} it fails: {error_text(problem)}"
                 if apart > 1.0:
                     return f"{what} it computes no scaled dot-product attention"
@@ -47,15 +49,16 @@ def why_not_mask(function: Callable[..., Any]) -> str | None:
     """It should make bool masks `[B, 1, Sq, Skv]`, True where the mask function says so."""
     from transformers.masking_utils import sliding_window_causal_mask_function
 
-    expected = Band(before=1, after=0).visible(4, 4).expand(2, 1, 4, 4)
     arguments = {"batch_size": 2, "kv_length": 4, "local_size": 2, "attention_mask": None}
     problems = []
     with quiet_room():
+        expected = Band(before=1, after=0).visible(4, 4).expand(2, 1, 4, 4)
         # The queries by their number or, up to transformers 5.3, by their positions.
         for queries in ({"q_length": 4}, {"cache_position": torch.arange(4)}):
             try:
                 made = function(mask_function=sliding_window_causal_mask_function(2), **queries, **arguments)
             except Exception as problem:
+                unless_accident(problem)
                 problems.append(f"it fails: {error_text(problem)}")
                 continue
             same = isinstance(made, Tensor) and made.dtype == torch.bool and made.shape == expected.shape
@@ -67,16 +70,17 @@ def why_not_mask(function: Callable[..., Any]) -> str | None:
 def why_not_packing(function: Callable[..., Any]) -> str | None:
     """It should number the packed sequences of position ids. Where there is one in each row, its callers take None for
     an answer; transformers 4 numbers them nevertheless."""
-    packed, plain = torch.tensor([[0, 1, 2, 0, 1, 0], [3, 4, 5, 6, 7, 8]]), torch.arange(6)[None]
-    expected = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 0, 0]])
     with quiet_room():
+        packed, plain = torch.tensor([[0, 1, 2, 0, 1, 0], [3, 4, 5, 6, 7, 8]]), torch.arange(6)[None]
+        expected = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 0, 0]])
         try:
             numbered, nothing = function(packed), function(plain)
         except Exception as problem:
+            unless_accident(problem)
             return f"it fails: {error_text(problem)}"
-    same = isinstance(numbered, Tensor) and numbered.dtype == expected.dtype and torch.equal(numbered, expected)
-    one_each = nothing is None or (isinstance(nothing, Tensor) and not nothing.any())
-    return None if same and one_each else "it does not number packed sequences"
+        same = isinstance(numbered, Tensor) and numbered.dtype == expected.dtype and torch.equal(numbered, expected)
+        one_each = nothing is None or (isinstance(nothing, Tensor) and not nothing.any())
+        return None if same and one_each else "it does not number packed sequences"
 
 
 def _distance(

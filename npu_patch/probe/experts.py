@@ -21,7 +21,8 @@ from npu_patch.ops.experts import Experts, reference, silu_of_halves
 from npu_patch.ops.grouped_matmul import Weights
 from npu_patch.probe.closeness import distance
 from npu_patch.probe.error_text import error_text
-from npu_patch.probe.room import quiet_room, values
+from npu_patch.probe.findings import unless_accident
+from npu_patch.probe.room import quiet_room, random_state_kept, values
 from npu_patch.probe.stand_in import Missing, StandIn
 
 # No two alike; sides are multiples of 8, which torch's grouped product needs.
@@ -125,20 +126,16 @@ def read_experts(
 ) -> ExpertsReading | str:
     """The first convention and gate that `forward` was observed to compute, or why none; `attributes` are those of an
     instance."""
-    random_state = torch.get_rng_state()
     failures: list[_Not] = []
-    try:
-        with quiet_room():
-            for convention in conventions:
-                for gate in _gates(cls, convention):
-                    observed = _observe(cls, forward, attributes, ExpertsReading(convention, gate))
-                    if isinstance(observed, ExpertsReading):
-                        return replace(observed, gate=_fused_if_silu(cls, attributes, convention, gate))
-                    if observed.under_any_convention:
-                        return observed.reason
-                    failures.append(observed)
-    finally:
-        torch.set_rng_state(random_state)  # a forward with jitter draws
+    with quiet_room(), random_state_kept():  # a forward with jitter draws
+        for convention in conventions:
+            for gate in _gates(cls, convention):
+                observed = _observe(cls, forward, attributes, ExpertsReading(convention, gate))
+                if isinstance(observed, ExpertsReading):
+                    return replace(observed, gate=_fused_if_silu(cls, attributes, convention, gate))
+                if observed.under_any_convention:
+                    return observed.reason
+                failures.append(observed)
     return min(failures, key=lambda failure: failure.reading.convention.identities).reason  # the likeliest one's
 
 
@@ -173,7 +170,8 @@ def _fused_if_silu(cls: type, attributes: Mapping[str, Any], convention: Convent
             each.requires_grad_(True)
         try:
             observed = GATES[gate](stand_in, observed_input)
-        except (Missing, Exception):
+        except (Missing, Exception) as error:
+            unless_accident(error)
             return gate
         if distance([observed], [silu_of_halves(expected_input)], [observed_input], [expected_input]) > 1.0:
             return gate
@@ -201,10 +199,12 @@ def _observe(
         except Missing as missing:
             return _Not(f"it asks for {missing.name!r}", reading, missing.name not in WEIGHTS)
         except Exception as error:
+            unless_accident(error)
             return _Not(error_text(error), reading)
         try:
             expected = _formula(expected_trial, reading)
-        except (Missing, Exception):
+        except (Missing, Exception) as error:
+            unless_accident(error)
             return _Not(f"its gate is not {reading.gate}", reading)
         if isinstance(observed, Tensor) and observed.shape == (TOKENS, 1, HIDDEN):
             reading, observed = replace(reading, batched=True), observed[:, 0]
@@ -286,8 +286,13 @@ def _settings(attributes: Mapping[str, Any]) -> dict[str, Any]:
         True for tensors in (activation.parameters(), activation.buffers()) for _ in tensors
     )
     # Where it is applied is what is observed; what it computes is its own business when it runs.
-    plain["act_fn"] = _some_activation if has_tensors or activation is None else activation
+    plain["act_fn"] = _some_activation if has_tensors or activation is None else _unheard(activation)
     return plain | SIZES | {"post_expert_norm": _some_norm, "identity_expert": _identity}
+
+
+def _unheard(activation: Any) -> Any:
+    """Without the hooks of a live one."""
+    return activation.forward if isinstance(activation, torch.nn.Module) else activation
 
 
 def _some_activation(x: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from npu_patch.probe.closeness import distance
 from npu_patch.probe.error_text import error_text
-from npu_patch.probe.room import quiet_room, values
+from npu_patch.probe.findings import unless_accident
+from npu_patch.probe.room import quiet_room, random_state_kept, values
 from npu_patch.probe.stand_in import Missing, StandIn
 
 BATCH, LENGTH, HIDDEN, EXPERTS, CHOICES = 2, 4, 6, 3, 2
@@ -82,6 +83,7 @@ def read_method(cls: type, method: Callable[..., Any], attributes: Mapping[str, 
             except Missing as missing:
                 return f"it asks for {missing.name!r}"
             except Exception as error:
+                unless_accident(error)
                 return _short(error)
             expected = own_experts.sum(own_tokens, indices, own_weights)
             apart = distance(
@@ -98,18 +100,14 @@ def read_method(cls: type, method: Callable[..., Any], attributes: Mapping[str, 
 def read_block(cls: type, forward: Callable[..., Any], attributes: Mapping[str, Any]) -> BlockReading | str | None:
     """The reading, or why there is none; None if it asks for no experts. A part of the block is whatever is asked for
     that `attributes` does not hold as a plain value."""
-    random_state = torch.get_rng_state()
-    try:
-        with quiet_room():
-            parts, why = _parts_of(cls, forward, attributes)
-            if parts is None:
-                return why
-            for roles in _assignments(parts):
-                reading = _observe(cls, forward, attributes, roles)
-                if reading is not None:
-                    return reading
-    finally:
-        torch.set_rng_state(random_state)  # jitter draws
+    with quiet_room(), random_state_kept():  # jitter draws
+        parts, why = _parts_of(cls, forward, attributes)
+        if parts is None:
+            return why
+        for roles in _assignments(parts):
+            reading = _observe(cls, forward, attributes, roles)
+            if reading is not None:
+                return reading
     return f"with parts {', '.join(parts)} its result is not that of routed experts"
 
 
@@ -138,6 +136,7 @@ def _parts_of(
         except _CalledWhole:
             return None, None
         except (Missing, Exception) as problem:
+            unless_accident(problem)
             why = why or _short(problem)
             continue
         return (asked, None) if saw_experts else (None, None)
@@ -166,7 +165,8 @@ def _observe(
         own = _plain(attributes) | SETTINGS | {"experts": experts.functions} | recorders
         try:
             observed = forward(StandIn(cls, own), x)
-        except (Missing, Exception):
+        except (Missing, Exception) as problem:
+            unless_accident(problem)
             return None
         logits = None
         if isinstance(observed, tuple):

@@ -7,7 +7,6 @@ packages, it is the function of the modeling file that is observed.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from npu_patch.probe.closeness import difference, gradients
 from npu_patch.probe.error_text import error_text
+from npu_patch.probe.findings import remembered, unless_accident
 from npu_patch.probe.gated_delta_reference import convolution, recurrence
 from npu_patch.probe.room import quiet_room, values
 
@@ -56,7 +56,7 @@ def kind_of(function: Callable[..., Any]) -> str | None:
     return UPDATE if "state" in names[1] else None
 
 
-@functools.lru_cache(maxsize=256)
+@remembered
 def read(original: Callable[..., Any], function: Callable[..., Any]) -> Reading | str:
     """What `function`, found inside `original`, computes, or why it is none of the ops."""
     kind = kind_of(function)
@@ -69,6 +69,7 @@ def read(original: Callable[..., Any], function: Callable[..., Any]) -> Reading 
         try:
             found = _OBSERVERS[kind](function)
         except Exception as error:
+            unless_accident(error)
             return f"cannot be observed as {kind}: {error_text(error)}"
         if isinstance(found, str):
             return found
@@ -118,12 +119,14 @@ def _observe_rule(function: Callable[..., Any]) -> tuple[()] | str:
         try:
             far = _distance_of_rule(function, case)
         except Exception as error:
+            unless_accident(error)
             return _why_no_rule(function, error_text(error))
         if far > 1.0:
             return _why_no_rule(function, f"{far:.3g} tolerances away")
     try:
         far = _distance_of_rule(function, GROUPED)
-    except Exception:  # it wants q and k repeated
+    except Exception as error:  # it wants q and k repeated
+        unless_accident(error)
         return ()
     return "its value heads share the heads of q and k in another order" if far > 1.0 else ()
 
@@ -270,7 +273,8 @@ def _leaks(kind: str, original: Callable[..., Any], activations: tuple[str | Non
     logging.disable(max(disabled, logging.WARNING))
     try:
         return not torch.equal(last_token(0), last_token(1))
-    except Exception:  # it refuses, takes no boundaries, or runs on its own device only
+    except Exception as error:
+        unless_accident(error)  # it refuses, takes no boundaries, or runs on its own device only
         return False
     finally:
         logging.disable(disabled)

@@ -19,6 +19,7 @@ from npu_patch.ops.gated_delta_calls import ConvolutionCall, RuleCall
 from npu_patch.ops.implementation import Implementation
 from npu_patch.probe.closeness import difference
 from npu_patch.probe.error_text import error_text
+from npu_patch.probe.findings import Findings, unless_accident
 from npu_patch.probe.gated_delta_reference import convolution, recurrence
 from npu_patch.probe.room import quiet_room, values
 
@@ -27,7 +28,7 @@ BOUNDS = (0, 3, 20, TOKENS)  # of packed sequences, in one row
 DECAYS = (2.0**-5, 4.0)  # of the first and the last value head: a slow one remembers all tokens, a fast one few
 # Relative to the largest element. 16-bit kernels round the products of a chunk; a wrong one is off by its own size.
 ALLOWED = {torch.bfloat16: 2.0**-5, torch.float16: 2.0**-7, torch.float32: 1e-4}
-VERDICTS: dict[tuple[Any, ...], str | None] = {}
+VERDICTS = Findings()
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def _verdict(key: tuple[Any, ...], observe: Callable[[], str | None]) -> str | N
             with quiet_room(), torch.autocast(device_type, enabled=False):
                 VERDICTS[key] = observe()
         except Exception as error:
+            unless_accident(error)
             VERDICTS[key] = f"self-check: {error_text(error)}"
     return VERDICTS[key]
 

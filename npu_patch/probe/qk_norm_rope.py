@@ -21,8 +21,9 @@ from npu_patch.deferred_norm import NORMS, Abandoned, Deferral, DeferredHeads, R
 from npu_patch.ops.qk_norm_rope import Heads, reference, why_not_fused
 from npu_patch.probe.closeness import distance
 from npu_patch.probe.error_text import error_text
+from npu_patch.probe.findings import unless_accident
 from npu_patch.probe.rms_norm import RMSNormReading
-from npu_patch.probe.room import quiet_room
+from npu_patch.probe.room import quiet_room, random_state_kept
 from npu_patch.probe.rope import RoPEReading
 from npu_patch.probe.tiny_attention import HEAD_DIM, Unobservable, arguments, build, tensors_in
 
@@ -46,7 +47,7 @@ class NoQKNormRoPE:
 
 def read_qk_norm_rope(cls: type, rotation: RoPESite) -> QKNormRoPEReading | NoQKNormRoPE:
     """`rotation` is the replacement's of the rotary function that the forward of `cls` looks up."""
-    with quiet_room(), torch.random.fork_rng(devices=[]):
+    with quiet_room(), random_state_kept():
         try:
             layer = build(cls)
             norms = _norms(layer)
@@ -121,12 +122,14 @@ def _difference(
     try:
         expected, expected_inputs = run(defer=False)
     except Exception as error:
+        unless_accident(error)
         raise Unobservable(f"its forward needs more than a tiny layer has: {error_text(error)}") from error
     try:
         observed, inputs = run(defer=True)
     except Abandoned as error:
         return str(error)
     except Exception as error:
+        unless_accident(error)
         return f"with its norms put off it raises {error_text(error)}"
     if not deferral.done:
         return "its norms are not followed by a rotation"

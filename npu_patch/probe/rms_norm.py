@@ -12,6 +12,7 @@ from torch import Tensor
 
 from npu_patch.ops.rms_norm import GATED_VARIANTS, PLAIN_VARIANTS, RMSNormVariant
 from npu_patch.probe.closeness import distance
+from npu_patch.probe.findings import unless_accident
 from npu_patch.probe.room import quiet_room, values
 from npu_patch.probe.stand_in import Missing, StandIn
 
@@ -129,7 +130,8 @@ class _Search:
             _call(self.cls, self.forward, assignment, *self.inputs)
         except Missing as missing:
             yield from self._with(missing.name, assignment)
-        except Exception:  # this assignment makes no sense to the forward
+        except Exception as error:  # this assignment makes no sense to the forward
+            unless_accident(error)
             return
         else:
             yield assignment
@@ -157,7 +159,8 @@ def _distance(cls: type, forward: Callable[..., Any], variant: RMSNormVariant, a
         expected_inputs = _inputs(input_dtype, weight_dtype, gated)
         try:
             observed = _call(cls, forward, assignment, *observed_inputs)
-        except Exception:
+        except Exception as error:
+            unless_accident(error)
             return float("inf")
         x, weight, *gate = expected_inputs
         expected = variant.reference(x, weight if has_weight else None, EPS_VALUE, *gate)

@@ -9,12 +9,15 @@ import logging
 import math
 import random
 import threading
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils import _python_dispatch
+
+from npu_patch.probe import process_settings
 
 
 class _Room(threading.local):
@@ -29,12 +32,20 @@ def in_quiet_room() -> bool:
     return _ROOM.probes > 0
 
 
+process_settings.keep_over_forks(in_quiet_room)
+
+
 @contextlib.contextmanager
 def quiet_room() -> Iterator[None]:
-    """Runs a probe apart from the caller's modes: devices, autocast, inference, fake tensors, gradients."""
+    """Runs a probe apart from what is going on around it, which may be a forward or backward of the caller's.
+
+    Of this thread: saved-tensor hooks (checkpointing, offloading), modes of torch functions and of dispatch (devices,
+    fake tensors, selective checkpointing), transforms of torch.func, autocast, inference, gradients. Of the process:
+    see process_settings.py. The thread itself stays the caller's: it may hold locks of imports and of the journal.
+    """
     _ROOM.probes += 1
     try:
-        with _apart():
+        with process_settings.put_aside(in_quiet_room), _apart():
             yield
     finally:
         _ROOM.probes -= 1
@@ -43,14 +54,22 @@ def quiet_room() -> Iterator[None]:
 @contextlib.contextmanager
 def _apart() -> Iterator[None]:
     with (
-        warnings.catch_warnings(action="ignore"),
         _python_dispatch._disable_current_modes(),
         torch._C.DisableTorchFunction(),  # torch.device("meta") as a context is a torch function mode
+        temporarily_clear_interpreter_stack(),
+        _without_saved_tensors_hooks(),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
     ):
         yield
+
+
+def _without_saved_tensors_hooks() -> contextlib.AbstractContextManager[Any]:
+    """Autograd calls the innermost pair alone; where hooks are refused (torch.func), it calls none."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda saved: saved)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from npu_patch.ops.rope import VARIANTS, RoPEVariant, mix_sections
 from npu_patch.probe.closeness import distance
+from npu_patch.probe.findings import unless_accident
 from npu_patch.probe.room import quiet_room, values
 
 BATCH, HEADS, KEY_HEADS, LENGTH, ROTARY_DIM, PASSED = 2, 3, 1, 5, 8, 4
@@ -130,7 +131,8 @@ def _distance(
         call[signature.positions] = torch.tensor([[3, 1, 0, 2, 4]] * BATCH, device="cpu")
     try:
         observed = function(**call)
-    except Exception:
+    except Exception as error:
+        unless_accident(error)
         return float("inf")
     observed = [observed] if isinstance(observed, Tensor) else observed
     if not isinstance(observed, (tuple, list)):

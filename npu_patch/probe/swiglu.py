@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from npu_patch.probe.closeness import difference, distance
 from npu_patch.probe.error_text import error_text
+from npu_patch.probe.findings import unless_accident
 from npu_patch.probe.room import quiet_room, values
 from npu_patch.probe.stand_in import Missing, StandIn
 
@@ -62,30 +64,36 @@ def read_swiglu(
     """Runs `forward(self, x)` on a stand-in for an instance of `cls`, with its plain `attributes` where it is known."""
     with quiet_room():
         reading: SwiGLUReading | NoSwiGLU = NoSwiGLU("", gated=False)
-        for dtype in (torch.float32, torch.bfloat16):
-            reading = _read(cls, forward, attributes, dtype)
+        for dtype, training in product((torch.float32, torch.bfloat16), (True, False)):
+            reading = _read(cls, forward, attributes, dtype, training)
             if isinstance(reading, NoSwiGLU):
                 return reading
         return reading
 
 
 def computes_silu(activation: Callable[[Tensor], Tensor]) -> bool:
-    """Whether a live activation is SiLU on CPU tensors, forward and backward."""
+    """Whether an activation is SiLU on CPU tensors, forward and backward. Of a module it is the forward, so that hooks
+    hear nothing of it; one with tensors of its own may be another tomorrow."""
+    if isinstance(activation, torch.nn.Module):
+        if any(True for tensors in (activation.parameters(), activation.buffers()) for _ in tensors):
+            return False
+        activation = activation.forward
     with quiet_room():
         observed_input, expected_input = values(SHAPE, 30, grad=True), values(SHAPE, 30, grad=True)
         try:
             observed = activation(observed_input)
-        except Exception:
+        except Exception as error:
+            unless_accident(error)
             return False
         return distance([observed], [F.silu(expected_input)], [observed_input], [expected_input]) <= 1.0
 
 
 def _read(
-    cls: type, forward: Callable[..., Any], attributes: Mapping[str, Any] | None, dtype: torch.dtype
+    cls: type, forward: Callable[..., Any], attributes: Mapping[str, Any] | None, dtype: torch.dtype, training: bool
 ) -> SwiGLUReading | NoSwiGLU:
     calls: list[Call] = []
     x = values(SHAPE, 31, dtype, grad=True)
-    known = {"training": True} | {name: value for name, value in (attributes or {}).items() if not callable(value)}
+    known = {name: value for name, value in (attributes or {}).items() if not callable(value)} | {"training": training}
 
     def recorder(name: str) -> Callable[[Tensor], Tensor]:
         if attributes is not None and name not in attributes:
@@ -101,6 +109,7 @@ def _read(
     try:
         returned = forward(StandIn(cls, known, recorder), x)
     except (Missing, Exception) as problem:
+        unless_accident(problem)
         on_input = [call for call in calls if call.given is x]
         return NoSwiGLU(f"its forward does more than call its parts ({_short(problem)})", gated=len(on_input) > 1)
     return _parts(x, calls, returned)

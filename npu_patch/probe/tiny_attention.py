@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from npu_patch.probe.error_text import error_text
+from npu_patch.probe.findings import unless_accident
 from npu_patch.probe.room import values
 from npu_patch.sites import innermost
 
@@ -55,6 +56,7 @@ def build(cls: type) -> torch.nn.Module:
         except TypeError:
             layer = cls(_Config(**CONFIG))
     except Exception as error:
+        unless_accident(error)
         raise Unobservable(f"no tiny layer of it could be made: {error_text(error)}") from error
     for index, module in enumerate(layer.modules()):
         for name, parameter in list(module._parameters.items()):
