@@ -79,8 +79,8 @@ _FORMS: dict[str, tuple[tuple[int, ...], int | None, _Ask]] = {
     "packed": (SQUARE, None, lambda scale, hidden, bias: Attention(scale, Band(after=0), ends=_ends(hidden.shape[-1]))),
     "mask": (MANY_KEYS, FEW_QUERIES, lambda scale, hidden, bias: Attention(scale, hidden=hidden)),
     "bias": (SQUARE, None, lambda scale, hidden, bias: Attention(scale, hidden=hidden, bias=bias)),
-    SINGLE: (CACHES, 1, lambda scale, hidden, bias: Attention(scale)),
-    SINGLE_MASKED: (CACHES, 1, lambda scale, hidden, bias: Attention(scale, hidden=hidden)),
+    SINGLE: (CACHES, 1, lambda scale, hidden, bias: Attention(scale, decodes=True)),
+    SINGLE_MASKED: (CACHES, 1, lambda scale, hidden, bias: Attention(scale, hidden=hidden, decodes=True)),
 }
 _WITH_SINKS = ("causal", "window", "packed", "mask")
 _SAMPLES = 2

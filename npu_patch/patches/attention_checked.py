@@ -32,7 +32,7 @@ class Attend:
             form = CallForm.of(query, key, value, attention)
             reason = self._why_wrong(form)
             if reason is not None and form.is_single:
-                attention = replace(attention, by_inference=False)
+                attention = replace(attention, decodes=False)
                 reason = self._why_wrong(CallForm.of(query, key, value, attention))
         return self.implementation.run(query, key, value, attention) if reason is None else reason
 

@@ -7,6 +7,7 @@ ways are observed at once.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -17,6 +18,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from npu_patch.probe.findings import Findings
 
 Reading = TypeVar("Reading")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of a torch.nn.Module
 
 
 @dataclass
@@ -49,12 +51,14 @@ def attributes_of(module: torch.nn.Module, training: bool) -> dict[str, Any]:
 
 
 def in_mode(module: Any, training: bool) -> Any:
-    """A module as if it were training or not, its modules included; the live one stays what it is."""
+    """A module as if it were training or not, its modules included, without hooks, which are for the model's calls; the
+    live one stays what it is."""
     if not isinstance(module, torch.nn.Module):
         return module
     copied = object.__new__(type(module))
     children = {name: in_mode(child, training) for name, child in module._modules.items()}
     vars(copied).update(vars(module), training=training, _modules=children)
+    vars(copied).update({name: OrderedDict() for name in HOOKS})
     return copied
 
 
