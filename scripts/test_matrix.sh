@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The tests that hold on every supported transformers, on each of them, over one shared torch; then the table of
-# versions in README.md, or a check of it. PYTHON, VENV and NO_VENV as in scripts/demo.sh.
+# versions in docs/versions.md, or a check of it. PYTHON, VENV and NO_VENV as in scripts/demo.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/layered.sh"
@@ -23,7 +23,7 @@ usage() {
     cat <<HELP
 usage: scripts/test_matrix.sh [--check | --ci] [VERSION...]
 
-  (nothing)    every version, then writes the table into README.md
+  (nothing)    every version, then writes the table into docs/versions.md
   VERSION...   these versions; the table is only compared
   --check      every version; the table is only compared
   --ci         the oldest version and one of the others, another one for each commit; the table is only compared

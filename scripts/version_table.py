@@ -1,4 +1,4 @@
-"""The compatibility table in README.md, from what tests/version_cells.py found on each version.
+"""The compatibility table in docs/versions.md, from what tests/version_cells.py found on each version.
 
 python scripts/version_table.py FILE.json...          # writes the table: give every version's file
 python scripts/version_table.py --check FILE.json...  # says where the table differs from these versions' files
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs/versions.md"
 BEGIN, END = "<!-- versions: begin -->", "<!-- versions: end -->"
 EQUAL, NOTHING = "=", "-"
 WRONG = ("different: ", "failed: ")
@@ -87,12 +87,12 @@ def differences(documented: Found, found: Found) -> list[str]:
         for version in known & by_version.keys():
             before, now = documented.get((patch, family), {}).get(version, NOTHING), by_version[version]
             if before != now:
-                apart.append(f"transformers {version}, {family}, {patch}: README.md has {before!r}, found {now!r}")
+                apart.append(f"transformers {version}, {family}, {patch}: docs/versions.md has {before!r}, found {now!r}")
     return apart
 
 
 def documented() -> Found:
-    return parse(README.read_text().partition(BEGIN)[2].partition(END)[0])
+    return parse(PAGE.read_text().partition(BEGIN)[2].partition(END)[0])
 
 
 def main(arguments: list[str]) -> int:
@@ -114,8 +114,8 @@ def main(arguments: list[str]) -> int:
         apart = differences(documented(), found)
         print(*apart, sep="\n", end="\n" if apart else "")
         return 1 if apart else 0
-    before, _, rest = README.read_text().partition(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{render(found)}\n{END}{rest.partition(END)[2]}")
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n{render(found)}\n{END}{rest.partition(END)[2]}")
     return 0
 
 

@@ -79,14 +79,14 @@ def test_a_cell_that_is_wrong_is_never_written(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    readme, file = tmp_path / "README.md", tmp_path / "9.9.json"
-    readme.write_text(f"{table.BEGIN}\n{table.END}")
-    monkeypatch.setattr(table, "README", readme)
+    page, file = tmp_path / "versions.md", tmp_path / "9.9.json"
+    page.write_text(f"{table.BEGIN}\n{table.END}")
+    monkeypatch.setattr(table, "PAGE", page)
     cells = {"qwen3": {"rope": {"status": status, "reason": "so"}, "swiglu": {"status": "equal", "reason": ""}}}
     file.write_text(json.dumps({"versions": {"transformers": "9.9"}, "cells": cells}))
     assert table.main([*arguments, str(file)]) == 1
     assert capsys.readouterr().out == f"transformers 9.9, qwen3, rope: {status}: so\n"
-    assert readme.read_text() == f"{table.BEGIN}\n{table.END}"
+    assert page.read_text() == f"{table.BEGIN}\n{table.END}"
 
 
 def test_a_table_reads_back_as_it_was_written(table: ModuleType) -> None:
@@ -100,4 +100,4 @@ def test_a_table_reads_back_as_it_was_written(table: ModuleType) -> None:
     assert read == {key: value for key, value in found.items() if key != ("swiglu", "a")}
     assert table.differences(read, found) == []
     found["rope", "c"]["5.0.0"] = "skipped: gone"
-    assert table.differences(read, found) == ["transformers 5.0.0, c, rope: README.md has '=', found 'skipped: gone'"]
+    assert table.differences(read, found) == ["transformers 5.0.0, c, rope: docs/versions.md has '=', found 'skipped: gone'"]
