@@ -75,8 +75,9 @@ class Selection:
 
     choice: Choice
     cases: Cases = no_cases
-    verdicts: Mapping[Hashable, Verdict] = field(default_factory=lambda: MappingProxyType({}))
-    wrong: Mapping[tuple[str, Hashable], str] = field(default_factory=lambda: MappingProxyType({}))
+    # Not mapping proxies: to the compiler, each dict that a model writes to later may be what one stands for.
+    verdicts: Mapping[Hashable, Verdict] = field(default_factory=dict)
+    wrong: Mapping[tuple[str, Hashable], str] = field(default_factory=dict)
     asked: bool = False
 
     @property

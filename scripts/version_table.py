@@ -87,7 +87,8 @@ def differences(documented: Found, found: Found) -> list[str]:
         for version in known & by_version.keys():
             before, now = documented.get((patch, family), {}).get(version, NOTHING), by_version[version]
             if before != now:
-                apart.append(f"transformers {version}, {family}, {patch}: docs/versions.md has {before!r}, found {now!r}")
+                where = f"transformers {version}, {family}, {patch}"
+                apart.append(f"{where}: docs/versions.md has {before!r}, found {now!r}")
     return apart
 
 

@@ -329,7 +329,7 @@ NORM = "post_attention_layernorm"
     [
         (no_eps, "eps 0.0: rows of zeros need a positive one"),
         (own_forward_of_the_norm, f"{NORM} is a LlamaRMSNorm with a forward of its own"),
-        (own_forward_of_the_mixer, "not called by the forward of its layer"),
+        (own_forward_of_the_mixer, "it is a LlamaAttention with a forward of its own"),
         (a_weight_in_half_precision, "a weight of float16 beside float32"),
         (half_a_mixer, "the branch is used (add) before it is added"),
     ],

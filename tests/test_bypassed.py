@@ -171,9 +171,13 @@ def test_shards_are_left_to_the_original(patch: str, two_ranks: dist.DeviceMesh)
 
 def test_attention_leaves_shards_to_the_original(two_ranks: dist.DeviceMesh) -> None:
     from npu_patch.ops import attention
+    from npu_patch.ops.implementation import Choice
     from npu_patch.patches import attention_sdpa
+    from npu_patch.patches.attention_checked import Attend
+    from npu_patch.selection import Selection
 
-    served = attention_sdpa.serve(None, SimpleNamespace(implementation=attention.IMPLEMENTATIONS[0], device_type="cpu"))
+    implementation = attention.IMPLEMENTATIONS[0]
+    served = attention_sdpa.serve(None, "cpu", Attend(implementation, Selection(Choice(implementation, {}))))
     shards = [DTensor.from_local(torch.randn(1, 2, 8, 16), two_ranks, [Shard(2)], run_check=False) for _ in range(3)]
     assert served(SimpleNamespace(is_causal=True), *shards, None).reason == "tensor subclass"
 

@@ -271,6 +271,10 @@ MAY = {
     "ops/recomputed.py": "what is kept for a backward, not what is computed",
     "ops/attention_decode.py": "single-token decoding beside a cache, the one exception",
     "patches/attention_sdpa.py": "a mask that is trained is split anew, in the same way",
+    "patches/attention.py": "a copy of a result that is changed in place, and that a backward has kept",
+    "patches/rms_norm.py": "a copy of an input that is changed in place, and that a backward will need",
+    "patches/patch.py": "what was observed of a layer that trains, and of one that does not",
+    "patches/experts_kind.py": "the same",
 }
 
 

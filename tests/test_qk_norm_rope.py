@@ -199,13 +199,15 @@ def test_a_model_on_the_cpu_falls_through(npu: torch.device) -> None:
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing(use_reentrant: bool, npu: torch.device) -> None:
+    """Bit for bit what the patched model computes without: how near that is to the original, other tests tell."""
     model = tiny("qwen3").to(npu).train()
-    expected = loss_and_gradients(model, tiny_batch(length=5))
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     with npu_patch.applied(model, triton=True) as report:
-        patched = loss_and_gradients(model, tiny_batch(length=5))
-    assert fused(report).calls.ran == 4, "forward, and again in the backward"
-    assert max(relative_error(patched[name], expected[name]) for name in expected) < 1e-6
+        expected = loss_and_gradients(model, tiny_batch(length=5))
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        before = fused(report).calls.ran
+        found = loss_and_gradients(model, tiny_batch(length=5))
+    assert fused(report).calls.ran - before == 4, "forward, and again in the backward"
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3", "qwen3_5"])

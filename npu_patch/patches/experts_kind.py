@@ -51,14 +51,15 @@ def attributes_of(module: torch.nn.Module, training: bool) -> dict[str, Any]:
 
 
 def in_mode(module: Any, training: bool) -> Any:
-    """A module as if it were training or not, its modules included, without hooks, which are for the model's calls; the
-    live one stays what it is."""
+    """A module as if it were training or not, its modules included; the live one stays what it is. Without hooks and
+    forwards of its own, which are for the model's calls."""
     if not isinstance(module, torch.nn.Module):
         return module
     copied = object.__new__(type(module))
     children = {name: in_mode(child, training) for name, child in module._modules.items()}
     vars(copied).update(vars(module), training=training, _modules=children)
     vars(copied).update({name: OrderedDict() for name in HOOKS})
+    vars(copied).pop("forward", None)
     return copied
 
 
