@@ -2,7 +2,8 @@
 
 import sys
 
-from npu_patch.commands import main, standard_output
+from npu_patch.commands import main
+from npu_patch.commands.console import standard_output
 
 if __name__ == "__main__":
     try:

@@ -34,8 +34,8 @@ if simulator.real_device() is None and importlib.util.find_spec("torch_npu") is 
 import torch
 from torch import Tensor
 
-from npu_patch.ops import gated_delta_rule as ours
-from npu_patch.ops.causal_conv1d import causal_conv1d
+from npu_patch.ops.gated_delta import rule as ours
+from npu_patch.ops.gated_delta.causal_conv1d import causal_conv1d
 
 NAMES = ("o", "dq", "dk", "dv", "dg", "dbeta")
 TRANSFORMERS = "transformers"

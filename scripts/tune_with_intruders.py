@@ -23,9 +23,9 @@ from typing import Any
 from unittest import mock
 
 from npu_patch.commands import main
-from npu_patch.ops.implementation import Implementation
+from npu_patch.measuring.tuning import ORIGINAL
 from npu_patch.patches import CATALOGUE
-from npu_patch.tuning import ORIGINAL
+from npu_patch.serving.implementation import Implementation
 
 INTRUDER = "fast and wrong"
 WRONG = {
@@ -42,7 +42,7 @@ def intruders() -> Iterator[None]:
         replace(patch, implementations=(*patch.implementations, _intruder(patch))) if patch.name in WRONG else patch
         for patch in CATALOGUE
     )
-    with mock.patch("npu_patch.commands.tune.CATALOGUE", with_intruders):
+    with mock.patch("npu_patch.commands.tune.command.CATALOGUE", with_intruders):
         yield
 
 

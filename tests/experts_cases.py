@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from npu_patch.sites import forwards, parameter_names
+from npu_patch.sites.sites import forwards, parameter_names
 
 WORDS = {"act": "silu", "activation": "silu", "eps": 1e-6}
 OPTIONAL = ("moe_latent_size",)

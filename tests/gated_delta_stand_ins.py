@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from npu_patch.ops.causal_conv1d import causal_conv1d as own_convolution
-from npu_patch.ops.gated_delta_rule import chunk_gated_delta_rule as own_rule
+from npu_patch.ops.gated_delta.causal_conv1d import causal_conv1d as own_convolution
+from npu_patch.ops.gated_delta.rule import chunk_gated_delta_rule as own_rule
 
 
 class _OffBackward(torch.autograd.Function):

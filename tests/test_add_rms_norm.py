@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 import npu_patch
 from npu_patch import simulator
-from npu_patch.deferred_norm import NORMS
-from npu_patch.deferred_sum import Addition, Deferred, DeferredBranch, DeferredSum
-from npu_patch.dry_run import dry_run
-from npu_patch.measure import Alternative, why_wrong
+from npu_patch.applying.dry_run import dry_run
+from npu_patch.measuring.measure import Alternative, why_wrong
 from npu_patch.ops import add_rms_norm, rms_norm
-from npu_patch.ops.implementation import choose
 from npu_patch.ops.rms_norm import PLAIN_VARIANTS
-from npu_patch.outcome import Outcome, Report
+from npu_patch.reporting.outcome import Outcome, Report
+from npu_patch.serving.implementation import choose
 from npu_patch.switches import resolve
+from npu_patch.waiting.heads import NORMS
+from npu_patch.waiting.sums import Addition, Deferred, DeferredBranch, DeferredSum
 from tests.gradients import in_float64, loss_and_gradients, relative_error, token_losses
 from tests.own_layers import own_layer, own_modeling, run, same
 from tests.tiny_models import tiny, tiny_batch

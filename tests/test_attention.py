@@ -12,7 +12,7 @@ from torch import Tensor
 
 import npu_patch
 from npu_patch import Report, simulator
-from npu_patch.patches.mask_pattern import PatternMask
+from npu_patch.waiting.masks import PatternMask
 from tests.attention_cases import BOUNDS, SCALE, Case, errors, exact, leaves
 
 CASES = {

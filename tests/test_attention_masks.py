@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from npu_patch import Report
-from npu_patch.ops.attention_mask import Band
-from npu_patch.patches.mask_pattern import Pattern, PatternMask, read_mask_function
-from npu_patch.patches.packing import HostReads, OncePerTensor
+from npu_patch.ops.attention.band import Band
+from npu_patch.serving.once_per_step import HostReads, OncePerTensor
+from npu_patch.waiting.masks import Pattern, PatternMask, read_mask_function
 from tests.attention_cases import Case, exact
 from tests.test_attention import attend, outcome, report  # noqa: F401
 

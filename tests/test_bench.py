@@ -12,12 +12,12 @@ import torch
 import npu_patch
 from npu_patch import simulator
 from npu_patch.commands import main
-from npu_patch.commands.bench_lora import lora_step
-from npu_patch.commands.models import batch_for
-from npu_patch.commands.steps import Steps
-from npu_patch.commands.timing import in_turns
-from npu_patch.commands.tiny_model import tiny_model
+from npu_patch.commands.console.steps import Steps
+from npu_patch.commands.subject.lora_step import lora_step
+from npu_patch.commands.subject.models import batch_for
+from npu_patch.commands.subject.tiny_model import tiny_model
 from npu_patch.kernels import readiness
+from npu_patch.measuring.in_turns import in_turns
 
 NO_TRITON = readiness.why_not() if simulator.is_active() else "for the interpreter on the simulated NPU"
 needs_triton = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
@@ -62,7 +62,7 @@ def test_elsewhere_times_are_medians_with_their_spread(capsys: pytest.CaptureFix
 
 def test_samples_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     now, order = [0.0], []
-    monkeypatch.setattr("npu_patch.commands.timing.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("npu_patch.measuring.in_turns.time.perf_counter", lambda: now[0])
 
     def form(name: str, seconds: list[float]) -> None:
         order.append(name)

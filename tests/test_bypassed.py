@@ -16,8 +16,8 @@ from torch.distributed.tensor.experimental import context_parallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import npu_patch
-from npu_patch.bypassed import Bypassed
-from npu_patch.outcome import Report
+from npu_patch.reporting.outcome import Report
+from npu_patch.serving.bypassed import Bypassed
 from tests.gradients import loss_and_gradients, relative_error
 from tests.tiny_models import tiny, tiny_batch
 
@@ -170,11 +170,11 @@ def test_shards_are_left_to_the_original(patch: str, two_ranks: dist.DeviceMesh)
 
 
 def test_attention_leaves_shards_to_the_original(two_ranks: dist.DeviceMesh) -> None:
-    from npu_patch.ops import attention
-    from npu_patch.ops.implementation import Choice
-    from npu_patch.patches import attention_sdpa
-    from npu_patch.patches.attention_checked import Attend
-    from npu_patch.selection import Selection
+    from npu_patch.ops.attention import fusion as attention
+    from npu_patch.patches.attention import sdpa as attention_sdpa
+    from npu_patch.patches.attention.checked import Attend
+    from npu_patch.serving.dispatch import Selection
+    from npu_patch.serving.implementation import Choice
 
     implementation = attention.IMPLEMENTATIONS[0]
     served = attention_sdpa.serve(None, "cpu", Attend(implementation, Selection(Choice(implementation, {}))))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from npu_patch import simulator
-from npu_patch.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from npu_patch.ops.gated_delta.causal_conv1d import causal_conv1d, causal_conv1d_update
 from tests.gradients import relative_error
 
 

@@ -13,11 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import npu_patch
-from npu_patch import changed_later
-from npu_patch.deferred_norm import Abandoned, DeferredHeads
 from npu_patch.ops.rms_norm import PLAIN_VARIANTS
-from npu_patch.outcome import Report
-from npu_patch.probe.in_place_flow import Source, what_becomes
+from npu_patch.reporting.outcome import Report
+from npu_patch.serving import changed_later
+from npu_patch.serving.in_place_flow import Source, what_becomes
+from npu_patch.waiting.heads import Abandoned, DeferredHeads
 from tests.gradients import relative_error
 from tests.own_layers import own_modeling
 from tests.tiny_models import FAMILIES, tiny, tiny_batch

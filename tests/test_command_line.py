@@ -14,17 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from npu_patch.commands import COMMANDS, coverage, main
-from npu_patch.commands.output_file import output_file, why_no_file_can_be_made
-from npu_patch.commands.result import CommandError, Result
-from npu_patch.commands.terminal import drawn, progress, table
+from npu_patch.commands import COMMANDS, main
+from npu_patch.commands.console.output_file import output_file, why_no_file_can_be_made
+from npu_patch.commands.console.result import CommandError, Result
+from npu_patch.commands.console.terminal import drawn, progress, table
+from npu_patch.commands.coverage import command as coverage
 
 Captured = pytest.CaptureFixture[str]
 # Where the answer comes from a stand-in, the real machinery around it in a process of its own costs no import of torch.
 STAND_IN = """
 import ctypes, os, sys, types
 from npu_patch.commands.result import Result
-stand_in = types.ModuleType("npu_patch.commands.coverage")
+stand_in = types.ModuleType("npu_patch.commands.coverage.command")
 sys.modules[stand_in.__name__] = stand_in
 {run}
 stand_in.run = run
@@ -150,7 +151,7 @@ def test_help_needs_no_torch(command: str, capsys: Captured, monkeypatch: pytest
 
 
 def test_a_command_that_cannot_be_imported_names_the_doctor(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "npu_patch.commands.verify", None)
+    monkeypatch.setitem(sys.modules, "npu_patch.commands.verify.command", None)
     assert main(["verify", "qwen3"]) == 2
     assert "python -m npu_patch doctor says what is wrong" in capsys.readouterr().err
 

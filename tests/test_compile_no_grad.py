@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 import npu_patch
 import npu_patch.ops
 from npu_patch.kernels.readiness import why_not
-from npu_patch.ops.grouped_matmul import TORCH_PRODUCTS, Grouping, Weights, grouped_matmul
+from npu_patch.ops.experts.grouped_matmul import TORCH_PRODUCTS, Grouping, Weights, grouped_matmul
 from tests.gradients import relative_error
 from tests.test_compile import nothing_left_compiled  # noqa: F401
 from tests.tiny_models import tiny, tiny_batch

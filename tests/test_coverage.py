@@ -16,13 +16,14 @@ import torch
 import transformers
 
 import npu_patch
-from npu_patch.commands import coverage, main
-from npu_patch.commands.coverage import cell
-from npu_patch.commands.coverage_survey import Tally, survey
-from npu_patch.commands.result import Result
-from npu_patch.dry_run import dry_run
-from npu_patch.outcome import Report
-from npu_patch.sites import loaded_modeling_modules, modules_of_model
+from npu_patch.applying.dry_run import dry_run
+from npu_patch.commands import main
+from npu_patch.commands.console.result import Result
+from npu_patch.commands.coverage import command as coverage
+from npu_patch.commands.coverage.command import cell
+from npu_patch.commands.coverage.survey import Tally, survey
+from npu_patch.reporting.outcome import Report
+from npu_patch.sites.sites import loaded_modeling_modules, modules_of_model
 from tests.tiny_models import tiny
 
 # With norms that nothing computes, experts of their own, gated delta nets, vision, GELU.

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from npu_patch.commands import main
-from npu_patch.commands.cann import Cann, find_cann
-from npu_patch.commands.doctor_faults import FAULTS, complaints
-from npu_patch.commands.doctor_findings import OPERATORS, Findings, look
-from npu_patch.commands.doctor_processes import Answer, Processes
+from npu_patch.commands.doctor.cann import Cann, find_cann
+from npu_patch.commands.doctor.faults import FAULTS, complaints
+from npu_patch.commands.doctor.findings import OPERATORS, Findings, look
+from npu_patch.commands.doctor.processes import Answer, Processes
 
 WORKS = "__version__ = 'made up'\n"
 WORKING_TORCH_NPU = """
@@ -114,7 +114,7 @@ def test_a_broken_installation_is_told_its_fault(
     if fault != "no CANN":
         request.getfixturevalue("with_cann")
     else:
-        monkeypatch.setattr("npu_patch.commands.cann.USUAL", ())
+        monkeypatch.setattr("npu_patch.commands.doctor.cann.USUAL", ())
     python = environment(tmp_path / "venv", HEALTHY | broken)
     assert main(["doctor", "--python", python]) == 1
     text = " ".join(capsys.readouterr().out.split())
@@ -332,7 +332,7 @@ if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") != "0":
 def test_a_torch_that_fails_with_torch_npu_is_shown_so_and_is_no_fault_of_its_own(
     tmp_path: Path, real: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("npu_patch.commands.cann.USUAL", ())
+    monkeypatch.setattr("npu_patch.commands.doctor.cann.USUAL", ())
     monkeypatch.delenv("TORCH_DEVICE_BACKEND_AUTOLOAD", raising=False)
     broken = {"torch": ("2.13.0", AUTOLOADING), "torch_npu": ("2.13.0", NO_CANN), "peft": ("1.0", "import torch\n")}
     python = environment(tmp_path / "venv", HEALTHY | broken)

@@ -12,8 +12,8 @@ import torch
 
 import npu_patch
 from npu_patch import simulator
-from npu_patch.ops.grouped_matmul import torch_is_missing
-from npu_patch.patches import experts as experts_patch
+from npu_patch.ops.experts.grouped_matmul import torch_is_missing
+from npu_patch.patches.experts import patch as experts_patch
 from tests.experts_cases import Routing, built, experts_classes, outputs_and_gradients, routing
 from tests.gradients import relative_error
 

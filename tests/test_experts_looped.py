@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 
 import npu_patch
 from npu_patch import simulator
-from npu_patch.patches import experts as experts_patch
+from npu_patch.patches.experts import patch as experts_patch
 from tests.gradients import loss_and_gradients, relative_error
 from tests.tiny_models import tiny, tiny_batch
 

@@ -17,10 +17,10 @@ from torch.nn.modules import module as torch_modules
 from torch.utils.flop_counter import FlopCounterMode
 
 import npu_patch
-from npu_patch.patches import experts
+from npu_patch.numerics import findings
+from npu_patch.numerics.room import quiet_room
+from npu_patch.patches.experts import patch as experts
 from npu_patch.patches.swiglu import Activations
-from npu_patch.probe import findings
-from npu_patch.probe.room import quiet_room
 from tests.gradients import loss_and_gradients, relative_error
 from tests.tiny_models import tiny, tiny_batch
 from tests.what_ran import why_not_ran

@@ -17,9 +17,9 @@ from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
 import npu_patch
 from npu_patch import simulator
-from npu_patch.patches.gated_delta_door import Door, why_not
-from npu_patch.probe.gated_delta_net import read
-from npu_patch.sites import innermost
+from npu_patch.patches.gated_delta.inline_convolution import Door, why_not
+from npu_patch.probe.gated_delta import read
+from npu_patch.sites.sites import innermost
 from tests.gradients import in_float64, loss_and_gradients, relative_error
 from tests.tiny_models import tiny, tiny_batch
 

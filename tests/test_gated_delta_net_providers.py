@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import npu_patch
-from npu_patch.ops import gated_delta_fla as fla
-from npu_patch.ops.gated_delta_calls import ConvolutionCall, RuleCall
-from npu_patch.ops.gated_delta_rule import recurrent_gated_delta_rule
-from npu_patch.outcome import Outcome
-from npu_patch.probe import gated_delta_providers
-from npu_patch.probe.gated_delta_providers import why_wrong_convolution, why_wrong_rule
+from npu_patch.ops.gated_delta import fla
+from npu_patch.ops.gated_delta.calls import ConvolutionCall, RuleCall
+from npu_patch.ops.gated_delta.rule import recurrent_gated_delta_rule
+from npu_patch.probe import gated_delta_checks as gated_delta_providers
+from npu_patch.probe.gated_delta_checks import why_wrong_convolution, why_wrong_rule
 from npu_patch.probe.gated_delta_reference import recurrence
+from npu_patch.reporting.outcome import Outcome
 from tests.gated_delta_stand_ins import FAULTY_RULES, install, install_fla, install_mindspeed
 from tests.gradients import loss_and_gradients, relative_error
 from tests.tiny_models import tiny, tiny_batch

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from npu_patch import simulator
-from npu_patch.ops.chunk_scan import scan_backward, scan_forward
 from npu_patch.ops.delta_gating import delta_gating
-from npu_patch.ops.gated_delta_rule import Tiling, chunk_gated_delta_rule, recurrent_gated_delta_rule
-from npu_patch.ops.triangular_inverse import unit_lower_inverse
+from npu_patch.ops.gated_delta.chunk_scan import scan_backward, scan_forward
+from npu_patch.ops.gated_delta.rule import Tiling, chunk_gated_delta_rule, recurrent_gated_delta_rule
+from npu_patch.ops.gated_delta.triangular_inverse import unit_lower_inverse
 from tests.gradients import relative_error
 
 NAMES = ("q", "k", "v", "g", "beta", "initial_state")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from npu_patch import log
-from npu_patch.journal import Journal
+from npu_patch.sites.journal import Journal
 
 
 class Base:

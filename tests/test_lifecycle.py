@@ -22,9 +22,10 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 
 import npu_patch
-from npu_patch import log, tuning
+from npu_patch import log
+from npu_patch.measuring import tuning
 from npu_patch.patches import rms_norm as rms_norm_patch
-from npu_patch.sites import modules_of_model
+from npu_patch.sites.sites import modules_of_model
 from tests.gradients import loss_and_gradients, relative_error
 from tests.tiny_models import tiny, tiny_batch
 

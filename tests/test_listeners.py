@@ -16,8 +16,8 @@ from torch.nn.modules import module as of_all
 from torch.nn.utils import parametrize
 
 import npu_patch
-from npu_patch.patches import gated_delta_door
-from npu_patch.patches.listeners import listener, listener_among
+from npu_patch.patches.gated_delta import inline_convolution as gated_delta_door
+from npu_patch.serving.listeners import listener, listener_among
 from tests.gradients import loss_and_gradients, relative_error
 from tests.test_experts_looped import SoftmaxBlock, results
 from tests.test_gated_delta_net import InlineLayer

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 import npu_patch
-from npu_patch import simulator, tuning
+from npu_patch import simulator
+from npu_patch.measuring import tuning
 from npu_patch.ops import qk_norm_rope, rms_norm, rope
 from npu_patch.ops.rope import TABLES, VARIANTS, rotate
-from npu_patch.patches.packing import OncePerTensor
+from npu_patch.serving.once_per_step import OncePerTensor
 from tests.gradients import relative_error
 from tests.test_triton_models import needs_triton
 from tests.tiny_models import COMMON, FAMILIES, tiny, tiny_batch
@@ -269,12 +270,12 @@ WATCHES = re.compile(r"is_grad_enabled|is_inference_mode_enabled|\.requires_grad
 # What looks at it, and why it may.
 MAY = {
     "ops/recomputed.py": "what is kept for a backward, not what is computed",
-    "ops/attention_decode.py": "single-token decoding beside a cache, the one exception",
-    "patches/attention_sdpa.py": "a mask that is trained is split anew, in the same way",
-    "patches/attention.py": "a copy of a result that is changed in place, and that a backward has kept",
+    "ops/attention/decode.py": "single-token decoding beside a cache, the one exception",
+    "patches/attention/sdpa.py": "a mask that is trained is split anew, in the same way",
+    "patches/attention/patch.py": "a copy of a result that is changed in place, and that a backward has kept",
     "patches/rms_norm.py": "a copy of an input that is changed in place, and that a backward will need",
     "patches/patch.py": "what was observed of a layer that trains, and of one that does not",
-    "patches/experts_kind.py": "the same",
+    "patches/experts/kind.py": "the same",
 }
 
 

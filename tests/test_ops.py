@@ -13,7 +13,7 @@ from torch import Tensor
 
 from npu_patch import simulator
 from npu_patch.ops import rms_norm, rope, swiglu
-from npu_patch.ops.implementation import Implementation, choose
+from npu_patch.serving.implementation import Implementation, choose
 
 HALF_DTYPES = [torch.bfloat16, torch.float16]
 

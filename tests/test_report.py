@@ -18,7 +18,7 @@ import transformers
 
 import npu_patch
 from npu_patch import log
-from npu_patch.outcome import FAILED, PATCHED, SKIPPED, Outcome, Report
+from npu_patch.reporting.outcome import FAILED, PATCHED, SKIPPED, Outcome, Report
 from tests.gradients import loss_and_gradients
 from tests.tiny_models import tiny, tiny_batch
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from npu_patch.ops import gated_delta_rule, rms_norm, rope, swiglu
-from npu_patch.ops.implementation import Implementation
+from npu_patch.ops import rms_norm, rope, swiglu
+from npu_patch.ops.gated_delta import rule as gated_delta_rule
+from npu_patch.serving.implementation import Implementation
 from tests.gradients import relative_error
 
 B, N, S, D = 2, 3, 5, 16

@@ -14,11 +14,14 @@ import pytest
 import torch
 
 import npu_patch
-from npu_patch import lifecycle, log, measure, selection, self_check, simulator
-from npu_patch.measure import Measured
+from npu_patch import log, simulator
+from npu_patch.applying import api as lifecycle
+from npu_patch.measuring import measure, self_check
+from npu_patch.measuring.measure import Measured
 from npu_patch.ops import rms_norm
-from npu_patch.ops.implementation import Implementation, choose
 from npu_patch.patches import rms_norm as rms_norm_patch
+from npu_patch.serving import dispatch as selection
+from npu_patch.serving.implementation import Implementation, choose
 from tests.gradients import loss_and_gradients, relative_error
 from tests.tiny_models import tiny, tiny_batch
 
@@ -349,7 +352,7 @@ def test_an_asked_for_kernel_that_is_wrong_leaves_the_call_to_the_next(
 def test_an_operator_that_a_tuning_file_chooses_is_checked_too(
     npu: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from npu_patch import tuning
+    from npu_patch.measuring import tuning
 
     model, batch, seen = tiny("qwen3").to(npu), on_npu(), set()
     original = loss_and_gradients(model, batch)

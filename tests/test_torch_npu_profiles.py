@@ -15,10 +15,13 @@ import torch
 
 import npu_patch
 from npu_patch import Report
-from npu_patch.ops import attention, attention_decode, grouped_matmul, rms_norm, rope, swiglu, token_permute
-from npu_patch.ops.implementation import choose
-from npu_patch.ops.operators import Operator
+from npu_patch.ops import rms_norm, rope, swiglu
+from npu_patch.ops.attention import decode as attention_decode
+from npu_patch.ops.attention import fusion as attention
+from npu_patch.ops.experts import grouped_matmul, token_permute
 from npu_patch.patches import CATALOGUE
+from npu_patch.serving.implementation import choose
+from npu_patch.serving.operators import Operator
 from tests.attention_cases import Case, errors, exact, leaves
 from tests.gradients import in_float64, loss_and_gradients, relative_error
 from tests.test_attention import attend

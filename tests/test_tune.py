@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 
 import npu_patch
-from npu_patch import tuning
-from npu_patch.commands import main, tune
-from npu_patch.commands.timing import Timing
-from npu_patch.commands.tiny_model import tiny_model
-from npu_patch.measured_on import here
-from npu_patch.ops.implementation import Implementation
+from npu_patch.commands import main
+from npu_patch.commands.subject.tiny_model import tiny_model
+from npu_patch.commands.tune import command as tune
+from npu_patch.measuring import tuning
+from npu_patch.measuring.in_turns import Timing
+from npu_patch.measuring.measured_on import here
 from npu_patch.patches import CATALOGUE, swiglu
+from npu_patch.serving.implementation import Implementation
 from tests.gradients import loss_and_gradients, relative_error
 from tests.tiny_models import tiny_batch
 
@@ -63,8 +64,8 @@ def offered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def offer(times: Mapping[str, float | tuple[float, float, float]], *more: Implementation) -> None:
         patch = replace(swiglu.PATCH, implementations=(*swiglu.PATCH.implementations, *more))
         catalogue = tuple(patch if each.name == "swiglu" else each for each in CATALOGUE)
-        monkeypatch.setattr("npu_patch.commands.tune.CATALOGUE", catalogue)
-        monkeypatch.setattr("npu_patch.lifecycle.CATALOGUE", catalogue)
+        monkeypatch.setattr("npu_patch.commands.tune.command.CATALOGUE", catalogue)
+        monkeypatch.setattr("npu_patch.applying.api.CATALOGUE", catalogue)
         monkeypatch.setattr(
             tune, "_times", lambda forms, device, samples: {n: timing(times.get(n, 5.0)) for n in forms}
         )
@@ -138,7 +139,7 @@ def test_the_fastest_right_way_is_what_apply_then_takes(
 
 def test_wide_and_narrow_layers_of_one_class_are_decided_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A dense feed-forward layer and a shared expert are given the same tensors."""
-    monkeypatch.setattr("npu_patch.commands.tune.CATALOGUE", (swiglu.PATCH,))
+    monkeypatch.setattr("npu_patch.commands.tune.command.CATALOGUE", (swiglu.PATCH,))
     winners = iter(["original", USUAL])
 
     def times(forms: Mapping[str, Any], device: torch.device, samples: int) -> dict[str, Timing]:

@@ -14,9 +14,9 @@ from transformers import DynamicCache
 import npu_patch
 from npu_patch import simulator
 from npu_patch.commands import main
-from npu_patch.commands.float64 import everything_in_float64, in_float64
-from npu_patch.commands.snapshot import snapshot
-from npu_patch.commands.verify_bars import Error, why_not
+from npu_patch.commands.replay.bars import Error, why_not
+from npu_patch.commands.replay.float64 import everything_in_float64, in_float64
+from npu_patch.commands.replay.snapshot import snapshot
 from npu_patch.kernels import readiness
 from npu_patch.patches.patch import Unserved
 from tests.gradients import relative_error

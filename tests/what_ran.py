@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from npu_patch.outcome import Outcome
+from npu_patch.reporting.outcome import Outcome
 
 # Of patches with several variants, those that a training step goes through: that a mask was left out, or that packing
 # was looked for, says nothing of what computes.

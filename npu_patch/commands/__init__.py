@@ -19,9 +19,9 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from npu_patch.commands import standard_output
-from npu_patch.commands.arguments import add_arguments
-from npu_patch.commands.result import CommandError, Result
+from npu_patch.commands.console import standard_output
+from npu_patch.commands.console.arguments import add_arguments
+from npu_patch.commands.console.result import CommandError, Result
 from npu_patch.version import __version__
 
 COMMANDS = {
@@ -57,7 +57,7 @@ def _run(options: argparse.Namespace) -> Result:
     if options.command != "doctor":
         _check_environment(options.command)
     if not getattr(options, "device", "npu").startswith("npu"):
-        from npu_patch.commands.families import without_broken_torch_npu
+        from npu_patch.commands.subject.families import without_broken_torch_npu
 
         without_broken_torch_npu()
     try:
@@ -83,7 +83,7 @@ def _check_environment(command: str) -> None:
 
 
 def _shown(result: Result) -> str:
-    from npu_patch.commands.terminal import drawn
+    from npu_patch.commands.console.terminal import drawn
 
     return drawn(result.shown())
 

@@ -20,8 +20,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from npu_patch.kernels import launch, qk_norm_rope_backward, qk_norm_rope_forward
 from npu_patch.kernels.partial_sums import sum_rows
-from npu_patch.kernels.results import changeable
 from npu_patch.kernels.variants import GAMMAS
+from npu_patch.numerics.results import changeable
 from npu_patch.ops.rope import HALF, table_gradients
 
 # As tuned on an H200; heads that are rotated in part hold two kinds of tiles, which suit other sizes.

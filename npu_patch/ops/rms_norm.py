@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npu_patch.kernels import variants as of_kernels
-from npu_patch.measure import Case
+from npu_patch.measuring.measure import Case
 from npu_patch.ops.gamma import GAMMAS, NONE, gamma_of
-from npu_patch.ops.implementation import (
+from npu_patch.serving.implementation import (
     TRITON,
     Implementation,
     dtype_name,
@@ -31,7 +31,7 @@ from npu_patch.ops.implementation import (
     needs_operators,
     needs_triton,
 )
-from npu_patch.ops.operators import Operator
+from npu_patch.serving.operators import Operator
 
 CASE_EPS = 1e-6
 HALF_DTYPES = (torch.float16, torch.bfloat16)

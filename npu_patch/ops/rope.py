@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_patch.kernels.results import changeable
-from npu_patch.measure import Case
-from npu_patch.ops.implementation import Implementation, dtype_name, is_plain, layout, needs_operators
-from npu_patch.ops.operators import Operator
-from npu_patch.probe.room import values
+from npu_patch.measuring.measure import Case
+from npu_patch.numerics.results import changeable
+from npu_patch.numerics.room import values
+from npu_patch.serving.implementation import Implementation, dtype_name, is_plain, layout, needs_operators
+from npu_patch.serving.operators import Operator
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NPU_ROTARY_MUL = Operator("npu_rotary_mul", ("rotary_mode",))  # _Rotate is its derivative

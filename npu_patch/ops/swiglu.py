@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from npu_patch.measure import Case
-from npu_patch.ops.implementation import (
+from npu_patch.measuring.measure import Case
+from npu_patch.serving.implementation import (
     TRITON,
     Implementation,
     dtype_name,
@@ -38,7 +38,7 @@ from npu_patch.ops.implementation import (
     needs_operators,
     needs_triton,
 )
-from npu_patch.ops.operators import Operator
+from npu_patch.serving.operators import Operator
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NPU_SWIGLU = Operator("npu_swiglu", ("dim",), gradient=True)

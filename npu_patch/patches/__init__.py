@@ -1,6 +1,9 @@
 """The catalogue: one module per switch. `apply()` walks `CATALOGUE` in order."""
 
-from npu_patch.patches import add_rms_norm, attention, experts, gated_delta_net, qk_norm_rope, rms_norm, rope, swiglu
+from npu_patch.patches import add_rms_norm, qk_norm_rope, rms_norm, rope, swiglu
+from npu_patch.patches.attention import patch as attention
+from npu_patch.patches.experts import patch as experts
+from npu_patch.patches.gated_delta import patch as gated_delta_net
 from npu_patch.patches.patch import Patch
 
 CATALOGUE: tuple[Patch, ...] = (

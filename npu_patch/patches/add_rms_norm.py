@@ -1,7 +1,7 @@
 """Residual add with RMSNorm: every decoder layer that adds what its token mixer returns and normalizes the sum.
 
 Rebinds    `forward` of the mixer's class (attention, gated delta net, ...), with one that runs the original and returns
-           its result put off until the add, and the sum until its norm (npu_patch/deferred_sum.py); the replacement of
+           its result put off until the add, and the sum until its norm (npu_patch/waiting/sums.py); the replacement of
            the norm then computes both. The layer's forward is left alone: checkpointing depends on it.
 To         one Triton kernel forward and one backward, for the add, the norm, and the addition of their gradients.
 Not when   the patch of RMSNorm does not serve the norm, anything else is done with the branch or the sum, or either
@@ -23,16 +23,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from npu_patch.bypassed import Bypassed
-from npu_patch.deferred_norm import NORMS
-from npu_patch.deferred_sum import Addition, DeferredBranch
-from npu_patch.measure import Alternative, Case
+from npu_patch.measuring.measure import Alternative, Case
+from npu_patch.numerics.room import in_quiet_room
 from npu_patch.ops import rms_norm
 from npu_patch.ops.add_rms_norm import IMPLEMENTATIONS, Sizes, case, one_after_the_other
-from npu_patch.ops.implementation import choose, is_plain
 from npu_patch.ops.rms_norm import RMSNormVariant
-from npu_patch.outcome import Calls
-from npu_patch.patches.listeners import listener
 from npu_patch.patches.patch import (
     NOT_FASTER,
     Context,
@@ -46,9 +41,14 @@ from npu_patch.patches.patch import (
     replacement_for,
 )
 from npu_patch.probe.add_rms_norm import AddRMSNormReading, NoAddRMSNorm, read_add_rms_norm
-from npu_patch.probe.room import in_quiet_room
-from npu_patch.selection import Selection
-from npu_patch.sites import CHECKPOINTING_LAYER, LiveModules, Site, forwards, innermost, is_checkpointing_layer
+from npu_patch.reporting.outcome import Calls
+from npu_patch.serving.bypassed import Bypassed
+from npu_patch.serving.dispatch import Selection
+from npu_patch.serving.implementation import choose, is_plain
+from npu_patch.serving.listeners import listener
+from npu_patch.sites.sites import CHECKPOINTING_LAYER, LiveModules, Site, forwards, innermost, is_checkpointing_layer
+from npu_patch.waiting.heads import NORMS
+from npu_patch.waiting.sums import Addition, DeferredBranch
 
 # What a forward called by its layer finds between itself and that layer.
 CALLS_OF_MODULES = (torch.nn.Module._call_impl.__code__, torch.nn.Module._wrapped_call_impl.__code__)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from npu_patch.ops.gated_delta_providers import CONVOLUTION_PROVIDERS, UPDATE_PROVIDERS
-from npu_patch.ops.implementation import Implementation
+from npu_patch.ops.gated_delta.op import CONVOLUTION_PROVIDERS, UPDATE_PROVIDERS
 from npu_patch.patches import CATALOGUE
+from npu_patch.serving.implementation import Implementation
 
 OPS: Mapping[str, Sequence[Implementation]] = {
     **{patch.name: patch.implementations for patch in CATALOGUE},

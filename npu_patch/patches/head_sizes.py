@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from npu_patch.sites import LiveModules
+from npu_patch.sites.sites import LiveModules
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from npu_patch.bypassed import Bypassed
-from npu_patch.ops.implementation import Choice, Implementation
-from npu_patch.outcome import Calls
-from npu_patch.probe.findings import Unobserved
-from npu_patch.probe.room import in_quiet_room
-from npu_patch.selection import Cases, Selection
-from npu_patch.sites import LiveModules, Site
+from npu_patch.numerics.findings import Unobserved
+from npu_patch.numerics.room import in_quiet_room
+from npu_patch.reporting.outcome import Calls
+from npu_patch.serving.bypassed import Bypassed
+from npu_patch.serving.dispatch import Cases, Selection
+from npu_patch.serving.implementation import Choice, Implementation
+from npu_patch.sites.sites import LiveModules, Site
 from npu_patch.switches import Switches
 
 NOT_FASTER = "no kernel was measured to be faster"

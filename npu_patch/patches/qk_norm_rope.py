@@ -1,7 +1,7 @@
 """QK-norm with RoPE: every attention layer that normalizes the heads of q and k and then rotates them.
 
 Rebinds    `forward` of the class, with one that runs the original forward while its two norms are put off until the
-           rotation (npu_patch/deferred_norm.py). Projections (LoRA and all), cache, attention interface and output
+           rotation (npu_patch/waiting/heads.py). Projections (LoRA and all), cache, attention interface and output
            stay the original's business.
 To         one Triton kernel forward and one backward, from the layout of the projections to that of attention.
 Not when   the patches of RMSNorm and RoPE do not serve its norms and its rotary function, anything else is done to q or
@@ -19,16 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_patch.bypassed import Bypassed
-from npu_patch.deferred_norm import NORMS, ROTATIONS, Abandoned, Deferral, DeferredHeads, RoPESite, deferring
-from npu_patch.measure import Alternative, Case
-from npu_patch.names_used import names_used
+from npu_patch.measuring.measure import Alternative, Case
 from npu_patch.ops import rms_norm, rope
-from npu_patch.ops.implementation import choose
 from npu_patch.ops.qk_norm_rope import IMPLEMENTATIONS, Heads, Sizes, case, one_after_the_other, rotary_width
-from npu_patch.outcome import Calls
 from npu_patch.patches.head_sizes import rotary_widths
-from npu_patch.patches.listeners import listener
 from npu_patch.patches.patch import (
     NOT_FASTER,
     Context,
@@ -41,8 +35,14 @@ from npu_patch.patches.patch import (
 )
 from npu_patch.probe.qk_norm_rope import NoQKNormRoPE, QKNormRoPEReading, read_qk_norm_rope
 from npu_patch.probe.rope import RoPEReading
-from npu_patch.selection import Selection
-from npu_patch.sites import CHECKPOINTING_LAYER, LiveModules, Site, forwards, is_checkpointing_layer
+from npu_patch.reporting.outcome import Calls
+from npu_patch.serving.bypassed import Bypassed
+from npu_patch.serving.dispatch import Selection
+from npu_patch.serving.implementation import choose
+from npu_patch.serving.listeners import listener
+from npu_patch.sites.names_used import names_used
+from npu_patch.sites.sites import CHECKPOINTING_LAYER, LiveModules, Site, forwards, is_checkpointing_layer
+from npu_patch.waiting.heads import NORMS, ROTATIONS, Abandoned, Deferral, DeferredHeads, RoPESite, deferring
 
 
 def find(module: ModuleType) -> Iterable[Site]:

@@ -18,14 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_patch import deferred_norm
-from npu_patch.bypassed import SILU, Bypassed
-from npu_patch.changed_later import Callers
-from npu_patch.deferred_sum import DeferredSum
-from npu_patch.measure import Case
+from npu_patch.measuring.measure import Case
 from npu_patch.ops.rms_norm import HALF_DTYPES, IMPLEMENTATIONS, case
-from npu_patch.outcome import Calls
-from npu_patch.patches.listeners import listener_among, listener_to_all
 from npu_patch.patches.patch import (
     Context,
     Patch,
@@ -38,7 +32,20 @@ from npu_patch.patches.patch import (
     replacement_for,
 )
 from npu_patch.probe.rms_norm import RMSNormReading, read_rms_norm
-from npu_patch.sites import CHECKPOINTING_LAYER, LiveModules, Site, forwards, is_checkpointing_layer, parameter_names
+from npu_patch.reporting.outcome import Calls
+from npu_patch.serving.bypassed import SILU, Bypassed
+from npu_patch.serving.changed_later import Callers
+from npu_patch.serving.listeners import listener_among, listener_to_all
+from npu_patch.sites.sites import (
+    CHECKPOINTING_LAYER,
+    LiveModules,
+    Site,
+    forwards,
+    is_checkpointing_layer,
+    parameter_names,
+)
+from npu_patch.waiting import heads as deferred_norm
+from npu_patch.waiting.sums import DeferredSum
 
 
 def find(module: ModuleType) -> Iterable[Site]:

@@ -20,13 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_patch.bypassed import MODULE_CALL, SILU, Bypassed
-from npu_patch.measure import Case
+from npu_patch.measuring.measure import Case
 from npu_patch.ops.recomputed import recomputed
 from npu_patch.ops.swiglu import IMPLEMENTATIONS, case, kept_for_the_backward
-from npu_patch.outcome import Calls
-from npu_patch.patches.experts_kind import activation_kind, in_mode
-from npu_patch.patches.listeners import listener
+from npu_patch.patches.experts.kind import activation_kind, in_mode
 from npu_patch.patches.patch import (
     Context,
     Patch,
@@ -39,7 +36,17 @@ from npu_patch.patches.patch import (
     replacement_for,
 )
 from npu_patch.probe.swiglu import NoSwiGLU, SwiGLUReading, computes_silu, read_swiglu
-from npu_patch.sites import CHECKPOINTING_LAYER, LiveModules, Site, forwards, is_checkpointing_layer, parameter_names
+from npu_patch.reporting.outcome import Calls
+from npu_patch.serving.bypassed import MODULE_CALL, SILU, Bypassed
+from npu_patch.serving.listeners import listener
+from npu_patch.sites.sites import (
+    CHECKPOINTING_LAYER,
+    LiveModules,
+    Site,
+    forwards,
+    is_checkpointing_layer,
+    parameter_names,
+)
 
 
 def find(module: ModuleType) -> Iterable[Site]:

@@ -23,15 +23,15 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from npu_patch.deferred_sum import Addition, Deferred, DeferredBranch, DeferredSum
-from npu_patch.names_used import names_used
-from npu_patch.probe.error_text import error_text
-from npu_patch.probe.findings import unless_accident
+from npu_patch.numerics.error_text import error_text
+from npu_patch.numerics.findings import unless_accident
+from npu_patch.numerics.room import quiet_room, random_state_kept, silent, values
 from npu_patch.probe.recorded_layer import Recording, Trial, arguments, attributes_of, is_module_class, loggers, make
 from npu_patch.probe.recorded_layer import same as same_result
-from npu_patch.probe.room import quiet_room, random_state_kept, silent, values
 from npu_patch.probe.unknowns import NotKnown, Path, TooManyPaths, any_deferred, every_path
-from npu_patch.sites import innermost
+from npu_patch.sites.names_used import names_used
+from npu_patch.sites.sites import innermost
+from npu_patch.waiting.sums import Addition, Deferred, DeferredBranch, DeferredSum
 
 SHAPE = (5, 3, 12)  # nothing unpacks into so many
 # A layer that is served in the first may go another way in the others.

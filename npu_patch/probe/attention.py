@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_patch.ops.attention_mask import CAUSAL_TOP_LEFT, FULL, Band
-from npu_patch.probe.closeness import distance
-from npu_patch.probe.error_text import error_text
-from npu_patch.probe.findings import unless_accident
-from npu_patch.probe.room import quiet_room, values
+from npu_patch.numerics.closeness import distance
+from npu_patch.numerics.error_text import error_text
+from npu_patch.numerics.findings import unless_accident
+from npu_patch.numerics.room import quiet_room, values
+from npu_patch.ops.attention.band import CAUSAL_TOP_LEFT, FULL, Band
 
 BATCH, HEADS, KEY_HEADS, QUERIES, KEYS, HEAD_DIM, VALUE_DIM = 2, 6, 2, 3, 5, 8, 4
 SCALE = 0.3

@@ -1,4 +1,4 @@
-"""Whether a forward over packed expert weights computes the routed experts of ops/experts.py, and with which gate.
+"""Whether a forward over packed expert weights computes the routed experts of ops/experts/routed.py, and which gate.
 
 The forward runs on a stand-in that has the instance's own settings (limits, scales, its activation), and tiny weights
 of three experts whose sides are all different; it must equal the formula, forward and backward, for tokens of ordinary
@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from npu_patch.ops.experts import Experts, reference, silu_of_halves
-from npu_patch.ops.grouped_matmul import Weights
-from npu_patch.probe.closeness import distance
-from npu_patch.probe.error_text import error_text
-from npu_patch.probe.findings import unless_accident
-from npu_patch.probe.room import quiet_room, random_state_kept, values
+from npu_patch.numerics.closeness import distance
+from npu_patch.numerics.error_text import error_text
+from npu_patch.numerics.findings import unless_accident
+from npu_patch.numerics.room import quiet_room, random_state_kept, values
+from npu_patch.ops.experts.grouped_matmul import Weights
+from npu_patch.ops.experts.routed import Experts, reference, silu_of_halves
 from npu_patch.probe.stand_in import Missing, StandIn
 
 # No two alike; sides are multiples of 8, which torch's grouped product needs.

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_patch.deferred_sum import Deferred
-from npu_patch.names_used import names_used
-from npu_patch.probe.room import values
+from npu_patch.numerics.room import values
 from npu_patch.probe.unknowns import Path, Unknown
-from npu_patch.sites import innermost
+from npu_patch.sites.names_used import names_used
+from npu_patch.sites.sites import innermost
+from npu_patch.waiting.sums import Deferred
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_patch.numerics.closeness import distance
+from npu_patch.numerics.findings import unless_accident
+from npu_patch.numerics.room import quiet_room, values
 from npu_patch.ops.rms_norm import GATED_VARIANTS, PLAIN_VARIANTS, RMSNormVariant
-from npu_patch.probe.closeness import distance
-from npu_patch.probe.findings import unless_accident
-from npu_patch.probe.room import quiet_room, values
 from npu_patch.probe.stand_in import Missing, StandIn
 
 WEIGHT, EPS = object(), object()  # what an attribute may stand for; each case puts its own value there

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_patch.numerics.closeness import distance
+from npu_patch.numerics.findings import unless_accident
+from npu_patch.numerics.room import quiet_room, values
 from npu_patch.ops.rope import VARIANTS, RoPEVariant, mix_sections
-from npu_patch.probe.closeness import distance
-from npu_patch.probe.findings import unless_accident
-from npu_patch.probe.room import quiet_room, values
 
 BATCH, HEADS, KEY_HEADS, LENGTH, ROTARY_DIM, PASSED = 2, 3, 1, 5, 8, 4
 SECTIONS = [1, 2, 1]  # of M-RoPE, in pairs of ROTARY_DIM

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from npu_patch.probe.closeness import difference, distance
-from npu_patch.probe.error_text import error_text
-from npu_patch.probe.findings import unless_accident
-from npu_patch.probe.room import quiet_room, values
+from npu_patch.numerics.closeness import difference, distance
+from npu_patch.numerics.error_text import error_text
+from npu_patch.numerics.findings import unless_accident
+from npu_patch.numerics.room import quiet_room, values
 from npu_patch.probe.stand_in import Missing, StandIn
 
 SHAPE = (3, 5, 6)

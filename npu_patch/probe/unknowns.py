@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from npu_patch.deferred_sum import Deferred
+from npu_patch.waiting.sums import Deferred
 
 MOST_PATHS = 64
 MOST_QUESTIONS = 2000  # in all runs along one path: `while not cache.done` asks for ever

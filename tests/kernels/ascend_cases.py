@@ -21,11 +21,11 @@ from npu_patch.kernels import gated_rms_norm as gated_kernels
 from npu_patch.kernels import launch
 from npu_patch.kernels import qk_norm_rope as qk_norm_kernels
 from npu_patch.kernels.add_rms_norm import add_rms_norm, rms_norm
-from npu_patch.kernels.ascend_compile import CORES, Launch, Plan, lower, plan, recorded_launches
 from npu_patch.kernels.delta_gating import delta_gating
 from npu_patch.kernels.gated_rms_norm import gated_rms_norm
 from npu_patch.kernels.qk_norm_rope import QKNorm, packed_qk_norm_rope, qk_norm_rope
 from npu_patch.kernels.swiglu import swiglu
+from scripts.ascend_compile import CORES, Launch, Plan, lower, plan, recorded_launches
 
 TOKENS, EPS = 4096, 1e-6
 

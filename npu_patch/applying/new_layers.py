@@ -1,0 +1,38 @@
+"""Layers that are made while patches are in place: looked at when their parent is given them.
+
+So the first call of a layer need not look: it may be compiled, or run under whatever hooks and modes. A layer that
+cannot be looked at yet is looked at when it is called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn.modules import module as torch_modules
+
+from npu_patch.numerics.room import in_quiet_room
+from npu_patch.sites.sites import defining_class
+
+REGISTRY = torch_modules._global_module_registration_hooks
+KEY = "npu_patch"  # not a number, as the handles of others are
+
+
+def watcher(
+    patched: Mapping[tuple[int, str], Sequence[Any]], registries: Iterable[tuple[int, str]]
+) -> Callable[..., None]:
+    """A hook for all modules. `patched`: what stands at each site (`PatchedSite`), live; `registries`: the keys of
+    those that serve layers of any class."""
+
+    def look_at(parent: torch.nn.Module, name: str, layer: torch.nn.Module | None) -> None:
+        if layer is None or torch.compiler.is_compiling() or in_quiet_room():
+            return
+        sites: tuple[Hashable, ...] = ((id(defining_class(layer)), "forward"), *registries)
+        for held in [held for site in sites for held in patched.get(site, ())]:
+            if held.replacement.observe is not None:
+                with contextlib.suppress(Exception):
+                    held.replacement.observe(layer)
+
+    return look_at

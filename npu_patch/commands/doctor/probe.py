@@ -1,0 +1,90 @@
+"""Run as a script by the interpreter under examination, one thing at a time: `doctor_probe.py WHAT [ARGUMENTS]`.
+
+Broken installations crash, hang and print: each probe has a process of its own, and its answer is the last line, as
+JSON. Nothing but the standard library is imported here until the thing in question is.
+"""
+
+import importlib
+import json
+import os
+import sys
+
+
+def distributions():
+    """[[name, version, folder], ...] of what is installed, first on the path first."""
+    from importlib import metadata
+
+    return [
+        [each.metadata["Name"], each.version, str(each.locate_file(""))]
+        for each in metadata.distributions()
+        if each.metadata["Name"]
+    ]
+
+
+def package(mode, name):
+    """Whether a module can be imported, and what it says of itself. "alone": without torch loading torch_npu."""
+    if mode == "alone":
+        os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    _simulate_if(mode)
+    module = importlib.import_module(name)
+    return {"version": str(getattr(module, "__version__", "")), "file": str(getattr(module, "__file__", ""))}
+
+
+def torch_npu(mode, *operators):
+    """The device and the schemas of operators, as this very torch_npu has them."""
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # what torch says of a torch_npu that fails is not the reason
+    _simulate_if(mode)
+    import torch
+    import torch_npu
+
+    found = {"version": torch_npu.__version__, "available": bool(torch.npu.is_available()), "chips": []}
+    found["operators"] = {name: _schema(torch, name) for name in operators}
+    if found["available"]:
+        found["chips"] = [torch.npu.get_device_name(index) for index in range(torch.npu.device_count())]
+    return found
+
+
+def _simulate_if(mode):
+    if mode == "simulated":
+        from npu_patch import simulator
+
+        simulator.start()
+
+
+def _schema(torch, name):
+    operator = getattr(torch.ops.npu, name, None)
+    return None if operator is None else str(getattr(operator, operator.overloads()[0])._schema)
+
+
+WHERE_FASTER = "taken where apply(model) measures it to be faster"
+
+
+def providers(mode):
+    """For each op the implementations in order: [name, chosen or not, why not]."""
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    _simulate_if(mode)
+    from npu_patch.patches.catalogue_of_ops import OPS
+    from npu_patch.serving.implementation import choose
+    from npu_patch.switches import resolve
+
+    switches = resolve()
+    found = {}
+    for op, implementations in OPS.items():
+        choice = choose(implementations, "npu", switches["triton"], switches.sources["triton"])
+        measured = {} if choice.forced else {each.name: WHERE_FASTER for each in choice.candidates}
+        used = [choice.chosen, *(choice.candidates if choice.forced else ())]
+        why = measured | choice.declined
+        found[op] = [[each.name, each in used, why.get(each.name, "")] for each in implementations]
+    return found
+
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # the folder of this file
+    probe = {"distributions": distributions, "package": package, "torch_npu": torch_npu, "providers": providers}
+    try:
+        answer = {"found": probe[sys.argv[1]](*sys.argv[2:])}
+    except BaseException as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        answer = {"error": f"{type(error).__name__}: {first}" if first else type(error).__name__}
+    print("\n" + json.dumps(answer), flush=True)
+    os._exit(0)  # what was imported may crash on its way out

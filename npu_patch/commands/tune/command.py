@@ -1,0 +1,221 @@
+"""tune: by op and shape, measures what there is on the device (the operator, other implementations, the original) and
+writes the fastest that is right to a file that `apply()` reads.
+
+What is not within the bars of `verify` is refused, however fast. The original stays unless another way is clearly
+faster, timed as it will be called: three quarters of its samples below three quarters of the original's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from npu_patch import simulator
+from npu_patch.applying import api as lifecycle
+from npu_patch.applying.api import PatchedSite
+from npu_patch.commands.bench.command import DTYPES, chip, prepared, recorded_step
+from npu_patch.commands.console.output_file import output_file
+from npu_patch.commands.console.result import CommandError, Result
+from npu_patch.commands.console.steps import Steps, steps
+from npu_patch.commands.replay.bars import why_not
+from npu_patch.commands.replay.recording import Call, function_of, run_in_float64, run_original, timed_forms
+from npu_patch.commands.verify.command import compared
+from npu_patch.measuring.in_turns import Timing, in_turns
+from npu_patch.measuring.tuning import ORIGINAL, Decision, signature_for_json, signature_of, tuned, write
+from npu_patch.patches import CATALOGUE
+from npu_patch.patches.patch import Context, Replacement
+from npu_patch.reporting.outcome import Calls
+from npu_patch.reporting.rows import short_name
+from npu_patch.switches import TUNE, resolve
+
+DECLINES = "does not take it: "
+FEWEST = 5  # samples that have quartiles
+Timer = Callable[[Mapping[str, Callable[[], None]], torch.device, int], Mapping[str, Timing]]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    site: str
+    shapes: str
+    decision: Decision
+
+
+def run(options: argparse.Namespace) -> Result:
+    output_file("--output", options.output)
+    if TUNE in os.environ:
+        raise CommandError(
+            f"{TUNE}={os.environ[TUNE]!r} is set: unset it, so that nothing is tuned before it is measured"
+        )
+    if options.samples < FEWEST:
+        raise CommandError(f"--samples {options.samples}: accepted are numbers from {FEWEST}, which have quartiles")
+    device, model, batch = prepared(options)
+    if device.type == "npu" and simulator.is_active():
+        note = "simulated NPU: its times mean nothing; this file is of no use on a real one, where it is refused"
+    else:
+        note = None
+    with steps(options, "measuring") as progress:
+        found, left = _tune(model, batch, device, options, progress)
+    write(options.output, device.type, [each.decision for each in found])
+    content = {
+        "model": options.model,
+        "device": lifecycle.describe(device.type),
+        "chip": chip(device),
+        "file": str(options.output),
+        "note": note,
+        "not_tuned": left,
+        "decisions": [
+            {"shapes": each.shapes, **vars(each.decision), "signature": signature_for_json(each.decision.signature)}
+            for each in found
+        ],
+    }
+    return Result(content, lambda: _shown(content, found), fine=not any(each.decision.refused for each in found))
+
+
+def _tune(
+    model: torch.nn.Module,
+    batch: dict[str, torch.Tensor],
+    device: torch.device,
+    options: argparse.Namespace,
+    progress: Steps,
+) -> tuple[list[Tuned], list[str]]:
+    found: list[Tuned] = []
+    left: list[str] = []
+    switches = resolve()
+    tunable = {patch.name: patch for patch in CATALOGUE if patch.tunable}
+    with lifecycle.applied(model, device=device.type, triton=False) as report:  # they are alternatives like others
+        sites = lifecycle.patched_sites(report)
+        recording = recorded_step(model, batch, device, sites)
+        pairs = []
+        for held in sites:
+            if held.outcome.patch in tunable and function_of(held) is not None:
+                pairs += [(held, call) for call in recording.of(held)]
+            else:
+                left.append(f"{held.outcome.patch} {short_name(held.outcome.site)}: chooses by itself at every call")
+        progress.of(len(pairs))
+        for held, call in pairs:
+            ways = alternatives(held, tunable[held.outcome.patch], device.type, switches)
+            decision = decide(held, call, ways, device, options.samples, DTYPES[options.dtype])
+            if decision is not None:
+                found.append(Tuned(short_name(held.outcome.site), call.shapes, decision))
+            progress.done()
+    return found, left
+
+
+def alternatives(held: PatchedSite, patch: Any, device_type: str, switches: Any) -> dict[str, Replacement]:
+    """By the implementation's name, what would stand at the site with each that this machine has."""
+    found = {held.outcome.implementation: held.replacement}
+    for each in patch.implementations:
+        if each.optional and device_type == "npu" and simulator.is_active():
+            continue  # in triton's interpreter: minutes for times that mean nothing
+        if each.name not in found and device_type in each.device_types and each.missing() is None:
+            other = patch.replace(held.site, Context(device_type, each, switches))
+            if isinstance(other, Replacement):
+                found[each.name] = other
+    return found
+
+
+def decide(
+    held: PatchedSite,
+    call: Call,
+    ways: Mapping[str, Replacement],
+    device: torch.device,
+    samples: int,
+    dtype: torch.dtype,
+    timer: Timer | None = None,
+) -> Decision | None:
+    """The fastest way that is right, for this call; None for a call without a floating result."""
+    original = run_original(held, call)
+    if not original.tensors:
+        return None
+    exact = run_in_float64(held, call).tensors
+    refused: dict[str, str] = {}
+    declined: dict[str, str] = {}
+    forms: dict[str, Callable[[], None]] = {}
+    for name, replacement in ways.items():
+        other = replace(held, replacement=replacement)
+        wrong = why_wrong(other, call, original, exact, dtype)
+        if wrong is None:
+            forms[name], forms[ORIGINAL] = timed_forms(as_installed(other, name, call), call)
+        elif wrong.startswith(DECLINES):
+            declined[name] = wrong.removeprefix(DECLINES)
+        else:
+            refused[name] = wrong
+    forms.setdefault(ORIGINAL, lambda: None)
+    times = (timer or _times)(forms, device, samples) if len(forms) > 1 else {}
+    medians = {name: timing.median for name, timing in times.items()}
+    quartiles = {name: (timing.low, timing.high) for name, timing in times.items()}
+    outcome = held.outcome
+    return Decision(
+        outcome.patch,
+        outcome.site,
+        outcome.variant,
+        signature_of(call.args, call.kwargs),
+        fastest(times),
+        medians,
+        quartiles,
+        refused,
+        declined,
+    )
+
+
+def fastest(times: Mapping[str, Timing]) -> str:
+    """The one with the lowest median of those that are clearly faster than the original, or that."""
+    clearly = [name for name in times if name != ORIGINAL and times[name].high < times[ORIGINAL].low]
+    return min(clearly, key=lambda name: times[name].median, default=ORIGINAL)
+
+
+def as_installed(held: PatchedSite, name: str, call: Call) -> PatchedSite:
+    """As `apply()` will call it under the file: the shapes of the call are looked up first."""
+    replacement = held.replacement
+    choices = {signature_of(call.args, call.kwargs): name}
+    ways = {name: (replacement.function, replacement.calls)}
+    function = tuned(replacement.function, held.site.original, Calls(), choices, ways)
+    return replace(held, replacement=replace(replacement, function=function))
+
+
+def why_wrong(held: PatchedSite, call: Call, original: Any, exact: Mapping[str, Any], dtype: torch.dtype) -> str | None:
+    """Why this replacement may not be used for this call, or None."""
+    calls = held.replacement.calls
+    fell_through = calls.fell_through.copy()
+    try:
+        errors = compared(held, call, original, exact)
+    except Exception as error:
+        return f"raises {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    passed_on = calls.fell_through - fell_through
+    if passed_on:
+        return f"{DECLINES}{next(iter(passed_on))}"
+    return errors if isinstance(errors, str) else why_not(errors, dtype)
+
+
+def _times(forms: Mapping[str, Callable[[], None]], device: torch.device, samples: int) -> Mapping[str, Timing]:
+    return in_turns(forms, device, samples=samples)
+
+
+def _shown(content: dict[str, Any], found: list[Tuned]) -> Iterator[Any]:
+    from npu_patch.commands.console.terminal import table
+
+    yield f"{content['model']} on {content['device']} ({content['chip']}): forward and backward, median ms"
+    if content["note"]:
+        yield content["note"]
+    rows = [
+        (
+            each.decision.patch,
+            each.site,
+            each.shapes,
+            ", ".join(f"{name} {time:.3f}" for name, time in sorted(each.decision.times.items(), key=lambda x: x[1])),
+            ("green", each.decision.choice),
+        )
+        for each in found
+    ]
+    yield table("", ("patch", "site", "shapes", "times", "chosen"), rows)
+    for each in found:
+        for name, why in each.decision.refused.items():
+            yield f"REFUSED: {name} for {each.site}, {each.shapes}: {why}"
+    for each in content["not_tuned"]:
+        yield f"not tuned: {each}"
+    yield f"written to {content['file']}; use it with TWINKLE_NPU_TUNE={content['file']}"

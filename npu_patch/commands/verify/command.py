@@ -1,0 +1,345 @@
+"""verify: on the user's own device, each patched op and then the whole model against float64, forward and gradients.
+
+Bars: verify_bars.py. A site that is patched, that the model has a use for, and that no forward reached is a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npu_patch.applying import api as lifecycle
+from npu_patch.applying.api import PatchedSite
+from npu_patch.commands.console.result import CommandError, Result
+from npu_patch.commands.console.steps import Steps, steps
+from npu_patch.commands.console.terminal import table
+from npu_patch.commands.replay.bars import FLOORS, Error, relative_error, why_not, worst
+from npu_patch.commands.replay.float64 import everything_in_float64, in_float64
+from npu_patch.commands.replay.recording import (
+    Call,
+    Ran,
+    Recording,
+    function_of,
+    recorded,
+    run_in_float64,
+    run_original,
+    run_replacement,
+)
+from npu_patch.commands.subject import models
+from npu_patch.commands.verify.expected import why_expected
+from npu_patch.reporting.rows import short_name
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ZERO = 1e-10  # of the largest result's norm
+UNUSED = "not used by this model"
+OK, FAILED, WHOLE_MODEL = "ok", "failed", "compared within the whole model"
+
+
+@dataclass
+class Check:
+    """One line of the result. `failure`: what missed the bar, where and by how much. `compared`: how many results.
+    `status`: "ok", "failed", "not used by this model" or "compared within the whole model". `ran`, `fell_through`: the
+    site's calls in training and decoding."""
+
+    dtype: str
+    patch: str
+    site: str
+    what: str
+    compared: int = 0
+    error: float | None = None
+    original_error: float | None = None
+    failure: str | None = None
+    note: str = ""
+    status: str = OK
+    ran: int = 0
+    fell_through: dict[str, int] = field(default_factory=dict)
+
+    def fail(self, why: str | None) -> None:
+        if why is not None:
+            self.failure, self.status = why, FAILED
+
+    @property
+    def remark(self) -> str:
+        """For people: the note, and what became of the calls."""
+        passed_on = sum(self.fell_through.values())
+        reasons = ", ".join(self.fell_through)
+        ran = f"ran {self.ran} times" if self.ran else ""
+        return "; ".join(filter(None, (self.note, ran, f"{passed_on} fell through ({reasons})" if passed_on else "")))
+
+
+def failed(dtype: str, patch: str, site: str, what: str, why: str) -> Check:
+    return Check(dtype, patch, site, what, failure=why, status=FAILED)
+
+
+def run(options: argparse.Namespace) -> Result:
+    if options.seeds < 1:
+        raise CommandError(f"--seeds {options.seeds}: accepted are numbers from 1")
+    device = models.device_of(options)
+    source = models.source_of(options.model)
+    names = options.dtype or ["float32", "bfloat16"]
+    checks: list[Check] = []
+    notes: dict[str, None] = {}
+    with steps(options, "verifying") as progress:
+        progress.of(len(names) * options.seeds)
+        for name in names:
+            found, said = _verify(source, device, name, options.seeds, progress)
+            checks += found
+            notes |= dict.fromkeys(said)
+    if not any(check.patch != "model" for check in checks):
+        checks.append(failed("", "none", "", "sites", "; ".join(["nothing in this model is patched", *notes])))
+    fine = not any(check.failure for check in checks)
+    content = {"model": source.described, "device": lifecycle.describe(device.type), "fine": fine}
+    content["notes"] = list(notes)
+    content["checks"] = [asdict(check) for check in checks]
+    return Result(content, lambda: _shown(content, checks), fine)
+
+
+def _verify(
+    source: models.Source, device: torch.device, name: str, seeds: int, progress: Steps
+) -> tuple[list[Check], list[str]]:
+    """Ops at the first seed, the whole model at each; and what the report of the patches remarks."""
+    dtype = DTYPES[name]
+    checks: list[Check] = []
+    errors: list[Error] = []
+    remarks: list[str] = []
+    model: torch.nn.Module | None = None
+    for seed in range(seeds):
+        if model is None or source.tiny:
+            # In bfloat16 a token near the border goes to another expert, patched or not: that says nothing.
+            model = source.make(seed, dtype != torch.float32).to(dtype)
+        batch = models.batch_for(model, seed=seed + 1)
+        try:
+            exact = _reference(model, batch)
+            model = model.to(device)
+            original = results(model, batch)
+        except Exception as error:
+            raise CommandError(f"{source.described} does not run unpatched: {named(error)}") from error
+        with lifecycle.applied(model, device=device.type) as report:
+            sites = lifecycle.patched_sites(report)
+            remarks += [*filter(None, [report.nothing_because]), *report.notes, *report.warnings]
+            raised: Exception | None = None
+            with recorded(sites if seed == 0 else []) as recording:
+                try:
+                    patched = results(model, batch)
+                except Exception as error:
+                    raised = error
+            if raised is not None and seed == 0:  # each op by itself can say more
+                with recorded(sites, originals=True, into=recording):
+                    results(model, batch)
+            if seed == 0:
+                computed = {
+                    held.site.owner
+                    for held in sites
+                    if recording.of(held) and isinstance(held.site.owner, type) and held.replacement.alone
+                }
+                checks += [
+                    _check_site(held, recording, name, why_expected(held, model, computed), raised is None)
+                    for held in sites
+                ]
+                checks += [failed(name, each.patch, each.site, "site", each.reason) for each in report.failed]
+        if raised is not None:
+            why = f"raises where the unpatched model does not: {named(raised)}"
+            return [*checks, failed(name, "model", type(model).__name__, f"seed {seed}", why)], remarks
+        # Some gradients are zero but for rounding: softmax takes no notice of a bias of the keys.
+        negligible = ZERO * max(float(value.norm()) for value in exact.values())
+        errors += [
+            Error(
+                f"{key} (seed {seed})",
+                relative_error(patched[key], exact[key]),
+                relative_error(original[key], exact[key]),
+            )
+            for key in exact
+            if key in patched and key in original and exact[key].norm() > negligible
+        ]
+        unlike = unlike_keys(patched, original)
+        if unlike:
+            why = f"of the patched and the unpatched model only one gives {', '.join(unlike[:3])}"
+            checks.append(failed(name, "model", type(model).__name__, f"seed {seed}", why))
+        model = model.to("cpu")
+        progress.done()
+    far = worst(errors, dtype)
+    whole = Check(
+        name,
+        "model",
+        type(model).__name__,
+        f"loss, gradients, decoding; worst: {far.name}",
+        len(errors),
+        far.replaced,
+        far.original,
+        note=f"{statistics.geometric_mean(e.ratio(FLOORS[dtype]) for e in errors):.2f} times the original's error",
+    )
+    whole.fail(why_not(errors, dtype))
+    return [*checks, whole], remarks
+
+
+def _check_site(held: PatchedSite, recording: Recording, name: str, expected: str | None, model_ran: bool) -> Check:
+    """`expected`: why the model should have called it. `model_ran`: it did not raise meanwhile."""
+    outcome = held.outcome
+    calls = outcome.calls
+    passed_on = dict(calls.fell_through)
+    check = Check(name, outcome.patch, outcome.site, outcome.variant, ran=calls.ran, fell_through=passed_on)
+    if calls.ran == 0 and model_ran:
+        if expected is not None:
+            reasons = "; ".join(f"{count} fell through: {why}" for why, count in passed_on.items())
+            check.fail(f"patched, but never ran in training or decoding ({expected}; {reasons or 'no call'})")
+        else:
+            check.status = UNUSED
+        return check
+    if function_of(held) is None or not recording.of(held):
+        check.status = WHOLE_MODEL if model_ran else UNUSED
+        check.note = WHOLE_MODEL if model_ran else "not reached: the model raises"
+        return check
+    errors: list[Error] = []
+    judged = [call for call in recording.of(held) if call.is_finite]
+    if not judged:
+        check.fail("cannot be judged: it is given NaN, by something patched before it")
+    for call in judged:
+        try:
+            original = run_original(held, call)
+        except Exception as error:
+            found = f"cannot be judged: the original raises {named(error)}"
+        else:
+            try:
+                found = compared(held, call, original)
+            except Exception as error:
+                found = f"raises {named(error)}"
+        if isinstance(found, str):
+            check.fail(f"{found}, for {call.shapes}")
+            return check
+        errors += found
+    check.compared = len(errors)
+    if check.failure:
+        return check
+    if errors:
+        far = worst(errors, DTYPES[name])
+        check.what += f"; worst: {far.name}"
+        check.error, check.original_error = far.replaced, far.original
+        check.fail(why_not(errors, DTYPES[name]))
+    else:
+        check.note = "equal to the original's"
+    return check
+
+
+def named(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def compared(
+    held: PatchedSite, call: Call, original: Ran, exact: Mapping[str, Tensor] | None = None
+) -> list[Error] | str:
+    """The errors of the replacement and of the original on one call, or in words what cannot be compared. `exact`: the
+    float64 results, where they are known already."""
+    replaced = run_replacement(held, call)
+    if not _equal(replaced.exact, original.exact):
+        return "what is no floating tensor differs from the original's"
+    unlike = unlike_keys(replaced.tensors, original.tensors)
+    if unlike:
+        return f"of the replacement and the original only one gives {', '.join(unlike)}"
+    if not replaced.tensors:
+        return []
+    exact = run_in_float64(held, call).tensors if exact is None else exact
+    return [
+        Error(name, relative_error(replaced.tensors[name], exact[name]), relative_error(value, exact[name]))
+        for name, value in original.tensors.items()
+        if name in exact and name in replaced.tensors and exact[name].any()
+    ]
+
+
+def unlike_keys(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
+    """What only one of two results has. No gradient and one of zeros are the same: an expert without tokens."""
+    either = {**one, **other}
+    return sorted(name for name in one.keys() ^ other.keys() if "gradient" not in name or either[name].any())
+
+
+def _equal(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    if len(one) != len(other):
+        return False
+    for left, right in zip(one, other, strict=True):
+        if isinstance(left, Tensor) != isinstance(right, Tensor):
+            return False
+        if isinstance(left, Tensor) and not (left.shape == right.shape and torch.equal(left.cpu(), right.cpu())):
+            return False
+        if not isinstance(left, Tensor) and left != right:
+            return False
+    return True
+
+
+def _reference(model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    with everything_in_float64():
+        return results(in_float64(model), batch)
+
+
+def results(model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The loss (or the mean square of the last hidden state), each parameter's gradient, and what a causal model with a
+    cache says after each of two single tokens; float64 on the CPU."""
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    model.zero_grad(set_to_none=True)
+    output = model(**batch)
+    loss = getattr(output, "loss", None)
+    loss = output[0].float().square().mean() if loss is None else loss
+    loss.backward()
+    gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found = {"loss": loss, **gradients, **_decoded(model, batch["input_ids"])}
+    model.zero_grad(set_to_none=True)
+    return {name: tensor.detach().cpu().double() for name, tensor in found.items()}
+
+
+@torch.no_grad()
+def _decoded(model: torch.nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        return {}
+    output = model(input_ids=ids[:, :-2], use_cache=True)
+    found = {}
+    for index in (-2, -1):
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:
+            return {}
+        ids_of_one = ids[:, index:] if index == -1 else ids[:, index : index + 1]
+        output = model(input_ids=ids_of_one, past_key_values=cache, use_cache=True)
+        found[f"logits of single token {3 + index}"] = output[0]
+    return found
+
+
+def _shown(content: dict[str, Any], checks: list[Check]) -> Iterator[Any]:
+    yield f"{content['model']} on {content['device']}: error to float64, relative; patched and original"
+    unused = dict.fromkeys(f"{each.patch} {short_name(each.site)}" for each in checks if each.status == UNUSED)
+    marks = {OK: ("green", "ok"), FAILED: ("red", "FAIL"), WHOLE_MODEL: "-"}
+    rows = [
+        (
+            check.dtype,
+            check.patch,
+            f"{short_name(check.site)}: {check.what}",
+            "" if check.error is None else f"{check.error:.1e}",
+            "" if check.original_error is None else f"{check.original_error:.1e}",
+            marks[check.status],
+            check.remark,
+        )
+        for check in checks
+        if check.status != UNUSED
+    ]
+    columns = ("dtype", "patch", "what", "patched", "original", "", "")
+    yield table("", columns, rows, numbers=("patched", "original"))
+    if unused:
+        yield f"patched, and {UNUSED}: {', '.join(unused)}\n"
+    for check in checks:
+        if check.failure:
+            yield f"FAIL: {' '.join(filter(None, (check.dtype, check.patch, check.site)))}: {check.failure}"
+    yield summary(checks)
+
+
+def summary(checks: list[Check]) -> str:
+    """How many checks ended how; those of the whole model are among the checked."""
+    counts = Counter(check.status for check in checks)
+    parts = [f"{counts[OK]} checked and within their bars"]
+    if counts[FAILED]:
+        parts.insert(0, f"{counts[FAILED]} FAILED")
+    parts += [f"{counts[each]} {each}" for each in (WHOLE_MODEL, UNUSED) if counts[each]]
+    return ", ".join(parts)

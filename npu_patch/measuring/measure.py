@@ -1,0 +1,213 @@
+"""Compares alternatives of an op at the shapes a model has: is each correct, how long does it take, which is taken.
+
+    found = measure(case, Alternative("triton", run), device, stopwatch(device))
+
+An alternative is checked first, against the case's definition in float64 on a few tokens, outputs and gradients; one
+that is wrong is not timed and never taken. The times are medians, forward and backward together, of a few
+milliseconds altogether beside what a kernel's first run compiles. Operators of the vendor, which nobody times here, are
+checked in the same way (`check`): that a site's original computes something says nothing of this device's operator.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npu_patch.numerics.closeness import difference
+from npu_patch.numerics.room import quiet_room, values
+
+FEW_TOKENS = 5
+# Of the largest input that is timed: 4096 tokens of a model 4096 wide, in 32 heads.
+ELEMENTS, MOST_ROWS = 2**24, 2**17
+WARM_UPS, RUNS, IN_A_ROW = 3, 7, 4
+ENOUGH_S = 0.5  # of one alternative: fewer runs where they take that long
+# Relative to the largest element. Results are rounded once or twice; a wrong one is off by its own size.
+ALLOWED = {torch.float32: 1e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
+# Of operators that multiply matrices: a device may take float32 ones in parts of fewer bits.
+ALLOWED_OF_PRODUCTS = {**ALLOWED, torch.float32: 1e-3}
+GRADIENTS = 4.0  # times ALLOWED: a gradient passes through several roundings
+PERIOD = 8191  # of the values of large inputs: a prime, so that no two rows are equal
+OUT_OF_MEMORY = "no room on the device to measure it"
+DEVICE_LOST = "the device does not answer any more"
+ACCIDENTS = (OUT_OF_MEMORY, DEVICE_LOST)  # they say nothing of the next process
+Stopwatch = Callable[[Callable[[], Any]], float]
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """`unsupported`: of an implementation, what says of a call why it does not take it."""
+
+    name: str
+    run: Callable[..., Any]
+    unsupported: Callable[..., str | None] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op at the sizes that a model calls it with.
+
+    `name` tells it from every other case of the op, and says to the reader of a report what it is.
+    `inputs(tokens)`: shapes and dtypes for so many tokens. `call(run, *inputs)` is the call of an alternative's `run`,
+    `definition(*inputs)` the same in plain torch, for float64. Each returns one tensor; every input gets a gradient,
+    unless it is one that is not `differentiated`. It is checked at each number of `tokens`, to the bars `allowed`.
+    `why_not(unsupported, *inputs)`: why an implementation lets such a call through to the original, if it does; then
+    there is nothing to check.
+    """
+
+    op: str
+    name: str
+    inputs: Callable[[int], Sequence[tuple[tuple[int, ...], torch.dtype]]]
+    call: Callable[..., Tensor]
+    definition: Callable[..., Tensor]
+    original: Alternative | None = None
+    tokens: tuple[int, ...] = (FEW_TOKENS,)
+    allowed: Mapping[torch.dtype, float] = field(default_factory=lambda: ALLOWED)
+    differentiated: bool = True
+    why_not: Callable[..., str | None] | None = None
+
+    @property
+    def key(self) -> str:
+        return f"{self.op}: {self.name}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What became of one alternative: why it is wrong, or its median time in seconds, or neither: it is right, and was
+    not timed."""
+
+    wrong: str | None = None
+    seconds: float | None = None
+
+
+def measure(case: Case, alternative: Alternative, device: torch.device, stopwatch: Stopwatch) -> Measured:
+    """Checks, then times. An alternative that raises is a wrong one."""
+    found = check(case, alternative, device)
+    if found.wrong is not None:
+        return found
+    return _apart(lambda: Measured(seconds=_median_time(case, alternative, device, stopwatch)), device)
+
+
+def check(case: Case, alternative: Alternative, device: torch.device) -> Measured:
+    """Whether it is right, without a time."""
+    return _apart(lambda: Measured(why_wrong(case, alternative, device)), device)
+
+
+def _apart(find: Callable[[], Measured], device: torch.device) -> Measured:
+    """Apart from whatever the caller is in the middle of. What raises is wrong, accidents aside."""
+    try:
+        with quiet_room(), torch.autocast(device.type, enabled=False):
+            return find()
+    except torch.OutOfMemoryError:
+        return Measured(OUT_OF_MEMORY)
+    except Exception as error:
+        return Measured(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+
+
+def answers(device: torch.device) -> bool:
+    """Whether the device still computes: an operator that faults may take it along."""
+    try:
+        with quiet_room():
+            return float((values((2,), 1).to(device) * 0.0).sum().cpu()) == 0.0
+    except Exception:
+        return False
+
+
+def faster(alternatives: Sequence[tuple[str, Measured]], incumbent: Measured) -> str | None:
+    """The name of the fastest correct alternative if it beats the incumbent, as it does a wrong one; else None."""
+    timed = [(measured.seconds, name) for name, measured in alternatives if measured.seconds is not None]
+    if not timed or incumbent.wrong in ACCIDENTS:
+        return None
+    beaten = incumbent.wrong is not None or (incumbent.seconds is not None and min(timed)[0] < incumbent.seconds)
+    return min(timed)[1] if beaten else None
+
+
+def why_wrong(case: Case, alternative: Alternative, device: torch.device) -> str | None:
+    """How far outputs and gradients on a few tokens are from the definition in float64, if too far."""
+    for tokens in case.tokens:
+        reason = _why_wrong(case, alternative, device, tokens)
+        if reason is not None:
+            return reason if tokens == FEW_TOKENS else f"{reason}, at a length of {tokens}"
+    return None
+
+
+def _why_wrong(case: Case, alternative: Alternative, device: torch.device, tokens: int) -> str | None:
+    kinds = case.inputs(tokens)
+    given = [numbers(shape, 10 + index, dtype) for index, (shape, dtype) in enumerate(kinds)]
+    leaves = [each.to(device).requires_grad_(case.differentiated) for each in given]
+    exact_leaves = [each.double().requires_grad_(case.differentiated) for each in given]
+    with torch.set_grad_enabled(case.differentiated):
+        asked = None if alternative.unsupported is None else case.why_not
+        if asked is not None and asked(alternative.unsupported, *leaves) is not None:
+            return None  # the model's call does not reach it either
+        output = case.call(alternative.run, *leaves)
+        exact = case.definition(*exact_leaves)
+    half = [dtype for _, dtype in kinds if dtype != torch.float32]
+    allowed = case.allowed[half[0] if half else torch.float32]
+    results = [("the output", output, exact, allowed)]
+    if case.differentiated:
+        weights = numbers(exact.shape, 90, output.dtype)
+        found = torch.autograd.grad(output, leaves, weights.to(device))
+        exact_found = torch.autograd.grad(exact, exact_leaves, weights.double())
+        for index, (one, other) in enumerate(zip(found, exact_found, strict=True)):
+            results.append((f"the gradient of input {index}", one, other, GRADIENTS * allowed))
+    for name, one, other, bar in results:
+        far = difference(one.detach().cpu().double(), other.detach())
+        if not far <= bar:
+            return f"self-check: {name} is {far:.2g} of its size off"
+    return None
+
+
+def numbers(shape: Sequence[int], seed: int, dtype: torch.dtype) -> Tensor:
+    """`values`, repeated where there are many of them: Python makes them one by one."""
+    count = math.prod(shape)
+    if count <= PERIOD:
+        return values(shape, seed, dtype)
+    return values((PERIOD,), seed).repeat(-(-count // PERIOD))[:count].view(tuple(shape)).to(dtype)
+
+
+def _median_time(case: Case, alternative: Alternative, device: torch.device, stopwatch: Stopwatch) -> float:
+    kinds = case.inputs(_timed_tokens(case))
+    leaves = [torch.ones(shape, dtype=dtype, device=device).requires_grad_() for shape, dtype in kinds]
+    gradient = torch.ones_like(case.call(alternative.run, *leaves))
+
+    def forward_and_backward() -> None:
+        torch.autograd.grad(case.call(alternative.run, *leaves), leaves, gradient)
+
+    forward_and_backward()  # compiles, if it is a kernel that must be
+    enough = time.perf_counter() + ENOUGH_S
+    for _ in range(WARM_UPS - 1):
+        forward_and_backward()
+    found = [stopwatch(forward_and_backward)]
+    while len(found) < RUNS and time.perf_counter() < enough:
+        found.append(stopwatch(forward_and_backward))
+    return statistics.median(found)
+
+
+def _timed_tokens(case: Case) -> int:
+    """As many as a large call of a model has: ELEMENTS in its largest input, whatever heads a token is made of."""
+    one, two = ([math.prod(shape) for shape, _ in case.inputs(tokens)] for tokens in (1, 2))
+    each = max(more - fewer for more, fewer in zip(two, one, strict=True))
+    return max(1, min(ELEMENTS // max(1, each), MOST_ROWS))
+
+
+def stopwatch(device: torch.device) -> Stopwatch:
+    """Seconds that one of several calls in a row takes on `device`: as in training, the host launches the next while
+    the device is at one, so that launching counts only where it takes longer."""
+    synchronize = getattr(torch, device.type).synchronize
+
+    def seconds(function: Callable[[], Any]) -> float:
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(IN_A_ROW):
+            function()
+        synchronize()
+        return (time.perf_counter() - start) / IN_A_ROW
+
+    return seconds

@@ -1,0 +1,119 @@
+"""What one `apply(model)` has to find out on the device: which implementations are right there, and which are faster.
+
+Probes prove what a site's original computes; nothing in them proves that this device's operator does. So every
+implementation that the model would use is run once for each of the model's sizes and dtypes, forward and backward,
+against float64 (measuring/measure.py). Verdicts are kept between processes, in the file of the times. What is wrong
+serves no such call; what could not be decided within BUDGET_S is decided by a later `apply(model)`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+
+from npu_patch import log
+from npu_patch.kernels.readiness import is_simulated
+from npu_patch.measuring.measure import Case
+from npu_patch.reporting.outcome import Outcome, Report
+from npu_patch.serving.dispatch import Measurer, Selection, Verdict
+from npu_patch.sites.journal import Journal
+from npu_patch.sites.sites import LiveModules
+from npu_patch.switches import Switches
+
+BUDGET_S = 10.0
+SHOWN_AFTER_S = 1.0
+NO_MODEL = "no model was given: no operator was checked on this device yet"
+
+
+def wanted(switches: Switches, device_type: str) -> bool:
+    """On a real device, unless it is switched off; elsewhere only where it was asked for by name: the CPU computes by
+    the definitions themselves, and the simulated NPU by the operators' documentation."""
+    if not switches["self_check"]:
+        return False
+    real = device_type == "cuda" or (device_type == "npu" and not is_simulated())
+    return real or switches.sources["self_check"] != "default"
+
+
+@dataclass
+class Decisions:
+    """Of one `apply()`: what its sites wait for, then decided all at once."""
+
+    device_type: str
+    path: str | None
+    checked: bool
+    waiting: list[tuple[Selection, dict[Hashable, Case]]] = field(default_factory=list)
+    described: list[tuple[Selection, Outcome]] = field(default_factory=list)
+
+    def add(self, selection: Selection | None, live: LiveModules | None) -> None:
+        """Of a site of the given model, or of none."""
+        if selection is not None and live is not None:
+            cases = selection.undecided(live, self.checked)
+            if cases:
+                self.waiting.append((selection, cases))
+
+    def describe(self, selection: Selection | None, outcome: Outcome) -> None:
+        """In `outcome` it will be said what was decided."""
+        if selection is not None:
+            outcome.describe(selection)
+            self.described.append((selection, outcome))
+
+    def decide(self, journal: Journal, report: Report) -> None:
+        if self.waiting:
+            measurer = Measurer.of(self.device_type, self.path)
+            try:
+                self._decide(measurer, journal, report)
+            finally:
+                measurer.kept.write()
+        for selection, outcome in self.described:
+            outcome.describe(selection)
+        for selection in [each for each, _ in (*self.waiting, *self.described)]:
+            for (name, _), why in selection.wrong.items():
+                line = f"{name} is wrong on this device and serves no such call: {why}"
+                if line not in report.warnings:
+                    report.warnings.append(line)
+
+    def _decide(self, measurer: Measurer, journal: Journal, report: Report) -> None:
+        """Checks come before times, which take longer."""
+        deadline, left = time.monotonic() + BUDGET_S, 0
+        self.waiting.sort(key=lambda each: each[0].timed)
+        with _progress(sum(len(cases) for _, cases in self.waiting)) as done:
+            for selection, cases in self.waiting:
+                verdicts: dict[Hashable, Verdict] = {}
+                for key, case in cases.items():
+                    if time.monotonic() < deadline or measurer.knows(case, selection.choice):
+                        verdicts[key] = measurer.judge(case, selection.choice)
+                    done()
+                left += len(cases) - len(verdicts)
+                journal.rebind(selection, "verdicts", {**selection.verdicts, **verdicts})
+                wrong = {(name, key): why for key, each in verdicts.items() for name, why in each.wrong.items()}
+                if self.checked and wrong:
+                    journal.rebind(selection, "wrong", {**selection.wrong, **wrong})
+                    note = f"what was found wrong on this device is kept in {measurer.kept.path}"
+                    if note not in report.notes:
+                        report.notes.append(note)
+        if left:
+            report.notes.append(
+                f"{left} checks of operators did not fit into {BUDGET_S:.0f} s: the next apply(model) goes on with them"
+            )
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[], object]]:
+    """A bar on stderr of the first process, once it takes longer than a moment, if tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield lambda: None
+        return
+    with tqdm(
+        total=total,
+        desc="npu_patch: operators on this device",
+        delay=SHOWN_AFTER_S,
+        leave=False,
+        file=sys.stderr,
+        disable=log.rank() != 0,
+    ) as bar:
+        yield bar.update

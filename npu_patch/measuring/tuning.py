@@ -1,0 +1,209 @@
+"""The file that `python -m npu_patch tune` writes and `apply()` reads: by site and shape, the fastest right way.
+
+    TWINKLE_NPU_TUNE=tuned.json python train.py
+
+A call whose shapes are in the file goes where the file says, another one where it went anyway; a site whose every
+measured shape was fastest as the original is not rebound. Times hold for one chip and one set of versions: a file from
+another is refused, with the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npu_patch.measuring.atomic_file import write_atomically
+from npu_patch.measuring.measured_on import here
+from npu_patch.reporting.outcome import Calls
+
+FORMAT = 3
+ORIGINAL = "original"
+Signature = tuple[tuple[torch.dtype | str, tuple[int, ...]], ...]
+DTYPES = {str(each): each for each in vars(torch).values() if isinstance(each, torch.dtype)}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """For calls of one signature at one site: `choice` is an implementation's name or "original". For people: the times
+    in ms (medians, and their quartiles), what was refused as wrong, and what declined these shapes."""
+
+    patch: str
+    site: str
+    variant: str
+    signature: Signature
+    choice: str
+    times: Mapping[str, float] = field(default_factory=dict)
+    quartiles: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    declined: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a file decides, by patch, site and variant. `refused` says why none of it counts here."""
+
+    decisions: Mapping[tuple[str, str, str], Mapping[Signature, str]] = field(default_factory=dict)
+    refused: str | None = None
+
+    def of(self, patch: str, site: str, variant: str) -> Mapping[Signature, str]:
+        return self.decisions.get((patch, site, variant), {})
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.decisions.values()))
+
+    @property
+    def choices(self) -> set[tuple[str, str]]:
+        """Each implementation chosen somewhere, as (patch, name)."""
+        named = ((key[0], choice) for key, found in self.decisions.items() for choice in found.values())
+        return {pair for pair in named if pair[1] != ORIGINAL}
+
+
+def write(path: str | os.PathLike[str], device_type: str, decisions: Iterable[Decision]) -> None:
+    content = {
+        "format": FORMAT,
+        **asdict(here(torch.device(device_type))),
+        "decisions": [_as_dict(each) for each in decisions],
+    }
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+
+def _as_dict(decision: Decision) -> dict[str, Any]:
+    return {**vars(decision), "signature": signature_for_json(decision.signature)}
+
+
+def signature_for_json(signature: Signature) -> list[list[Any]]:
+    return [[str(kind), list(shape)] for kind, shape in signature]
+
+
+def read(
+    path: str | os.PathLike[str], device_type: str, accepted: Mapping[str, Collection[str]] | None = None
+) -> Tuning:
+    """`accepted`: by the names of all patches, the implementations that may be chosen; none where it is not tunable.
+
+    Raises:
+        ValueError: for a file that cannot be read or that `tune` did not write; names it.
+    """
+    try:
+        content = _checked(json.loads(Path(path).read_text(encoding="utf-8")))
+        if content["format"] != FORMAT:
+            return Tuning(refused=f"its format is {content['format']}, this npu_patch reads {FORMAT}")
+        decisions: dict[tuple[str, str, str], dict[Signature, str]] = {}
+        for each in content["decisions"]:
+            key, signature, choice = _decision(each)
+            decisions.setdefault(key, {})[signature] = choice
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"TWINKLE_NPU_TUNE={os.fspath(path)!r}: accepted is a file that python -m npu_patch tune wrote "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    refused = here(torch.device(device_type)).why_not(content)
+    tuning = Tuning(decisions)
+    return replace(tuning, refused=refused or _why_unacceptable(tuning, accepted))
+
+
+def _why_unacceptable(tuning: Tuning, accepted: Mapping[str, Collection[str]] | None) -> str | None:
+    if accepted is None:
+        return None
+    decided = sorted({patch for patch, _, _ in tuning.decisions})
+    unknown = [patch for patch in decided if patch not in accepted]
+    if unknown:
+        return f"it decides on {', '.join(unknown)}; this npu_patch has {', '.join(accepted)}"
+    fixed = [patch for patch in decided if not accepted[patch]]
+    if fixed:
+        tunable = [patch for patch, choices in accepted.items() if choices]
+        return f"it decides on {', '.join(fixed)}, which cannot be tuned; what can is {', '.join(tunable)}"
+    for patch, choice in sorted(tuning.choices):
+        if choice not in accepted[patch]:
+            return f"it chooses {choice} for {patch}; accepted are {', '.join((ORIGINAL, *accepted[patch]))}"
+    return None
+
+
+def _checked(content: Any) -> dict[str, Any]:
+    """The content, if it has the parts of a tuning file."""
+    if not isinstance(content, dict):
+        raise ValueError(f"an object is wanted, not {type(content).__name__}")
+    if content["format"] == FORMAT:
+        for name, kind in (("chip", str), ("versions", dict), ("decisions", list)):
+            if not isinstance(content[name], kind):
+                raise ValueError(f"{name!r} is {content[name]!r}")
+    return content
+
+
+def _decision(content: Any) -> tuple[tuple[str, str, str], Signature, str]:
+    if not isinstance(content, dict):
+        raise ValueError(f"a decision is {content!r}")
+    patch, site, variant, choice = texts = [content[name] for name in ("patch", "site", "variant", "choice")]
+    if not all(isinstance(each, str) for each in texts):
+        raise ValueError(f"a decision has {texts}")
+    signature = tuple(
+        (DTYPES.get(str(kind), str(kind)), tuple(map(int, shape))) for kind, shape in content["signature"]
+    )
+    return (patch, site, variant), signature, choice
+
+
+def signature_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Signature:
+    """Of one call: dtype and shape of each tensor and of each layer's own parameters, and the widths of a layer's
+    projections. Not whether gradients are on: who watches decides nothing. Made at every call: nothing is turned into
+    text here."""
+    found: list[tuple[torch.dtype | str, tuple[int, ...]]] = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, Tensor):
+            found.append((value.dtype, value.shape))
+        elif isinstance(value, torch.nn.Module):
+            own = value._parameters.values()
+            found += [(parameter.dtype, parameter.shape) for parameter in own if parameter is not None]
+            found += [("projection", widths) for widths in projections_of(value)]
+    return tuple(found)
+
+
+def projections_of(layer: torch.nn.Module) -> list[tuple[int, int]]:
+    """The widths in and out of the linear layers directly in `layer`, adapted ones too. A feed-forward layer and a
+    wider one of its class are given the same tensors."""
+    widths = [
+        (vars(each).get("in_features"), vars(each).get("out_features")) for each in layer._modules.values() if each
+    ]
+    return [pair for pair in widths if isinstance(pair[0], int) and isinstance(pair[1], int)]
+
+
+def tuned(
+    usual: Callable[..., Any],
+    original: Callable[..., Any],
+    calls: Calls,
+    choices: Mapping[Signature, str],
+    others: Mapping[str, tuple[Callable[..., Any], Calls]],
+) -> Callable[..., Any]:
+    """`usual`, but for calls of a signature in `choices` what is chosen there. `others`: by name, implementations that
+    are not the usual one, with their counters."""
+
+    @functools.wraps(usual)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if not calls.active or torch.compiler.is_compiling():
+            return usual(*args, **kwargs)
+        choice = choices.get(signature_of(args, kwargs))
+        if choice is None:
+            return usual(*args, **kwargs)
+        calls.tuned += 1
+        if choice == ORIGINAL:
+            calls.fell_through["tuned: the original is the fastest for these shapes"] += 1
+            return original(*args, **kwargs)
+        if choice not in others:
+            return usual(*args, **kwargs)
+        other, its_calls = others[choice]
+        before = its_calls.fell_through.copy()
+        result = other(*args, **kwargs)
+        if its_calls.fell_through == before:
+            calls.ran += 1
+            calls.ran_by[choice] += 1
+        calls.fell_through.update(its_calls.fell_through - before)
+        return result
+
+    return function

@@ -1,0 +1,196 @@
+"""Attention: what transformers' registries hold under `sdpa` and `flash_attention_2`, and a name of our own, `npu`.
+
+Rebinds    entries of `AttentionInterface` and `AttentionMaskInterface`, which every model looks up at call time, and
+           the function of masking_utils that reads packed position ids.
+To         `npu_fusion_attention`, with masks as patterns wherever transformers makes them from patterns; single tokens
+           beside a cache that need no backward to `npu_fused_infer_attention_score`.
+           The operator keeps its result for the backward: a layer that changes it in place gets a copy.
+Not when   the model's attention is eager, flex or its own. A call falls through for softcap, requested attention
+           weights, paged caches, compilation, tensors on another device and the operator's limits.
+Delete     when transformers' sdpa on NPU keeps additive masks and makes no mask for windows and packed sequences, and
+           its flash attention there honours windows and sinks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, MutableMapping
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from npu_patch.ops.attention.fusion import IMPLEMENTATIONS
+from npu_patch.patches.attention import flash as attention_flash
+from npu_patch.patches.attention import mask as attention_mask
+from npu_patch.patches.attention import sdpa as attention_sdpa
+from npu_patch.patches.attention.checked import REGISTRY, Attend, checks
+from npu_patch.patches.patch import Context, Patch, Replacement, Skip, replacement_for
+from npu_patch.probe.attention import why_not_attention, why_not_mask, why_not_packing
+from npu_patch.reporting.outcome import Calls
+from npu_patch.serving.bypassed import SDPA
+from npu_patch.serving.changed_later import Callers
+from npu_patch.serving.dispatch import no_cases
+from npu_patch.sites.sites import Site, forwards, innermost
+from npu_patch.waiting.masks import plain
+
+OWN_NAME = "npu"
+
+
+@dataclass(frozen=True)
+class Door:
+    """One place where transformers lets attention be replaced: `holder()[name]`, or an attribute of a module.
+
+    `observe(original)` says why it is not what it should be, or None; `serve(original, device_type, attend)` makes what
+    takes its place; `stands_for`: the entry whose original it calls, for a name that transformers does not have.
+    """
+
+    described: str
+    holder: Callable[[], MutableMapping | ModuleType]
+    name: str
+    variant: str
+    observe: Callable[[Any], str | None]
+    serve: Callable[[Any, str, Attend], Callable[..., Any]]
+    stands_for: str | None = None
+
+
+def _attention_entries() -> MutableMapping:
+    from transformers.modeling_utils import AttentionInterface
+
+    return AttentionInterface._global_mapping
+
+
+def _mask_entries() -> MutableMapping:
+    from transformers.masking_utils import AttentionMaskInterface
+
+    return AttentionMaskInterface._global_mapping
+
+
+def _masking_utils() -> ModuleType:
+    from transformers import masking_utils
+
+    return masking_utils
+
+
+def _why_not_own_name(function: Callable[..., Any]) -> str | None:
+    """transformers makes no mask at all for an attention whose name has no mask function."""
+    why_no_mask = why_not_mask(_mask_entries()["sdpa"])
+    return why_not_attention(function) or (why_no_mask and f"no mask can be made for this name: {why_no_mask}")
+
+
+DOORS: tuple[Door, ...] = (
+    Door(
+        "AttentionInterface['sdpa']",
+        _attention_entries,
+        "sdpa",
+        "scaled dot-product attention",
+        why_not_attention,
+        attention_sdpa.serve,
+    ),
+    Door(
+        "AttentionInterface['npu']",
+        _attention_entries,
+        OWN_NAME,
+        "scaled dot-product attention",
+        _why_not_own_name,
+        attention_sdpa.serve,
+        stands_for="sdpa",
+    ),
+    Door(
+        "AttentionInterface['flash_attention_2']",
+        _attention_entries,
+        "flash_attention_2",
+        "flash attention",
+        attention_flash.why_not_flash,
+        attention_flash.serve,
+    ),
+    Door(
+        "AttentionMaskInterface['sdpa']",
+        _mask_entries,
+        "sdpa",
+        "bool mask",
+        why_not_mask,
+        attention_mask.serve,
+    ),
+    Door(
+        "AttentionMaskInterface['npu']",
+        _mask_entries,
+        OWN_NAME,
+        "bool mask",
+        why_not_mask,
+        attention_mask.serve,
+        stands_for="sdpa",
+    ),
+    Door(
+        "masking_utils.find_packed_sequence_indices",
+        _masking_utils,
+        "find_packed_sequence_indices",
+        "packed position ids",
+        why_not_packing,
+        attention_mask.serve_packing,
+    ),
+)
+_BY_DESCRIPTION = {door.described: door for door in DOORS}
+
+
+def registered() -> Iterable[Site]:
+    for door in DOORS:
+        holder = door.holder()
+        names = vars(holder) if isinstance(holder, ModuleType) else holder
+        original = names.get(door.stands_for or door.name)
+        if original is not None:
+            yield Site(holder, door.name, original, door.described)
+
+
+def replace(site: Site, context: Context) -> Replacement | Skip:
+    door = _BY_DESCRIPTION[site.described]
+    if door.stands_for is not None and door.name in site.owner:
+        return Skip(f"another package has registered the name {door.name!r}")
+    reason = SDPA.replaced() or door.observe(site.original)
+    if reason is not None:
+        return Skip(reason)
+    calls = Calls()
+
+    def original(*args: Any, **kwargs: Any) -> Any:
+        """What falls through sees masks, not patterns."""
+        return site.original(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+
+    attends = door.holder is _attention_entries
+    selection = context.selection(partial(checks, door.name) if attends else no_cases)
+    serve = door.serve(site.original, context.device_type, Attend(context.implementation, selection))
+    if attends:
+        serve = _with_a_result_to_change(serve, calls)
+    function = replacement_for(original, calls, serve, named_after=site.original)
+    return Replacement(function, door.variant, calls, selection=selection)
+
+
+def _with_a_result_to_change(serve: Callable[..., Any], calls: Calls) -> Callable[..., Any]:
+    callers = Callers()
+
+    def kept(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = serve(module, *args, **kwargs)
+        if type(result) is not tuple or torch.compiler.is_compiling() or not result[0].requires_grad:
+            return result
+        changed = callers.why_changed_later(module, (), result=True)
+        if changed is None:
+            return result
+        calls.declined["the result itself"] = f"a copy is returned: {changed}"
+        return result[0].clone(), *result[1:]
+
+    return kept
+
+
+def find(module: ModuleType) -> Iterable[Site]:
+    """No site is in modeling code."""
+    return ()
+
+
+def customers(module: ModuleType) -> Iterable[type]:
+    """Layers whose forward asks AttentionInterface, which modeling files hold under one name."""
+    for site in forwards(module):
+        if REGISTRY in innermost(site.original).__code__.co_names:
+            yield site.owner
+
+
+PATCH = Patch("attention", "sdpa", IMPLEMENTATIONS, find, replace, registered, customers=customers)

@@ -1,0 +1,242 @@
+"""What stands in `AttentionInterface['sdpa']` and `['npu']`: transformers' sdpa, on the fused operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from npu_patch.ops.attention.band import CAUSAL_TOP_LEFT, FULL, Band, in_operator_shape, inverted
+from npu_patch.ops.attention.fusion import Attention
+from npu_patch.patches.attention.checked import Attend
+from npu_patch.patches.patch import Unfused, Unserved
+from npu_patch.serving.once_per_step import OncePerTensor
+from npu_patch.waiting.masks import PatternMask, plain
+
+# Arguments that change the result and that the operator has nothing for.
+REFUSED = {
+    "softcap": "softcap",
+    "output_attentions": "the attention weights are asked for",
+    "cache": "a paged cache",
+    "block_table": "a paged cache",
+}
+# Masks as the operator takes them: every layer of a step is given the same mask.
+_INVERTED, _SPLIT = OncePerTensor(), OncePerTensor()
+
+
+def refused(arguments: dict[str, Any]) -> Unserved | None:
+    for name, reason in REFUSED.items():
+        value = arguments.get(name)
+        if value is not None and value is not False:
+            return Unserved(reason)
+    return None
+
+
+def serve(original: Callable[..., Any], device_type: str, attend: Attend) -> Callable[..., Any]:
+    def serve_sdpa(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        position_bias: Tensor | None = None,
+        s_aux: Tensor | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, None] | Unserved | Unfused:
+        """query `[B, N, Sq, D]`, key and value `[B, Nkv, Skv, D]` -> `[B, Sq, N, D]`, None."""
+        given = (module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, s_aux)
+        result = serve_fused(*given, **others)
+        if s_aux is not None and isinstance(result, Unserved) and refused(others) is None:
+            # The original would leave the sinks out without a word.
+            return Unfused((_with_sinks(*given), None), result.reason)
+        return result
+
+    def serve_fused(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float,
+        scaling: float | None,
+        is_causal: bool | None,
+        position_bias: Tensor | None,
+        s_aux: Tensor | None,
+        **others: Any,
+    ) -> tuple[Tensor, None] | Unserved | Unfused:
+        if query.device.type != device_type:
+            return Unserved(f"input on {query.device.type}")
+        if torch.compiler.is_compiling():
+            return Unserved("being compiled")
+        reason = refused(others)
+        if reason is not None:
+            return reason
+        query, key, value = autocast(query, key, value)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if isinstance(attention_mask, PatternMask):
+            packed = _packed(query, key, value, attention_mask, scale, dropout, s_aux, position_bias)
+            if packed is not None and isinstance(out := attend(*packed), Tensor):
+                return out.unflatten(0, (query.shape[0], query.shape[2])), None
+        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        causal = query.shape[2] > 1 and attention_mask is None and bool(is_causal)
+        decodes = query.shape[2] == 1 < key.shape[2] and bool(is_causal)
+        if causal and position_bias is not None and key.shape[2] > query.shape[2]:
+            # Causality is aligned to the top left: later keys are not seen, and transformers cuts the bias too.
+            key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+            position_bias = position_bias[..., : query.shape[2]]
+        attention = _dense(query, key, attention_mask, causal, decodes, scale, dropout, s_aux, position_bias)
+        if isinstance(attention, Unserved):
+            return attention
+        out = attend(query, key, value, attention)
+        if isinstance(out, Tensor):
+            return out, None
+        mask = plain(attention_mask)
+        if mask is not None and mask.is_floating_point() and s_aux is None:
+            # The original would take every element but 0 for "hidden" on an NPU.
+            return Unfused((_exact(query, key, value, mask, position_bias, scale, dropout), None), out)
+        return Unserved(out)
+
+    return serve_sdpa
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As aten's attention casts its inputs under autocast; torch_npu's own operators do not know of it."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors)
+
+
+def _packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: PatternMask,
+    scale: float,
+    dropout: float,
+    sink: Tensor | None,
+    position_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Attention] | None:
+    """All rows of the batch as one packed sequence `[T, N, D]`, where the mask is the pattern of one."""
+    if mask.pattern is None or mask.pattern.ends is None or position_bias is not None:
+        return None
+    if mask.shape[2] != query.shape[2] or mask.shape[3] != key.shape[2] or mask.shape[0] != query.shape[0]:
+        return None
+    tokens = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+    ends = (mask.pattern.ends, mask.pattern.ends)
+    return (*tokens, Attention(scale, mask.pattern.band, sink=sink, dropout=dropout, ends=ends))
+
+
+def _dense(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    decodes: bool,
+    scale: float,
+    dropout: float,
+    sink: Tensor | None,
+    position_bias: Tensor | None,
+) -> Attention | Unserved:
+    wanted = (*query.shape[:3], key.shape[2])
+    # transformers adds the lowest number to a position bias to hide a key: a row without any averages the values.
+    # Without a position bias, torch's attention gives such a row zeros.
+    zero = position_bias is None
+    attention = Attention(
+        scale, bias=position_bias, sink=sink, dropout=dropout, empty_rows_give_zero=zero, decodes=decodes
+    )
+    band = _band(mask, causal, wanted)
+    if band is not None:
+        return replace(attention, band=band)
+    mask = plain(mask)
+    if mask.dtype == torch.bool:
+        hidden = _INVERTED.of((mask,), lambda: inverted(mask))
+    elif mask.is_floating_point():
+        if position_bias is None and not mask.requires_grad:
+            hidden, bias = _SPLIT.of((mask,), lambda: _split(mask))
+        else:
+            hidden, bias = _split(mask if position_bias is None else position_bias + mask)
+        attention = replace(attention, bias=bias, empty_rows_give_zero=True)
+    else:
+        return Unserved(f"a mask of {mask.dtype}")
+    hidden = in_operator_shape(hidden, *wanted)
+    if hidden is None:
+        return Unserved(f"a mask of another shape than the scores, {mask.dim()} dimensions")
+    return replace(attention, hidden=hidden)
+
+
+def _band(mask: Tensor | None, causal: bool, scores: tuple[int, ...]) -> Band | None:
+    """The band that a mask, or the lack of one, stands for; None where a mask has to be applied."""
+    if mask is None:
+        return CAUSAL_TOP_LEFT if causal else FULL
+    if not isinstance(mask, PatternMask) or mask.pattern is None or mask.pattern.ends is not None:
+        return None
+    return mask.pattern.band if tuple(mask.shape[2:]) == scores[2:] else None
+
+
+def _split(additive: Tensor) -> tuple[Tensor, Tensor]:
+    """An additive mask as what it hides (minus infinity) and what it adds."""
+    additive = additive[None, None] if additive.dim() == 2 else additive
+    hidden = additive == float("-inf")
+    return hidden, additive.masked_fill(hidden, 0.0)
+
+
+def _with_sinks(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    position_bias: Tensor | None,
+    sink: Tensor,
+) -> Tensor:
+    """torch's attention with one more key for each head, whose score is the sink `[N]` and whose value is zero."""
+    heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    mask = plain(mask)
+    if mask is None and is_causal and queries > 1:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
+    additive = query.new_zeros(1, 1, 1, 1) if position_bias is None else position_bias
+    if mask is not None:
+        hides = mask.dtype == torch.bool
+        additive = torch.where(mask, additive, float("-inf")) if hides else additive + mask
+    additive = additive.expand(len(query), heads, queries, keys)
+    column = sink.to(additive.dtype).view(1, heads, 1, 1).expand(len(query), heads, queries, 1)
+    key, value = (F.pad(tensor, (0, 0, 0, 1)) for tensor in (key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return _exact(query, key, value, torch.cat((additive, column), -1), None, scale, dropout)
+
+
+def _exact(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    position_bias: Tensor | None,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    """torch's attention with an additive mask, in the widest of the dtypes: torch_npu computes it as written."""
+    mask = mask if position_bias is None else position_bias + mask
+    dtype = torch.promote_types(query.dtype, mask.dtype)
+    out = F.scaled_dot_product_attention(
+        query.to(dtype),
+        key.to(dtype),
+        value.to(dtype),
+        attn_mask=mask.to(dtype),
+        dropout_p=dropout,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.to(query.dtype).transpose(1, 2).contiguous()

@@ -1,0 +1,246 @@
+"""Blocks of transformers 4 that loop over a ModuleList of feed-forward layers. Part of the patch in experts.py.
+
+Rebinds    `forward` of blocks that choose experts by softmax (mixtral, qwen, olmoe, jamba, hunyuan ...), `moe` of those
+           that are given the choice (deepseek, glm4_moe, dots1, longcat_flash).
+To         grouped products over the list of the experts' own weights: nothing is stacked or copied.
+Not when   the block chooses in another way (phimoe, ernie4_5_moe). A call falls through where an expert is more than
+           three plain linear layers around a gate: LoRA on its layers, hooks, quantised or sharded weights, biases.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npu_patch.ops.experts.grouped_matmul import Weights
+from npu_patch.ops.experts.routed import Experts
+from npu_patch.patches.experts.checked import checks, route
+from npu_patch.patches.experts.kind import Kinds
+from npu_patch.patches.patch import Context, Replacement, Skip, Unserved, bind, replacement_for
+from npu_patch.patches.swiglu import Activations
+from npu_patch.probe.experts_looped import BlockReading, chosen, read_block, read_method
+from npu_patch.probe.swiglu import NoSwiGLU, SwiGLUReading, read_swiglu
+from npu_patch.reporting.outcome import Calls
+from npu_patch.serving.bypassed import LINEAR, MODULE_CALL, SILU, Bypassed
+from npu_patch.serving.dispatch import Selection
+from npu_patch.serving.listeners import listener, listener_among
+from npu_patch.sites.sites import Site, forwards, innermost, is_checkpointing_layer, parameter_names
+
+METHOD = "moe"
+
+
+def find(module: ModuleType) -> Iterable[Site]:
+    """Forwards of one argument in classes whose code speaks of experts, and methods called moe."""
+    for site in forwards(module):
+        method = vars(site.owner).get(METHOD)
+        if isinstance(method, FunctionType) and len(parameter_names(method) or ()) == 3:
+            yield Site(site.owner, METHOD, method)
+        elif is_block(site):
+            yield site
+
+
+def is_block(site: Site) -> bool:
+    if site.name == METHOD:
+        return True
+    methods = [value for value in vars(site.owner).values() if isinstance(value, FunctionType)]
+    speaks_of_experts = any("experts" in method.__code__.co_names for method in methods)
+    return speaks_of_experts and len(parameter_names(site.original) or ()) == 1
+
+
+def replace(site: Site, context: Context) -> Replacement | Skip:
+    return _replace_method(site, context) if site.name == METHOD else _replace_forward(site, context)
+
+
+def _replace_method(site: Site, context: Context) -> Replacement | Skip:
+    names = parameter_names(site.original) or ()
+    reason = read_method(site.owner, site.original, {})
+    if reason is not None:
+        return Skip(reason)
+    calls, layers = Calls(), FeedForwards()
+    selection = context.selection(lambda live: checks(map(layers.experts_if_plain, live.of(site.owner))))
+
+    def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
+        bound = bind(names, args, kwargs)
+        if bound is None or not all(isinstance(value, Tensor) for value in bound):
+            return Unserved("arguments that are no tensors")
+        return _run(context, selection, layers, self, *bound)
+
+    bypassed = Bypassed.by(site.original, LINEAR, SILU, MODULE_CALL)
+    function = replacement_for(site.original, calls, serve, bypassed=bypassed)
+    return Replacement(function, "looped experts", calls, selection=selection, observe=layers.observe)
+
+
+def _replace_forward(site: Site, context: Context) -> Replacement | Skip:
+    cls, original = site.owner, site.original
+    if is_checkpointing_layer(cls):
+        return Skip("a checkpointing layer", notable=False)
+    names = parameter_names(original) or ()
+
+    def read(its_class: type, attributes: Mapping[str, Any]) -> BlockReading | str:
+        return read_block(its_class, original, attributes) or "it has no experts"
+
+    found = read_block(cls, original, {"training": False, "norm_topk_prob": True})
+    if not isinstance(found, BlockReading):
+        # Blocks around packed experts speak of experts too.
+        lists = [isinstance(getattr(each, "experts", None), torch.nn.ModuleList) for each in context.live_modules(cls)]
+        return Skip(found or "it has no experts", notable=any(lists))
+    kinds: Kinds[BlockReading] = Kinds(read)
+    for module in context.live_modules(cls):
+        kinds.of(module)
+    calls, layers = Calls(), FeedForwards()
+    selection = context.selection(lambda live: checks(map(layers.experts_if_plain, live.of(cls))))
+
+    def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        bound = bind(names, args, kwargs)
+        if bound is None or not isinstance(bound[0], Tensor) or bound[0].dim() != 3:
+            return Unserved("arguments that are no [B, S, H] tensor")
+        (x,) = bound
+        if x.device.type != context.device_type:
+            return Unserved(f"input on {x.device.type}")
+        reading = kinds.of(self)
+        if isinstance(reading, str):
+            return Unserved(reading)
+        reason = layers.why_not(self)
+        if reason is not None:
+            return Unserved(reason)
+        flat = x.reshape(-1, x.shape[-1])
+
+        def part(which: Any) -> Tensor:
+            return getattr(self, which.name)(flat if which.flat else x)
+
+        logits = part(reading.router)
+        indices, weights = chosen(logits, self.top_k, reading.normalised, x.dtype)
+        result = _run(context, selection, layers, self, flat, indices, weights)
+        if isinstance(result, Unserved):
+            return result
+        if reading.shared is not None:
+            shared = part(reading.shared).view(flat.shape)
+            result = result + (shared if reading.shared_gate is None else part(reading.shared_gate).sigmoid() * shared)
+        return (result.view(x.shape), logits) if reading.returns_logits else result.view(x.shape)
+
+    def observe(block: torch.nn.Module) -> None:
+        kinds.of(block)
+        layers.observe(block)
+
+    bypassed = Bypassed.by(original, LINEAR, SILU, MODULE_CALL)
+    function = replacement_for(original, calls, serve, bypassed=bypassed)
+    return Replacement(function, "looped experts", calls, selection=selection, observe=observe)
+
+
+def _run(
+    context: Context,
+    selection: Selection,
+    layers: FeedForwards,
+    block: torch.nn.Module,
+    tokens: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+) -> Tensor | Unserved:
+    if tokens.device.type != context.device_type:
+        return Unserved(f"input on {tokens.device.type}")
+    reason = layers.why_not(block)
+    if reason is not None:
+        return Unserved(reason)
+    experts = layers.experts(block)
+    result = route(context.implementation, selection, tokens, indices, weights, experts)
+    if isinstance(result, str):
+        return Unserved(result)
+    if experts.sentinels:  # identity experts behind the others
+        others = weights.masked_fill(indices < experts.down.groups, 0.0)
+        result = result + (tokens * others.sum(-1, keepdim=True)).to(tokens.dtype)
+    return result
+
+
+@dataclass(frozen=True)
+class _FeedForward:
+    reading: SwiGLUReading
+    activations: Activations
+
+
+class FeedForwards:
+    """The experts in a block's ModuleList: one class of plain feed-forward layers, then perhaps identities."""
+
+    def __init__(self) -> None:
+        self._known: weakref.WeakKeyDictionary[type, _FeedForward | str] = weakref.WeakKeyDictionary()
+
+    def why_not(self, block: torch.nn.Module) -> str | None:
+        """Why the experts of this block cannot be taken together, or None. Looks at each one: wrappers and hooks come
+        and go."""
+        own, identities = self._split(block)
+        if not own or any(type(each) is not torch.nn.Identity for each in identities):
+            return "its experts are not of one class"
+        for each in (block.experts, *identities):
+            heard = listener(each, "its experts")
+            if heard is not None:
+                return heard
+        found = self._feed_forward(type(own[0]))
+        if isinstance(found, str):
+            return found
+        reading = found.reading
+        names = [name for name in (reading.gate, reading.up, reading.down) if name is not None]
+        for expert in own:
+            heard = listener(expert, "an expert") or listener_among(expert)
+            if heard is not None:
+                return heard
+            if type(found.activations.of(expert)) is not type(found.activations.of(own[0])):
+                return "its experts' activations are of several classes"
+            for name in names:
+                linear = getattr(expert, name)
+                if type(linear) is not torch.nn.Linear:
+                    return f"an expert's layer is a {type(linear).__module__.split('.')[0]} {type(linear).__name__}"
+                if linear.bias is not None:
+                    return "an expert's layer has a bias"
+                if hasattr(linear.weight, "ds_id"):
+                    return "an expert's weight is sharded"
+        return None
+
+    def experts(self, block: torch.nn.Module) -> Experts:
+        own, identities = self._split(block)
+        found = self._feed_forward(type(own[0]))
+        reading, activations = found.reading, found.activations
+
+        def of_each(name: str) -> Weights:
+            return Weights(tuple(getattr(expert, name).weight for expert in own), transposed=True)
+
+        def gate(gate_up: Tensor) -> Tensor:
+            first, second = gate_up.chunk(2, -1)
+            return activations.of(own[0])(first) * second
+
+        return Experts(
+            up=tuple(of_each(name) for name in (reading.gate, reading.up) if name is not None),
+            down=of_each(reading.down),
+            gate=None if activations.is_silu(own[0]) else gate,
+            sentinels=bool(identities),
+        )
+
+    def experts_if_plain(self, block: torch.nn.Module) -> Experts | None:
+        is_list = isinstance(getattr(block, "experts", None), torch.nn.ModuleList) and len(block.experts) > 0
+        return self.experts(block) if is_list and self.why_not(block) is None else None
+
+    def observe(self, block: torch.nn.Module) -> None:
+        for expert in self._split(block)[0]:
+            found = self._feed_forward(type(expert))
+            if not isinstance(found, str):
+                found.activations.is_silu(expert)
+
+    def _split(self, block: torch.nn.Module) -> tuple[list[torch.nn.Module], list[torch.nn.Module]]:
+        every = list(block.experts)
+        count = next((i for i, each in enumerate(every) if type(each) is not type(every[0])), len(every))
+        return every[:count], every[count:]
+
+    def _feed_forward(self, cls: type) -> _FeedForward | str:
+        found = self._known.get(cls)
+        if found is None:
+            reading = read_swiglu(cls, innermost(cls.forward))
+            if isinstance(reading, NoSwiGLU):
+                found = f"its experts are no gated feed-forward layers: {reading.reason}"
+            else:
+                found = _FeedForward(reading, Activations(reading.activation))
+            self._known[cls] = found
+        return found

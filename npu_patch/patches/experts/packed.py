@@ -1,0 +1,125 @@
+"""Experts in packed weights whose forward asks no registry: step3p7, longcat_flash, and in transformers 4 gpt_oss and
+qwen3_vl_moe with arguments in an order of their own. Part of the patch in experts.py.
+
+Which argument is what, how the weights are stored and what the gate is, is observed; see probe/experts.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npu_patch.ops.experts.grouped_matmul import Weights
+from npu_patch.ops.experts.routed import Experts
+from npu_patch.patches.experts.checked import checks, route
+from npu_patch.patches.experts.kind import Kinds
+from npu_patch.patches.patch import Context, Replacement, Skip, Unserved, bind, replacement_for
+from npu_patch.probe.experts import WEIGHTS, ExpertsReading, gate_of, read_experts, undeclared_conventions
+from npu_patch.reporting.outcome import Calls
+from npu_patch.serving.bypassed import SILU, Bypassed
+from npu_patch.serving.listeners import listener_among
+from npu_patch.sites.sites import LiveModules, Site, forwards, parameter_names
+
+# Settings that the gates of probe/experts.py read, for observing a class of which there is no instance yet.
+SETTINGS = {"limit": 7.0, "alpha": 1.7, "training": True}
+
+
+def find(module: ModuleType) -> Iterable[Site]:
+    """Forwards of three arguments that read weights of a known name, and whatever calls itself experts."""
+    for site in forwards(module):
+        reads_weights = not set(WEIGHTS).isdisjoint(site.original.__code__.co_names)
+        if (reads_weights and len(parameter_names(site.original) or ()) == 3) or _is_called_experts(site.owner):
+            yield site
+
+
+def replace(site: Site, context: Context) -> Replacement | Skip:
+    cls, original = site.owner, site.original
+    names = parameter_names(original) or ()
+
+    def read(its_class: type, attributes: Mapping[str, Any]) -> ExpertsReading | str:
+        return read_experts(its_class, original, attributes, undeclared_conventions())
+
+    if len(names) != 3:
+        return Skip(f"its {len(names)} arguments are not tokens, indices and router weights")
+    found = read(cls, SETTINGS)
+    if isinstance(found, str):
+        return Skip(found, notable=_is_called_experts(cls))
+    kinds: Kinds[ExpertsReading] = Kinds(read)
+    for module in context.live_modules(cls):
+        kinds.of(module)
+    calls = Calls()
+
+    def live_experts(live: LiveModules) -> Iterator[Experts | None]:
+        for module in live.of(cls):
+            reading = kinds.of(module)
+            yield None if isinstance(reading, str) else experts_of(module, reading)
+
+    selection = context.selection(lambda live: checks(live_experts(live)))
+
+    def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
+        bound = bind(names, args, kwargs)
+        if bound is None or not all(isinstance(value, Tensor) for value in bound):
+            return Unserved("arguments that are no tensors")
+        if bound[0].device.type != context.device_type:
+            return Unserved(f"input on {bound[0].device.type}")
+        reading = kinds.of(self)
+        if isinstance(reading, str):
+            return Unserved(reading)
+        heard = listener_in(self)
+        if heard is not None:
+            return Unserved(heard)
+        given = dict(zip(reading.convention.arguments, bound, strict=True))
+        tokens, indices, router_weights = given["tokens"], given["indices"], given["router_weights"]
+        shape = tokens.shape
+        if reading.batched:
+            tokens = tokens.reshape(-1, shape[-1])
+        experts = experts_of(self, reading)
+        if experts is None:
+            return Unserved("it has no experts")
+        if reading.convention.dense:
+            if router_weights.dim() != 2 or router_weights.shape[0] != indices.shape[0]:
+                return Unserved(f"router weights of shape {tuple(router_weights.shape)}")
+            router_weights = router_weights.gather(1, indices.clamp(max=router_weights.shape[1] - 1))
+        result = route(context.implementation, selection, tokens, indices, router_weights, experts)
+        if isinstance(result, str):
+            return Unserved(result)
+        if reading.convention.identities:
+            others = router_weights.masked_fill(indices < experts.down.groups, 0.0)
+            result = result + tokens * others.sum(-1, keepdim=True).to(tokens.dtype)
+        return result.view(shape[0], -1, shape[-1]) if reading.batched else result
+
+    function = replacement_for(original, calls, serve, bypassed=Bypassed.by(original, SILU))
+    return Replacement(function, "routed experts", calls, selection=selection, observe=kinds.of)
+
+
+def listener_in(module: torch.nn.Module) -> str | None:
+    """Who listens to the activation, or to another part of a packed layer that is not called as it is."""
+    return "an _apply_gate of its own" if "_apply_gate" in vars(module) else listener_among(module)
+
+
+def experts_of(module: torch.nn.Module, reading: ExpertsReading) -> Experts | None:
+    """The experts of a packed layer at this call: each weight is read once, and nothing of it is kept."""
+    convention = reading.convention
+    up, down = getattr(module, convention.up_name), module.down_proj
+    if up is None or down is None:
+        return None
+    up_bias = getattr(module, f"{convention.up_name}_bias") if convention.has_bias else None
+    down_bias = module.down_proj_bias if convention.has_bias else None
+    if convention.identities:
+        up = up[: down.shape[0]]
+    return Experts(
+        up=(Weights((up,), convention.transposed, up_bias),),
+        down=Weights((down,), convention.transposed, down_bias),
+        gate=gate_of(reading, module),
+        after=module.post_expert_norm if convention.has_post_expert_norm else None,
+        # Versions without the flag may send sentinels any time, unregistered classes too.
+        sentinels=convention.identities or getattr(module, "_is_expert_parallel", True),
+    )
+
+
+def _is_called_experts(cls: type) -> bool:
+    return cls.__name__.endswith("Experts")

@@ -1,0 +1,176 @@
+"""Experts: every layer whose experts are packed into one weight each, by transformers' experts registry; and those that
+ask no registry, by their own forward (experts_packed.py, experts_looped.py).
+
+Rebinds    `ExpertsInterface['grouped_mm']` and `['batched_mm']`, which every registered experts class looks up at call
+           time and between which generation switches; `forward` of unregistered classes; in transformers 4 `forward` or
+           `moe` of blocks that loop over a ModuleList.
+To         `npu_moe_token_permute` -> `npu_grouped_matmul` -> `npu_swiglu` -> `npu_grouped_matmul` ->
+           `npu_moe_token_unpermute`. A gate that is no SwiGLU, and a norm after the experts, are called as they are.
+Not when   the config asks for "eager" or another implementation, or the layer's own forward was observed to compute
+           something else. A call falls through for tensors on another device, DTensors, weights that are no floats and
+           the operators' limits.
+Delete     when transformers' grouped_mm runs a grouped kernel on NPU and leaves frozen weights without gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npu_patch.ops.experts.routed import IMPLEMENTATIONS, Experts, silu_of_halves
+from npu_patch.patches.experts import looped as experts_looped
+from npu_patch.patches.experts import packed as experts_packed
+from npu_patch.patches.experts.checked import checks, route
+from npu_patch.patches.experts.kind import Kinds
+from npu_patch.patches.experts.packed import experts_of, listener_in
+from npu_patch.patches.patch import (
+    Context,
+    Patch,
+    Replacement,
+    Skip,
+    Unserved,
+    bind,
+    layers_of_class,
+    replacement_for,
+)
+from npu_patch.probe.experts import Convention, ExpertsReading, declared, read_experts
+from npu_patch.reporting.outcome import Calls
+from npu_patch.serving.bypassed import SILU, Bypassed
+from npu_patch.sites.sites import LiveModules, Site, forwards, innermost
+
+DOORS = ("grouped_mm", "batched_mm")
+ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
+
+
+def registered() -> Iterable[Site]:
+    entries = registry()
+    if entries is not None:
+        for name in DOORS:
+            if name in entries:
+                yield Site(entries, name, entries[name], f"ExpertsInterface[{name!r}]")
+
+
+def find(module: ModuleType) -> Iterable[Site]:
+    entries = registry()
+    for site in chain(experts_packed.find(module), experts_looped.find(module)):
+        if entries is None or not _looks_up(site.owner, entries):
+            yield site
+
+
+def in_layer(layer: torch.nn.Module) -> Iterable[Site]:
+    """Live experts that the registry does not serve."""
+    entries = registry()
+    if entries is not None and _looks_up(type(layer), entries) and _why_unserved(layer) is not None:
+        yield Site(layer, "forward", None, f"{type(layer).__module__}.{type(layer).__qualname__}")
+
+
+def replace(site: Site, context: Context) -> Replacement | Skip:
+    if isinstance(site.owner, torch.nn.Module):
+        return Skip(_why_unserved(site.owner) or "")
+    if isinstance(site.owner, type):
+        return (experts_looped if experts_looped.is_block(site) else experts_packed).replace(site, context)
+    flags = {"_is_expert_parallel": False, "act_fn": torch.nn.functional.silu, "is_transposed": False}
+    flags |= {"has_bias": False, "has_gate": True, "has_post_expert_norm": False, "is_concatenated": True}
+    observed = read_experts(_StandardExperts, site.original, flags, [Convention()])
+    if isinstance(observed, str):
+        return Skip(f"what is registered there computes something else: {observed}")
+    for module in context.live or ():
+        if _looks_up(type(module), site.owner):
+            KINDS.of(module)
+    calls = Calls()
+
+    def live_experts(live: LiveModules) -> Iterator[Experts | None]:
+        for module in live:
+            if _looks_up(type(module), site.owner) and _asked_for(module) == site.name:
+                reading = KINDS.of(module)
+                yield None if isinstance(reading, str) else experts_of(module, reading)
+
+    selection = context.selection(lambda live: checks(live_experts(live)))
+
+    def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
+        bound = bind(ARGUMENTS, args, kwargs)
+        if bound is None or not all(isinstance(value, Tensor) for value in bound):
+            return Unserved("arguments that are no tensors")
+        tokens, indices, router_weights = bound
+        if tokens.device.type != context.device_type:
+            return Unserved(f"input on {tokens.device.type}")
+        reading = KINDS.of(self)
+        if isinstance(reading, str):
+            return Unserved(reading)
+        heard = listener_in(self)
+        if heard is not None:
+            return Unserved(heard)
+        experts = experts_of(self, reading)
+        result = route(context.implementation, selection, tokens, indices, router_weights, experts)
+        return Unserved(result) if isinstance(result, str) else result
+
+    def observe(layer: torch.nn.Module) -> None:
+        if _looks_up(type(layer), site.owner):
+            KINDS.of(layer)
+
+    function = replacement_for(site.original, calls, serve, bypassed=Bypassed.by(site.original, SILU))
+    return Replacement(function, "routed experts", calls, selection=selection, observe=observe)
+
+
+def layers(site: Site, context: Context) -> int | None:
+    """Of a registry's entry: the live experts that it serves."""
+    if site.owner is not registry() or context.live is None:
+        return layers_of_class(site, context)
+    experts = [module for module in context.live if _looks_up(type(module), site.owner)]
+    return len([module for module in experts if _asked_for(module) == site.name and _why_unserved(module) is None])
+
+
+def registry() -> dict[str, Any] | None:
+    """None in transformers 4."""
+    try:
+        from transformers.integrations.moe import ExpertsInterface
+    except ImportError:
+        return None
+    return ExpertsInterface._global_mapping
+
+
+def _looks_up(cls: type, registry: dict[str, Any]) -> bool:
+    """Whether the forward of `cls` is the one that transformers' decorator made around this very registry."""
+    forward = getattr(cls, "forward", None)
+    held = [cell.cell_contents for cell in getattr(forward, "__closure__", None) or ()]
+    if isinstance(forward, FunctionType):  # transformers < 5.3 has it as a global
+        held += [forward.__globals__.get(name) for name in forward.__code__.co_names]
+    return any(getattr(value, "_global_mapping", None) is registry for value in held)
+
+
+def _asked_for(module: torch.nn.Module) -> str | None:
+    return getattr(getattr(module, "config", None), "_experts_implementation", None)
+
+
+def _why_unserved(module: torch.nn.Module) -> str | None:
+    asked_for = _asked_for(module)
+    if asked_for not in DOORS:
+        return f"its config asks for the experts implementation {asked_for!r}"
+    reading = KINDS.of(module)
+    return reading if isinstance(reading, str) else None
+
+
+def _read(cls: type, attributes: Mapping[str, Any]) -> ExpertsReading | str:
+    """The truth is the class's own forward, inside the decorator's."""
+    return read_experts(cls, innermost(cls.forward), attributes, [declared(attributes)])
+
+
+class _StandardExperts:
+    """What the registry's functions are observed on."""
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        return silu_of_halves(gate_up)
+
+
+def customers(module: ModuleType) -> Iterable[type]:
+    entries = registry()
+    return () if entries is None else (site.owner for site in forwards(module) if _looks_up(site.owner, entries))
+
+
+KINDS: Kinds[ExpertsReading] = Kinds(_read)
+PATCH = Patch("experts", "moe_patch", IMPLEMENTATIONS, find, replace, registered, in_layer, layers, customers)

@@ -1,0 +1,156 @@
+"""Gated delta nets: the gated delta rule, the causal convolution and its update, wherever they are functions.
+
+Rebinds    functions of modeling files, which layers look up at call time (transformers >= 5.15) or keep when they are
+           made (<= 5.14); the functions that live layers of the given model have kept; and the convolution that those
+           layers otherwise compute inline (gated_delta_door.py). Convolutions of other families are the same function.
+To         MindSpeed's or fla's kernels where they are installed, take the call and pass a check on the device before
+           their first use; else the chunked rule of ops/gated_delta/rule.py and ops/gated_delta/causal_conv1d.py.
+Not when   the function decays every channel by its own gate (Kimi delta attention), or computes something else. The
+           gates `g` and `beta` are computed inside the layer's forward, among its projections, and stay: no function
+           there can be rebound. A call falls through for tensors on another device, subclasses and compilation.
+Packing    `cu_seqlens` and `seq_idx` are honoured; a call that would run packed sequences into each other raises, as
+           does a model given packed sequences of which these layers are not told (gated_delta_packing.py).
+Delete     when transformers has a registration point for these functions and an NPU implementation in it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from npu_patch.ops.gated_delta.op import CONVOLUTION_PROVIDERS, RULE_PROVIDERS, UPDATE_PROVIDERS
+from npu_patch.patches.gated_delta import inline_convolution as door
+from npu_patch.patches.gated_delta import packing
+from npu_patch.patches.gated_delta.chain import Chain
+from npu_patch.patches.gated_delta.serve import serve
+from npu_patch.patches.patch import Context, Patch, Replacement, Skip, layers_of_class, replacement_for
+from npu_patch.probe.gated_delta import CONVOLUTION, RULE, UPDATE, Reading, kind_of, parameters_of, read
+from npu_patch.probe.gated_delta_checks import why_wrong_convolution, why_wrong_rule
+from npu_patch.reporting.outcome import Calls
+from npu_patch.serving.bypassed import CONVOLVED, MODULE_CALL, Bypassed
+from npu_patch.serving.implementation import Implementation, choose
+from npu_patch.sites.names_used import names_used
+from npu_patch.sites.sites import Site, functions, innermost, unwrapped
+
+PROVIDERS = {RULE: RULE_PROVIDERS, CONVOLUTION: CONVOLUTION_PROVIDERS, UPDATE: UPDATE_PROVIDERS}
+CHECKS = {RULE: why_wrong_rule, CONVOLUTION: why_wrong_convolution, UPDATE: why_wrong_convolution}
+# What transformers <= 5.14 binds from packages. They do not run on a CPU: that they are these very functions is what
+# says what they compute.
+PUBLISHED = {
+    ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"): RULE,
+    ("fla.ops.gated_delta_rule", "fused_recurrent_gated_delta_rule"): RULE,
+    ("causal_conv1d", "causal_conv1d_fn"): CONVOLUTION,
+    ("causal_conv1d", "causal_conv1d_update"): UPDATE,
+}
+_OWN: WeakKeyDictionary[Callable[..., Any], Calls] = WeakKeyDictionary()
+
+
+def find(module: ModuleType) -> Iterable[Site]:
+    """Doors first: a layer is observed with the functions that it has of its own."""
+    doors = list(door.find(module))
+    candidates = [site for site in functions(module) if _is_candidate(site.original)]
+    yield from (*doors, *candidates)
+    rules = [site.name for site in candidates if _kind(site.original) == RULE]
+    if rules:
+        yield from packing.find(module, rules)
+
+
+def in_layer(layer: torch.nn.Module) -> Iterable[Site]:
+    """Functions that the layer has kept, unless one is a replacement already, from the modeling file."""
+    for name, value in list(vars(layer).items()):
+        if _is_candidate(value) and not _is_replaced(value):
+            cls = type(layer)
+            yield Site(layer, name, value, f"{cls.__module__}.{cls.__qualname__}.{name}")
+
+
+def _is_candidate(value: Any) -> bool:
+    return _kind(value) is not None
+
+
+def _kind(value: Any) -> str | None:
+    function = unwrapped(value)
+    return None if function is None else kind_of(innermost(function))
+
+
+def _is_replaced(value: Any) -> bool:
+    function = unwrapped(value)
+    calls = None if function is None else _OWN.get(function)
+    return calls is not None and calls.active
+
+
+def replace(site: Site, context: Context) -> Replacement | Skip:
+    if site.name == "forward":
+        return packing.watch(site)
+    if isinstance(site.owner, type):
+        return _open_door(site, context)
+    function = innermost(unwrapped(site.original))
+    reading = _published(function) or read(site.original, function)
+    if isinstance(reading, str):
+        return Skip(reading, notable="delta" in site.name or "conv1d" in site.name)
+    calls = Calls()
+    served = serve(reading, _chain(reading, context), context.device_type, calls)
+    replacement = replacement_for(site.original, calls, served, named_after=unwrapped(site.original))
+    _OWN[replacement] = calls
+    choice = choose(PROVIDERS[reading.kind], context.device_type)
+    return Replacement(replacement, _variant(reading), calls, choice)
+
+
+def _open_door(site: Site, context: Context) -> Replacement | Skip:
+    reason = door.why_not(site.owner, site.name)
+    if reason is not None:
+        return Skip(reason, notable=reason != door.FUNCTION_HELD)
+    calls = Calls()
+    served = serve(door.READING, _chain(door.READING, context), context.device_type, calls, door.why_inline)
+    bypassed = Bypassed.by(door.inline, CONVOLVED, MODULE_CALL)
+    replacement = replacement_for(door.inline, calls, served, bypassed=bypassed)
+    choice = choose(PROVIDERS[CONVOLUTION], context.device_type)
+    return Replacement(door.Door(site.name, replacement), CONVOLUTION, calls, choice)
+
+
+def _chain(reading: Reading, context: Context) -> Chain:
+    check = CHECKS[reading.kind] if context.switches["self_check"] else _unchecked
+    return Chain(PROVIDERS[reading.kind], context.device_type, check)
+
+
+def _unchecked(implementation: Implementation, call: Any) -> None:
+    """What is wrong with it, if the user says that nothing is."""
+
+
+def _published(function: Callable[..., Any]) -> Reading | None:
+    for (module, name), kind in PUBLISHED.items():
+        found = getattr(sys.modules.get(module), name, None)
+        if found is not None and innermost(found) is function:
+            names = parameters_of(function)
+            return Reading(kind, names, {name: name for name in names}, (None, "silu", "swish"))
+    return None
+
+
+def _variant(reading: Reading) -> str:
+    if reading.kind != RULE:
+        return reading.kind
+    return f"{RULE} over chunks" if "chunk_size" in reading.names else f"{RULE} by token"
+
+
+def layers(site: Site, context: Context) -> int | None:
+    """The layer itself; of a module's function, the live layers that look it up when called or that have kept it."""
+    if context.live is None or isinstance(site.owner, type):
+        return layers_of_class(site, context)
+    if isinstance(site.owner, torch.nn.Module):
+        return 1
+    return sum(_reaches(site, module) for module in context.live)
+
+
+def _reaches(site: Site, layer: torch.nn.Module) -> bool:
+    if type(layer).__module__ != site.owner.__name__:
+        return False
+    looked_up = site.name in names_used(type(layer).forward) and site.name not in vars(layer)
+    current = vars(site.owner).get(site.name)
+    return looked_up or (_is_replaced(current) and any(value is current for value in vars(layer).values()))
+
+
+PATCH = Patch("gated_delta_net", "fla", RULE_PROVIDERS, find, replace, in_layer=in_layer, layers=layers, tunable=False)

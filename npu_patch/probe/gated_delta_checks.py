@@ -1,0 +1,190 @@
+"""Whether a package's kernel computes on this device what the definition says, found out before it is first used.
+
+apply() must not touch the device, so this runs at the first call of each kind: a few tokens, forward and backward,
+packed and not, compared with float64 on the host. It is the one time that the host waits for the device. A kind of call
+of the rule is its dtype and head sizes, how many value heads share a key head, and which states go in and out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from npu_patch.numerics.closeness import difference
+from npu_patch.numerics.error_text import error_text
+from npu_patch.numerics.findings import Findings, unless_accident
+from npu_patch.numerics.room import quiet_room, values
+from npu_patch.ops.gated_delta.calls import ConvolutionCall, RuleCall
+from npu_patch.probe.gated_delta_reference import convolution, recurrence
+from npu_patch.serving.implementation import Implementation
+
+TOKENS, ROWS, KEY_HEADS = 70, 2, 2  # of chunks of 64 at the most: what one leaves to the next is seen
+BOUNDS = (0, 3, 20, TOKENS)  # of packed sequences, in one row
+DECAYS = (2.0**-5, 4.0)  # of the first and the last value head: a slow one remembers all tokens, a fast one few
+# Relative to the largest element. 16-bit kernels round the products of a chunk; a wrong one is off by its own size.
+ALLOWED = {torch.bfloat16: 2.0**-5, torch.float16: 2.0**-7, torch.float32: 1e-4}
+VERDICTS = Findings()
+
+
+@dataclass(frozen=True)
+class RuleKind:
+    """What a verdict on the rule holds for: all that a kernel may treat apart, but for the number of tokens."""
+
+    dtype: torch.dtype
+    key_width: int
+    value_width: int
+    values_per_key: int
+    normalize: bool
+    from_state: bool
+    to_state: bool
+
+    @classmethod
+    def of(cls, call: RuleCall) -> RuleKind:
+        values_per_key = max(1, call.v.shape[2] // call.k.shape[2])
+        from_state, widths = call.initial_state is not None, (call.k.shape[-1], call.v.shape[-1])
+        return cls(call.q.dtype, *widths, values_per_key, call.normalize, from_state, call.output_final_state)
+
+
+@dataclass(frozen=True)
+class ConvolutionKind:
+    """The same for the convolution."""
+
+    dtype: torch.dtype
+    weight_dtype: torch.dtype
+    width: int
+    biased: bool
+    activation: str | None
+
+    @classmethod
+    def of(cls, call: ConvolutionCall) -> ConvolutionKind:
+        weight = call.weight
+        return cls(call.x.dtype, weight.dtype, weight.shape[-1], call.bias is not None, call.activation)
+
+
+def why_wrong_rule(implementation: Implementation, call: RuleCall) -> str | None:
+    kind, device = RuleKind.of(call), call.q.device
+    return _verdict((implementation.name, device, kind), lambda: _check_rule(implementation, device, kind))
+
+
+def why_wrong_convolution(implementation: Implementation, call: ConvolutionCall) -> str | None:
+    kind, device = ConvolutionKind.of(call), call.x.device
+    return _verdict((implementation.name, device, kind), lambda: _check_convolution(implementation, device, kind))
+
+
+def _verdict(key: tuple[Any, ...], observe: Callable[[], str | None]) -> str | None:
+    if key not in VERDICTS:
+        device_type = key[1].type
+        try:
+            with quiet_room(), torch.autocast(device_type, enabled=False):
+                VERDICTS[key] = observe()
+        except Exception as error:
+            unless_accident(error)
+            VERDICTS[key] = f"self-check: {error_text(error)}"
+    return VERDICTS[key]
+
+
+def _check_rule(implementation: Implementation, device: torch.device, kind: RuleKind) -> str | None:
+    def run(cu_seqlens: Tensor | None, **inputs: Tensor) -> Sequence[Tensor] | None:
+        call = RuleCall(
+            **inputs,
+            output_final_state=kind.to_state,
+            normalize=kind.normalize,
+            cu_seqlens=cu_seqlens,
+            bounds_on_host=lambda: torch.tensor(BOUNDS, dtype=torch.int32),
+        )
+        if implementation.unsupported(call) is not None:
+            return None
+        o, final = implementation.run(call)
+        return (o, final) if kind.to_state else (o,)
+
+    def expected(bounds: Sequence[int] | None, **inputs: Tensor) -> Sequence[Tensor]:
+        o, final = recurrence(**inputs, normalize=kind.normalize, bounds=bounds)
+        return (o, final) if kind.to_state else (o,)
+
+    return _first(_compare(run, expected, _rule_inputs(kind, bounds), bounds, device) for bounds in (None, BOUNDS))
+
+
+def _rule_inputs(kind: RuleKind, bounds: Sequence[int] | None) -> dict[str, Tensor]:
+    """Two rows of tokens, or packed sequences, with heads that forget at very different speeds."""
+    rows, heads = ROWS if bounds is None else 1, KEY_HEADS * kind.values_per_key
+    first, last = DECAYS
+    rates = first * (last / first) ** (torch.arange(heads) / (heads - 1))
+    k = values((rows, TOKENS, KEY_HEADS, kind.key_width), 2)
+    given = {
+        "q": values((rows, TOKENS, KEY_HEADS, kind.key_width), 1),
+        "k": k if kind.normalize else F.normalize(k, dim=-1),
+        "v": values((rows, TOKENS, heads, kind.value_width), 3),
+        "beta": values((rows, TOKENS, heads), 5).sigmoid(),
+    }
+    in_float32 = {"g": -values((rows, TOKENS, heads), 4).abs() * rates}
+    if kind.from_state:
+        sequences = rows if bounds is None else len(bounds) - 1
+        in_float32["initial_state"] = values((sequences, heads, kind.key_width, kind.value_width), 6)
+    return {name: tensor.to(kind.dtype) for name, tensor in given.items()} | in_float32
+
+
+def _check_convolution(implementation: Implementation, device: torch.device, kind: ConvolutionKind) -> str | None:
+    def run(cu_seqlens: Tensor | None, **inputs: Tensor) -> Sequence[Tensor] | None:
+        call = ConvolutionCall(
+            **inputs,
+            activation=kind.activation,
+            cu_seqlens=cu_seqlens,
+            bounds_on_host=lambda: torch.tensor(BOUNDS, dtype=torch.int32),
+        )
+        return None if implementation.unsupported(call) is not None else (implementation.run(call),)
+
+    def expected(bounds: Sequence[int] | None, **inputs: Tensor) -> Sequence[Tensor]:
+        return (convolution(**{"bias": None, **inputs}, activation=kind.activation, bounds=bounds),)
+
+    def given(rows: int) -> dict[str, Tensor]:
+        channels = 64
+        bias = {"bias": values((channels,), 13).to(kind.weight_dtype)} if kind.biased else {}
+        x = values((rows, TOKENS, channels), 11).to(kind.dtype).transpose(1, 2)
+        return {"x": x, "weight": values((channels, kind.width), 12).to(kind.weight_dtype), **bias}
+
+    return _first(
+        _compare(run, expected, given(ROWS if bounds is None else 1), bounds, device) for bounds in (None, BOUNDS)
+    )
+
+
+def _first(reasons: Iterable[str | None]) -> str | None:
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _compare(
+    run: Callable[..., Sequence[Tensor] | None],
+    expected: Callable[..., Sequence[Tensor]],
+    given: dict[str, Tensor],
+    bounds: Sequence[int] | None,
+    device: torch.device,
+) -> str | None:
+    """All outputs, and the gradients that reach the inputs through all of them."""
+    inputs = {name: tensor.detach().to(device).requires_grad_() for name, tensor in given.items()}
+    exact_inputs = {name: tensor.detach().double().requires_grad_() for name, tensor in given.items()}
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=device)
+    observed = run(cu_seqlens, **inputs)
+    if observed is None:  # such calls do not reach it
+        return None
+    exact = expected(bounds, **exact_inputs)
+    where = "" if bounds is None else " of packed sequences"
+    dtype = next(iter(given.values())).dtype
+    weights = []
+    for name, one, other in zip(("output", "final state")[: len(exact)], observed, exact, strict=True):
+        far = difference(one.detach().float().cpu(), other.detach().float())
+        if not far <= ALLOWED[dtype]:
+            return f"self-check: {name}{where} is {far:.2g} of its size off"
+        if not one.requires_grad:
+            return f"self-check: {name}{where} passes on no gradient"
+        weights.append(values(other.shape, 90 + len(weights), one.dtype))
+    found = torch.autograd.grad(observed, list(inputs.values()), [each.to(device) for each in weights])
+    exact_found = torch.autograd.grad(exact, list(exact_inputs.values()), [each.double() for each in weights])
+    for name, one, other in zip(inputs, found, exact_found, strict=True):
+        far = difference(one.float().cpu(), other.float())
+        if not far <= 2.0 * ALLOWED[dtype]:
+            return f"self-check: gradient of {name}{where} is {far:.2g} of its size off"
+    return None

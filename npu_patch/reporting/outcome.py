@@ -1,0 +1,151 @@
+"""What happened at each site, and the report that says so; live counters included.
+
+How it looks is in report_rows.py (what is put together), report_text.py and report_page.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PATCHED, SKIPPED, FAILED = "patched", "skipped", "failed"
+NOTHING_APPLIED = "nothing is applied"
+
+
+@dataclass
+class Calls:
+    """How often a replacement ran, and how often it called the original instead, and why.
+
+    `active` turns false when the site is restored: a reference to the replacement that somebody captured meanwhile
+    (a hook's bound method, a `from ... import`) then behaves as the original.
+    A replacement with several implementations counts in `ran_by` which one ran, and says in `declined` why another was
+    passed over when it was last asked.
+    `watch(args, kwargs)` is told of each call beforehand, if somebody wants to know; where it returns true, the
+    original answers, and nothing is counted.
+    """
+
+    active: bool = True
+    ran: int = 0
+    tuned: int = 0  # calls whose shapes a tuning file decides on
+    fell_through: Counter[str] = field(default_factory=Counter)
+    ran_by: Counter[str] = field(default_factory=Counter)
+    declined: dict[str, str] = field(default_factory=dict)
+    watch: Callable[[tuple[Any, ...], dict[str, Any]], bool | None] | None = None
+
+    def deactivate(self) -> None:
+        self.active = False
+
+
+@dataclass
+class Outcome:
+    """One site: `patch` is the patch's name, `site` the dotted name of what was found, `status` what became of it."""
+
+    patch: str
+    site: str
+    status: str
+    reason: str = ""
+    variant: str = ""
+    implementation: str = ""
+    declined: Mapping[str, str] = field(default_factory=dict)
+    calls: Calls = field(default_factory=Calls)
+    layers: int | None = None  # live modules of the given model that it reaches; None where no model was given
+
+    def describe(self, selection: Any) -> None:
+        """Takes what serves the site and why others do not from its `Selection`."""
+        self.implementation, self.declined = selection.name(), selection.declined()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "patch": self.patch,
+            "site": self.site,
+            "status": self.status,
+            "reason": self.reason,
+            "variant": self.variant,
+            "implementation": self.implementation,
+            "declined": {**self.declined, **self.calls.declined},
+            "layers": self.layers,
+            "ran": self.calls.ran,
+            "tuned": self.calls.tuned,
+            "ran_by": dict(self.calls.ran_by),
+            "fell_through": dict(self.calls.fell_through),
+        }
+
+
+@dataclass(frozen=True)
+class TuningFile:
+    """The one that an `apply()` followed, and how many decisions it holds."""
+
+    path: str
+    decisions: int
+
+
+@dataclass
+class Report:
+    """The outcomes of an `apply()`. Counters are live: print it again after a forward pass. `nothing_because`: why no
+    site was even looked for."""
+
+    device: str
+    outcomes: list[Outcome] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    tuning: TuningFile | None = None
+    nothing_because: str | None = None
+
+    def __iter__(self) -> Iterator[Outcome]:
+        return iter(self.outcomes)
+
+    @property
+    def remarks(self) -> list[str]:
+        """The notes, and how much the tuning file counted so far."""
+        if self.tuning is None:
+            return self.notes
+        matched = sum(outcome.calls.tuned for outcome in self.outcomes)
+        return [
+            *self.notes,
+            f"tuning file {self.tuning.path}: {self.tuning.decisions} decisions; {matched} calls had their shapes",
+        ]
+
+    def with_status(self, status: str) -> list[Outcome]:
+        return [outcome for outcome in self.outcomes if outcome.status == status]
+
+    @property
+    def patched(self) -> list[Outcome]:
+        return self.with_status(PATCHED)
+
+    @property
+    def skipped(self) -> list[Outcome]:
+        return self.with_status(SKIPPED)
+
+    @property
+    def failed(self) -> list[Outcome]:
+        return self.with_status(FAILED)
+
+    def json(self, indent: int | None = 2) -> str:
+        content = {
+            "device": self.device,
+            "nothing_because": self.nothing_because,
+            "notes": self.remarks,
+            "warnings": self.warnings,
+            "outcomes": [outcome.as_dict() for outcome in self.outcomes],
+        }
+        return json.dumps(content, indent=indent)
+
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The report as one HTML page that needs nothing else; written to the file `path` too, if there is one."""
+        from npu_patch.reporting.page import page_of_report
+
+        page = page_of_report(self)
+        if path is not None:
+            Path(path).write_text(page, encoding="utf-8")
+        return page
+
+    def __str__(self) -> str:
+        """A table of at most 100 columns, whatever the model."""
+        from npu_patch.reporting.text import text_of_report
+
+        return text_of_report(self)

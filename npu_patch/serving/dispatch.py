@@ -1,0 +1,222 @@
+"""Which implementation serves each call at a site: the usual one, or a Triton kernel that was measured to be faster.
+
+A site asks by a key, the sizes and dtypes that decide the time (the case's key, or anything hashable that stands for
+it). What was never measured is served as usual. An implementation that was found wrong on this device serves no call of
+that key: the next one does, or the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from npu_patch.measuring.measure import (
+    ACCIDENTS,
+    DEVICE_LOST,
+    Alternative,
+    Case,
+    Measured,
+    Stopwatch,
+    answers,
+    check,
+    faster,
+    measure,
+    stopwatch,
+)
+from npu_patch.measuring.measured_on import here
+from npu_patch.measuring.measurements import Measurements, default_path
+from npu_patch.reporting.outcome import Calls
+from npu_patch.serving.implementation import Choice, Implementation
+from npu_patch.sites.sites import LiveModules
+
+NO_MODEL = "no model was given: nothing was measured yet"
+NO_LAYERS = "nothing was measured: the given model has no such layer"
+Cases = Callable[[LiveModules], Iterable[tuple[Hashable, Case]]]
+
+
+def no_cases(live: LiveModules) -> Iterable[tuple[Hashable, Case]]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Of one case: the optional implementation that is taken, or None, and what was measured of each one; of the usual
+    one just whether it is right, where there is no other."""
+
+    case: Case
+    taken: Implementation | None
+    usual: str
+    measured: Mapping[str, Measured]
+
+    @property
+    def wrong(self) -> dict[str, str]:
+        """By name, what was found of those that are wrong."""
+        found = ((name, each.wrong) for name, each in self.measured.items())
+        return {name: f"{self.case.name}: {why}" for name, why in found if why is not None and why not in ACCIDENTS}
+
+    def words(self, name: str) -> str:
+        """What was measured of the optional implementation `name`, beside the usual one."""
+        mine, other = self.measured[name], self.measured[self.usual]
+        if mine.wrong is not None:
+            return mine.wrong
+        return f"{_milliseconds(mine)} against {_milliseconds(other)}"
+
+
+@dataclass
+class Selection:
+    """Of one site. `cases(live)` yields what to measure for the layers of a model, each with the key of its calls;
+    `verdicts` are the cases that were; `asked` whether a model was ever looked at. `wrong`: of implementations that
+    were found wrong, by name and key, how far."""
+
+    choice: Choice
+    cases: Cases = no_cases
+    # Not mapping proxies: to the compiler, each dict that a model writes to later may be what one stands for.
+    verdicts: Mapping[Hashable, Verdict] = field(default_factory=dict)
+    wrong: Mapping[tuple[str, Hashable], str] = field(default_factory=dict)
+    asked: bool = False
+
+    @property
+    def timed(self) -> bool:
+        """Whether times decide what serves it."""
+        return bool(self.choice.candidates) and not self.choice.forced
+
+    def serving(self, key: Hashable, calls: Calls, *call: Any) -> Implementation | str:
+        """The implementation for one call, asked with `unsupported(*call)`; or why none takes it."""
+        preferred = self._preferred(key)
+        usual = self.choice.chosen
+        reason = "no implementation"
+        for implementation in (*preferred, usual) if usual is not None else preferred:
+            reason = self.why_wrong(implementation.name, key) if self.wrong else None
+            reason = reason or implementation.unsupported(*call)
+            if reason is None:
+                if self.choice.candidates and not torch.compiler.is_compiling():
+                    calls.ran_by[implementation.name] += 1
+                return implementation
+            if implementation is not usual and not torch.compiler.is_compiling():
+                calls.declined[implementation.name] = reason
+        return reason
+
+    def why_wrong(self, name: str, key: Hashable) -> str | None:
+        """What was found wrong of an implementation for such calls, or None."""
+        found = self.wrong.get((name, key))
+        return None if found is None else f"{name} is wrong on this device: {found}"
+
+    def _preferred(self, key: Hashable) -> tuple[Implementation, ...]:
+        if not self.choice.candidates:
+            return ()
+        if self.choice.forced:
+            return self.choice.candidates
+        verdict = self.verdicts.get(key)
+        return () if verdict is None or verdict.taken is None else (verdict.taken,)
+
+    def undecided(self, live: LiveModules, checked: bool) -> dict[Hashable, Case]:
+        """The cases of `live` that a decision still waits for, by key. `checked`: implementations are, where no times
+        decide either."""
+        self.asked = True
+        if not (checked or self.timed):
+            return {}
+        return {key: case for key, case in self.cases(live) if key not in self.verdicts}
+
+    def name(self) -> str:
+        """For the report: what serves the site."""
+        usual = self.choice.chosen.name if self.choice.chosen is not None else "the original"
+        if self.choice.forced and self.choice.candidates:
+            return self.choice.candidates[0].name
+        taken = [verdict for verdict in self.verdicts.values() if verdict.taken is not None]
+        if not taken:
+            wrong = [key for key in self.verdicts if (usual, key) in self.wrong]
+            return "the original" if wrong and len(wrong) == len(self.verdicts) else usual
+        several = len(self.verdicts) > 1
+        parts = [
+            f"{each.taken.name} ({f'{each.case.name}: ' if several else ''}{each.words(each.taken.name)})"
+            for each in taken
+        ]
+        return ", ".join(parts if len(taken) == len(self.verdicts) else [*parts, usual])
+
+    def declined(self) -> dict[str, str]:
+        """For the report: why each other implementation does not serve the site, or not all of its calls."""
+        found = dict(self.choice.declined)
+        for name in dict.fromkeys(name for name, _ in self.wrong):
+            found[name] = "; ".join(why for (each, _), why in self.wrong.items() if each == name)
+        if not self.timed:
+            return found
+        for candidate in self.choice.candidates:
+            others = [each for each in self.verdicts.values() if each.taken is not candidate]
+            if others:
+                found[candidate.name] = "; ".join(f"{each.case.name}: {each.words(candidate.name)}" for each in others)
+            elif not self.verdicts:
+                found[candidate.name] = NO_LAYERS if self.asked else NO_MODEL
+        return found
+
+
+@dataclass
+class Measurer:
+    """Turns cases into verdicts: from what was kept, else by measuring on `device`."""
+
+    device: torch.device
+    kept: Measurements
+    stopwatch: Stopwatch
+    _lost: bool = False
+
+    @classmethod
+    def of(cls, device_type: str, path: str | None) -> Measurer:
+        index = None if device_type == "cpu" else getattr(torch, device_type).current_device()
+        device = torch.device(device_type, index)
+        measured_on = here(device)
+        kept = Measurements.read(Path(path) if path else default_path(measured_on), measured_on)
+        return cls(device, kept, stopwatch(device))
+
+    def judge(self, case: Case, choice: Choice) -> Verdict:
+        """Times all that could serve the case, where times decide; else checks them."""
+        every, usual, timed = _competitors(case, choice)
+        measured = {each.name: self._measured(case, each, timed) for each in every}
+        if not timed:
+            return Verdict(case, None, "" if usual is None else usual.name, MappingProxyType(measured))
+        winner = faster([(each.name, measured[each.name]) for each in choice.candidates], measured[usual.name])
+        taken = next((each for each in choice.candidates if each.name == winner), None)
+        return Verdict(case, taken, usual.name, MappingProxyType(measured))
+
+    def knows(self, case: Case, choice: Choice) -> bool:
+        """Whether nothing has to run for `judge`."""
+        every, _, timed = _competitors(case, choice)
+        known = [self.kept.of(case.key, each.name) for each in every]
+        return not any(each is None or (timed and each == Measured()) for each in known)
+
+    def _measured(self, case: Case, alternative: Alternative, timed: bool) -> Measured:
+        found = self.kept.of(case.key, alternative.name)
+        if found is None or (timed and found == Measured()):
+            if timed:
+                found = measure(case, alternative, self.device, self.stopwatch)
+            else:
+                found = check(case, alternative, self.device)
+            if found.wrong is not None and not self._lost and not answers(self.device):
+                self._lost = True
+            elif found.wrong is not None and self._lost:
+                found = Measured(DEVICE_LOST)
+            if found.wrong not in ACCIDENTS:
+                self.kept.keep(case.key, alternative.name, found)
+        return found
+
+
+def _competitors(case: Case, choice: Choice) -> tuple[list[Alternative], Alternative | None, bool]:
+    """All that could serve the case, the usual one of them, and whether times decide."""
+    timed = bool(choice.candidates) and not choice.forced
+    usual = None if choice.chosen is None else _alternative(choice.chosen)
+    if timed and usual is None:
+        usual = case.original
+        if usual is None:
+            raise ValueError(f"{case.key}: no implementation and no original to compare {choice.candidates} with")
+    return [*map(_alternative, choice.candidates), *([] if usual is None else [usual])], usual, timed
+
+
+def _alternative(implementation: Implementation) -> Alternative:
+    return Alternative(implementation.name, implementation.run, implementation.unsupported)
+
+
+def _milliseconds(measured: Measured) -> str:
+    return measured.wrong or f"{measured.seconds * 1e3:.3g} ms"

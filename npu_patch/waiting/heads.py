@@ -1,0 +1,155 @@
+"""RMSNorms of q and k put off until their rotation, so that one kernel computes both.
+
+While an attention layer's own forward runs inside `deferring(...)`, its two norms return `DeferredHeads`: what they
+were given, and how it is to be normalized. Nothing but the rotation takes them; whatever else looks at them raises
+`Abandoned`, and the layer runs anew without. So the forward may do what it likes, its result is right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from npu_patch.ops.rms_norm import RMSNormVariant
+from npu_patch.probe.rms_norm import RMSNormReading
+from npu_patch.probe.rope import RoPEReading
+from npu_patch.reporting.outcome import Calls
+
+
+class Abandoned(Exception):
+    """Deferred heads were used for something other than their rotation."""
+
+
+class DeferredHeads:
+    """q or k before its norm: x `[B, H, S, D]` or `[B, S, H, D]`, to be normalized over D. Not a tensor."""
+
+    __slots__ = ("eps", "norm", "variant", "version", "weight", "x")
+
+    def __init__(
+        self, norm: torch.nn.Module, x: Tensor, weight: Tensor | None, eps: float, variant: RMSNormVariant
+    ) -> None:
+        self.norm, self.x, self.weight, self.eps, self.variant = norm, x, weight, eps, variant
+        self.version = _version(x)
+
+    def transpose(self, first: int, second: int) -> DeferredHeads:
+        """Of the dimensions 1 and 2, which no norm over the last one touches."""
+        if {first, second} != {1, 2} or self.x.dim() != 4:
+            raise Abandoned(f"q or k is transposed over {first} and {second} after its norm")
+        self.check()
+        return DeferredHeads(self.norm, self.x.transpose(1, 2), self.weight, self.eps, self.variant)
+
+    def check(self) -> None:
+        """The norm is that of x as it was given."""
+        if _version(self.x) != self.version:
+            raise Abandoned("what q or k was normalized from is changed in place before the rotation")
+
+    def __getattr__(self, name: str) -> Any:
+        raise Abandoned(f"q or k is used ({name}) between its norm and its rotation")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise Abandoned(f"q or k goes through {getattr(function, '__name__', function)} after its norm")
+
+
+def _version(x: Tensor) -> int | None:
+    return None if x.is_inference() else x._version
+
+
+Rotate = Callable[[RoPEReading, DeferredHeads, DeferredHeads, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Deferral:
+    """One call of an attention layer: the norms of q and k that are put off, and what rotates them then."""
+
+    norms: tuple[torch.nn.Module, torch.nn.Module]
+    rotate: Rotate
+    deferred: list[torch.nn.Module] = field(default_factory=list)
+    done: bool = False
+
+    def defer(
+        self, norm: torch.nn.Module, x: Tensor, weight: Tensor | None, eps: float, variant: RMSNormVariant
+    ) -> DeferredHeads | None:
+        """Each norm once: a layer that asks twice is given the second answer itself."""
+        if x.dim() != 4 or not any(norm is each for each in self.norms) or any(norm is each for each in self.deferred):
+            return None
+        self.deferred.append(norm)
+        return DeferredHeads(norm, x, weight, eps, variant)
+
+    @property
+    def pending(self) -> bool:
+        return bool(self.deferred) and not self.done
+
+
+class _Current(threading.local):
+    deferral: Deferral | None = None
+
+
+_CURRENT = _Current()
+
+
+def current() -> Deferral | None:
+    """Of the attention layer that this thread is in."""
+    return _CURRENT.deferral
+
+
+@contextlib.contextmanager
+def deferring(deferral: Deferral | None) -> Iterator[None]:
+    outer = _CURRENT.deferral
+    _CURRENT.deferral = deferral
+    try:
+        yield
+    finally:
+        _CURRENT.deferral = outer
+
+
+def rotate_deferred(
+    reading: RoPEReading, tensors: Sequence[Any], cos: Any, sin: Any, dimension: int | None
+) -> tuple[Tensor, Tensor]:
+    """For the rotary function's replacement, with its tables as they were given; some of `tensors` are deferred."""
+    deferral = current()
+    if deferral is None or len(tensors) != 2 or not all(isinstance(each, DeferredHeads) for each in tensors):
+        raise Abandoned("one of q and k is rotated without the other")
+    if reading.signature.sections or dimension != 1 or not (isinstance(cos, Tensor) and isinstance(sin, Tensor)):
+        raise Abandoned("the tables are laid out in another way")
+    for each in tensors:
+        each.check()
+    rotated = deferral.rotate(reading, *tensors, cos, sin)
+    deferral.done = True
+    return rotated
+
+
+@dataclass(frozen=True)
+class NormSite:
+    """A norm's replacement that takes part: the forward that it stands for, and what each instance computes."""
+
+    original: Callable[..., Any]
+    reading_of: Callable[[torch.nn.Module], RMSNormReading | None]
+    calls: Calls
+
+
+@dataclass(frozen=True)
+class RoPESite:
+    """A rotary function's replacement that takes part."""
+
+    original: Callable[..., Any]
+    reading: RoPEReading
+    calls: Calls
+
+
+NORMS: WeakKeyDictionary[Callable[..., Any], NormSite] = WeakKeyDictionary()  # by replacement
+ROTATIONS: WeakKeyDictionary[Callable[..., Any], RoPESite] = WeakKeyDictionary()
+
+
+def takes_part_as(wrapper: Callable[..., Any], replacement: Callable[..., Any]) -> None:
+    """`wrapper` is called in the place of `replacement`, and calls it wherever something may be deferred."""
+    for participants in (NORMS, ROTATIONS):
+        if replacement in participants:
+            participants[wrapper] = participants[replacement]

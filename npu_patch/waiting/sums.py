@@ -1,0 +1,197 @@
+"""A residual add put off until the norm of its sum, so that one kernel computes both.
+
+In a decoder layer, the token mixer returns a `DeferredBranch`: its result, which is there, and who takes it from there.
+`residual + branch` is a `DeferredSum`, and the RMSNorm that is given one asks the kernel for the norm and the sum at
+once. Whatever else is done with either gets the tensor that the original would have made: nothing runs twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npu_patch.ops.rms_norm import RMSNormVariant
+from npu_patch.serving.implementation import is_plain
+
+# RMSNorm(x + residual) and x + residual, for (variant, x, residual, weight, eps); or why not.
+Fuse = Callable[[RMSNormVariant, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor] | str]
+
+
+@dataclass
+class Addition:
+    """Of one call of a token mixer: what computes the add and the norm, and who is told, once, why it does not."""
+
+    fuse: Fuse
+    not_fused: Callable[[str], None]
+    settled: bool = False  # the branch is added, or used in another way
+
+    def give_up(self, reason: str) -> None:
+        if not self.settled:
+            self.settled = True
+            self.not_fused(reason)
+
+
+class Deferred:
+    """Not a tensor. `tensor(used_by)` is the one that it stands for, for something that is not a norm."""
+
+    __slots__ = ("__weakref__",)
+
+    def tensor(self, used_by: str = "") -> Tensor:
+        raise NotImplementedError
+
+    def like(self) -> Tensor:
+        """A tensor of its shape, dtype and device."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.like().shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.like().dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.like().device
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tensor(name), name)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in ADDITIONS and len(args) == 2 and not kwargs:
+            first, second = args
+            return first + second if isinstance(first, Deferred) else second.__radd__(first)
+        name = getattr(function, "__name__", str(function))
+        return function(*(materialised(each, name) for each in args), **materialised(kwargs or {}, name))
+
+    def __repr__(self) -> str:
+        """Of its tensor, which does not count as a use."""
+        return repr(self.copied())
+
+    def copied(self) -> Tensor:
+        """Its tensor, for one who looks on: it stays as it is."""
+        raise NotImplementedError
+
+    def __add__(self, other: Any) -> Any:
+        own = self.tensor("add")
+        return own + (other if isinstance(other, DeferredBranch) else materialised(other, "add"))
+
+    def __radd__(self, other: Any) -> Any:
+        return other + self.tensor("add")
+
+
+class DeferredBranch(Deferred):
+    """What a token mixer returns, y `[..., D]`, before it is added to the residual stream."""
+
+    __slots__ = ("_addition", "_y")
+
+    def __init__(self, y: Tensor, addition: Addition) -> None:
+        self._y, self._addition = y, addition
+
+    def tensor(self, used_by: str = "") -> Tensor:
+        self._addition.give_up(f"the branch is used ({used_by}) before it is added")
+        return self._y
+
+    def like(self) -> Tensor:
+        return self._y
+
+    copied = like
+
+    def __add__(self, other: Any) -> Any:
+        if isinstance(other, DeferredSum) and other.is_computed:
+            other = other.tensor()
+        if self._addition.settled or not is_plain(other):
+            return super().__add__(other)
+        if (other.shape, other.dtype, other.device) != (self.shape, self.dtype, self.device):
+            return super().__add__(other)
+        self._addition.settled = True
+        return DeferredSum(self._y, other, self._addition)
+
+    __radd__ = __add__  # of one dtype, a sum is the same in either order
+
+
+class DeferredSum(Deferred):
+    """x + residual, both `[..., D]`, of one dtype and on one device; a tensor from its norm on."""
+
+    __slots__ = ("_addition", "_residual", "_total", "_x")
+
+    def __init__(self, x: Tensor, residual: Tensor, addition: Addition) -> None:
+        self._x: Tensor | None = x
+        self._residual: Tensor | None = residual
+        self._addition = addition
+        self._total: Tensor | None = None
+
+    def normalized(self, variant: RMSNormVariant, weight: Tensor | None, eps: float) -> Tensor | None:
+        """Its RMSNorm, or None where that is not computed together with the sum."""
+        if self._total is not None:
+            return None
+        found = self._addition.fuse(variant, self._x, self._residual, weight, eps)
+        if isinstance(found, str):
+            self._become(self._residual + self._x, found)
+            return None
+        normed, total = found
+        self._become(total)
+        return normed
+
+    def like(self) -> Tensor:
+        return self._x if self._total is None else self._total
+
+    def tensor(self, used_by: str = "") -> Tensor:
+        if self._total is None:
+            self._become(self._residual + self._x, f"the sum is used ({used_by}) before its norm")
+        return self._total
+
+    @property
+    def is_computed(self) -> bool:
+        return self._total is not None
+
+    def copied(self) -> Tensor:
+        return self._residual + self._x if self._total is None else self._total
+
+    def _become(self, total: Tensor, why_not_fused: str | None = None) -> None:
+        self._total, self._x, self._residual = total, None, None
+        if why_not_fused is not None:
+            self._addition.not_fused(why_not_fused)
+
+
+# What `tensor + deferred` arrives as. Not `torch.add`: the probe observes operators only, and there serves no other.
+ADDITIONS = frozenset((Tensor.add, Tensor.__add__, Tensor.__radd__))
+
+
+def materialised(value: Any, used_by: str) -> Any:
+    """`value` with the tensors that deferred ones in it stand for."""
+    if isinstance(value, Deferred):
+        return value.tensor(used_by)
+    if type(value) in (tuple, list):
+        return type(value)(materialised(each, used_by) for each in value)
+    if type(value) is dict:
+        return {key: materialised(each, used_by) for key, each in value.items()}
+    return value
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    def operator(self: Deferred, *others: Any) -> Any:
+        return getattr(self.tensor(name), name)(*(materialised(each, name) for each in others))
+
+    return operator
+
+
+# Python looks operators up on the class, past `__getattr__`.
+for _name in (
+    *("sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "rfloordiv", "mod", "rmod", "pow", "rpow"),
+    *("matmul", "rmatmul", "divmod", "rdivmod", "lshift", "rlshift", "rshift", "rrshift"),
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+    *("iand", "ior", "ixor", "ilshift", "irshift"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "and", "rand", "or", "ror", "xor", "rxor", "invert", "neg", "pos", "abs"),
+    *("getitem", "setitem", "iter", "len", "contains", "bool", "int", "float", "complex", "index"),
+    *("array", "reversed", "format", "reduce_ex", "deepcopy"),
+):
+    if hasattr(Tensor, f"__{_name}__"):
+        setattr(Deferred, f"__{_name}__", _operator(f"__{_name}__"))
+Deferred.__hash__ = object.__hash__
