@@ -11,13 +11,13 @@ from typing import Any
 from npu_patch.version import __version__
 
 _HOME = {
-    "apply": "lifecycle",
-    "applied": "lifecycle",
-    "restore": "lifecycle",
-    "report": "lifecycle",
-    "PatchError": "lifecycle",
-    "Outcome": "outcome",
-    "Report": "outcome",
+    "apply": "applying.api",
+    "applied": "applying.api",
+    "restore": "applying.api",
+    "report": "applying.api",
+    "PatchError": "applying.api",
+    "Outcome": "reporting.outcome",
+    "Report": "reporting.outcome",
     "Switches": "switches",
 }
 

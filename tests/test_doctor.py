@@ -151,8 +151,8 @@ def test_a_package_that_hangs_is_given_up(
 def test_on_the_simulated_npu_it_shows_what_this_torch_npu_really_has(
     simulated: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("doctor", "doctor_findings"):  # importing each takes seconds
-        monkeypatch.setattr(f"npu_patch.commands.{module}.PACKAGES", {"numpy": "numpy"})
+    for module in ("command", "findings"):  # importing each takes seconds
+        monkeypatch.setattr(f"npu_patch.commands.doctor.{module}.PACKAGES", {"numpy": "numpy"})
     monkeypatch.setenv("TWINKLE_NPU_ROPE", "0")
     monkeypatch.setenv("TWINKLE_NPU_ROPES", "0")
     main(["doctor", "--json"])

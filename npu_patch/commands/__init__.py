@@ -1,7 +1,7 @@
 """python -m npu_patch: what an installation, a model family or a device gives, asked from a terminal.
 
-Each command has a module with `run(options) -> Result`, and its arguments in arguments.py; this one reads the command
-line and turns a result into text or JSON on stdout and an exit code:
+Each command has a folder, whose command.py has `run(options) -> Result`, and its arguments in console/arguments.py;
+this file reads the command line and turns a result into text or JSON on stdout and an exit code:
 
     0   everything is fine
     1   the command ran and found something wrong: a fault, a site that fails, a wrong implementation
@@ -61,7 +61,7 @@ def _run(options: argparse.Namespace) -> Result:
 
         without_broken_torch_npu()
     try:
-        module = importlib.import_module(f"npu_patch.commands.{options.command}")
+        module = importlib.import_module(f"npu_patch.commands.{options.command}.command")
     except Exception as error:  # a broken torch_npu raises more than ImportError, out of `import torch`
         raise CommandError(
             f"{type(error).__name__}: {error}; python -m npu_patch doctor says what is wrong and what to do"

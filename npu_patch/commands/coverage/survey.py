@@ -87,7 +87,7 @@ def _findings(modules: list[str], processes: int) -> Iterable[tuple[str, Finding
     import torch
     import transformers.modeling_utils  # noqa: F401  # once, before the processes part
 
-    import npu_patch.dry_run  # noqa: F401
+    import npu_patch.applying.dry_run  # noqa: F401
 
     torch.set_num_threads(1)  # a pool of threads does not survive the fork
     with multiprocessing.get_context("fork").Pool(processes, _prepare_process) as pool:

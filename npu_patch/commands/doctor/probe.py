@@ -1,4 +1,4 @@
-"""Run as a script by the interpreter under examination, one thing at a time: `doctor_probe.py WHAT [ARGUMENTS]`.
+"""Run as a script by the interpreter under examination, one thing at a time: `probe.py WHAT [ARGUMENTS]`.
 
 Broken installations crash, hang and print: each probe has a process of its own, and its answer is the last line, as
 JSON. Nothing but the standard library is imported here until the thing in question is.

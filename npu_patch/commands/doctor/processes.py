@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PROBE = Path(__file__).with_name("doctor_probe.py")
-ROOT = Path(__file__).parents[2]
+PROBE = Path(__file__).with_name("probe.py")
+ROOT = Path(__file__).parents[3]
 
 
 @dataclass(frozen=True)
