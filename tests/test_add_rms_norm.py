@@ -19,10 +19,11 @@ from torch import Tensor, nn
 import npu_patch
 from npu_patch import simulator
 from npu_patch.applying.dry_run import dry_run
-from npu_patch.measuring.measure import Alternative, why_wrong
+from npu_patch.measuring.measure import why_wrong
 from npu_patch.ops import add_rms_norm, rms_norm
 from npu_patch.ops.rms_norm import PLAIN_VARIANTS
 from npu_patch.reporting.outcome import Outcome, Report
+from npu_patch.serving.case import Alternative
 from npu_patch.serving.implementation import choose
 from npu_patch.switches import resolve
 from npu_patch.waiting.heads import NORMS

@@ -24,7 +24,7 @@ Captured = pytest.CaptureFixture[str]
 # Where the answer comes from a stand-in, the real machinery around it in a process of its own costs no import of torch.
 STAND_IN = """
 import ctypes, os, sys, types
-from npu_patch.commands.result import Result
+from npu_patch.commands.console.result import Result
 stand_in = types.ModuleType("npu_patch.commands.coverage.command")
 sys.modules[stand_in.__name__] = stand_in
 {run}

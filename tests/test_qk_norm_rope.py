@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 import npu_patch
 from npu_patch.kernels.readiness import why_not
-from npu_patch.measuring.measure import Alternative, Case, Measured, why_wrong
+from npu_patch.measuring.measure import why_wrong
 from npu_patch.ops import qk_norm_rope, rms_norm, rope
 from npu_patch.ops.rms_norm import PLAIN_VARIANTS
 from npu_patch.reporting.outcome import Outcome, Report
 from npu_patch.serving import dispatch as selection
 from npu_patch.serving import implementation
+from npu_patch.serving.case import Alternative, Case, Measured
 from npu_patch.serving.implementation import choose
 from npu_patch.waiting import heads as deferred_norm
 from tests.gradients import in_float64, loss_and_gradients, relative_error, token_losses

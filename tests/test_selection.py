@@ -24,10 +24,10 @@ from npu_patch.kernels.readiness import why_not
 from npu_patch.measuring import measure, measurements, tuning
 from npu_patch.measuring.measured_on import MeasuredOn
 from npu_patch.measuring.measurements import Measurements
+from npu_patch.measuring.measurer import Measurer
 from npu_patch.ops import rms_norm, swiglu
 from npu_patch.patches import rms_norm as rms_norm_patch
 from npu_patch.serving import dispatch as selection
-from npu_patch.serving.dispatch import Measurer
 from npu_patch.serving.implementation import Choice, Implementation, choose
 from tests.gradients import loss_and_gradients, relative_error
 from tests.tiny_models import tiny, tiny_batch

@@ -13,8 +13,8 @@ from typing import Any
 
 from npu_patch import log
 from npu_patch.measuring.atomic_file import write_atomically
-from npu_patch.measuring.measure import Measured
 from npu_patch.measuring.measured_on import MeasuredOn
+from npu_patch.serving.case import Measured
 
 FORMAT = 2
 

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 
 from npu_patch import log
 from npu_patch.kernels.readiness import is_simulated
-from npu_patch.measuring.measure import Case
+from npu_patch.measuring.measurer import Measurer
 from npu_patch.reporting.outcome import Outcome, Report
-from npu_patch.serving.dispatch import Measurer, Selection, Verdict
+from npu_patch.serving.case import Case
+from npu_patch.serving.dispatch import Selection, Verdict
 from npu_patch.sites.journal import Journal
 from npu_patch.sites.sites import LiveModules
 from npu_patch.switches import Switches

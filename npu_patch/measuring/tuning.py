@@ -22,7 +22,7 @@ from torch import Tensor
 
 from npu_patch.measuring.atomic_file import write_atomically
 from npu_patch.measuring.measured_on import here
-from npu_patch.reporting.outcome import Calls
+from npu_patch.serving.calls import Calls
 
 FORMAT = 3
 ORIGINAL = "original"

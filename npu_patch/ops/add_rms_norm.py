@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from npu_patch.measuring.measure import Alternative, Case
 from npu_patch.ops.rms_norm import CASE_EPS, RMSNormVariant, unsupported_by_triton
+from npu_patch.serving.case import Alternative, Case
 from npu_patch.serving.implementation import TRITON, Implementation, dtype_name, is_plain, layout, needs_triton
 
 Run = Callable[[RMSNormVariant, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]

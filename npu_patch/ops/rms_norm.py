@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npu_patch.kernels import variants as of_kernels
-from npu_patch.measuring.measure import Case
 from npu_patch.ops.gamma import GAMMAS, NONE, gamma_of
+from npu_patch.serving.case import Case
 from npu_patch.serving.implementation import (
     TRITON,
     Implementation,

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_patch.measuring.measure import Case
 from npu_patch.numerics.results import changeable
 from npu_patch.numerics.room import values
+from npu_patch.serving.case import Case
 from npu_patch.serving.implementation import Implementation, dtype_name, is_plain, layout, needs_operators
 from npu_patch.serving.operators import Operator
 

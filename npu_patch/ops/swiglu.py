@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from npu_patch.measuring.measure import Case
+from npu_patch.serving.case import Case
 from npu_patch.serving.implementation import (
     TRITON,
     Implementation,

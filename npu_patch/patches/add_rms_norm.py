@@ -23,7 +23,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from npu_patch.measuring.measure import Alternative, Case
 from npu_patch.numerics.room import in_quiet_room
 from npu_patch.ops import rms_norm
 from npu_patch.ops.add_rms_norm import IMPLEMENTATIONS, Sizes, case, one_after_the_other
@@ -41,8 +40,9 @@ from npu_patch.patches.patch import (
     replacement_for,
 )
 from npu_patch.probe.add_rms_norm import AddRMSNormReading, NoAddRMSNorm, read_add_rms_norm
-from npu_patch.reporting.outcome import Calls
 from npu_patch.serving.bypassed import Bypassed
+from npu_patch.serving.calls import Calls
+from npu_patch.serving.case import Alternative, Case
 from npu_patch.serving.dispatch import Selection
 from npu_patch.serving.implementation import choose, is_plain
 from npu_patch.serving.listeners import listener

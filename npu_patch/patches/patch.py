@@ -12,8 +12,8 @@ import torch
 
 from npu_patch.numerics.findings import Unobserved
 from npu_patch.numerics.room import in_quiet_room
-from npu_patch.reporting.outcome import Calls
 from npu_patch.serving.bypassed import Bypassed
+from npu_patch.serving.calls import Calls
 from npu_patch.serving.dispatch import Cases, Selection
 from npu_patch.serving.implementation import Choice, Implementation
 from npu_patch.sites.sites import LiveModules, Site

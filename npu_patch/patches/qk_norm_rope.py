@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_patch.measuring.measure import Alternative, Case
 from npu_patch.ops import rms_norm, rope
 from npu_patch.ops.qk_norm_rope import IMPLEMENTATIONS, Heads, Sizes, case, one_after_the_other, rotary_width
+from npu_patch.ops.readings import RoPEReading
 from npu_patch.patches.head_sizes import rotary_widths
 from npu_patch.patches.patch import (
     NOT_FASTER,
@@ -34,9 +34,9 @@ from npu_patch.patches.patch import (
     replacement_for,
 )
 from npu_patch.probe.qk_norm_rope import NoQKNormRoPE, QKNormRoPEReading, read_qk_norm_rope
-from npu_patch.probe.rope import RoPEReading
-from npu_patch.reporting.outcome import Calls
 from npu_patch.serving.bypassed import Bypassed
+from npu_patch.serving.calls import Calls
+from npu_patch.serving.case import Alternative, Case
 from npu_patch.serving.dispatch import Selection
 from npu_patch.serving.implementation import choose
 from npu_patch.serving.listeners import listener

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_patch.measuring.measure import Case
+from npu_patch.ops.readings import RMSNormReading
 from npu_patch.ops.rms_norm import HALF_DTYPES, IMPLEMENTATIONS, case
 from npu_patch.patches.patch import (
     Context,
@@ -31,9 +31,10 @@ from npu_patch.patches.patch import (
     bind,
     replacement_for,
 )
-from npu_patch.probe.rms_norm import RMSNormReading, read_rms_norm
-from npu_patch.reporting.outcome import Calls
+from npu_patch.probe.rms_norm import read_rms_norm
 from npu_patch.serving.bypassed import SILU, Bypassed
+from npu_patch.serving.calls import Calls
+from npu_patch.serving.case import Case
 from npu_patch.serving.changed_later import Callers
 from npu_patch.serving.listeners import listener_among, listener_to_all
 from npu_patch.sites.sites import (

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_patch.measuring.measure import Case
 from npu_patch.ops.recomputed import recomputed
 from npu_patch.ops.swiglu import IMPLEMENTATIONS, case, kept_for_the_backward
 from npu_patch.patches.experts.kind import activation_kind, in_mode
@@ -36,8 +35,9 @@ from npu_patch.patches.patch import (
     replacement_for,
 )
 from npu_patch.probe.swiglu import NoSwiGLU, SwiGLUReading, computes_silu, read_swiglu
-from npu_patch.reporting.outcome import Calls
 from npu_patch.serving.bypassed import MODULE_CALL, SILU, Bypassed
+from npu_patch.serving.calls import Calls
+from npu_patch.serving.case import Case
 from npu_patch.serving.listeners import listener
 from npu_patch.sites.sites import (
     CHECKPOINTING_LAYER,

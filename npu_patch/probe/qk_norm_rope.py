@@ -22,8 +22,7 @@ from npu_patch.numerics.error_text import error_text
 from npu_patch.numerics.findings import unless_accident
 from npu_patch.numerics.room import quiet_room, random_state_kept
 from npu_patch.ops.qk_norm_rope import Heads, reference, why_not_fused
-from npu_patch.probe.rms_norm import RMSNormReading
-from npu_patch.probe.rope import RoPEReading
+from npu_patch.ops.readings import RMSNormReading, RoPEReading
 from npu_patch.probe.tiny_layer import HEAD_DIM, Unobservable, arguments, build, tensors_in
 from npu_patch.waiting.heads import NORMS, Abandoned, Deferral, DeferredHeads, RoPESite, deferring
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from npu_patch.numerics.closeness import distance
 from npu_patch.numerics.findings import unless_accident
 from npu_patch.numerics.room import quiet_room, values
+from npu_patch.ops.readings import RMSNormReading
 from npu_patch.ops.rms_norm import GATED_VARIANTS, PLAIN_VARIANTS, RMSNormVariant
 from npu_patch.probe.stand_in import Missing, StandIn
 
@@ -28,16 +29,6 @@ DTYPE_PAIRS = (  # of input and weight: a variant is also the dtype that it retu
 MOST_ATTRIBUTES = 5
 MOST_RUNS = 150  # an RMSNorm needs at most about 50; this bounds what a large forward costs
 Choices = tuple[tuple[Any, ...], ...]  # in order; later alternatives only where the earlier ones lead nowhere
-
-
-@dataclass(frozen=True)
-class RMSNormReading:
-    """The forward computes `variant`, with these attributes, as long as `configuration` holds."""
-
-    variant: RMSNormVariant
-    weight_name: str | None
-    eps_name: str
-    configuration: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,36 +13,11 @@ from torch import Tensor
 from npu_patch.numerics.closeness import distance
 from npu_patch.numerics.findings import unless_accident
 from npu_patch.numerics.room import quiet_room, values
-from npu_patch.ops.rope import VARIANTS, RoPEVariant, mix_sections
+from npu_patch.ops.readings import RoPEReading, Signature
+from npu_patch.ops.rope import VARIANTS, mix_sections
 
 BATCH, HEADS, KEY_HEADS, LENGTH, ROTARY_DIM, PASSED = 2, 3, 1, 5, 8, 4
 SECTIONS = [1, 2, 1]  # of M-RoPE, in pairs of ROTARY_DIM
-
-
-@dataclass(frozen=True)
-class Signature:
-    """The function's parameters: `tensors` to rotate come first; `dimension` is where the tables get their heads."""
-
-    names: tuple[str, ...]
-    tensors: tuple[str, ...]
-    dimension: str | None
-    default_dimension: int
-    sections: str | None
-    positions: str | None
-
-
-@dataclass(frozen=True)
-class RoPEReading:
-    """The function computes `variant`, of heads whose last dimensions pass through only if `partial`.
-
-    `unsqueeze_dim` is where the tables get their head dimension, if the function has no parameter for it, or None if
-    the tables already have one.
-    """
-
-    variant: RoPEVariant
-    signature: Signature
-    unsqueeze_dim: int | None
-    partial: bool
 
 
 def read_rope(function: Callable[..., Any]) -> RoPEReading | str:

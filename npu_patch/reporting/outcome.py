@@ -7,38 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from npu_patch.serving.calls import Calls
+
 PATCHED, SKIPPED, FAILED = "patched", "skipped", "failed"
 NOTHING_APPLIED = "nothing is applied"
-
-
-@dataclass
-class Calls:
-    """How often a replacement ran, and how often it called the original instead, and why.
-
-    `active` turns false when the site is restored: a reference to the replacement that somebody captured meanwhile
-    (a hook's bound method, a `from ... import`) then behaves as the original.
-    A replacement with several implementations counts in `ran_by` which one ran, and says in `declined` why another was
-    passed over when it was last asked.
-    `watch(args, kwargs)` is told of each call beforehand, if somebody wants to know; where it returns true, the
-    original answers, and nothing is counted.
-    """
-
-    active: bool = True
-    ran: int = 0
-    tuned: int = 0  # calls whose shapes a tuning file decides on
-    fell_through: Counter[str] = field(default_factory=Counter)
-    ran_by: Counter[str] = field(default_factory=Counter)
-    declined: dict[str, str] = field(default_factory=dict)
-    watch: Callable[[tuple[Any, ...], dict[str, Any]], bool | None] | None = None
-
-    def deactivate(self) -> None:
-        self.active = False
 
 
 @dataclass

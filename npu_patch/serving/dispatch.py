@@ -9,28 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from npu_patch.measuring.measure import (
-    ACCIDENTS,
-    DEVICE_LOST,
-    Alternative,
-    Case,
-    Measured,
-    Stopwatch,
-    answers,
-    check,
-    faster,
-    measure,
-    stopwatch,
-)
-from npu_patch.measuring.measured_on import here
-from npu_patch.measuring.measurements import Measurements, default_path
-from npu_patch.reporting.outcome import Calls
+from npu_patch.serving.calls import Calls
+from npu_patch.serving.case import ACCIDENTS, Case, Measured
 from npu_patch.serving.implementation import Choice, Implementation
 from npu_patch.sites.sites import LiveModules
 
@@ -152,70 +136,6 @@ class Selection:
             elif not self.verdicts:
                 found[candidate.name] = NO_LAYERS if self.asked else NO_MODEL
         return found
-
-
-@dataclass
-class Measurer:
-    """Turns cases into verdicts: from what was kept, else by measuring on `device`."""
-
-    device: torch.device
-    kept: Measurements
-    stopwatch: Stopwatch
-    _lost: bool = False
-
-    @classmethod
-    def of(cls, device_type: str, path: str | None) -> Measurer:
-        index = None if device_type == "cpu" else getattr(torch, device_type).current_device()
-        device = torch.device(device_type, index)
-        measured_on = here(device)
-        kept = Measurements.read(Path(path) if path else default_path(measured_on), measured_on)
-        return cls(device, kept, stopwatch(device))
-
-    def judge(self, case: Case, choice: Choice) -> Verdict:
-        """Times all that could serve the case, where times decide; else checks them."""
-        every, usual, timed = _competitors(case, choice)
-        measured = {each.name: self._measured(case, each, timed) for each in every}
-        if not timed:
-            return Verdict(case, None, "" if usual is None else usual.name, MappingProxyType(measured))
-        winner = faster([(each.name, measured[each.name]) for each in choice.candidates], measured[usual.name])
-        taken = next((each for each in choice.candidates if each.name == winner), None)
-        return Verdict(case, taken, usual.name, MappingProxyType(measured))
-
-    def knows(self, case: Case, choice: Choice) -> bool:
-        """Whether nothing has to run for `judge`."""
-        every, _, timed = _competitors(case, choice)
-        known = [self.kept.of(case.key, each.name) for each in every]
-        return not any(each is None or (timed and each == Measured()) for each in known)
-
-    def _measured(self, case: Case, alternative: Alternative, timed: bool) -> Measured:
-        found = self.kept.of(case.key, alternative.name)
-        if found is None or (timed and found == Measured()):
-            if timed:
-                found = measure(case, alternative, self.device, self.stopwatch)
-            else:
-                found = check(case, alternative, self.device)
-            if found.wrong is not None and not self._lost and not answers(self.device):
-                self._lost = True
-            elif found.wrong is not None and self._lost:
-                found = Measured(DEVICE_LOST)
-            if found.wrong not in ACCIDENTS:
-                self.kept.keep(case.key, alternative.name, found)
-        return found
-
-
-def _competitors(case: Case, choice: Choice) -> tuple[list[Alternative], Alternative | None, bool]:
-    """All that could serve the case, the usual one of them, and whether times decide."""
-    timed = bool(choice.candidates) and not choice.forced
-    usual = None if choice.chosen is None else _alternative(choice.chosen)
-    if timed and usual is None:
-        usual = case.original
-        if usual is None:
-            raise ValueError(f"{case.key}: no implementation and no original to compare {choice.candidates} with")
-    return [*map(_alternative, choice.candidates), *([] if usual is None else [usual])], usual, timed
-
-
-def _alternative(implementation: Implementation) -> Alternative:
-    return Alternative(implementation.name, implementation.run, implementation.unsupported)
 
 
 def _milliseconds(measured: Measured) -> str:

@@ -17,10 +17,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from npu_patch.ops.readings import RMSNormReading, RoPEReading
 from npu_patch.ops.rms_norm import RMSNormVariant
-from npu_patch.probe.rms_norm import RMSNormReading
-from npu_patch.probe.rope import RoPEReading
-from npu_patch.reporting.outcome import Calls
+from npu_patch.serving.calls import Calls
 
 
 class Abandoned(Exception):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from npu_patch import simulator
 from npu_patch.applying import api as lifecycle
 from npu_patch.applying.api import PatchedSite
+from npu_patch.commands.bench.measured import Measured
 from npu_patch.commands.console.output_file import output_file
 from npu_patch.commands.console.result import CommandError, Result
 from npu_patch.commands.console.steps import Steps, steps
@@ -32,28 +33,6 @@ SIMULATED = (
     "simulated NPU: its times mean nothing and are not shown; launches and MB moved are simulated counts, which are "
     "properties of the program"
 )
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One op at one set of shapes, or the step. Times in ms (None on the simulated NPU), counts there only. `failure`:
-    why there are neither."""
-
-    patch: str
-    site: str
-    shapes: str
-    patched: Timing | None = None
-    original: Timing | None = None
-    launches: tuple[int, int] | None = None  # patched, original
-    bytes: tuple[int, int] | None = None
-    failure: str | None = None
-
-    @property
-    def gain(self) -> float | None:
-        """How many times faster, or with how many times fewer launches, it is patched."""
-        if self.patched is not None and self.original is not None:
-            return self.original.median / self.patched.median
-        return None if self.launches is None or not self.launches[0] else self.launches[1] / self.launches[0]
 
 
 def run(options: argparse.Namespace) -> Result:

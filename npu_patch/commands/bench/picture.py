@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from npu_patch.commands.bench.command import Measured
+    from npu_patch.commands.bench.measured import Measured
 
 
 def draw(content: dict[str, Any], measured: Sequence[Measured], path: Path) -> None:

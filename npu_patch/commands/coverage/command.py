@@ -17,6 +17,7 @@ from npu_patch.commands.console.output_file import output_file
 from npu_patch.commands.console.result import CommandError, Result
 from npu_patch.commands.console.terminal import progress, table
 from npu_patch.commands.coverage.survey import PROCESSES, Family, Tally, survey
+from npu_patch.commands.coverage.totals import cell, totals
 from npu_patch.commands.subject.families import families, family_of, model_types, without_broken_torch_npu
 
 if TYPE_CHECKING:
@@ -97,15 +98,6 @@ def _matrix(options: argparse.Namespace, note: str | None) -> Result:
     return Result(content, lambda: [*_shown(found, content), *_written(options)], fine)
 
 
-def totals(found: list[Family]) -> dict[str, Tally]:
-    """By patch, over all families, in the order of the catalogue."""
-    from npu_patch.patches import CATALOGUE
-
-    return {
-        patch.name: sum((family.patches.get(patch.name, Tally()) for family in found), Tally()) for patch in CATALOGUE
-    }
-
-
 def _content(found: list[Family], modules: int, seconds: float, note: str | None) -> dict[str, Any]:
     import transformers
 
@@ -154,13 +146,6 @@ def summary(content: dict[str, Any]) -> str:
 
 def _any(tally: dict[str, Any]) -> int:
     return tally["patched"] + tally["by_registry"]
-
-
-def cell(tally: Tally | None) -> str:
-    """ "3" where all that was found is served, "3 of 4" where not."""
-    if tally is None or not tally.found:
-        return ""
-    return str(tally.served) if tally.served == tally.found else f"{tally.served} of {tally.found}"
 
 
 def _shown(found: list[Family], content: dict[str, Any]) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from npu_patch.reporting.page import page, table
 
 
 def page_of_families(found: list[Family], summary: str) -> str:
-    from npu_patch.commands.coverage.command import cell, totals
+    from npu_patch.commands.coverage.totals import cell, totals
 
     patches = list(totals(found))
 

@@ -29,8 +29,8 @@ from npu_patch.measuring.in_turns import Timing, in_turns
 from npu_patch.measuring.tuning import ORIGINAL, Decision, signature_for_json, signature_of, tuned, write
 from npu_patch.patches import CATALOGUE
 from npu_patch.patches.patch import Context, Replacement
-from npu_patch.reporting.outcome import Calls
 from npu_patch.reporting.rows import short_name
+from npu_patch.serving.calls import Calls
 from npu_patch.switches import TUNE, resolve
 
 DECLINES = "does not take it: "

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_patch.measuring.measure import ALLOWED_OF_PRODUCTS, Case
 from npu_patch.numerics.room import values
 from npu_patch.ops.attention import decode as attention_decode
 from npu_patch.ops.attention.band import CAUSAL_TOP_LEFT, Band, nothing_kept
-from npu_patch.ops.attention.fusion import Attention
+from npu_patch.ops.attention.call import Attention
+from npu_patch.serving.case import ALLOWED_OF_PRODUCTS, Case
 from npu_patch.serving.implementation import dtype_name
 
 SQUARE, MANY_KEYS, CACHES = (132,), (700,), (40, 700, 1100)

@@ -16,7 +16,7 @@ from torch import Tensor
 from npu_patch.serving.operators import Operator
 
 if TYPE_CHECKING:
-    from npu_patch.ops.attention.fusion import Attention
+    from npu_patch.ops.attention.call import Attention
 
 OPERATOR = Operator(
     "npu_fused_infer_attention_score",

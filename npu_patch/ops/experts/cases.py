@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_patch.measuring.measure import ALLOWED_OF_PRODUCTS, Case
 from npu_patch.ops.experts.grouped_matmul import Weights
 from npu_patch.ops.experts.routed import Experts, reference, silu_of_halves
+from npu_patch.serving.case import ALLOWED_OF_PRODUCTS, Case
 from npu_patch.serving.implementation import dtype_name
 
 EXPERTS, CHOICES, TOKENS = 3, 2, 12

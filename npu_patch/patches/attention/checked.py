@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from npu_patch.measuring.measure import Case
+from npu_patch.ops.attention.call import Attention
 from npu_patch.ops.attention.cases import CallForm, cases
-from npu_patch.ops.attention.fusion import Attention
 from npu_patch.patches.head_sizes import head_sizes
+from npu_patch.serving.case import Case
 from npu_patch.serving.dispatch import Selection
 from npu_patch.serving.implementation import Implementation
 from npu_patch.sites.names_used import names_used

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npu_patch.ops.attention.band import FULL, Band
-from npu_patch.ops.attention.fusion import Attention
+from npu_patch.ops.attention.call import Attention
 from npu_patch.patches.attention.checked import Attend
 from npu_patch.patches.attention.sdpa import refused
 from npu_patch.patches.patch import Unserved

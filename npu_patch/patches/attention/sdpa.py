@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npu_patch.ops.attention.band import CAUSAL_TOP_LEFT, FULL, Band, in_operator_shape, inverted
-from npu_patch.ops.attention.fusion import Attention
+from npu_patch.ops.attention.call import Attention
 from npu_patch.patches.attention.checked import Attend
 from npu_patch.patches.patch import Unfused, Unserved
 from npu_patch.serving.once_per_step import OncePerTensor

@@ -6,9 +6,9 @@ from collections.abc import Hashable, Iterable, Iterator
 
 from torch import Tensor
 
-from npu_patch.measuring.measure import Case
 from npu_patch.ops.experts.cases import ExpertsForm, case
 from npu_patch.ops.experts.routed import Experts
+from npu_patch.serving.case import Case
 from npu_patch.serving.dispatch import Selection
 from npu_patch.serving.implementation import Implementation
 

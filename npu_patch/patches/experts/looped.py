@@ -26,8 +26,8 @@ from npu_patch.patches.patch import Context, Replacement, Skip, Unserved, bind, 
 from npu_patch.patches.swiglu import Activations
 from npu_patch.probe.experts_looped import BlockReading, chosen, read_block, read_method
 from npu_patch.probe.swiglu import NoSwiGLU, SwiGLUReading, read_swiglu
-from npu_patch.reporting.outcome import Calls
 from npu_patch.serving.bypassed import LINEAR, MODULE_CALL, SILU, Bypassed
+from npu_patch.serving.calls import Calls
 from npu_patch.serving.dispatch import Selection
 from npu_patch.serving.listeners import listener, listener_among
 from npu_patch.sites.sites import Site, forwards, innermost, is_checkpointing_layer, parameter_names

@@ -19,8 +19,8 @@ from npu_patch.patches.experts.checked import checks, route
 from npu_patch.patches.experts.kind import Kinds
 from npu_patch.patches.patch import Context, Replacement, Skip, Unserved, bind, replacement_for
 from npu_patch.probe.experts import WEIGHTS, ExpertsReading, gate_of, read_experts, undeclared_conventions
-from npu_patch.reporting.outcome import Calls
 from npu_patch.serving.bypassed import SILU, Bypassed
+from npu_patch.serving.calls import Calls
 from npu_patch.serving.listeners import listener_among
 from npu_patch.sites.sites import LiveModules, Site, forwards, parameter_names
 

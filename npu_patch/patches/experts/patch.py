@@ -39,8 +39,8 @@ from npu_patch.patches.patch import (
     replacement_for,
 )
 from npu_patch.probe.experts import Convention, ExpertsReading, declared, read_experts
-from npu_patch.reporting.outcome import Calls
 from npu_patch.serving.bypassed import SILU, Bypassed
+from npu_patch.serving.calls import Calls
 from npu_patch.sites.sites import LiveModules, Site, forwards, innermost
 
 DOORS = ("grouped_mm", "batched_mm")

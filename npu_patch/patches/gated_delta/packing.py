@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from npu_patch.patches.patch import Replacement
-from npu_patch.reporting.outcome import Calls
+from npu_patch.serving.calls import Calls
 from npu_patch.serving.implementation import Choice, Implementation
 from npu_patch.serving.once_per_step import OncePerTensor
 from npu_patch.sites.names_used import names_used

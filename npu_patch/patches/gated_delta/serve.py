@@ -13,7 +13,7 @@ from npu_patch.patches.gated_delta.chain import Chain
 from npu_patch.patches.gated_delta.packing import refuse_if_untold
 from npu_patch.patches.patch import Unserved
 from npu_patch.probe.gated_delta import CONVOLUTION, RULE, UPDATE, Reading
-from npu_patch.reporting.outcome import Calls
+from npu_patch.serving.calls import Calls
 from npu_patch.serving.listeners import listener_to_all
 from npu_patch.serving.once_per_step import OncePerTensor
 

@@ -1,0 +1,46 @@
+"""What probes read of an original: which variant of an op it computes, and how it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from npu_patch.ops.rms_norm import RMSNormVariant
+from npu_patch.ops.rope import RoPEVariant
+
+
+@dataclass(frozen=True)
+class RMSNormReading:
+    """The forward computes `variant`, with these attributes, as long as `configuration` holds."""
+
+    variant: RMSNormVariant
+    weight_name: str | None
+    eps_name: str
+    configuration: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The function's parameters: `tensors` to rotate come first; `dimension` is where the tables get their heads."""
+
+    names: tuple[str, ...]
+    tensors: tuple[str, ...]
+    dimension: str | None
+    default_dimension: int
+    sections: str | None
+    positions: str | None
+
+
+@dataclass(frozen=True)
+class RoPEReading:
+    """The function computes `variant`, of heads whose last dimensions pass through only if `partial`.
+
+    `unsqueeze_dim` is where the tables get their head dimension, if the function has no parameter for it, or None if
+    the tables already have one.
+    """
+
+    variant: RoPEVariant
+    signature: Signature
+    unsqueeze_dim: int | None
+    partial: bool
