@@ -17,7 +17,7 @@ _HOME = {
     "report": "applying.api",
     "PatchError": "applying.api",
     "Outcome": "reporting.outcome",
-    "Report": "reporting.outcome",
+    "Report": "reporting.report",
     "Switches": "switches",
 }
 

@@ -22,7 +22,8 @@ from npu_patch.applying.dry_run import dry_run
 from npu_patch.measuring.measure import why_wrong
 from npu_patch.ops import add_rms_norm, rms_norm
 from npu_patch.ops.rms_norm import PLAIN_VARIANTS
-from npu_patch.reporting.outcome import Outcome, Report
+from npu_patch.reporting.outcome import Outcome
+from npu_patch.reporting.report import Report
 from npu_patch.serving.case import Alternative
 from npu_patch.serving.implementation import choose
 from npu_patch.switches import resolve

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import npu_patch
 from npu_patch.probe.add_rms_norm import NoAddRMSNorm, read_add_rms_norm
-from npu_patch.reporting.outcome import Outcome, Report
+from npu_patch.reporting.outcome import Outcome
+from npu_patch.reporting.report import Report
 from tests.gradients import relative_error
 from tests.own_layers import own_layer, own_modeling, run, same
 from tests.tiny_models import tiny, tiny_batch

@@ -14,7 +14,8 @@ import torch
 import npu_patch
 from npu_patch import log
 from npu_patch.numerics.error_text import LONGEST, error_text
-from npu_patch.reporting.outcome import Outcome, Report
+from npu_patch.reporting.outcome import Outcome
+from npu_patch.reporting.report import Report
 from tests.gradients import loss_and_gradients, relative_error
 from tests.tiny_models import tiny, tiny_batch
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor.experimental import context_parallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import npu_patch
-from npu_patch.reporting.outcome import Report
+from npu_patch.reporting.report import Report
 from npu_patch.serving.bypassed import Bypassed
 from tests.gradients import loss_and_gradients, relative_error
 from tests.tiny_models import tiny, tiny_batch

@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import npu_patch
 from npu_patch.ops.rms_norm import PLAIN_VARIANTS
-from npu_patch.reporting.outcome import Report
+from npu_patch.reporting.report import Report
 from npu_patch.serving import changed_later
 from npu_patch.serving.in_place_flow import Source, what_becomes
 from npu_patch.waiting.heads import Abandoned, DeferredHeads

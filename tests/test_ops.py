@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npu_patch import simulator
+from npu_patch.numerics import rotation
 from npu_patch.ops import rms_norm, rope, swiglu
 from npu_patch.serving.implementation import Implementation, choose
 
@@ -143,7 +144,7 @@ def test_rope_in_every_variant(index: int, output: str, width: int, npu: torch.d
     import dataclasses
 
     variant = dataclasses.replace(rope.VARIANTS[index], output=output)
-    batch = 1 if variant.pairing == rope.INTERLEAVE else 2
+    batch = 1 if variant.pairing == rotation.INTERLEAVE else 2
     table = (batch, 1, 9, variant.table.width(width))
     check_rope(variant, (2, 6, 9, 24), (2, 2, 9, 24), table, (torch.bfloat16, torch.float32), npu, False)
 

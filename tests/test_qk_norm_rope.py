@@ -20,9 +20,11 @@ from torch import Tensor, nn
 import npu_patch
 from npu_patch.kernels.readiness import why_not
 from npu_patch.measuring.measure import why_wrong
+from npu_patch.numerics import rotation
 from npu_patch.ops import qk_norm_rope, rms_norm, rope
 from npu_patch.ops.rms_norm import PLAIN_VARIANTS
-from npu_patch.reporting.outcome import Outcome, Report
+from npu_patch.reporting.outcome import Outcome
+from npu_patch.reporting.report import Report
 from npu_patch.serving import dispatch as selection
 from npu_patch.serving import implementation
 from npu_patch.serving.case import Alternative, Case, Measured
@@ -406,7 +408,7 @@ def test_what_is_measured_passes_its_self_check(
     parts = (choose(each, "npu").chosen.run for each in (rms_norm.IMPLEMENTATIONS, rope.IMPLEMENTATIONS))
     original = Alternative("apart", qk_norm_rope.one_after_the_other(*parts))
     sizes = qk_norm_rope.Sizes(3, 1, 16, rotary, dtype, weight_dtype)
-    case = qk_norm_rope.case(sizes, variant, rope.RoPEVariant(rope.HALF, rope.TABLES[0]), original)
+    case = qk_norm_rope.case(sizes, variant, rope.RoPEVariant(rotation.HALF, rope.TABLES[0]), original)
 
     def off(*call: object) -> list[Tensor]:
         assert call[2].shape[-1] == rotary

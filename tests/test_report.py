@@ -18,7 +18,8 @@ import transformers
 
 import npu_patch
 from npu_patch import log
-from npu_patch.reporting.outcome import FAILED, PATCHED, SKIPPED, Outcome, Report
+from npu_patch.reporting.outcome import FAILED, PATCHED, SKIPPED, Outcome
+from npu_patch.reporting.report import Report
 from tests.gradients import loss_and_gradients
 from tests.tiny_models import tiny, tiny_batch
 

@@ -11,7 +11,8 @@ import torch
 import npu_patch
 from npu_patch.kernels.readiness import why_not
 from npu_patch.measuring.tuning import ORIGINAL, Decision, write
-from npu_patch.reporting.outcome import Outcome, Report
+from npu_patch.reporting.outcome import Outcome
+from npu_patch.reporting.report import Report
 from tests.gradients import loss_and_gradients, relative_error
 from tests.tiny_models import tiny, tiny_batch
 

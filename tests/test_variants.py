@@ -10,9 +10,10 @@ from torch import Tensor
 
 import npu_patch
 from npu_patch.kernels.readiness import why_not
+from npu_patch.numerics.rotation import HALF
 from npu_patch.ops import add_rms_norm, gamma, qk_norm_rope, rms_norm
 from npu_patch.ops.rms_norm import GATED_VARIANTS, PLAIN_VARIANTS, RMSNormVariant
-from npu_patch.ops.rope import HALF, TABLES, RoPEVariant
+from npu_patch.ops.rope import TABLES, RoPEVariant
 from npu_patch.patches import CATALOGUE
 from npu_patch.probe import rms_norm as probe
 from npu_patch.serving.case import Alternative, Case

@@ -28,7 +28,8 @@ from npu_patch.measuring.tuning import read as read_tuning
 from npu_patch.numerics.findings import forget
 from npu_patch.patches import CATALOGUE
 from npu_patch.patches.patch import Context, Patch, Replacement
-from npu_patch.reporting.outcome import FAILED, NOTHING_APPLIED, PATCHED, SKIPPED, Outcome, Report, TuningFile
+from npu_patch.reporting.outcome import FAILED, NOTHING_APPLIED, PATCHED, SKIPPED, Outcome, TuningFile
+from npu_patch.reporting.report import Report
 from npu_patch.reporting.text import headline
 from npu_patch.serving.dispatch import NO_MODEL
 from npu_patch.serving.implementation import Choice, choose

@@ -12,7 +12,7 @@ import torch
 
 from npu_patch.applying.api import PatchedSite, PatchError, Walk, anything_applied
 from npu_patch.patches.patch import Patch
-from npu_patch.reporting.outcome import Report
+from npu_patch.reporting.report import Report
 from npu_patch.serving.implementation import Choice, choose
 from npu_patch.sites.sites import Site
 from npu_patch.switches import Switches, resolve

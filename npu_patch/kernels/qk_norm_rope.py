@@ -22,7 +22,7 @@ from npu_patch.kernels import launch, qk_norm_rope_backward, qk_norm_rope_forwar
 from npu_patch.kernels.partial_sums import sum_rows
 from npu_patch.kernels.variants import GAMMAS
 from npu_patch.numerics.results import changeable
-from npu_patch.ops.rope import HALF, table_gradients
+from npu_patch.numerics.rotation import HALF, table_gradients
 
 # As tuned on an H200; heads that are rotated in part hold two kinds of tiles, which suit other sizes.
 FORWARD = launch.Tile(bytes_per_element=24, elements=2048, least_bytes=24)

@@ -17,10 +17,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from npu_patch.numerics.closeness import difference
-from npu_patch.numerics.room import quiet_room, values
+from npu_patch.numerics.room import quiet_room
+from npu_patch.numerics.values import numbers, values
 from npu_patch.serving.case import ACCIDENTS, FEW_TOKENS, OUT_OF_MEMORY, Alternative, Case, Measured, Stopwatch
 
 # Of the largest input that is timed: 4096 tokens of a model 4096 wide, in 32 heads.
@@ -28,7 +28,6 @@ ELEMENTS, MOST_ROWS = 2**24, 2**17
 WARM_UPS, RUNS, IN_A_ROW = 3, 7, 4
 ENOUGH_S = 0.5  # of one alternative: fewer runs where they take that long
 GRADIENTS = 4.0  # times ALLOWED: a gradient passes through several roundings
-PERIOD = 8191  # of the values of large inputs: a prime, so that no two rows are equal
 
 
 def measure(case: Case, alternative: Alternative, device: torch.device, stopwatch: Stopwatch) -> Measured:
@@ -107,14 +106,6 @@ def _why_wrong(case: Case, alternative: Alternative, device: torch.device, token
         if not far <= bar:
             return f"self-check: {name} is {far:.2g} of its size off"
     return None
-
-
-def numbers(shape: Sequence[int], seed: int, dtype: torch.dtype) -> Tensor:
-    """`values`, repeated where there are many of them: Python makes them one by one."""
-    count = math.prod(shape)
-    if count <= PERIOD:
-        return values(shape, seed, dtype)
-    return values((PERIOD,), seed).repeat(-(-count // PERIOD))[:count].view(tuple(shape)).to(dtype)
 
 
 def _median_time(case: Case, alternative: Alternative, device: torch.device, stopwatch: Stopwatch) -> float:

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from npu_patch import log
 from npu_patch.kernels.readiness import is_simulated
 from npu_patch.measuring.measurer import Measurer
-from npu_patch.reporting.outcome import Outcome, Report
+from npu_patch.reporting.outcome import Outcome
+from npu_patch.reporting.report import Report
 from npu_patch.serving.case import Case
 from npu_patch.serving.dispatch import Selection, Verdict
 from npu_patch.sites.journal import Journal

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_patch.numerics.room import values
+from npu_patch.numerics.values import values
 
 # How far a result may be from the variant's own formula, relative to the largest element. bfloat16 has 8 significant
 # bits: two formulas that round in another order differ by one unit in the last place, 2**-7 at the most.

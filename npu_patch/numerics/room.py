@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import array
 import contextlib
-import functools
 import logging
-import math
 import random
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils import _python_dispatch
 
@@ -102,20 +98,3 @@ def silent(loggers: Iterable[logging.Logger]) -> Iterator[None]:
                     setattr(each, once, attributes[once])
                 else:
                     delattr(each, once)
-
-
-def values(shape: Sequence[int], seed: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
-    """Random numbers from a normal distribution, the same for the same seed, as a CPU leaf tensor.
-
-    Made from Python's own generator through a buffer: `zero.Init` and `init_empty_weights` replace torch's factory
-    functions, and torch's random state is the training script's.
-    """
-    numbers = bytearray(_random_bytes(math.prod(shape), seed))
-    tensor = torch.frombuffer(numbers, dtype=torch.float32).view(tuple(shape)).to(dtype)
-    return tensor.requires_grad_(grad)
-
-
-@functools.lru_cache(maxsize=256)
-def _random_bytes(count: int, seed: int) -> bytes:
-    generator = random.Random(seed)
-    return array.array("f", (generator.gauss(0.0, 1.0) for _ in range(count))).tobytes()

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from npu_patch.kernels.variants import GAMMAS
-from npu_patch.measuring.measure import numbers
+from npu_patch.numerics.rotation import HALF
+from npu_patch.numerics.values import numbers
 from npu_patch.ops.rms_norm import CASE_EPS, FLOAT_DTYPES, RMSNormVariant
-from npu_patch.ops.rope import HALF, RoPEVariant, rotate
+from npu_patch.ops.rope import RoPEVariant, rotate
 from npu_patch.serving.case import Alternative, Case
 from npu_patch.serving.implementation import TRITON, Implementation, dtype_name, is_plain, layout, needs_triton
 

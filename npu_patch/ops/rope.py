@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from npu_patch.numerics.results import changeable
-from npu_patch.numerics.room import values
+from npu_patch.numerics.rotation import HALF, INTERLEAVE, rotate_pairs, table_gradients
+from npu_patch.numerics.values import values
 from npu_patch.serving.case import Case
 from npu_patch.serving.implementation import Implementation, dtype_name, is_plain, layout, needs_operators
 from npu_patch.serving.operators import Operator
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NPU_ROTARY_MUL = Operator("npu_rotary_mul", ("rotary_mode",))  # _Rotate is its derivative
-HALF, INTERLEAVE = "half", "interleave"
 
 
 @dataclass(frozen=True)
@@ -118,16 +118,6 @@ def rotate(
     return rotated
 
 
-def rotate_pairs(x: Tensor, pairing: str) -> Tensor:
-    """The quarter turn: (a, b) becomes (-b, a) for each pair."""
-    if pairing == HALF:
-        first, second = x.chunk(2, -1)
-        return torch.cat((-second, first), -1)
-    if pairing == INTERLEAVE:
-        return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
-    raise ValueError(f"pairing is {pairing!r}; accepted are {HALF!r} and {INTERLEAVE!r}")
-
-
 def deinterleave(x: Tensor) -> Tensor:
     """Elements 0, 2, 4, ... and then 1, 3, 5, ..."""
     return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
@@ -178,16 +168,6 @@ class _Rotate(torch.autograd.Function):
             table_gradients(list(zip(grads, tensors, strict=True)), cos, ctx.pairing) if tensors else (None,) * 2
         )
         return None, None, d_cos if needs_cos else None, d_sin if needs_sin else None, *inputs
-
-
-def table_gradients(rotated: Sequence[tuple[Tensor, Tensor]], table: Tensor, pairing: str) -> tuple[Tensor, Tensor]:
-    """Of cos and sin, both like `table`, from the gradient of each rotated tensor beside that tensor before it."""
-    d_cos = d_sin = 0.0
-    for dy, x in rotated:
-        dy, x = (each[..., : table.shape[-1]].to(torch.promote_types(each.dtype, torch.float32)) for each in (dy, x))
-        d_cos = d_cos + (dy * x).sum_to_size(table.shape)
-        d_sin = d_sin + (dy * rotate_pairs(x, pairing)).sum_to_size(table.shape)
-    return d_cos.to(table.dtype), d_sin.to(table.dtype)
 
 
 def _rotate_first(kernel: Callable[..., Tensor], x: Tensor, cos: Tensor, sin: Tensor, pairing: str) -> Tensor:

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from npu_patch.numerics.error_text import error_text
 from npu_patch.numerics.findings import unless_accident
-from npu_patch.numerics.room import quiet_room, random_state_kept, silent, values
+from npu_patch.numerics.room import quiet_room, random_state_kept, silent
+from npu_patch.numerics.values import values
 from npu_patch.probe.recorded_layer import Recording, Trial, arguments, attributes_of, is_module_class, loggers, make
 from npu_patch.probe.recorded_layer import same as same_result
 from npu_patch.probe.unknowns import NotKnown, Path, TooManyPaths, any_deferred, every_path

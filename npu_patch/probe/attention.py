@@ -16,7 +16,8 @@ from torch import Tensor
 from npu_patch.numerics.closeness import distance
 from npu_patch.numerics.error_text import error_text
 from npu_patch.numerics.findings import unless_accident
-from npu_patch.numerics.room import quiet_room, values
+from npu_patch.numerics.room import quiet_room
+from npu_patch.numerics.values import values
 from npu_patch.ops.attention.band import CAUSAL_TOP_LEFT, FULL, Band
 
 BATCH, HEADS, KEY_HEADS, QUERIES, KEYS, HEAD_DIM, VALUE_DIM = 2, 6, 2, 3, 5, 8, 4

@@ -20,7 +20,8 @@ from torch import Tensor
 from npu_patch.numerics.closeness import distance
 from npu_patch.numerics.error_text import error_text
 from npu_patch.numerics.findings import unless_accident
-from npu_patch.numerics.room import quiet_room, random_state_kept, values
+from npu_patch.numerics.room import quiet_room, random_state_kept
+from npu_patch.numerics.values import values
 from npu_patch.ops.experts.grouped_matmul import Weights
 from npu_patch.ops.experts.routed import Experts, reference, silu_of_halves
 from npu_patch.probe.stand_in import Missing, StandIn

@@ -19,7 +19,8 @@ from torch import Tensor
 from npu_patch.numerics.closeness import difference, gradients
 from npu_patch.numerics.error_text import error_text
 from npu_patch.numerics.findings import remembered, unless_accident
-from npu_patch.numerics.room import quiet_room, values
+from npu_patch.numerics.room import quiet_room
+from npu_patch.numerics.values import values
 from npu_patch.probe.gated_delta_reference import convolution, recurrence
 
 RULE, CONVOLUTION, UPDATE = "gated delta rule", "causal convolution", "causal convolution's update"

@@ -18,7 +18,8 @@ from torch import Tensor
 from npu_patch.numerics.closeness import difference
 from npu_patch.numerics.error_text import error_text
 from npu_patch.numerics.findings import Findings, unless_accident
-from npu_patch.numerics.room import quiet_room, values
+from npu_patch.numerics.room import quiet_room
+from npu_patch.numerics.values import values
 from npu_patch.ops.gated_delta.calls import ConvolutionCall, RuleCall
 from npu_patch.probe.gated_delta_reference import convolution, recurrence
 from npu_patch.serving.implementation import Implementation

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_patch.numerics.room import values
+from npu_patch.numerics.values import values
 from npu_patch.probe.unknowns import Path, Unknown
 from npu_patch.sites.names_used import names_used
 from npu_patch.sites.sites import innermost

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from npu_patch.numerics.closeness import distance
 from npu_patch.numerics.findings import unless_accident
-from npu_patch.numerics.room import quiet_room, values
+from npu_patch.numerics.room import quiet_room
+from npu_patch.numerics.values import values
 from npu_patch.ops.readings import RoPEReading, Signature
 from npu_patch.ops.rope import VARIANTS, mix_sections
 

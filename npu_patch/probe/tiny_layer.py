@@ -11,7 +11,7 @@ from torch import Tensor
 
 from npu_patch.numerics.error_text import error_text
 from npu_patch.numerics.findings import unless_accident
-from npu_patch.numerics.room import values
+from npu_patch.numerics.values import values
 from npu_patch.sites.sites import innermost
 
 BATCH, LENGTH, HIDDEN, HEADS, KEY_HEADS, HEAD_DIM = 2, 5, 12, 6, 2, 8

@@ -1,15 +1,10 @@
-"""What happened at each site, and the report that says so; live counters included.
-
-How it looks is in report_rows.py (what is put together), report_text.py and report_page.py.
-"""
+"""What happened at each site, live counters included. report.py says it, by rows.py (what is put together), text.py and
+page.py."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from npu_patch.serving.calls import Calls
@@ -62,9 +57,8 @@ class TuningFile:
 
 
 @dataclass
-class Report:
-    """The outcomes of an `apply()`. Counters are live: print it again after a forward pass. `nothing_because`: why no
-    site was even looked for."""
+class Outcomes:
+    """Those of an `apply()`, with what it noted and warned of. `nothing_because`: why no site was even looked for."""
 
     device: str
     outcomes: list[Outcome] = field(default_factory=list)
@@ -101,28 +95,3 @@ class Report:
     @property
     def failed(self) -> list[Outcome]:
         return self.with_status(FAILED)
-
-    def json(self, indent: int | None = 2) -> str:
-        content = {
-            "device": self.device,
-            "nothing_because": self.nothing_because,
-            "notes": self.remarks,
-            "warnings": self.warnings,
-            "outcomes": [outcome.as_dict() for outcome in self.outcomes],
-        }
-        return json.dumps(content, indent=indent)
-
-    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The report as one HTML page that needs nothing else; written to the file `path` too, if there is one."""
-        from npu_patch.reporting.page import page_of_report
-
-        page = page_of_report(self)
-        if path is not None:
-            Path(path).write_text(page, encoding="utf-8")
-        return page
-
-    def __str__(self) -> str:
-        """A table of at most 100 columns, whatever the model."""
-        from npu_patch.reporting.text import text_of_report
-
-        return text_of_report(self)

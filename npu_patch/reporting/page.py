@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from npu_patch.reporting.outcome import PATCHED, Report
+from npu_patch.reporting.outcome import PATCHED, Outcomes
 from npu_patch.reporting.rows import Row, rows
 from npu_patch.reporting.text import headline
 
@@ -23,7 +23,7 @@ td { border-bottom: 1px solid #dde1e6; }
 """
 
 
-def page_of_report(report: Report) -> str:
+def page_of_report(report: Outcomes) -> str:
     messages = [f'<p class="note">{escape(note)}</p>' for note in report.remarks]
     messages += [f'<p class="warning">{escape(warning)}</p>' for warning in report.warnings]
     header = ("patch", "status", "sites", "layers", "ran", "fell through")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from npu_patch.reporting.outcome import NOTHING_APPLIED, PATCHED, Report
+from npu_patch.reporting.outcome import NOTHING_APPLIED, PATCHED, Outcomes
 from npu_patch.reporting.rows import Row, rows
 
 WIDTH = 100
@@ -14,7 +14,7 @@ MOST_NAMES = 3
 GAP = "  "
 
 
-def text_of_report(report: Report) -> str:
+def text_of_report(report: Outcomes) -> str:
     lines = [*_wrapped(headline(report))]
     found = rows(report.outcomes)
     if found:
@@ -26,7 +26,7 @@ def text_of_report(report: Report) -> str:
     return "\n".join(lines)
 
 
-def headline(report: Report) -> str:
+def headline(report: Outcomes) -> str:
     """What became of everything, in one line."""
     if report.nothing_because == NOTHING_APPLIED:
         return f"npu_patch: {NOTHING_APPLIED}"

@@ -7,11 +7,9 @@ own.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 OPTIONS = "NPU_PATCH_SIMULATOR_OPTIONS"  # also in children/sitecustomize.py
@@ -37,18 +35,3 @@ def let_children_simulate(options: dict[str, object] | None) -> None:
 def stop_waiting_for_torch() -> None:
     """A script that calls `start()` itself has its own options."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "SimulateOnImport"]
-
-
-def start_in_child(import_torch: Callable[[], None]) -> None:
-    """Called while torch is being imported. Where torch would not load torch_npu there is no NPU, simulated or not."""
-    from . import start
-
-    try:
-        importlib.metadata.version("torch_npu")
-    except importlib.metadata.PackageNotFoundError:
-        import_torch()
-        return
-    if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
-        import_torch()
-        return
-    start(**json.loads(os.environ[OPTIONS]), import_torch=import_torch)

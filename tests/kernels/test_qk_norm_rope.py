@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from npu_patch.kernels.qk_norm_rope import QKNorm, packed_qk_norm_rope, qk_norm_rope
+from npu_patch.numerics.rotation import HALF
 from npu_patch.ops.rms_norm import PLAIN_VARIANTS
-from npu_patch.ops.rope import HALF, TABLES, RoPEVariant
+from npu_patch.ops.rope import TABLES, RoPEVariant
 from tests.kernels.exactness import ONE_MACHINE, assert_exact, in_turn, normal
 
 pytestmark = pytest.mark.usefixtures("machine")

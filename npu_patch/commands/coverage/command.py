@@ -23,7 +23,7 @@ from npu_patch.commands.subject.families import families, family_of, model_types
 if TYPE_CHECKING:
     import torch
 
-    from npu_patch.reporting.outcome import Report
+    from npu_patch.reporting.report import Report
 
 
 def run(options: argparse.Namespace) -> Result:

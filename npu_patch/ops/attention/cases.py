@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_patch.numerics.room import values
+from npu_patch.numerics.values import values
 from npu_patch.ops.attention import decode as attention_decode
 from npu_patch.ops.attention.band import CAUSAL_TOP_LEFT, Band, nothing_kept
 from npu_patch.ops.attention.call import Attention

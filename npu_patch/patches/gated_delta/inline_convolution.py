@@ -23,7 +23,8 @@ from torch import Tensor
 from npu_patch.numerics.closeness import distance
 from npu_patch.numerics.error_text import error_text
 from npu_patch.numerics.findings import remembered, unless_accident
-from npu_patch.numerics.room import quiet_room, random_state_kept, values
+from npu_patch.numerics.room import quiet_room, random_state_kept
+from npu_patch.numerics.values import values
 from npu_patch.ops.gated_delta.causal_conv1d import causal_conv1d
 from npu_patch.probe.gated_delta import CONVOLUTION, Reading
 from npu_patch.serving.listeners import listener

@@ -33,10 +33,10 @@ def simulate(import_torch):
     root = os.path.dirname(os.path.dirname(os.path.dirname(HERE)))
     sys.path.insert(0, root)
     try:
-        from npu_patch.simulator import inherit
+        from npu_patch.simulator import child
     finally:
         sys.path.remove(root)
-    inherit.start_in_child(import_torch)
+    child.start_in_child(import_torch)
 
 
 def run_hidden():
