@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import re
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from npu_patch import log
+from npu_patch import devices, log
 from npu_patch.applying import new_layers
 from npu_patch.applying.options_kept import Kept, in_words, kept_at
 from npu_patch.applying.patched_site import PatchedSite, as_they_stand, bound_since, own_forwards
@@ -51,7 +50,6 @@ from npu_patch.waiting.heads import takes_part_as
 
 STILL_IN_PLACE = "still in place from an earlier apply(); call restore() first"
 TUNED_ORIGINAL = "tuned: the original is the fastest for every shape that was measured"
-DEVICE_TYPES = ("npu", "cuda", "cpu")
 
 
 class PatchError(RuntimeError):
@@ -80,14 +78,14 @@ def apply(
     if model is not None and not isinstance(model, torch.nn.Module):
         raise TypeError(f"apply() takes a torch.nn.Module or nothing, not {type(model).__name__}")
     resolved = resolve(switches)
-    report = Report(device=describe(device_type))
+    report = Report(device=devices.described(device_type))
     if not resolved["patch"]:
         report.nothing_because = f"switched off by {resolved.sources['patch']}"
         if anything_applied():
             report.warnings.append(f"{report.nothing_because}: {STILL_IN_PLACE}")
         _tell(report)
         return report
-    reason = lacking(device_type)
+    reason = devices.why_none(device_type)
     if reason is not None:
         report.nothing_because = f"no {device_type} device ({reason})"
         if strict:
@@ -139,7 +137,7 @@ def report() -> Report:
     """Everything that is applied now, counters included, as one report."""
     if _STATE.device_type is None:
         return Report(device="no device", nothing_because=NOTHING_APPLIED)
-    combined = Report(device=describe(_STATE.device_type))
+    combined = Report(device=devices.described(_STATE.device_type))
     for each in _STATE.reports:
         known = {id(outcome.calls) for outcome in combined.outcomes}
         combined.outcomes += [outcome for outcome in each.outcomes if id(outcome.calls) not in known]
@@ -480,22 +478,9 @@ class Walk:
 
 def _checked_device(device: str) -> str:
     device_type = str(device).split(":", 1)[0]  # any index: the tensors of every device of a type are served
-    if device_type not in DEVICE_TYPES or not re.fullmatch(r"\w+(:\d+)?", str(device)):
-        raise ValueError(f"apply(device={device!r}): accepted are {', '.join(DEVICE_TYPES)}")
+    if device_type not in devices.TYPES or not re.fullmatch(r"\w+(:\d+)?", str(device)):
+        raise ValueError(f"apply(device={device!r}): accepted are {', '.join(devices.TYPES)}")
     return device_type
-
-
-def lacking(device_type: str) -> str | None:
-    """Why there is no such device here, or None."""
-    if device_type == "cpu":
-        return None
-    if device_type == "cuda":
-        return None if torch.cuda.is_available() else "torch.cuda.is_available() is False"
-    try:
-        importlib.import_module("torch_npu")
-    except Exception as error:  # a broken CANN raises more than ImportError
-        return f"torch_npu cannot be imported: {error}"
-    return None if torch.npu.is_available() else "torch.npu.is_available() is False"
 
 
 def _absent(choice: Choice) -> set[str]:
@@ -531,9 +516,3 @@ def _tell(report: Report) -> None:
         log.warning(message)
     for outcome in report.failed:
         log.warning(f"{outcome.patch}: {outcome.site} failed: {outcome.reason}")
-
-
-def describe(device_type: str) -> str:
-    simulator = sys.modules.get("npu_patch.simulator")
-    simulated = device_type == "npu" and simulator is not None and simulator.is_active()
-    return f"{device_type} (simulated)" if simulated else device_type

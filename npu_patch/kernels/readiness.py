@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
 
 import torch
+
+from npu_patch.devices import is_simulated
 
 ASCEND_BACKEND = "triton.backends.ascend"
 
@@ -30,9 +31,3 @@ def _why_no_ascend() -> str | None:
     except ModuleNotFoundError:  # a triton without any backends
         found = None
     return None if found else "this triton has no Ascend backend: triton-ascend is not installed, or was overwritten"
-
-
-def is_simulated() -> bool:
-    """Whether the NPU of this process is the simulated one."""
-    simulator = sys.modules.get("npu_patch.simulator")
-    return simulator is not None and simulator.is_active()

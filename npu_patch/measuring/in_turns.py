@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from npu_patch.devices import synchronize
+
 WARM_UPS = 3
 SHORTEST = 2e-3  # seconds that one sample lasts: shorter ones are runs in a row, divided
 
@@ -58,11 +60,6 @@ def _timing(times: list[float], peak: int | None) -> Timing:
         return Timing(times[0], times[0], times[0], peak)
     low, median, high = statistics.quantiles(times, n=4, method="inclusive")
     return Timing(median, low, high, peak)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
 
 
 def _peak(form: Callable[[], None], device: torch.device) -> int | None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from npu_patch import devices
 from npu_patch.version import __version__
 
 PACKAGES = ("torch", "torch_npu", "triton", "triton-ascend", "transformers")
@@ -43,10 +43,8 @@ def here(device: torch.device) -> MeasuredOn:
         versions["CUDA"] = str(torch.version.cuda)
     if device.type == "cpu":
         return MeasuredOn(platform.processor() or "cpu", versions)
-    simulator = sys.modules.get("npu_patch.simulator")
-    simulated = device.type == "npu" and simulator is not None and simulator.is_active()
-    chip = str(getattr(torch, device.type).get_device_name(device))
-    return MeasuredOn(f"simulated {chip}" if simulated else chip, versions)
+    chip = devices.chip(device)
+    return MeasuredOn(f"simulated {chip}" if devices.is_simulated(device.type) else chip, versions)
 
 
 def _version(name: str) -> str | None:

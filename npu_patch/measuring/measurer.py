@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 import torch
 
+from npu_patch import devices
 from npu_patch.measuring.measure import answers, check, faster, measure, stopwatch
 from npu_patch.measuring.measured_on import here
 from npu_patch.measuring.measurements import Measurements, default_path
@@ -27,8 +28,7 @@ class Measurer:
 
     @classmethod
     def of(cls, device_type: str, path: str | None) -> Measurer:
-        index = None if device_type == "cpu" else getattr(torch, device_type).current_device()
-        device = torch.device(device_type, index)
+        device = devices.current(device_type)
         measured_on = here(device)
         kept = Measurements.read(Path(path) if path else default_path(measured_on), measured_on)
         return cls(device, kept, stopwatch(device))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 
 from npu_patch import log
-from npu_patch.kernels.readiness import is_simulated
+from npu_patch.devices import is_simulated
 from npu_patch.measuring.measurer import Measurer
 from npu_patch.reporting.outcome import Outcome
 from npu_patch.reporting.report import Report

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from npu_patch.devices import ACCELERATORS
 from npu_patch.ops.rms_norm import CASE_EPS, RMSNormVariant, unsupported_by_triton
 from npu_patch.serving.case import Alternative, Case
 from npu_patch.serving.implementation import TRITON, Implementation, dtype_name, is_plain, layout, needs_triton
@@ -42,7 +43,7 @@ def _unsupported(variant: RMSNormVariant, x: Tensor, residual: Tensor, weight: T
 # Called with the norm's variant, x and residual `[..., D]`, weight `[D]` or None, and eps, `run` returns the norm of
 # x + residual, and x + residual.
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation(TRITON, ("npu", "cuda"), _triton, _unsupported, needs_triton, optional=True),
+    Implementation(TRITON, ACCELERATORS, _triton, _unsupported, needs_triton, optional=True),
 )
 
 

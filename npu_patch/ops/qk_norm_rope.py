@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_patch.devices import ACCELERATORS
 from npu_patch.kernels.variants import GAMMAS
 from npu_patch.numerics.rotation import HALF
 from npu_patch.numerics.values import numbers
@@ -119,7 +120,7 @@ def reference(q: Heads, k: Heads, cos: Tensor, sin: Tensor, rope: RoPEVariant) -
 # Called with q, k, cos, sin and the rotation, `run` returns q `[B, H, S, D]` and k `[B, K, S, D]`. cos and sin are
 # `[B or 1, S, R]` as the original takes them.
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation(TRITON, ("npu", "cuda"), _triton, _unsupported, needs_triton, optional=True),
+    Implementation(TRITON, ACCELERATORS, _triton, _unsupported, needs_triton, optional=True),
 )
 
 

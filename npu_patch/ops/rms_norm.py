@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from npu_patch.devices import ACCELERATORS
 from npu_patch.kernels import variants as of_kernels
 from npu_patch.ops.gamma import GAMMAS, NONE, gamma_of
 from npu_patch.serving.case import Case
@@ -256,7 +257,7 @@ def _by(kernel: Callable[[Tensor, Tensor | None, float], Tensor]) -> Callable[..
 
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation(TRITON, ("npu", "cuda"), _triton_rms_norm, unsupported_by_triton, needs_triton, optional=True),
+    Implementation(TRITON, ACCELERATORS, _triton_rms_norm, unsupported_by_triton, needs_triton, optional=True),
     Implementation("torch_npu.npu_rms_norm", ("npu",), _by(_npu_rms_norm), _unsupported, needs_operators(NPU_RMS_NORM)),
     Implementation("torch.nn.functional.rms_norm", ("cuda", "cpu"), _by(_torch_rms_norm), _unsupported),
 )

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from npu_patch.devices import ACCELERATORS
 from npu_patch.serving.case import Case
 from npu_patch.serving.implementation import (
     TRITON,
@@ -98,7 +99,7 @@ def _unsupported_tensors(*tensors: Tensor | None) -> str | None:
 
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation(TRITON, ("npu", "cuda"), _triton_swiglu, _unsupported_triton, needs_triton, optional=True),
+    Implementation(TRITON, ACCELERATORS, _triton_swiglu, _unsupported_triton, needs_triton, optional=True),
     Implementation("torch_npu.npu_swiglu", ("npu",), _npu_swiglu, _unsupported, needs_operators(NPU_SWIGLU)),
     Implementation("torch, float32", ("cuda", "cpu"), _torch_swiglu, _unsupported),
 )

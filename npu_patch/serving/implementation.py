@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_patch.kernels.readiness import is_simulated, why_not
+from npu_patch.devices import is_simulated
+from npu_patch.kernels.readiness import why_not
 from npu_patch.serving.operators import Operator
 
 TRITON = "triton"
@@ -84,7 +85,7 @@ def choose(
 def _why_left_out(optional: bool | str, source: str, device_type: str) -> str | None:
     if optional is False:
         return f"switched off by {source}"
-    if optional == "auto" and device_type == "npu" and is_simulated():
+    if optional == "auto" and is_simulated(device_type):
         return "times on the simulated device mean nothing"
     return None
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from npu_patch import simulator
+from npu_patch import devices, simulator
 from npu_patch.applying import api as lifecycle
 from npu_patch.applying.api import PatchedSite
 from npu_patch.commands.bench.measured import Measured
@@ -45,11 +45,11 @@ def run(options: argparse.Namespace) -> Result:
         measured = _ops(model, batch, device, options.samples, progress)
         measured.append(_step(model, batch, device, options.samples))
         progress.done()
-    simulated = device.type == "npu" and simulator.is_active()
+    simulated = devices.is_simulated(device.type)
     content = {
         "model": options.model,
-        "device": lifecycle.describe(device.type),
-        "chip": chip(device),
+        "device": devices.described(device.type),
+        "chip": devices.chip(device),
         "dtype": options.dtype,
         "tokens": batch["input_ids"].shape[1],
         "note": SIMULATED if simulated else None,
@@ -73,17 +73,13 @@ def prepared(options: argparse.Namespace) -> tuple[torch.device, torch.nn.Module
     if not switches["patch"]:
         raise CommandError(f"{switches.sources['patch']} switches everything off: there is nothing to measure")
     device = models.device_of(options)
-    tiny = options.tiny or device.type == "cpu" or simulator.is_active()
+    tiny = options.tiny or device.type == "cpu" or devices.is_simulated()
     source = models.source_of(options.model) if tiny else models.real_source_of(options.model)
     model = source.make(0, False).to(DTYPES[options.dtype]).to(device)
     length = options.tokens or min(models.positions_of(model), 64 if tiny else 4096)
     batch = models.batch_for(model, batch=1, length=length)
     models.require_it_runs(model, batch, options.model)
     return device, model, batch
-
-
-def chip(device: torch.device) -> str:
-    return "cpu" if device.type == "cpu" else str(getattr(torch, device.type).get_device_name(0))
 
 
 def require_matplotlib() -> None:
@@ -138,7 +134,7 @@ def _step(model: torch.nn.Module, batch: dict[str, torch.Tensor], device: torch.
             step()
 
     named = ("step", f"LoRA, r={RANK}", _shapes(batch))
-    if device.type == "npu" and simulator.is_active():
+    if devices.is_simulated(device.type):
         return _measure(*named, patched, step, device, samples)
     try:
         forms = in_blocks(adapted, step, device, samples)
@@ -171,7 +167,7 @@ def _measure(
     samples: int,
 ) -> Measured:
     try:
-        if device.type == "npu" and simulator.is_active():
+        if devices.is_simulated(device.type):
             counted = [_counted(form) for form in (patched, original)]
             launches, moved = zip(*counted, strict=True)
             return Measured(patch, site, shapes, launches=tuple(launches), bytes=tuple(moved))

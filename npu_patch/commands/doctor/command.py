@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -17,6 +16,7 @@ from npu_patch.commands.console.result import CommandError, Result
 from npu_patch.commands.console.terminal import progress, table
 from npu_patch.commands.doctor.faults import Complaint, complaints, variables_of, wrong_switches
 from npu_patch.commands.doctor.findings import OPERATORS, PACKAGES, Findings, look
+from npu_patch.devices import is_simulated
 from npu_patch.switches import PREFIX, SWITCHES, TUNE, Switch, resolve
 from npu_patch.version import __version__
 
@@ -34,15 +34,13 @@ def run(options: argparse.Namespace) -> Result:
 
 
 def _findings(python: str, options: argparse.Namespace) -> Findings:
-    simulator = sys.modules.get("npu_patch.simulator")
-    simulated = simulator is not None and simulator.is_active()
     with progress(quiet=options.json) as bar:
         task = bar.add_task("looking around", total=None)
         return look(
             python,
             os.environ,
             timeout=options.timeout,
-            simulated=simulated,
+            simulated=is_simulated(),
             done=lambda probes: bar.update(task, total=probes, advance=1),
         )
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_patch import devices
 from npu_patch.commands.console.result import CommandError
 from npu_patch.commands.subject.families import model_types, unknown
 from npu_patch.commands.subject.tiny_model import auto_class, few_layers, tiny_model
@@ -28,12 +29,12 @@ class Source:
 
 def device_of(options: argparse.Namespace) -> torch.device:
     """Raises `CommandError` for a device that is none here."""
-    from npu_patch.applying.api import DEVICE_TYPES, lacking
-
     name, colon, index = options.device.partition(":")
-    if name not in DEVICE_TYPES or (colon and not index.isdecimal()):
-        raise CommandError(f"--device {options.device}: accepted are {', '.join(DEVICE_TYPES)}, and npu:0 and the like")
-    reason = lacking(name)
+    if name not in devices.TYPES or (colon and not index.isdecimal()):
+        raise CommandError(
+            f"--device {options.device}: accepted are {', '.join(devices.TYPES)}, and npu:0 and the like"
+        )
+    reason = devices.why_none(name)
     if reason is not None:
         raise CommandError(f"--device {options.device}: {reason}")
     count = 1 if name == "cpu" else getattr(torch, name).device_count()

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from npu_patch import simulator
+from npu_patch import devices
 from npu_patch.applying import api as lifecycle
 from npu_patch.applying.api import PatchedSite
-from npu_patch.commands.bench.command import DTYPES, chip, prepared, recorded_step
+from npu_patch.commands.bench.command import DTYPES, prepared, recorded_step
 from npu_patch.commands.console.output_file import output_file
 from npu_patch.commands.console.result import CommandError, Result
 from npu_patch.commands.console.steps import Steps, steps
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> Result:
     if options.samples < FEWEST:
         raise CommandError(f"--samples {options.samples}: accepted are numbers from {FEWEST}, which have quartiles")
     device, model, batch = prepared(options)
-    if device.type == "npu" and simulator.is_active():
+    if devices.is_simulated(device.type):
         note = "simulated NPU: its times mean nothing; this file is of no use on a real one, where it is refused"
     else:
         note = None
@@ -63,8 +63,8 @@ def run(options: argparse.Namespace) -> Result:
     write(options.output, device.type, [each.decision for each in found])
     content = {
         "model": options.model,
-        "device": lifecycle.describe(device.type),
-        "chip": chip(device),
+        "device": devices.described(device.type),
+        "chip": devices.chip(device),
         "file": str(options.output),
         "note": note,
         "not_tuned": left,
@@ -110,7 +110,7 @@ def alternatives(held: PatchedSite, patch: Any, device_type: str, switches: Any)
     """By the implementation's name, what would stand at the site with each that this machine has."""
     found = {held.outcome.implementation: held.replacement}
     for each in patch.implementations:
-        if each.optional and device_type == "npu" and simulator.is_active():
+        if each.optional and devices.is_simulated(device_type):
             continue  # in triton's interpreter: minutes for times that mean nothing
         if each.name not in found and device_type in each.device_types and each.missing() is None:
             other = patch.replace(held.site, Context(device_type, each, switches))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_patch import devices
 from npu_patch.applying import api as lifecycle
 from npu_patch.applying.api import PatchedSite
 from npu_patch.commands.console.result import CommandError, Result
@@ -95,7 +96,7 @@ def run(options: argparse.Namespace) -> Result:
     if not any(check.patch != "model" for check in checks):
         checks.append(failed("", "none", "", "sites", "; ".join(["nothing in this model is patched", *notes])))
     fine = not any(check.failure for check in checks)
-    content = {"model": source.described, "device": lifecycle.describe(device.type), "fine": fine}
+    content = {"model": source.described, "device": devices.described(device.type), "fine": fine}
     content["notes"] = list(notes)
     content["checks"] = [asdict(check) for check in checks]
     return Result(content, lambda: _shown(content, checks), fine)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_patch import devices
 from npu_patch.ops.gated_delta import fla, mindspeed
 from npu_patch.ops.gated_delta.calls import ConvolutionCall, RuleCall
 from npu_patch.ops.gated_delta.causal_conv1d import ACTIVATIONS, causal_conv1d, causal_conv1d_update
@@ -25,7 +26,6 @@ from npu_patch.serving.implementation import Implementation, is_plain, layout, n
 from npu_patch.serving.operators import Operator
 
 OWN = "torch, float32"
-DEVICE_TYPES = ("npu", "cuda", "cpu")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -106,14 +106,14 @@ RULE_PROVIDERS: tuple[Implementation, ...] = (
         "no backward; documented for -1 <= g only, which cannot be known without reading g; states in bfloat16",
     ),
     _declined(Operator("npu_recurrent_gated_delta_rule"), "states in bfloat16, the model's cache is float32"),
-    Implementation(OWN, DEVICE_TYPES, _run_rule, _unsupported_rule),
+    Implementation(OWN, devices.TYPES, _run_rule, _unsupported_rule),
 )
 CONVOLUTION_PROVIDERS: tuple[Implementation, ...] = (
     fla.CONVOLUTION,
     _declined(Operator("npu_fused_causal_conv1d"), "Ascend 950 and width 3 only, no backward"),
-    Implementation(OWN, DEVICE_TYPES, _run_convolution, _unsupported_convolution),
+    Implementation(OWN, devices.TYPES, _run_convolution, _unsupported_convolution),
 )
 UPDATE_PROVIDERS: tuple[Implementation, ...] = (
     _declined(Operator("npu_fused_causal_conv1d"), "Ascend 950 and width 3 only"),
-    Implementation(OWN, DEVICE_TYPES, _run_update, _unsupported_convolution),
+    Implementation(OWN, devices.TYPES, _run_update, _unsupported_convolution),
 )

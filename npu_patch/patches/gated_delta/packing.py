@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_patch import devices
 from npu_patch.patches.patch import Replacement
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.implementation import Choice, Implementation
@@ -30,7 +31,7 @@ REMEDY = (
     "Pass both seq_idx and cu_seq_lens_q to a model of transformers 5.9 or newer, as "
     "DataCollatorWithFlattening(return_seq_idx=True, return_flash_attn_kwargs=True) does"
 )
-_REFUSED = Implementation("refused", ("npu", "cuda", "cpu"), run=lambda: None, unsupported=lambda: None)
+_REFUSED = Implementation("refused", devices.TYPES, run=lambda: None, unsupported=lambda: None)
 # The arguments of the model whose forward is running in this thread.
 _GIVEN: ContextVar[Mapping[str, Any] | None] = ContextVar("npu_patch packed sequences", default=None)
 _RESTARTS = OncePerTensor()
