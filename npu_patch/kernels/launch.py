@@ -21,8 +21,10 @@ import torch
 # exhausted. The compiler refuses a kernel that needs more, and double-buffers one that needs less than half.
 UNIFIED_BUFFER = 192 * 1024
 MOST_WARPS = 16
+KEPT = 1024  # tilings, by shapes: a training with packing or padding meets many lengths
 # What runs the kernels of a device type instead of triton's own launcher: the simulator's, for "npu".
 RUNNERS: dict[str, Callable[[Any, int, tuple[Any, ...], dict[str, Any]], None]] = {}
+_AS_IT_IS = contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -115,21 +117,62 @@ def warps(tile: Tile, elements: int) -> int:
 def launch(
     kernel: Any, device: torch.device, grid: int, *arguments: Any, num_warps: int | None = None, **constants: Any
 ) -> None:
-    """Runs `kernel` as `grid` programs. `num_warps` is for CUDA: nothing depends on it but time."""
-    if device.type == "cuda" and num_warps is not None:
-        constants["num_warps"] = num_warps
-    if device.type in RUNNERS:
-        RUNNERS[device.type](kernel, grid, arguments, constants)
+    """Runs `kernel` as `grid` programs. `num_warps` is for CUDA: nothing depends on it but time.
+
+    Triton's own way to what it has compiled (binding the arguments by name, a key in text, checks of globals) costs the
+    host more than most of these kernels cost the device, so what it compiled is kept, under all that it depends on.
+    """
+    runner = RUNNERS.get(device.type)
+    if runner is not None:
+        runner(kernel, grid, arguments, constants)
         return
+    key = (id(kernel), device, num_warps, *map(_specialization, arguments), *constants.values())
+    compiled = _COMPILED.get(key)
     with _current(device):
-        kernel[(grid,)](*arguments, **constants)
+        if compiled is not None:
+            compiled.kernel[(grid, 1, 1)](*arguments, *compiled.constants)
+            return
+        options = {"num_warps": num_warps} if device.type == "cuda" and num_warps is not None else {}
+        _keep(key, kernel, kernel[(grid,)](*arguments, **constants, **options), constants)
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """What triton made of a kernel for arguments of one kind, and what it is given after these."""
+
+    kernel: Any
+    constants: tuple[Any, ...]
+
+
+# By the kernel (which lives as long as its module), and by what triton compiles it anew for.
+_COMPILED: dict[tuple[Any, ...], _Compiled] = {}
+
+
+def _keep(key: tuple[Any, ...], kernel: Any, made: Any, constants: dict[str, Any]) -> None:
+    signature = getattr(getattr(made, "src", None), "signature", None)
+    if signature is None:  # the interpreter compiles nothing
+        return
+    # Newer tritons pass constants on to the launcher, and have them in the signature; triton-ascend 3.2 does not.
+    passed = [constants[name] for name in kernel.arg_names if name in constants]
+    _COMPILED[key] = _Compiled(made, tuple(passed) if "constexpr" in signature.values() else ())
+
+
+def _specialization(value: Any) -> Any:
+    """What triton looks at in an argument: a tensor's dtype and alignment; whether an integer is 1 or a multiple of 16,
+    and its width."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype if value.data_ptr() % 16 == 0 else (value.dtype, "unaligned")
+    if type(value) is int:
+        return 1 if value == 1 else (value % 16 == 0, -(2**31) <= value < 2**31)
+    return type(value)
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, which under a device map is not always the tensors'."""
-    module = getattr(torch, device.type, None)
-    guard: Callable[..., Any] | None = getattr(module, "device", None) if device.type != "cpu" else None
-    return contextlib.nullcontext() if guard is None else guard(device)
+    module = getattr(torch, device.type, None) if device.type != "cpu" else None
+    if module is None or device.index in (None, module.current_device()):
+        return _AS_IT_IS
+    return module.device(device)
 
 
 def _power_of_two_within(length: int) -> int:

@@ -11,6 +11,7 @@ anything that can be rebound.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -171,12 +172,13 @@ def forward(
     q, k, cos, sin = _adjacent(q), _adjacent(k), _adjacent(cos), _adjacent(sin)
     q_out = torch.empty(q.shape, dtype=dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=dtype, device=k.device)
+    machine = launch.machine_of(q.device)
     tile = FORWARD if cos.shape[-1] == q.shape[-1] else PARTIAL_FORWARD
-    tiling = _tiling(q, k, cos, tile)
+    tiling = _tiling(machine, q.shape, k.shape[2], cos.shape[-1], tile)
     launch.launch(
         qk_norm_rope_forward.forward,
         q.device,
-        launch.programs(launch.machine_of(q.device), tiling.blocks, tile),
+        launch.programs(machine, tiling.blocks, tile),
         q,
         k,
         q_out,
@@ -220,7 +222,7 @@ def backward(
     q, k, cos, sin, dq_out, dk_out = (_adjacent(x) for x in (q, k, cos, sin, dq_out, dk_out))
     machine = launch.machine_of(q.device)
     tile = BACKWARD if cos.shape[-1] == q.shape[-1] else PARTIAL_BACKWARD
-    tiling = _tiling(q, k, cos, tile)
+    tiling = _tiling(machine, q.shape, k.shape[2], cos.shape[-1], tile)
     needs_weights = needs_q_weight or needs_k_weight
     grid = launch.programs(machine, tiling.blocks, tile, leave_partial_sums=needs_weights)
     head_dim = q.shape[-1]
@@ -292,10 +294,9 @@ class _Tiling:
         return self.q_blocks + self.k_blocks
 
 
-def _tiling(q: Tensor, k: Tensor, cos: Tensor, tile: launch.Tile) -> _Tiling:
-    machine = launch.machine_of(q.device)
-    batch, length, q_heads, head_dim = q.shape
-    k_heads, rotary = k.shape[2], cos.shape[-1]
+@functools.lru_cache(launch.KEPT)
+def _tiling(machine: launch.Machine, q: torch.Size, k_heads: int, rotary: int, tile: launch.Tile) -> _Tiling:
+    batch, length, q_heads, head_dim = q
     half = launch.width(machine, rotary // 2)
     rest = launch.width(machine, head_dim - rotary) if rotary < head_dim else 0
     row = 2 * half + rest

@@ -6,6 +6,8 @@ rounded once. Kept for the backward: gate and up.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -38,7 +40,7 @@ class _SwiGLU(torch.autograd.Function):
 def forward(gate: Tensor, up: Tensor) -> Tensor:
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     tensors, rows, columns = _rows([gate, up, y])
-    block, grid, num_warps = _tiling(gate.device, rows, columns, FORWARD)
+    block, grid, num_warps = _tiling(launch.machine_of(gate.device), rows, columns, FORWARD)
     strides = [tensor.stride(0) for tensor in tensors]
     launch.launch(_forward, gate.device, grid, *tensors, rows, columns, *strides, num_warps=num_warps, BLOCK=block)
     return y
@@ -51,7 +53,7 @@ def backward(
     d_up = torch.empty(up.shape, dtype=up.dtype, device=up.device) if needs_up else None
     made = [tensor for tensor in (d_gate, d_up) if tensor is not None]
     (dy_rows, gate_rows, up_rows, *made_rows), rows, columns = _rows([dy, gate, up, *made])
-    block, grid, num_warps = _tiling(gate.device, rows, columns, BACKWARD)
+    block, grid, num_warps = _tiling(launch.machine_of(gate.device), rows, columns, BACKWARD)
     launch.launch(
         _backward,
         gate.device,
@@ -84,8 +86,8 @@ def _rows(tensors: list[Tensor]) -> tuple[list[Tensor], int, int]:
     return flat, flat[0].shape[0], columns
 
 
-def _tiling(device: torch.device, rows: int, columns: int, tile: launch.Tile) -> tuple[int, int, int]:
-    machine = launch.machine_of(device)
+@functools.lru_cache(launch.KEPT)
+def _tiling(machine: launch.Machine, rows: int, columns: int, tile: launch.Tile) -> tuple[int, int, int]:
     block = min(launch.tile_rows(machine, tile, 1, rows * columns), launch.power_of_two(columns))
     return block, launch.programs(machine, rows * triton.cdiv(columns, block), tile), launch.warps(tile, block)
 
