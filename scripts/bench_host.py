@@ -72,9 +72,8 @@ def main() -> None:
         for site, patched, original in ops(family, device, options.triton):
             ratio = patched.both / original.both
             reached.append(ratio <= OP_GOAL)
-            parts = (
-                f"{getattr(patched, part):7.1f} / {getattr(original, part):7.1f}" for part in ("forward", "backward")
-            )
+            forward = f"{patched.forward:7.1f} / {original.forward:7.1f}"
+            backward = f"{patched.backward:7.1f} / {original.backward:7.1f}"
             verdict = "" if reached[-1] else "   goal missed"
             print(f"{family:<10} {site:<46} {forward}   {backward}   = {ratio:.2f}{verdict}", flush=True)
     print(f"{sum(reached)} of {len(reached)} calls reach the goal")
