@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from npu_patch.commands.families import without_broken_torch_npu
+from npu_patch.commands.subject.families import without_broken_torch_npu
 
 if "torch" not in sys.modules:
     without_broken_torch_npu()  # it is not measured here
@@ -33,13 +33,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 import npu_patch
-from npu_patch.commands import models
-from npu_patch.commands.bench import recorded_step
-from npu_patch.commands.recording import Call, function_of
-from npu_patch.commands.snapshot import snapshot
-from npu_patch.lifecycle import patched_sites
-from npu_patch.patches.mask_pattern import plain
-from npu_patch.report_rows import short_name
+from npu_patch.applying.api import patched_sites
+from npu_patch.commands.bench.command import recorded_step
+from npu_patch.commands.replay.recording import Call, function_of
+from npu_patch.commands.replay.snapshot import snapshot
+from npu_patch.commands.subject import models
+from npu_patch.reporting.rows import short_name
+from npu_patch.waiting.masks import plain
 
 FAMILIES = ("qwen3", "qwen3_moe", "qwen3_5")
 OP_GOAL, STEP_GOAL = 0.8, 0.75
