@@ -18,7 +18,7 @@ from npu_patch.commands.replay.bars import Error, why_not
 from npu_patch.commands.replay.float64 import everything_in_float64, in_float64
 from npu_patch.commands.replay.snapshot import snapshot
 from npu_patch.kernels import readiness
-from npu_patch.patches.patch import Unserved
+from npu_patch.serving.replacement import Unserved
 from tests.gradients import relative_error
 from tests.tiny_models import tiny, tiny_batch
 

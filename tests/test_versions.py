@@ -14,7 +14,7 @@ import transformers
 
 from npu_patch.patches.attention import sdpa as attention_sdpa
 from npu_patch.patches.gated_delta import chain as gated_delta_chain
-from npu_patch.patches.patch import Unserved
+from npu_patch.serving.replacement import Unserved
 from tests.tiny_models import FAMILIES
 from tests.version_cells import DIFFERENT, EQUAL, FAILED, NO_FAMILY, SKIPPED, Cell, cells_of
 

@@ -105,7 +105,7 @@ def normalize(
     y = kernel(x, gamma, eps)
     if gated:
         y = y * variant.gate(gate.float())
-    return y.to(output_dtype)
+    return y if y.dtype == output_dtype else y.to(output_dtype)
 
 
 def _normalized(x: Tensor, eps: float) -> Tensor:

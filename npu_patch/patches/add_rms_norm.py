@@ -27,18 +27,7 @@ from npu_patch.numerics.room import in_quiet_room
 from npu_patch.ops import rms_norm
 from npu_patch.ops.add_rms_norm import IMPLEMENTATIONS, Sizes, case, one_after_the_other
 from npu_patch.ops.rms_norm import RMSNormVariant
-from npu_patch.patches.patch import (
-    NOT_FASTER,
-    Context,
-    Patch,
-    Pending,
-    Replacement,
-    Skip,
-    TakenOver,
-    Unfused,
-    Unserved,
-    replacement_for,
-)
+from npu_patch.patches.patch import NOT_FASTER, Context, Patch, Replacement, Skip
 from npu_patch.probe.add_rms_norm import AddRMSNormReading, NoAddRMSNorm, read_add_rms_norm
 from npu_patch.serving.bypassed import Bypassed
 from npu_patch.serving.calls import Calls
@@ -46,6 +35,7 @@ from npu_patch.serving.case import Alternative, Case
 from npu_patch.serving.dispatch import Selection
 from npu_patch.serving.implementation import choose, is_plain
 from npu_patch.serving.listeners import listener
+from npu_patch.serving.replacement import TakenOver, Unfused, Unserved, replacement_for
 from npu_patch.sites.sites import CHECKPOINTING_LAYER, LiveModules, Site, forwards, innermost, is_checkpointing_layer
 from npu_patch.waiting.heads import NORMS
 from npu_patch.waiting.sums import Addition, DeferredBranch
@@ -81,7 +71,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         variant: RMSNormVariant, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor] | str:
         call = (variant, x, residual, weight, eps)
-        serving = selection.serving(Sizes.of(variant, x, weight), calls, *call)
+        serving = selection.serving(_key_of, calls, *call)
         if isinstance(serving, str):
             return serving
         calls.ran += 1
@@ -118,11 +108,15 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         if y.device.type != device_type:
             return Unfused(result, f"its result is on {y.device.type}")
         branch = DeferredBranch(y, Addition(fuse, not_fused))
-        return Pending((branch, *others) if reading.in_tuple else branch)
+        return TakenOver((branch, *others) if reading.in_tuple else branch)
 
     names = ", ".join(dict.fromkeys(reading.layer.__name__ for reading in readings))
     function = replacement_for(original, calls, serve, bypassed=Bypassed())
     return Replacement(function, f"in {names}", calls, None, selection, alone=False)
+
+
+def _key_of(variant: RMSNormVariant, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> Sizes:
+    return Sizes.of(variant, x, weight)
 
 
 class Callers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -10,9 +9,6 @@ from typing import Any
 
 import torch
 
-from npu_patch.numerics.findings import Unobserved
-from npu_patch.numerics.room import in_quiet_room
-from npu_patch.serving.bypassed import Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.dispatch import Cases, Selection
 from npu_patch.serving.implementation import Choice, Implementation
@@ -111,92 +107,6 @@ class Patch:
     options: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     around: bool = False
-
-
-@dataclass(frozen=True)
-class Unserved:
-    """Why a replacement lets this one call through to the original."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Unfused:
-    """A result that the replacement had to compute in the original's own way, because by then parts of it (modules
-    with dropout, say) had already run; and why."""
-
-    result: Any
-    reason: str
-
-
-@dataclass(frozen=True)
-class TakenOver:
-    """A result that another patch's replacement, further out, asked for: it counts the call, this one does not."""
-
-    result: Any
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A result that is served later, if at all: the replacement counts the call itself once that is known."""
-
-    result: Any
-
-
-def replacement_for(
-    original: Callable[..., Any],
-    calls: Calls,
-    serve: Callable[..., Any],
-    named_after: Callable[..., Any] | None = None,
-    *,
-    bypassed: Bypassed | None = None,
-) -> Callable[..., Any]:
-    """A function with the original's name and signature that returns `serve(*args, **kwargs)`, or the original's
-    result where `serve` returns `Unserved`, and counts which. `named_after` is the function inside a wrapped one.
-    `bypassed`: the functions of others that the original finds and `serve` does not, if not those of its own code."""
-    bypassed = Bypassed.by(named_after or original) if bypassed is None else bypassed
-
-    @functools.wraps(named_after or original)
-    def replacement(*args: Any, **kwargs: Any) -> Any:
-        if not calls.active:
-            return original(*args, **kwargs)
-        # A count would be a guard to the compiler; and what a probe calls is nobody's step.
-        if torch.compiler.is_compiling() or in_quiet_room():
-            result = serve(*args, **kwargs)
-        else:
-            if calls.watch is not None and calls.watch(args, kwargs):
-                return original(*args, **kwargs)
-            reason = bypassed.why_not()
-            if reason is not None:
-                calls.fell_through[reason] += 1
-                return original(*args, **kwargs)
-            calls.ran += 1  # before: checkpointing's recomputation leaves a forward by an exception once it has enough
-            try:
-                result = serve(*args, **kwargs)
-            except Unobserved as accident:
-                result = Unserved(str(accident))
-            if isinstance(result, (Unserved, Unfused)):
-                calls.ran -= 1
-                calls.fell_through[result.reason] += 1
-            elif isinstance(result, (TakenOver, Pending)):
-                calls.ran -= 1
-        if isinstance(result, Unserved):
-            return original(*args, **kwargs)
-        return result.result if isinstance(result, (Unfused, TakenOver, Pending)) else result
-
-    return replacement
-
-
-def bind(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any] | None:
-    """The arguments in the order of `names`, None for one not given; None if they do not fit."""
-    if len(args) > len(names):
-        return None
-    bound = [*args, *[None] * (len(names) - len(args))]
-    for name, value in kwargs.items():
-        if name not in names or names.index(name) < len(args):
-            return None
-        bound[names.index(name)] = value
-    return bound
 
 
 @dataclass

@@ -22,17 +22,9 @@ from torch import Tensor
 from npu_patch.ops import rms_norm, rope
 from npu_patch.ops.qk_norm_rope import IMPLEMENTATIONS, Heads, Sizes, case, one_after_the_other, rotary_width
 from npu_patch.ops.readings import RoPEReading
+from npu_patch.ops.rope import RoPEVariant
 from npu_patch.patches.head_sizes import rotary_widths
-from npu_patch.patches.patch import (
-    NOT_FASTER,
-    Context,
-    Patch,
-    Replacement,
-    Skip,
-    Unfused,
-    Unserved,
-    replacement_for,
-)
+from npu_patch.patches.patch import NOT_FASTER, Context, Patch, Replacement, Skip
 from npu_patch.probe.qk_norm_rope import NoQKNormRoPE, QKNormRoPEReading, read_qk_norm_rope
 from npu_patch.serving.bypassed import Bypassed
 from npu_patch.serving.calls import Calls
@@ -40,6 +32,7 @@ from npu_patch.serving.case import Alternative, Case
 from npu_patch.serving.dispatch import Selection
 from npu_patch.serving.implementation import choose
 from npu_patch.serving.listeners import listener
+from npu_patch.serving.replacement import Unfused, Unserved, replacement_for
 from npu_patch.sites.names_used import names_used
 from npu_patch.sites.sites import CHECKPOINTING_LAYER, LiveModules, Site, forwards, is_checkpointing_layer
 from npu_patch.waiting.heads import NORMS, ROTATIONS, Abandoned, Deferral, DeferredHeads, RoPESite, deferring
@@ -73,7 +66,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         if not reading.partial and rotary_width(cos, reading.variant) != q.x.shape[-1]:
             raise Abandoned("tables narrower than the head")
         call = (q_heads, k_heads, cos, sin, reading.variant)
-        serving = selection.serving(Sizes.of(q_heads, k_heads, cos, reading.variant), calls, *call)
+        serving = selection.serving(_key_of, calls, *call)
         if isinstance(serving, str):
             raise Abandoned(serving)
         return serving.run(*call)
@@ -97,6 +90,10 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
     return Replacement(
         replacement_for(original, calls, serve, bypassed=Bypassed()), found.name, calls, selection=selection
     )
+
+
+def _key_of(q: Heads, k: Heads, cos: Tensor, sin: Tensor, variant: RoPEVariant) -> Sizes:
+    return Sizes.of(q, k, cos, variant)
 
 
 def _cases(

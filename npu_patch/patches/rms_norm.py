@@ -19,24 +19,15 @@ import torch
 from torch import Tensor
 
 from npu_patch.ops.readings import RMSNormReading
-from npu_patch.ops.rms_norm import HALF_DTYPES, IMPLEMENTATIONS, case
-from npu_patch.patches.patch import (
-    Context,
-    Patch,
-    Readings,
-    Replacement,
-    Skip,
-    TakenOver,
-    Unserved,
-    bind,
-    replacement_for,
-)
+from npu_patch.ops.rms_norm import HALF_DTYPES, IMPLEMENTATIONS, RMSNormVariant, case
+from npu_patch.patches.patch import Context, Patch, Readings, Replacement, Skip
 from npu_patch.probe.rms_norm import read_rms_norm
 from npu_patch.serving.bypassed import SILU, Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import Case
 from npu_patch.serving.changed_later import Callers
 from npu_patch.serving.listeners import listener_among, listener_to_all
+from npu_patch.serving.replacement import TakenOver, Unserved, are_tensors, bind, replacement_for
 from npu_patch.sites.sites import (
     CHECKPOINTING_LAYER,
     LiveModules,
@@ -81,14 +72,14 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         bound = bind(names, args, kwargs)
-        if bound is not None and isinstance(bound[0], DeferredSum):
+        if bound is not None and type(bound[0]) is DeferredSum:
             half = bound[0].dtype in HALF_DTYPES
             changed = callers.why_changed_later(self, bound[:1]) if half else None
             normed = None if changed else _with_its_sum(readings.of(self), self, bound[0])
             if normed is not None:
                 return TakenOver(normed)
             bound[0] = bound[0].tensor(changed or "")
-        if bound is None or not all(isinstance(value, Tensor) for value in bound):
+        if bound is None or not are_tensors(bound):
             return Unserved("arguments that are no tensors")
         x, *gate = bound
         if x.device.type != device_type:
@@ -113,7 +104,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
             calls.declined["the input itself"] = f"a copy is kept: {changed}"
             x, *gate = (tensor.clone() for tensor in (x, *gate))
         call = (reading.variant, x, weight, eps, *gate)
-        serving = selection.serving(_key(reading, x.shape[-1], x.dtype, weight), calls, *call)
+        serving = selection.serving(_key_of, calls, *call)
         if isinstance(serving, str):
             return Unserved(serving)
         return serving.run(*call, gate_in_float32=in_float32)
@@ -142,8 +133,12 @@ def _is_kept_by_the_original(x: Tensor, weight: Tensor | None, *gate: Tensor) ->
     return any(tensor is not None and tensor.requires_grad for tensor in (x, weight, *gate))
 
 
-def _key(reading: RMSNormReading, width: int, dtype: torch.dtype, weight: Tensor | None) -> Hashable:
-    return reading.variant.name, width, dtype, None if weight is None else weight.dtype
+def _key_of(variant: RMSNormVariant, x: Tensor, weight: Tensor | None, eps: float, *gate: Tensor) -> Hashable:
+    return _key(variant, x.shape[-1], x.dtype, weight)
+
+
+def _key(variant: RMSNormVariant, width: int, dtype: torch.dtype, weight: Tensor | None) -> Hashable:
+    return variant.name, width, dtype, None if weight is None else weight.dtype
 
 
 def _cases(cls: type, readings: Readings, live: LiveModules) -> Iterator[tuple[Hashable, Case]]:
@@ -153,7 +148,10 @@ def _cases(cls: type, readings: Readings, live: LiveModules) -> Iterator[tuple[H
         weight = getattr(module, reading.weight_name) if reading is not None and reading.weight_name else None
         if weight is not None:
             width = weight.shape[-1]
-            yield _key(reading, width, live.dtype, weight), case(reading.variant, width, live.dtype, weight.dtype)
+            yield (
+                _key(reading.variant, width, live.dtype, weight),
+                case(reading.variant, width, live.dtype, weight.dtype),
+            )
 
 
 PATCH = Patch("rms_norm", "rms_norm", IMPLEMENTATIONS, find, replace, options=("gated_rmsnorm_fp32",))

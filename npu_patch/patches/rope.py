@@ -20,10 +20,11 @@ from torch import Tensor
 from npu_patch.ops.readings import RoPEReading
 from npu_patch.ops.rope import IMPLEMENTATIONS, CallSizes, case, mix_sections, rotate
 from npu_patch.patches.head_sizes import head_sizes
-from npu_patch.patches.patch import Context, Patch, Replacement, Skip, TakenOver, Unserved, bind, replacement_for
+from npu_patch.patches.patch import Context, Patch, Replacement, Skip
 from npu_patch.probe.rope import read_rope
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import Case
+from npu_patch.serving.replacement import TakenOver, Unserved, bind, replacement_for
 from npu_patch.sites.names_used import names_used
 from npu_patch.sites.sites import LiveModules, Site, functions, unwrapped
 from npu_patch.waiting import heads as deferred_norm

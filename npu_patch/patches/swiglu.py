@@ -23,22 +23,13 @@ from torch import Tensor
 from npu_patch.ops.recomputed import recomputed
 from npu_patch.ops.swiglu import IMPLEMENTATIONS, case, kept_for_the_backward
 from npu_patch.patches.experts.kind import activation_kind, in_mode
-from npu_patch.patches.patch import (
-    Context,
-    Patch,
-    Readings,
-    Replacement,
-    Skip,
-    Unfused,
-    Unserved,
-    bind,
-    replacement_for,
-)
+from npu_patch.patches.patch import Context, Patch, Readings, Replacement, Skip
 from npu_patch.probe.swiglu import NoSwiGLU, SwiGLUReading, computes_silu, read_swiglu
 from npu_patch.serving.bypassed import MODULE_CALL, SILU, Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import Case
 from npu_patch.serving.listeners import listener
+from npu_patch.serving.replacement import Unfused, Unserved, bind, replacement_for
 from npu_patch.sites.sites import (
     CHECKPOINTING_LAYER,
     LiveModules,
@@ -97,7 +88,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         gate = getattr(self, found.gate)(x)
         up = None if found.up is None else getattr(self, found.up)(x)
         call = (gate,) if up is None else (gate, up)
-        serving = selection.serving((gate.shape[-1], gate.dtype), calls, *call)
+        serving = selection.serving(_key_of, calls, *call)
         if isinstance(serving, str):
             gate, up = gate.chunk(2, -1) if up is None else (gate, up)
             return Unfused(down(activations.of(self)(gate) * up), serving)
@@ -116,6 +107,10 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
     bypassed = Bypassed.by(original, SILU, MODULE_CALL)
     function = replacement_for(original, calls, serve, bypassed=bypassed)
     return Replacement(function, found.name, calls, selection=selection, observe=observe)
+
+
+def _key_of(gate: Tensor, up: Tensor | None = None) -> Hashable:
+    return gate.shape[-1], gate.dtype
 
 
 def _cases(cls: type, found: SwiGLUReading, live: LiveModules) -> Iterator[tuple[Hashable, Case]]:

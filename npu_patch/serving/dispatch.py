@@ -69,10 +69,15 @@ class Selection:
         """Whether times decide what serves it."""
         return bool(self.choice.candidates) and not self.choice.forced
 
-    def serving(self, key: Hashable, calls: Calls, *call: Any) -> Implementation | str:
-        """The implementation for one call, asked with `unsupported(*call)`; or why none takes it."""
-        preferred = self._preferred(key)
+    def serving(self, key_of: Callable[..., Hashable], calls: Calls, *call: Any) -> Implementation | str:
+        """The implementation for one call, asked with `unsupported(*call)`; or why none takes it. `key_of(*call)` is
+        asked only where something depends on it."""
         usual = self.choice.chosen
+        if usual is not None and not self.choice.candidates and not self.wrong:
+            reason = usual.unsupported(*call)
+            return usual if reason is None else reason
+        key = key_of(*call)
+        preferred = self._preferred(key)
         reason = "no implementation"
         for implementation in (*preferred, usual) if usual is not None else preferred:
             reason = self.why_wrong(implementation.name, key) if self.wrong else None

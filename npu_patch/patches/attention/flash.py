@@ -17,9 +17,9 @@ from npu_patch.ops.attention.band import FULL, Band
 from npu_patch.ops.attention.call import Attention
 from npu_patch.patches.attention.checked import Attend
 from npu_patch.patches.attention.sdpa import refused
-from npu_patch.patches.patch import Unserved
 from npu_patch.serving.implementation import is_plain
 from npu_patch.serving.once_per_step import HOST_READS, Ends, OncePerTensor
+from npu_patch.serving.replacement import Unserved
 
 _HIDDEN = OncePerTensor()
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from npu_patch.ops.attention.band import Band
 from npu_patch.patches.attention.checked import Attend
-from npu_patch.patches.patch import Unfused, Unserved
 from npu_patch.serving.implementation import is_plain
 from npu_patch.serving.once_per_step import HOST_READS
+from npu_patch.serving.replacement import Unfused, Unserved
 from npu_patch.waiting.masks import Pattern, PatternMask, plain, read_mask_function
 
 

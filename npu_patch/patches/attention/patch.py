@@ -26,12 +26,13 @@ from npu_patch.patches.attention import flash as attention_flash
 from npu_patch.patches.attention import mask as attention_mask
 from npu_patch.patches.attention import sdpa as attention_sdpa
 from npu_patch.patches.attention.checked import REGISTRY, Attend, checks
-from npu_patch.patches.patch import Context, Patch, Replacement, Skip, replacement_for
+from npu_patch.patches.patch import Context, Patch, Replacement, Skip
 from npu_patch.probe.attention import why_not_attention, why_not_mask, why_not_packing
 from npu_patch.serving.bypassed import SDPA
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.changed_later import Callers
 from npu_patch.serving.dispatch import no_cases
+from npu_patch.serving.replacement import replacement_for
 from npu_patch.sites.sites import Site, forwards, innermost
 from npu_patch.waiting.masks import plain
 

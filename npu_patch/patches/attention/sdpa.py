@@ -13,8 +13,8 @@ from torch import Tensor
 from npu_patch.ops.attention.band import CAUSAL_TOP_LEFT, FULL, Band, in_operator_shape, inverted
 from npu_patch.ops.attention.call import Attention
 from npu_patch.patches.attention.checked import Attend
-from npu_patch.patches.patch import Unfused, Unserved
 from npu_patch.serving.once_per_step import OncePerTensor
+from npu_patch.serving.replacement import Unfused, Unserved
 from npu_patch.waiting.masks import PatternMask, plain
 
 # Arguments that change the result and that the operator has nothing for.

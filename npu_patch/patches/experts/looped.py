@@ -22,7 +22,7 @@ from npu_patch.ops.experts.grouped_matmul import Weights
 from npu_patch.ops.experts.routed import Experts
 from npu_patch.patches.experts.checked import checks, route
 from npu_patch.patches.experts.kind import Kinds
-from npu_patch.patches.patch import Context, Replacement, Skip, Unserved, bind, replacement_for
+from npu_patch.patches.patch import Context, Replacement, Skip
 from npu_patch.patches.swiglu import Activations
 from npu_patch.probe.experts_looped import BlockReading, chosen, read_block, read_method
 from npu_patch.probe.swiglu import NoSwiGLU, SwiGLUReading, read_swiglu
@@ -30,6 +30,7 @@ from npu_patch.serving.bypassed import LINEAR, MODULE_CALL, SILU, Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.dispatch import Selection
 from npu_patch.serving.listeners import listener, listener_among
+from npu_patch.serving.replacement import Unserved, bind, replacement_for
 from npu_patch.sites.sites import Site, forwards, innermost, is_checkpointing_layer, parameter_names
 
 METHOD = "moe"

@@ -17,11 +17,12 @@ from npu_patch.ops.experts.grouped_matmul import Weights
 from npu_patch.ops.experts.routed import Experts
 from npu_patch.patches.experts.checked import checks, route
 from npu_patch.patches.experts.kind import Kinds
-from npu_patch.patches.patch import Context, Replacement, Skip, Unserved, bind, replacement_for
+from npu_patch.patches.patch import Context, Replacement, Skip
 from npu_patch.probe.experts import WEIGHTS, ExpertsReading, gate_of, read_experts, undeclared_conventions
 from npu_patch.serving.bypassed import SILU, Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.listeners import listener_among
+from npu_patch.serving.replacement import Unserved, bind, replacement_for
 from npu_patch.sites.sites import LiveModules, Site, forwards, parameter_names
 
 # Settings that the gates of probe/experts.py read, for observing a class of which there is no instance yet.

@@ -28,19 +28,11 @@ from npu_patch.patches.experts import packed as experts_packed
 from npu_patch.patches.experts.checked import checks, route
 from npu_patch.patches.experts.kind import Kinds
 from npu_patch.patches.experts.packed import experts_of, listener_in
-from npu_patch.patches.patch import (
-    Context,
-    Patch,
-    Replacement,
-    Skip,
-    Unserved,
-    bind,
-    layers_of_class,
-    replacement_for,
-)
+from npu_patch.patches.patch import Context, Patch, Replacement, Skip, layers_of_class
 from npu_patch.probe.experts import Convention, ExpertsReading, declared, read_experts
 from npu_patch.serving.bypassed import SILU, Bypassed
 from npu_patch.serving.calls import Calls
+from npu_patch.serving.replacement import Unserved, bind, replacement_for
 from npu_patch.sites.sites import LiveModules, Site, forwards, innermost
 
 DOORS = ("grouped_mm", "batched_mm")

@@ -7,9 +7,9 @@ from typing import Any
 
 from npu_patch.numerics.selective_checkpointing import unseen
 from npu_patch.ops.gated_delta.op import OWN
-from npu_patch.patches.patch import Unserved
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.implementation import Implementation
+from npu_patch.serving.replacement import Unserved
 
 
 class Chain:

@@ -28,12 +28,13 @@ from npu_patch.patches.gated_delta import inline_convolution as door
 from npu_patch.patches.gated_delta import packing
 from npu_patch.patches.gated_delta.chain import Chain
 from npu_patch.patches.gated_delta.serve import serve
-from npu_patch.patches.patch import Context, Patch, Replacement, Skip, layers_of_class, replacement_for
+from npu_patch.patches.patch import Context, Patch, Replacement, Skip, layers_of_class
 from npu_patch.probe.gated_delta import CONVOLUTION, RULE, UPDATE, Reading, kind_of, parameters_of, read
 from npu_patch.probe.gated_delta_checks import why_wrong_convolution, why_wrong_rule
 from npu_patch.serving.bypassed import CONVOLVED, MODULE_CALL, Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.implementation import Implementation, choose
+from npu_patch.serving.replacement import replacement_for
 from npu_patch.sites.names_used import names_used
 from npu_patch.sites.sites import Site, functions, innermost, unwrapped
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from npu_patch.ops.gated_delta.calls import ConvolutionCall, RuleCall
 from npu_patch.patches.gated_delta.chain import Chain
 from npu_patch.patches.gated_delta.packing import refuse_if_untold
-from npu_patch.patches.patch import Unserved
 from npu_patch.probe.gated_delta import CONVOLUTION, RULE, UPDATE, Reading
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.listeners import listener_to_all
 from npu_patch.serving.once_per_step import OncePerTensor
+from npu_patch.serving.replacement import Unserved
 
 # Arguments of the packages' functions that change the result. transformers passes none of them; of others that come
 # along from a model's own keyword arguments (use_cache, max_length_q, ...) the originals take no notice either.
