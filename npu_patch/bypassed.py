@@ -43,7 +43,7 @@ class LookedUp:
     own: Any
 
     def replaced(self) -> str | None:
-        """By whom it is bound anew, if it is. A file may bind its own names late, as transformers' flash attention does."""
+        """By whom it is bound anew, if it is. A file may bind its own names late: flash attention's does."""
         present = self.namespace.get(self.name)
         if present is self.own or is_ours(present) or home(present) == self.owner:
             return None
