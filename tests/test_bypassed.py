@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -193,3 +195,14 @@ def original(x: torch.Tensor) -> torch.Tensor:
 def test_what_an_original_looks_up_is_read_from_its_code() -> None:
     looked_up = {(each.owner, each.name) for each in Bypassed.by(original).functions}
     assert looked_up == {(__name__, "helper"), (F.__name__, "gelu"), (F.__name__, "relu")}
+
+
+def test_a_file_may_bind_its_own_names_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 4.57 does, at the first call of flash attention, and anew at each call that asks for it."""
+    bypassed, here = Bypassed.by(original), sys.modules[__name__]
+    monkeypatch.setattr(here, "helper", functools.partial(original_helper := helper))
+    assert bypassed.why_not() is None
+    monkeypatch.setattr(here, "helper", torch.nn.functional.gelu)
+    assert bypassed.why_not() is not None
+    monkeypatch.setattr(here, "helper", original_helper)
+    assert bypassed.why_not() is None

@@ -43,9 +43,9 @@ class LookedUp:
     own: Any
 
     def replaced(self) -> str | None:
-        """By whom it is bound anew, if it is."""
+        """By whom it is bound anew, if it is. A file may bind its own names late: flash attention's does."""
         present = self.namespace.get(self.name)
-        if present is self.own or is_ours(present):
+        if present is self.own or is_ours(present) or home(present) == self.owner:
             return None
         return f"{self.owner}.{self.name} was bound anew by {whose(present)}"
 
