@@ -337,8 +337,8 @@ class Walk:
             if held.outcome.patch == patch.name:
                 held.outcome.layers = layers
                 self.kept_options.update(kept_at(held, patch, self.switches))
-                self.decisions.add(held.replacement.selection, context.live)
-                self.decisions.describe(held.replacement.selection, held.outcome)
+                self.decisions.add(held.replacement.dispatch, context.live)
+                self.decisions.describe(held.replacement.dispatch, held.outcome)
                 self.report.outcomes.append(held.outcome)
                 return
         if not (patch.around or all(held.around for held in stack)):
@@ -348,7 +348,7 @@ class Walk:
             with _STATE.journal.transaction():
                 decision = patch.replace(site, context)
                 if isinstance(decision, Replacement):
-                    self.decisions.add(decision.selection, context.live)
+                    self.decisions.add(decision.dispatch, context.live)
                     choices = self.tuning.of(patch.name, site.label, decision.variant) if patch.tunable else {}
                     if choices and set(choices.values()) == {ORIGINAL}:
                         decision.calls.deactivate()
@@ -392,7 +392,7 @@ class Walk:
             and (each is not choice.chosen or choice.candidates)  # the usual one, unless that may be a Triton kernel
         }
         for other in others.values():
-            self.decisions.add(getattr(other, "selection", None), context.live)
+            self.decisions.add(getattr(other, "dispatch", None), context.live)
         ways = {name: (other.function, other.calls) for name, other in others.items() if isinstance(other, Replacement)}
         function = tuned(replacement.function, site.original, replacement.calls, choices, ways)
         takes_part_as(function, replacement.function)
@@ -413,7 +413,7 @@ class Walk:
             calls=replacement.calls,
             layers=layers,
         )
-        self.decisions.describe(replacement.selection, outcome)
+        self.decisions.describe(replacement.dispatch, outcome)
         self._bind(PatchedSite(site, replacement, outcome, patch.around, self.switches))
         self.report.outcomes.append(outcome)
 

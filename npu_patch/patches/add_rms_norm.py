@@ -32,7 +32,6 @@ from npu_patch.probe.add_rms_norm import AddRMSNormReading, NoAddRMSNorm, read_a
 from npu_patch.serving.bypassed import Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import Alternative, Case
-from npu_patch.serving.dispatch import Selection
 from npu_patch.serving.implementation import choose, is_plain
 from npu_patch.serving.listeners import listener
 from npu_patch.serving.replacement import TakenOver, Unfused, Unserved, replacement_for
@@ -65,13 +64,13 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
     if not readings:
         return Skip("; ".join(f"in {each.layer.__name__}: {each.reason}" for each in _READINGS[cls]))
     calls, device_type, callers = Calls(), context.device_type, Callers(readings)
-    selection = Selection(context.choice, lambda live: _cases(readings, live, context))
+    dispatch = context.dispatch(lambda live: _cases(readings, live, context), _key_of)
 
     def fuse(
         variant: RMSNormVariant, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor] | str:
         call = (variant, x, residual, weight, eps)
-        serving = selection.serving(_key_of, calls, *call)
+        serving = dispatch.serving(calls, *call)
         if isinstance(serving, str):
             return serving
         calls.ran += 1
@@ -83,7 +82,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if in_quiet_room():
             return TakenOver(original(self, *args, **kwargs))
-        if not (selection.choice.forced or any(each.taken for each in selection.verdicts.values())):
+        if not (dispatch.choice.forced or any(each.taken for each in dispatch.verdicts.values())):
             return Unserved(NOT_FASTER)
         if torch.compiler.is_compiling():
             return Unserved("being compiled")
@@ -112,7 +111,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
 
     names = ", ".join(dict.fromkeys(reading.layer.__name__ for reading in readings))
     function = replacement_for(original, calls, serve, bypassed=Bypassed())
-    return Replacement(function, f"in {names}", calls, None, selection, alone=False)
+    return Replacement(function, f"in {names}", calls, None, dispatch, alone=False)
 
 
 def _key_of(variant: RMSNormVariant, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> Sizes:

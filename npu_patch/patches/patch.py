@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from npu_patch.serving.calls import Calls
-from npu_patch.serving.dispatch import Cases, Selection
+from npu_patch.serving.dispatch import Cases, Dispatch, no_cases, no_key
 from npu_patch.serving.implementation import Choice, Implementation
 from npu_patch.sites.sites import LiveModules, Site
 from npu_patch.switches import Switches
@@ -32,9 +32,9 @@ class Context:
     live: LiveModules | None = None
     choice: Choice | None = None
 
-    def selection(self, cases: Cases) -> Selection:
-        """Among the implementations, for one site; `cases` as in `Selection`."""
-        return Selection(self.choice or Choice(self.implementation, {}), cases)
+    def dispatch(self, cases: Cases = no_cases, key_of: Callable[..., Hashable] = no_key) -> Dispatch:
+        """Among the implementations, for one site; `cases` and `key_of` as in `Dispatch`."""
+        return Dispatch(self.choice or Choice(self.implementation, {}), cases, key_of)
 
     def live_modules(self, cls: type) -> Sequence[torch.nn.Module]:
         return () if self.live is None else self.live.of(cls)
@@ -44,7 +44,7 @@ class Context:
 class Replacement:
     """What takes the place of a site's original, and the variant that the original was observed to compute.
 
-    `choice`: of this site's implementations, where a patch has sites of several ops. `selection`: among the usual and
+    `choice`: of this site's implementations, where a patch has sites of several ops. `dispatch`: among the usual and
     the optional ones, by call, where the op has optional ones. `alone`: called by itself, outside its model, it does
     what it does there. `observe(layer)` looks at a new layer, so that its first call need not.
     """
@@ -53,7 +53,7 @@ class Replacement:
     variant: str
     calls: Calls
     choice: Choice | None = None
-    selection: Selection | None = None
+    dispatch: Dispatch | None = None
     alone: bool = True
     observe: Callable[[torch.nn.Module], Any] | None = None
 

@@ -29,7 +29,6 @@ from npu_patch.probe.qk_norm_rope import NoQKNormRoPE, QKNormRoPEReading, read_q
 from npu_patch.serving.bypassed import Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import Alternative, Case
-from npu_patch.serving.dispatch import Selection
 from npu_patch.serving.implementation import choose
 from npu_patch.serving.listeners import listener
 from npu_patch.serving.replacement import Unfused, Unserved, replacement_for
@@ -57,7 +56,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
     if isinstance(found, NoQKNormRoPE):
         return Skip(found.reason, notable=found.close)
     calls, device_type = Calls(), context.device_type
-    selection = Selection(context.choice, lambda live: _cases(cls, found, rotations[0], live, context))
+    dispatch = context.dispatch(lambda live: _cases(cls, found, rotations[0], live, context), _key_of)
 
     def rotate(
         reading: RoPEReading, q: DeferredHeads, k: DeferredHeads, cos: Tensor, sin: Tensor
@@ -66,13 +65,13 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         if not reading.partial and rotary_width(cos, reading.variant) != q.x.shape[-1]:
             raise Abandoned("tables narrower than the head")
         call = (q_heads, k_heads, cos, sin, reading.variant)
-        serving = selection.serving(_key_of, calls, *call)
+        serving = dispatch.serving(calls, *call)
         if isinstance(serving, str):
             raise Abandoned(serving)
         return serving.run(*call)
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not (selection.choice.forced or any(each.taken for each in selection.verdicts.values())):
+        if not (dispatch.choice.forced or any(each.taken for each in dispatch.verdicts.values())):
             return Unserved(NOT_FASTER)
         reason = _why_not(self, found.q_norm, found.k_norm, device_type)
         if reason is not None:
@@ -88,7 +87,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         return result if deferral.done else Unfused(result, "its norms or its rotation were not put off")
 
     return Replacement(
-        replacement_for(original, calls, serve, bypassed=Bypassed()), found.name, calls, selection=selection
+        replacement_for(original, calls, serve, bypassed=Bypassed()), found.name, calls, dispatch=dispatch
     )
 
 

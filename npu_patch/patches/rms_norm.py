@@ -68,7 +68,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         readings.note(cls, reading, [reading.configuration.get(name) for name in configuration])
     calls, callers = Calls(), Callers()
     device_type, in_float32 = context.device_type, context.switches["gated_rmsnorm_fp32"]
-    selection = context.selection(lambda live: _cases(cls, readings, live))
+    dispatch = context.dispatch(lambda live: _cases(cls, readings, live), _key_of)
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         bound = bind(names, args, kwargs)
@@ -104,7 +104,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
             calls.declined["the input itself"] = f"a copy is kept: {changed}"
             x, *gate = (tensor.clone() for tensor in (x, *gate))
         call = (reading.variant, x, weight, eps, *gate)
-        serving = selection.serving(_key_of, calls, *call)
+        serving = dispatch.serving(calls, *call)
         if isinstance(serving, str):
             return Unserved(serving)
         return serving.run(*call, gate_in_float32=in_float32)
@@ -114,7 +114,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
     bypassed = Bypassed.by(original, *([SILU] if gated else []))
     function = replacement_for(original, calls, serve, bypassed=bypassed)
     deferred_norm.NORMS[function] = deferred_norm.NormSite(original, readings.of, calls)
-    return Replacement(function, " or ".join(variants), calls, selection=selection, observe=readings.of)
+    return Replacement(function, " or ".join(variants), calls, dispatch=dispatch, observe=readings.of)
 
 
 def _with_its_sum(reading: RMSNormReading | None, norm: torch.nn.Module, total: DeferredSum) -> Tensor | None:

@@ -68,7 +68,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
     readings = Readings(read)
     readings.note(cls, found)
     calls, device_type, recompute = Calls(), context.device_type, context.switches["swiglu_recompute"]
-    selection = context.selection(lambda live: _cases(cls, found, live))
+    dispatch = context.dispatch(lambda live: _cases(cls, found, live), _key_of)
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
         bound = bind(names, args, kwargs)
@@ -88,7 +88,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         gate = getattr(self, found.gate)(x)
         up = None if found.up is None else getattr(self, found.up)(x)
         call = (gate,) if up is None else (gate, up)
-        serving = selection.serving(_key_of, calls, *call)
+        serving = dispatch.serving(calls, *call)
         if isinstance(serving, str):
             gate, up = gate.chunk(2, -1) if up is None else (gate, up)
             return Unfused(down(activations.of(self)(gate) * up), serving)
@@ -106,7 +106,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
 
     bypassed = Bypassed.by(original, SILU, MODULE_CALL)
     function = replacement_for(original, calls, serve, bypassed=bypassed)
-    return Replacement(function, found.name, calls, selection=selection, observe=observe)
+    return Replacement(function, found.name, calls, dispatch=dispatch, observe=observe)
 
 
 def _key_of(gate: Tensor, up: Tensor | None = None) -> Hashable:

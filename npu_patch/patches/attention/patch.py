@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from npu_patch.ops.attention.cases import CallForm
 from npu_patch.ops.attention.fusion import IMPLEMENTATIONS
 from npu_patch.patches.attention import flash as attention_flash
 from npu_patch.patches.attention import mask as attention_mask
@@ -158,12 +159,12 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         return site.original(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
 
     attends = door.holder is _attention_entries
-    selection = context.selection(partial(checks, door.name) if attends else no_cases)
-    serve = door.serve(site.original, context.device_type, Attend(context.implementation, selection))
+    dispatch = context.dispatch(partial(checks, door.name) if attends else no_cases, CallForm.of)
+    serve = door.serve(site.original, context.device_type, Attend(dispatch, calls))
     if attends:
         serve = _with_a_result_to_change(serve, calls)
     function = replacement_for(original, calls, serve, named_after=site.original)
-    return Replacement(function, door.variant, calls, selection=selection)
+    return Replacement(function, door.variant, calls, dispatch=dispatch)
 
 
 def _with_a_result_to_change(serve: Callable[..., Any], calls: Calls) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from npu_patch.ops.experts.grouped_matmul import Weights
 from npu_patch.ops.experts.routed import Experts
-from npu_patch.patches.experts.checked import checks, route
+from npu_patch.patches.experts.checked import checks, key_of, route
 from npu_patch.patches.experts.kind import Kinds
 from npu_patch.patches.patch import Context, Replacement, Skip
 from npu_patch.patches.swiglu import Activations
@@ -28,7 +28,7 @@ from npu_patch.probe.experts_looped import BlockReading, chosen, read_block, rea
 from npu_patch.probe.swiglu import NoSwiGLU, SwiGLUReading, read_swiglu
 from npu_patch.serving.bypassed import LINEAR, MODULE_CALL, SILU, Bypassed
 from npu_patch.serving.calls import Calls
-from npu_patch.serving.dispatch import Selection
+from npu_patch.serving.dispatch import Dispatch
 from npu_patch.serving.listeners import listener, listener_among
 from npu_patch.serving.replacement import Unserved, bind, replacement_for
 from npu_patch.sites.sites import Site, forwards, innermost, is_checkpointing_layer, parameter_names
@@ -64,17 +64,19 @@ def _replace_method(site: Site, context: Context) -> Replacement | Skip:
     if reason is not None:
         return Skip(reason)
     calls, layers = Calls(), FeedForwards()
-    selection = context.selection(lambda live: checks(map(layers.experts_if_plain, live.of(site.owner))))
+    dispatch = context.dispatch(lambda live: checks(map(layers.experts_if_plain, live.of(site.owner))), key_of)
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
         bound = bind(names, args, kwargs)
         if bound is None or not all(isinstance(value, Tensor) for value in bound):
             return Unserved("arguments that are no tensors")
-        return _run(context, selection, layers, self, *bound)
+        if bound[0].device.type != context.device_type:
+            return Unserved(f"input on {bound[0].device.type}")
+        return _run(dispatch, calls, layers, self, *bound)
 
     bypassed = Bypassed.by(site.original, LINEAR, SILU, MODULE_CALL)
     function = replacement_for(site.original, calls, serve, bypassed=bypassed)
-    return Replacement(function, "looped experts", calls, selection=selection, observe=layers.observe)
+    return Replacement(function, "looped experts", calls, dispatch=dispatch, observe=layers.observe)
 
 
 def _replace_forward(site: Site, context: Context) -> Replacement | Skip:
@@ -95,7 +97,7 @@ def _replace_forward(site: Site, context: Context) -> Replacement | Skip:
     for module in context.live_modules(cls):
         kinds.of(module)
     calls, layers = Calls(), FeedForwards()
-    selection = context.selection(lambda live: checks(map(layers.experts_if_plain, live.of(cls))))
+    dispatch = context.dispatch(lambda live: checks(map(layers.experts_if_plain, live.of(cls))), key_of)
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         bound = bind(names, args, kwargs)
@@ -117,7 +119,7 @@ def _replace_forward(site: Site, context: Context) -> Replacement | Skip:
 
         logits = part(reading.router)
         indices, weights = chosen(logits, self.top_k, reading.normalised, x.dtype)
-        result = _run(context, selection, layers, self, flat, indices, weights)
+        result = _run(dispatch, calls, layers, self, flat, indices, weights)
         if isinstance(result, Unserved):
             return result
         if reading.shared is not None:
@@ -131,25 +133,23 @@ def _replace_forward(site: Site, context: Context) -> Replacement | Skip:
 
     bypassed = Bypassed.by(original, LINEAR, SILU, MODULE_CALL)
     function = replacement_for(original, calls, serve, bypassed=bypassed)
-    return Replacement(function, "looped experts", calls, selection=selection, observe=observe)
+    return Replacement(function, "looped experts", calls, dispatch=dispatch, observe=observe)
 
 
 def _run(
-    context: Context,
-    selection: Selection,
+    dispatch: Dispatch,
+    calls: Calls,
     layers: FeedForwards,
     block: torch.nn.Module,
     tokens: Tensor,
     indices: Tensor,
     weights: Tensor,
 ) -> Tensor | Unserved:
-    if tokens.device.type != context.device_type:
-        return Unserved(f"input on {tokens.device.type}")
     reason = layers.why_not(block)
     if reason is not None:
         return Unserved(reason)
     experts = layers.experts(block)
-    result = route(context.implementation, selection, tokens, indices, weights, experts)
+    result = route(dispatch, calls, tokens, indices, weights, experts)
     if isinstance(result, str):
         return Unserved(result)
     if experts.sentinels:  # identity experts behind the others

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from npu_patch.ops.experts.grouped_matmul import Weights
 from npu_patch.ops.experts.routed import Experts
-from npu_patch.patches.experts.checked import checks, route
+from npu_patch.patches.experts.checked import checks, key_of, route
 from npu_patch.patches.experts.kind import Kinds
 from npu_patch.patches.patch import Context, Replacement, Skip
 from npu_patch.probe.experts import WEIGHTS, ExpertsReading, gate_of, read_experts, undeclared_conventions
@@ -59,7 +59,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
             reading = kinds.of(module)
             yield None if isinstance(reading, str) else experts_of(module, reading)
 
-    selection = context.selection(lambda live: checks(live_experts(live)))
+    dispatch = context.dispatch(lambda live: checks(live_experts(live)), key_of)
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
         bound = bind(names, args, kwargs)
@@ -85,7 +85,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
             if router_weights.dim() != 2 or router_weights.shape[0] != indices.shape[0]:
                 return Unserved(f"router weights of shape {tuple(router_weights.shape)}")
             router_weights = router_weights.gather(1, indices.clamp(max=router_weights.shape[1] - 1))
-        result = route(context.implementation, selection, tokens, indices, router_weights, experts)
+        result = route(dispatch, calls, tokens, indices, router_weights, experts)
         if isinstance(result, str):
             return Unserved(result)
         if reading.convention.identities:
@@ -94,7 +94,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         return result.view(shape[0], -1, shape[-1]) if reading.batched else result
 
     function = replacement_for(original, calls, serve, bypassed=Bypassed.by(original, SILU))
-    return Replacement(function, "routed experts", calls, selection=selection, observe=kinds.of)
+    return Replacement(function, "routed experts", calls, dispatch=dispatch, observe=kinds.of)
 
 
 def listener_in(module: torch.nn.Module) -> str | None:

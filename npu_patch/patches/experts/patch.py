@@ -25,7 +25,7 @@ from torch import Tensor
 from npu_patch.ops.experts.routed import IMPLEMENTATIONS, Experts, silu_of_halves
 from npu_patch.patches.experts import looped as experts_looped
 from npu_patch.patches.experts import packed as experts_packed
-from npu_patch.patches.experts.checked import checks, route
+from npu_patch.patches.experts.checked import checks, key_of, route
 from npu_patch.patches.experts.kind import Kinds
 from npu_patch.patches.experts.packed import experts_of, listener_in
 from npu_patch.patches.patch import Context, Patch, Replacement, Skip, layers_of_class
@@ -82,7 +82,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
                 reading = KINDS.of(module)
                 yield None if isinstance(reading, str) else experts_of(module, reading)
 
-    selection = context.selection(lambda live: checks(live_experts(live)))
+    dispatch = context.dispatch(lambda live: checks(live_experts(live)), key_of)
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
         bound = bind(ARGUMENTS, args, kwargs)
@@ -98,7 +98,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         if heard is not None:
             return Unserved(heard)
         experts = experts_of(self, reading)
-        result = route(context.implementation, selection, tokens, indices, router_weights, experts)
+        result = route(dispatch, calls, tokens, indices, router_weights, experts)
         return Unserved(result) if isinstance(result, str) else result
 
     def observe(layer: torch.nn.Module) -> None:
@@ -106,7 +106,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
             KINDS.of(layer)
 
     function = replacement_for(site.original, calls, serve, bypassed=Bypassed.by(site.original, SILU))
-    return Replacement(function, "routed experts", calls, selection=selection, observe=observe)
+    return Replacement(function, "routed experts", calls, dispatch=dispatch, observe=observe)
 
 
 def layers(site: Site, context: Context) -> int | None:
