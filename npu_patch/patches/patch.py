@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from npu_patch.ops.readings import NotRead
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.dispatch import Cases, Dispatch, no_cases, no_key
 from npu_patch.serving.implementation import Choice, Implementation
@@ -58,14 +59,6 @@ class Replacement:
     observe: Callable[[torch.nn.Module], Any] | None = None
 
 
-@dataclass(frozen=True)
-class Skip:
-    """Why a site is left alone. Not `notable`: it has nothing to do with this patch, and the report stays silent."""
-
-    reason: str
-    notable: bool = True
-
-
 def _nothing_in(layer: torch.nn.Module) -> Iterable[Site]:
     return ()
 
@@ -98,7 +91,7 @@ class Patch:
     switch: str
     implementations: Sequence[Implementation]
     find: Callable[[ModuleType], Iterable[Site]]
-    replace: Callable[[Site, Context], Replacement | Skip]
+    replace: Callable[[Site, Context], Replacement | NotRead]
     registered: Callable[[], Iterable[Site]] = tuple
     in_layer: Callable[[torch.nn.Module], Iterable[Site]] = _nothing_in
     layers: Callable[[Site, Context], int | None] = layers_of_class
@@ -107,40 +100,3 @@ class Patch:
     options: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     around: bool = False
-
-
-@dataclass
-class Readings:
-    """What each kind of instance of a patched class computes, observed once per kind.
-
-    A kind is the instance's class (a subclass may override what the forward calls) with the values of the attributes
-    in `configuration` (flags, names of activations). `read(cls, attributes)` observes a new kind, training and not.
-    """
-
-    read: Callable[[type, Mapping[str, Any]], Any | None]
-    configuration: tuple[str, ...] = ()
-    known: dict[tuple[Any, ...], Any | None] = field(default_factory=dict)
-
-    def note(self, cls: type, reading: Any, configured: Sequence[Any] = ()) -> None:
-        """What was read of the class itself. A forward that asks for `training` has it in its configuration."""
-        for training in (False, True):
-            self.known[(cls, training, *configured)] = reading
-
-    def of(self, module: torch.nn.Module) -> Any | None:
-        configured = [getattr(module, name, None) for name in self.configuration]
-        kind = (type(module), module.training, *configured)
-        try:
-            return self.known[kind]
-        except KeyError:
-            pass
-        except TypeError:  # an unhashable attribute
-            return None
-        if torch.compiler.is_compiling():
-            return None
-        attributes = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-        attributes |= dict(module.named_parameters(recurse=False))
-        for training in (False, True):
-            self.known[(type(module), training, *configured)] = self.read(
-                type(module), attributes | {"training": training}
-            )
-        return self.known[kind]

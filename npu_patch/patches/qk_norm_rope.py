@@ -21,11 +21,11 @@ from torch import Tensor
 
 from npu_patch.ops import rms_norm, rope
 from npu_patch.ops.qk_norm_rope import IMPLEMENTATIONS, Heads, Sizes, case, one_after_the_other, rotary_width
-from npu_patch.ops.readings import RoPEReading
+from npu_patch.ops.readings import NotRead, RMSNormReading, RoPEReading
 from npu_patch.ops.rope import RoPEVariant
 from npu_patch.patches.head_sizes import rotary_widths
-from npu_patch.patches.patch import NOT_FASTER, Context, Patch, Replacement, Skip
-from npu_patch.probe.qk_norm_rope import NoQKNormRoPE, QKNormRoPEReading, read_qk_norm_rope
+from npu_patch.patches.patch import NOT_FASTER, Context, Patch, Replacement
+from npu_patch.probe.qk_norm_rope import QKNormRoPEReading, read_qk_norm_rope
 from npu_patch.serving.bypassed import Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import Alternative, Case
@@ -45,16 +45,16 @@ def find(module: ModuleType) -> Iterable[Site]:
             yield site
 
 
-def replace(site: Site, context: Context) -> Replacement | Skip:
+def replace(site: Site, context: Context) -> Replacement | NotRead:
     cls, original = site.owner, site.original
     if is_checkpointing_layer(cls):
-        return Skip(CHECKPOINTING_LAYER, notable=False)
+        return NotRead(CHECKPOINTING_LAYER, notable=False)
     rotations = _rotations(original)
     if len(rotations) != 1:
-        return Skip(f"it rotates by {len(rotations)} functions", notable=False)
+        return NotRead(f"it rotates by {len(rotations)} functions", notable=False)
     found = read_qk_norm_rope(cls, rotations[0])
-    if isinstance(found, NoQKNormRoPE):
-        return Skip(found.reason, notable=found.close)
+    if isinstance(found, NotRead):
+        return found
     calls, device_type = Calls(), context.device_type
     dispatch = context.dispatch(lambda live: _cases(cls, found, rotations[0], live, context), _key_of)
 
@@ -108,7 +108,7 @@ def _cases(
         site = NORMS.get(type(norm).forward) if isinstance(norm, torch.nn.Module) else None
         reading = None if site is None else site.reading_of(norm)
         heads = [getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")]
-        if reading is not None and reading.weight_name and all(isinstance(each, int) for each in heads):
+        if isinstance(reading, RMSNormReading) and reading.weight_name and all(isinstance(each, int) for each in heads):
             weight = getattr(norm, reading.weight_name)
             head_dim = weight.shape[-1]
             for rotary in rotary_widths(live, config, head_dim) if rotation.reading.partial else {head_dim}:

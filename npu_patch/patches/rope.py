@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_patch.ops.readings import RoPEReading
+from npu_patch.ops.readings import NotRead, RoPEReading
 from npu_patch.ops.rope import IMPLEMENTATIONS, CallSizes, RoPEVariant, case, mix_sections, rotate
 from npu_patch.patches.head_sizes import head_sizes
-from npu_patch.patches.patch import Context, Patch, Replacement, Skip
+from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.probe.rope import read_rope
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import Case
@@ -38,11 +38,11 @@ def find(module: ModuleType) -> Iterable[Site]:
             yield site
 
 
-def replace(site: Site, context: Context) -> Replacement | Skip:
+def replace(site: Site, context: Context) -> Replacement | NotRead:
     original = site.original
     reading = read_rope(unwrapped(original))
-    if isinstance(reading, str):
-        return Skip(reading, notable="rotary" in site.name)
+    if isinstance(reading, NotRead):
+        return reading.notable_if("rotary" in site.name)
     signature, variant = reading.signature, reading.variant
     calls, device_type = Calls(), context.device_type
     dispatch = context.dispatch(lambda live: _cases(site, reading, live), _key_of)
