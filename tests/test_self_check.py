@@ -16,6 +16,7 @@ import torch
 import npu_patch
 from npu_patch import log, simulator
 from npu_patch.applying import api as lifecycle
+from npu_patch.applying.state import patched_sites
 from npu_patch.measuring import measure, self_check
 from npu_patch.ops import rms_norm
 from npu_patch.patches import rms_norm as rms_norm_patch
@@ -82,7 +83,7 @@ def on_npu() -> dict[str, torch.Tensor]:
 def test_operators_that_are_right_serve(family: str, dtype: torch.dtype, npu: torch.device) -> None:
     report = npu_patch.apply(tiny(family).to(npu, dtype))
     assert not [line for line in report.warnings if "wrong" in line] and not report.failed
-    assert all(not each.replacement.selection.wrong for each in lifecycle.patched_sites() if each.replacement.selection)
+    assert all(not each.replacement.selection.wrong for each in patched_sites() if each.replacement.selection)
     found = json.loads(Path(npu_patch.switches.resolve()["triton_cache"]).read_text())["measured"]
     patches = {case.split(":")[0] for case in found}
     assert patches >= {"rms_norm", "rope", "attention"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import sys
 import weakref
@@ -17,14 +16,13 @@ from typing import Any
 import torch
 
 from npu_patch import devices, log
-from npu_patch.applying import new_layers
 from npu_patch.applying.options_kept import Kept, in_words, kept_at
-from npu_patch.applying.patched_site import PatchedSite, as_they_stand, bound_since, own_forwards
+from npu_patch.applying.patched_site import PatchedSite, as_they_stand, own_forwards
+from npu_patch.applying.state import STATE, PatchError, anything_applied, patched_sites
 from npu_patch.measuring import self_check
 from npu_patch.measuring.self_check import Decisions
 from npu_patch.measuring.tuning import ORIGINAL, Signature, Tuning, tuned
 from npu_patch.measuring.tuning import read as read_tuning
-from npu_patch.numerics.findings import forget
 from npu_patch.patches import CATALOGUE
 from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.reporting.outcome import FAILED, NOTHING_APPLIED, PATCHED, SKIPPED, Outcome, TuningFile
@@ -33,7 +31,6 @@ from npu_patch.reporting.text import headline
 from npu_patch.serving.dispatch import NO_MODEL
 from npu_patch.serving.implementation import Choice, choose
 from npu_patch.sites import replaced_before
-from npu_patch.sites.journal import Journal
 from npu_patch.sites.sites import (
     Displaced,
     LateImports,
@@ -50,10 +47,6 @@ from npu_patch.waiting.heads import takes_part_as
 
 STILL_IN_PLACE = "still in place from an earlier apply(); call restore() first"
 TUNED_ORIGINAL = "tuned: the original is the fastest for every shape that was measured"
-
-
-class PatchError(RuntimeError):
-    """`apply()` could not do what was asked; nothing of that call is left applied."""
 
 
 def apply(
@@ -94,123 +87,60 @@ def apply(
         return report
     tuning = _tuning(resolved, device_type, report)
     walk = Walk(model, device_type, strict, resolved, report, tuning)
-    with _STATE.journal.lock:
-        _STATE.claim(device_type)
-        if _STATE.reports and _STATE.tune != resolved.tune:
+    with STATE.journal.lock:
+        STATE.claim(device_type)
+        if STATE.reports and STATE.tune != resolved.tune:
             report.warnings.append(
-                f"TWINKLE_NPU_TUNE is {resolved.tune or 'not set'} now and was {_STATE.tune or 'not set'} before: what "
+                f"TWINKLE_NPU_TUNE is {resolved.tune or 'not set'} now and was {STATE.tune or 'not set'} before: what "
                 "an earlier apply() rebound stays as it was; call restore() first"
             )
-        _STATE.tune = resolved.tune if not _STATE.reports else _STATE.tune
-        report.warnings += _STATE.bound_since()
-        _STATE.reports.append(report)
+        STATE.tune = resolved.tune if not STATE.reports else STATE.tune
+        report.warnings += STATE.bound_since()
+        STATE.reports.append(report)
         try:
-            with _STATE.journal.transaction():
+            with STATE.journal.transaction():
                 walk.run()
         except BaseException:
-            _STATE.reports.remove(report)
+            STATE.reports.remove(report)
             raise
-        report.outcomes = as_they_stand(report.outcomes, _STATE.patched.values())
-        _STATE.models += [] if model is None else [weakref.ref(model)]
+        report.outcomes = as_they_stand(report.outcomes, STATE.patched.values())
+        STATE.models += [] if model is None else [weakref.ref(model)]
     _tell(report)
     return report
 
 
 def restore() -> None:
     """Puts every touched object back, identical to what it was."""
-    _STATE.undo_to(0)
+    STATE.undo_to(0)
 
 
 @contextlib.contextmanager
 def applied(model: torch.nn.Module | None = None, **arguments: Any) -> Iterator[Report]:
     """`apply()` for the length of a `with` block; what an earlier `apply()` rebound stays."""
-    with _STATE.journal.lock:
-        mark = _STATE.journal.mark()
+    with STATE.journal.lock:
+        mark = STATE.journal.mark()
         report = apply(model, **arguments)
     try:
         yield report
     finally:
-        _STATE.undo_to(mark)
+        STATE.undo_to(mark)
 
 
 def report() -> Report:
     """Everything that is applied now, counters included, as one report."""
-    if _STATE.device_type is None:
+    if STATE.device_type is None:
         return Report(device="no device", nothing_because=NOTHING_APPLIED)
-    combined = Report(device=devices.described(_STATE.device_type))
-    for each in _STATE.reports:
+    combined = Report(device=devices.described(STATE.device_type))
+    for each in STATE.reports:
         known = {id(outcome.calls) for outcome in combined.outcomes}
         combined.outcomes += [outcome for outcome in each.outcomes if id(outcome.calls) not in known]
         combined.notes += [note for note in each.notes if note not in combined.notes]
         combined.tuning = combined.tuning or each.tuning
         combined.warnings += [warning for warning in each.warnings if warning not in combined.warnings]
-    with _STATE.journal.lock:
-        combined.outcomes = as_they_stand(combined.outcomes, _STATE.patched.values())
-        combined.warnings += [line for line in _STATE.bound_since() if line not in combined.warnings]
+    with STATE.journal.lock:
+        combined.outcomes = as_they_stand(combined.outcomes, STATE.patched.values())
+        combined.warnings += [line for line in STATE.bound_since() if line not in combined.warnings]
     return combined
-
-
-def patched_sites(report: Report | None = None) -> list[PatchedSite]:
-    """What stands at the sites that are patched now; of one report, if it is given."""
-    every = [held for stack in _STATE.patched.values() for held in stack]
-    if report is None:
-        return every
-    own = {id(outcome) for outcome in report.outcomes}
-    return [held for held in every if id(held.outcome) in own]
-
-
-def anything_applied() -> bool:
-    return len(_STATE.journal) > 0
-
-
-@dataclass
-class _State:
-    """The one journal of the process, and what stands in it."""
-
-    journal: Journal = field(default_factory=Journal)
-    # By (id of the owner, name): the patches of one site, the last one around the others.
-    patched: dict[tuple[int, str], list[PatchedSite]] = field(default_factory=dict)
-    reports: list[Report] = field(default_factory=list)
-    device_type: str | None = None
-    registries: set[tuple[int, str]] = field(default_factory=set)  # keys of `patched` that serve layers of any class
-    tune: str | None = None  # the tuning file of the first apply()
-    models: list[weakref.ref[torch.nn.Module]] = field(default_factory=list)  # that were given
-    unreached: weakref.WeakSet[torch.nn.Module] = field(default_factory=weakref.WeakSet)  # layers, and said to be
-
-    def claim(self, device_type: str) -> None:
-        if len(self.journal) and self.device_type != device_type:
-            raise PatchError(
-                f"apply(device={device_type!r}): patches for {self.device_type!r} are in place; call restore() first"
-            )
-        self.device_type = device_type
-
-    def bound_since(self) -> list[str]:
-        models = [model for reference in self.models if (model := reference()) is not None]
-        return bound_since(self.patched.values(), models, self.unreached)
-
-    def watch_new_layers(self) -> None:
-        if not self.journal.holds(new_layers.REGISTRY, new_layers.KEY):
-            hook = new_layers.watcher(self.patched, self.registries)
-            self.journal.rebind(new_layers.REGISTRY, new_layers.KEY, hook)
-
-    def undo_to(self, mark: int) -> None:
-        with self.journal.lock:
-            self.journal.undo_to(mark)
-            self.reports = [each for each in self.reports if mark and any(o.calls.active for o in each.patched)]
-            if not len(self.journal):
-                self.device_type = None
-                self.models.clear()
-                self.unreached.clear()
-                forget()
-
-
-_STATE = _State()
-# A process that is forked while another thread applies or restores would find half of it done, and the lock taken.
-os.register_at_fork(
-    before=_STATE.journal.lock.acquire,
-    after_in_parent=_STATE.journal.lock.release,
-    after_in_child=_STATE.journal.lock.release,
-)
 
 
 @dataclass
@@ -237,18 +167,18 @@ class Walk:
         self.report.warnings += in_words(self.kept_options)
         if self.model is None:
             hook = LateImports(lambda module: self._after_late_import(patches, module))
-            _STATE.journal.insert(sys.meta_path, hook)
+            STATE.journal.insert(sys.meta_path, hook)
             if self.checked:
                 self.report.notes.append(self_check.NO_MODEL)
         else:
-            self.decisions.decide(_STATE.journal, self.report)
+            self.decisions.decide(STATE.journal, self.report)
             self._reach_live_layers(self.model)
             self._warn(patches)
             if getattr(self.model, "use_kernels", False) or getattr(self.model, "_use_kernels", False):
                 self.report.warnings.append("the model uses hub kernels: those stay wherever they are bound")
-        if self.model is None or _STATE.patched:
-            _STATE.registries |= {key[1:] for key in self.searched}
-            _STATE.watch_new_layers()
+        if self.model is None or STATE.patched:
+            STATE.registries |= {key[1:] for key in self.searched}
+            STATE.watch_new_layers()
 
     def _enabled(self) -> list[tuple[Patch, Choice]]:
         enabled = []
@@ -345,7 +275,7 @@ class Walk:
             return
         theirs = replaced_before.by_whom(site)
         try:
-            with _STATE.journal.transaction():
+            with STATE.journal.transaction():
                 decision = patch.replace(site, context)
                 if isinstance(decision, Replacement):
                     self.decisions.add(decision.selection, context.live)
@@ -399,7 +329,7 @@ class Walk:
         return replace(replacement, function=function)
 
     def _held(self, site: Site) -> Sequence[PatchedSite]:
-        return _STATE.patched.get((id(site.owner), site.name), ())
+        return STATE.patched.get((id(site.owner), site.name), ())
 
     def _rebind(self, patch: Patch, choice: Choice, site: Site, replacement: Replacement, layers: int | None) -> None:
         choice = replacement.choice or choice
@@ -423,12 +353,12 @@ class Walk:
 
         def forget() -> None:
             replacement.calls.deactivate()
-            _STATE.patched[key].pop()  # the journal undoes the last one first
-            if not _STATE.patched[key]:
-                del _STATE.patched[key]
+            STATE.patched[key].pop()  # the journal undoes the last one first
+            if not STATE.patched[key]:
+                del STATE.patched[key]
 
-        _STATE.journal.rebind(site.owner, site.name, replacement.function, on_undo=forget)
-        _STATE.patched.setdefault(key, []).append(patched)
+        STATE.journal.rebind(site.owner, site.name, replacement.function, on_undo=forget)
+        STATE.patched.setdefault(key, []).append(patched)
 
     def _failed(self, patch: Patch, label: str, error: Exception) -> None:
         if self.strict:
@@ -436,7 +366,7 @@ class Walk:
         self.report.outcomes.append(Outcome(patch.name, label, FAILED, f"{type(error).__name__}: {error}"))
 
     def _after_late_import(self, patches: list[tuple[Patch, Choice]], module: ModuleType) -> None:
-        with _STATE.journal.lock:
+        with STATE.journal.lock:
             self._patch_modules(patches, [module])
 
     def _reach_live_layers(self, model: torch.nn.Module) -> None:
@@ -444,20 +374,20 @@ class Walk:
         unreached: dict[tuple[str, str], list[torch.nn.Module]] = {}
         functions = {
             id(stack[0].site.original): stack[-1].replacement.function
-            for stack in _STATE.patched.values()
+            for stack in STATE.patched.values()
             if isinstance(stack[0].site.owner, ModuleType)
         }
         for module in model.modules():
             for owner, name, kept in list(kept_functions(module)):
                 if id(kept) in functions:
-                    _STATE.journal.rebind(owner, name, functions[id(kept)])
-        for module, stack, bound in own_forwards(model, _STATE.patched):
+                    STATE.journal.rebind(owner, name, functions[id(kept)])
+        for module, stack, bound in own_forwards(model, STATE.patched):
             function = stack[-1].replacement.function
             if bound.reachable:
                 if getattr(bound.bound, "__func__", None) is not function:
-                    _STATE.journal.rebind(module, bound.name, MethodType(function, module))
+                    STATE.journal.rebind(module, bound.name, MethodType(function, module))
                 continue
-            _STATE.unreached.add(module)
+            STATE.unreached.add(module)
             for held in stack:
                 unreached.setdefault((held.outcome.patch, held.site.label, whose(bound.bound)), []).append(module)
                 held.outcome.layers = (held.outcome.layers or 1) - 1

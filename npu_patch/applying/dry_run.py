@@ -10,7 +10,9 @@ from types import ModuleType
 
 import torch
 
-from npu_patch.applying.api import PatchedSite, PatchError, Walk, anything_applied
+from npu_patch.applying.api import Walk
+from npu_patch.applying.patched_site import PatchedSite
+from npu_patch.applying.state import PatchError, anything_applied
 from npu_patch.patches.patch import Patch
 from npu_patch.reporting.report import Report
 from npu_patch.serving.implementation import Choice, choose
