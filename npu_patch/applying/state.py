@@ -40,6 +40,17 @@ class State:
             )
         self.device_type = device_type
 
+    def tuned_by(self, path: str | None) -> list[str]:
+        """Keeps the tuning file of the first `apply()`; a warning where a later one has another."""
+        if not self.reports:
+            self.tune = path
+        if self.tune == path:
+            return []
+        return [
+            f"TWINKLE_NPU_TUNE is {path or 'not set'} now and was {self.tune or 'not set'} before: what "
+            "an earlier apply() rebound stays as it was; call restore() first"
+        ]
+
     def bound_since(self) -> list[str]:
         models = [model for reference in self.models if (model := reference()) is not None]
         return bound_since(self.patched.values(), models, self.unreached)
