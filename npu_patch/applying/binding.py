@@ -9,6 +9,7 @@ from typing import Protocol
 from npu_patch.applying.patched_site import PatchedSite
 from npu_patch.applying.state import STATE, patched_sites
 from npu_patch.sites.sites import Site
+from npu_patch.waiting.heads import enter, leave
 
 
 class Binder(Protocol):
@@ -45,9 +46,12 @@ class JournalBinder:
 
         def forget() -> None:
             replacement.calls.deactivate()
+            leave(replacement.function)
             STATE.patched[key].pop()  # the journal undoes the last one first
             if not STATE.patched[key]:
                 del STATE.patched[key]
 
         STATE.journal.rebind(site.owner, site.name, replacement.function, on_undo=forget)
         STATE.patched.setdefault(key, []).append(patched)
+        if replacement.participant is not None:
+            enter(replacement.function, replacement.participant)

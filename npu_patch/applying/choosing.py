@@ -14,7 +14,6 @@ from npu_patch.reporting.outcome import TuningFile
 from npu_patch.reporting.report import Report
 from npu_patch.serving.implementation import Choice
 from npu_patch.sites.sites import Site
-from npu_patch.waiting.heads import takes_part_as
 
 TUNED_ORIGINAL = "tuned: the original is the fastest for every shape that was measured"
 LEFT_AS_TUNED = Skip(TUNED_ORIGINAL)
@@ -61,7 +60,6 @@ class Choosing:
             self.decisions.add(getattr(other, "selection", None), context.live)
         ways = {name: (other.function, other.calls) for name, other in others.items() if isinstance(other, Replacement)}
         function = tuned(replacement.function, site.original, replacement.calls, choices, ways)
-        takes_part_as(function, replacement.function)
         return replace(replacement, function=function)
 
 

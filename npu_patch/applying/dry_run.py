@@ -27,7 +27,7 @@ from npu_patch.serving.implementation import Choice, choose
 from npu_patch.sites.scope import Scope
 from npu_patch.sites.sites import Site
 from npu_patch.switches import Switches, resolve
-from npu_patch.waiting.heads import NORMS
+from npu_patch.waiting.heads import NormSite, enter, leave
 
 
 def dry_run(
@@ -100,14 +100,14 @@ class DryBinder:
         return nullcontext()
 
     def bind(self, patched: PatchedSite) -> None:
-        """Patches that look for norms that are served find the original in the place of its replacement."""
+        """Patches that build on a norm find the original in the place of its replacement. Not so with a rotation: a
+        layer that looks up the original one cannot be observed with its norms put off."""
         self.bound.append(patched)
-        norm = NORMS.get(patched.replacement.function)
-        if norm is not None:
-            NORMS[patched.site.original] = norm
+        if isinstance(patched.replacement.participant, NormSite):
+            enter(patched.site.original, patched.replacement.participant)
 
     def forget(self) -> None:
         for patched in self.bound:
             patched.replacement.calls.deactivate()
-            if patched.replacement.function in NORMS:
-                NORMS.pop(patched.site.original, None)
+            if isinstance(patched.replacement.participant, NormSite):
+                leave(patched.site.original)

@@ -14,6 +14,7 @@ from npu_patch.serving.dispatch import Cases, Selection
 from npu_patch.serving.implementation import Choice, Implementation
 from npu_patch.sites.sites import LiveModules, Site
 from npu_patch.switches import Switches
+from npu_patch.waiting.heads import Participant
 
 NOT_FASTER = "no kernel was measured to be faster"
 
@@ -47,6 +48,7 @@ class Replacement:
     `choice`: of this site's implementations, where a patch has sites of several ops. `selection`: among the usual and
     the optional ones, by call, where the op has optional ones. `alone`: called by itself, outside its model, it does
     what it does there. `observe(layer)` looks at a new layer, so that its first call need not.
+    `participant`: how patches that build on this one know it, wherever it is bound.
     """
 
     function: Callable[..., Any]
@@ -56,6 +58,7 @@ class Replacement:
     selection: Selection | None = None
     alone: bool = True
     observe: Callable[[torch.nn.Module], Any] | None = None
+    participant: Participant | None = None
 
 
 @dataclass(frozen=True)

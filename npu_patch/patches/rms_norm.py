@@ -113,8 +113,14 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
     variants = dict.fromkeys(reading.variant.name for reading in live or found.readings)
     bypassed = Bypassed.by(original, *([SILU] if gated else []))
     function = replacement_for(original, calls, serve, bypassed=bypassed)
-    deferred_norm.NORMS[function] = deferred_norm.NormSite(original, readings.of, calls)
-    return Replacement(function, " or ".join(variants), calls, selection=selection, observe=readings.of)
+    return Replacement(
+        function,
+        " or ".join(variants),
+        calls,
+        selection=selection,
+        observe=readings.of,
+        participant=deferred_norm.NormSite(original, readings.of, calls),
+    )
 
 
 def _with_its_sum(reading: RMSNormReading | None, norm: torch.nn.Module, total: DeferredSum) -> Tensor | None:

@@ -82,8 +82,8 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
 
     # What the kernels package wrapped into a module keeps its wrapper as the way to fall through.
     function = replacement_for(original, calls, serve, named_after=unwrapped(original))
-    deferred_norm.ROTATIONS[function] = deferred_norm.RoPESite(original, reading, calls)
-    return Replacement(function, variant.name, calls, selection=selection)
+    participant = deferred_norm.RoPESite(original, reading, calls)
+    return Replacement(function, variant.name, calls, selection=selection, participant=participant)
 
 
 def _cases(site: Site, reading: RoPEReading, live: LiveModules) -> Iterator[tuple[Hashable, Case]]:
