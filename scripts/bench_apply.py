@@ -29,9 +29,9 @@ import npu_patch.simulator
 from npu_patch.applying import api as lifecycle
 from npu_patch.applying import enabling
 from npu_patch.measuring import measure
+from npu_patch.measuring import measurer as selection
 from npu_patch.ops import add_rms_norm, qk_norm_rope
 from npu_patch.patches.patch import Patch
-from npu_patch.serving import dispatch as selection
 from npu_patch.serving.implementation import Implementation
 
 LIMITS = (10.0, 1.0)  # seconds, first and second

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 import npu_patch
 from npu_patch.kernels.readiness import why_not
+from npu_patch.measuring import measurer as selection
 from npu_patch.measuring.measure import why_wrong
 from npu_patch.numerics import rotation
 from npu_patch.ops import qk_norm_rope, rms_norm, rope
 from npu_patch.ops.rms_norm import PLAIN_VARIANTS
 from npu_patch.reporting.outcome import Outcome
 from npu_patch.reporting.report import Report
-from npu_patch.serving import dispatch as selection
 from npu_patch.serving import implementation
 from npu_patch.serving.case import Alternative, Case, Measured
 from npu_patch.serving.implementation import choose

@@ -22,12 +22,13 @@ from npu_patch import log
 from npu_patch.applying import api as lifecycle
 from npu_patch.kernels.readiness import why_not
 from npu_patch.measuring import measure, measurements, tuning
+from npu_patch.measuring import measurer as selection
 from npu_patch.measuring.measured_on import MeasuredOn
 from npu_patch.measuring.measurements import Measurements
 from npu_patch.measuring.measurer import Measurer
 from npu_patch.ops import rms_norm, swiglu
 from npu_patch.patches import rms_norm as rms_norm_patch
-from npu_patch.serving import dispatch as selection
+from npu_patch.serving.dispatch import NO_MODEL
 from npu_patch.serving.implementation import Choice, Implementation, choose
 from tests.gradients import loss_and_gradients, relative_error
 from tests.tiny_models import tiny, tiny_batch
@@ -264,9 +265,9 @@ def test_sizes_that_were_not_measured_are_served_as_usual(kernels: Kernels) -> N
 def test_without_a_model_none_is_taken_until_one_is_given(kernels: Kernels) -> None:
     model = tiny("qwen3")
     outcome = qwen3(npu_patch.apply(device="cpu"))
-    assert (outcome.implementation, outcome.declined["fake"]) == ("usual", selection.NO_MODEL)
+    assert (outcome.implementation, outcome.declined["fake"]) == ("usual", NO_MODEL)
     assert not kernels.timed
-    assert npu_patch.report().notes == [f"no Triton kernel is used: {selection.NO_MODEL}"]
+    assert npu_patch.report().notes == [f"no Triton kernel is used: {NO_MODEL}"]
     with npu_patch.applied(model, device="cpu") as report:
         assert qwen3(report) is outcome and not report.notes
         assert outcome.implementation.startswith("fake (") and "fake" not in outcome.declined

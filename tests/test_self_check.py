@@ -18,9 +18,9 @@ from npu_patch import log, simulator
 from npu_patch.applying import api as lifecycle
 from npu_patch.applying.state import patched_sites
 from npu_patch.measuring import measure, self_check
+from npu_patch.measuring import measurer as selection
 from npu_patch.ops import rms_norm
 from npu_patch.patches import rms_norm as rms_norm_patch
-from npu_patch.serving import dispatch as selection
 from npu_patch.serving.case import Measured
 from npu_patch.serving.implementation import Implementation, choose
 from tests.gradients import loss_and_gradients, relative_error
