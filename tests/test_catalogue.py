@@ -20,7 +20,7 @@ def names(found: tuple[Patch, ...]) -> str:
     return " ".join(patch.name for patch in found)
 
 
-@pytest.mark.parametrize("given", itertools.permutations(range(4)))
+@pytest.mark.parametrize("given", list(itertools.permutations(range(4))))
 def test_a_patch_comes_after_those_that_it_needs_wherever_it_is_listed(given: tuple[int, ...]) -> None:
     every = patches({"norm": (), "rotation": (), "both": ("norm", "rotation"), "more": ("both",)})
     order = names(in_order([every[index] for index in given])).split()

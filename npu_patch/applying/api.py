@@ -6,8 +6,8 @@ import contextlib
 import re
 import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +17,7 @@ from npu_patch import devices, log
 from npu_patch.applying import live_layers
 from npu_patch.applying.binding import JournalBinder
 from npu_patch.applying.choosing import Choosing, tuning_for
-from npu_patch.applying.enabling import STILL_IN_PLACE, Enabled, choice_here
+from npu_patch.applying.enabling import STILL_IN_PLACE, Enabled, choice_here, libraries_of
 from npu_patch.applying.options_kept import in_words
 from npu_patch.applying.patched_site import as_they_stand
 from npu_patch.applying.request import Request
@@ -31,7 +31,7 @@ from npu_patch.reporting.outcome import NOTHING_APPLIED
 from npu_patch.reporting.report import Report
 from npu_patch.reporting.text import headline
 from npu_patch.sites.scope import Scope
-from npu_patch.sites.sites import LateImports
+from npu_patch.sites.sites import LateImports, is_modeling_module, is_within
 from npu_patch.switches import resolve
 
 
@@ -62,7 +62,7 @@ def apply(
         CATALOGUE,
         request,
         report,
-        partial(choice_here, request, report),
+        choice_here,
         Choosing(decisions, tuning_for(CATALOGUE, request, report)),
         JournalBinder(),
     )
@@ -152,11 +152,11 @@ def _go(walk: Walk) -> None:
     """The walk, and what follows from it: for files that are imported later, or for the layers of the given model."""
     model, report, decisions = walk.request.model, walk.report, walk.choosing.decisions
     entries = walk.enabled()
-    walk.over(Scope.of(model), entries)
+    libraries = libraries_of(entries)
+    walk.over(Scope.of(model, libraries), entries)
     report.warnings += in_words(walk.kept_options)
+    _watch_imports(walk, entries, libraries)
     if model is None:
-        hook = LateImports(lambda module: _after_late_import(walk, entries, module))
-        STATE.journal.insert(sys.meta_path, hook)
         if decisions.checked:
             report.notes.append(self_check.NO_MODEL)
     else:
@@ -170,6 +170,17 @@ def _go(walk: Walk) -> None:
         STATE.watch_new_layers()
 
 
-def _after_late_import(walk: Walk, entries: Sequence[Enabled], module: ModuleType) -> None:
-    with STATE.journal.lock:
-        walk.over(Scope([module]), entries)
+def _watch_imports(walk: Walk, entries: Sequence[Enabled], libraries: Collection[str]) -> None:
+    """Of libraries, and of modeling files where no model was given: what is imported later is of no model yet."""
+    every_family = walk.request.model is None
+    later = replace(walk, request=replace(walk.request, model=None))  # a hook keeps no model alive
+
+    def wanted(name: str) -> bool:
+        return is_within(name, libraries) or (every_family and is_modeling_module(name))
+
+    def after_import(module: ModuleType) -> None:
+        with STATE.journal.lock:
+            later.over(Scope.of_late(module), entries)
+
+    if every_family or libraries:
+        STATE.journal.insert(sys.meta_path, LateImports(wanted, after_import))

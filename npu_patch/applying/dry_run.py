@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from types import ModuleType
 
 import torch
 
 from npu_patch.applying.choosing import Choosing
+from npu_patch.applying.enabling import libraries_of
 from npu_patch.applying.patched_site import PatchedSite
 from npu_patch.applying.request import Request
 from npu_patch.applying.state import PatchError, anything_applied
@@ -56,10 +56,11 @@ def dry_run(
     request = Request(model, device_type, switches)
     binder = DryBinder()
     decisions = Decisions.of(switches, device_type)
-    walk = Walk(CATALOGUE, request, report, partial(choice_if_sound, request), Choosing(decisions), binder)
+    walk = Walk(CATALOGUE, request, report, choice_if_sound, Choosing(decisions), binder)
     entries = walk.enabled()
+    scope = Scope.of(model, libraries_of(entries), modules=list(modules), registries=registries)
     try:
-        walk.over(Scope.of(model, list(modules), registries), entries)
+        walk.over(scope, entries)
     finally:
         binder.forget()
     if model is not None:
@@ -67,7 +68,7 @@ def dry_run(
     return report
 
 
-def choice_if_sound(request: Request, patch: Patch) -> Choice:
+def choice_if_sound(request: Request, report: Report, patch: Patch) -> Choice:
     """What is chosen here, or what would be if nothing were missing."""
     choice = choose(patch.implementations, request.device_type, *request.triton)
     if choice.candidates and not choice.forced:

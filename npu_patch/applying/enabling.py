@@ -12,7 +12,7 @@ from npu_patch.serving.dispatch import NO_MODEL
 from npu_patch.serving.implementation import Choice, choose
 
 STILL_IN_PLACE = "still in place from an earlier apply(); call restore() first"
-ChoiceOf = Callable[[Patch], Choice]
+ChoiceOf = Callable[[Request, Report, Patch], Choice]
 
 
 class Enabled(NamedTuple):
@@ -27,7 +27,7 @@ def enabled(
     names of patches that earlier calls have left somewhere."""
     found = []
     for patch in catalogue:
-        choice = choice_of(patch)
+        choice = choice_of(request, report, patch)
         if not request.switches[patch.switch]:
             off = f"{patch.name}: switched off by {request.switches.sources[patch.switch]}"
             if patch.name in in_place:
@@ -42,6 +42,10 @@ def enabled(
         else:
             found.append(Enabled(patch, choice))
     return found
+
+
+def libraries_of(entries: Iterable[Enabled]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(library for patch, _ in entries for library in patch.libraries))
 
 
 def choice_here(request: Request, report: Report, patch: Patch) -> Choice:

@@ -38,7 +38,7 @@ def searches(patch: Patch, scope: Scope, registries: Registries) -> Iterator[Sea
     """Registries first, then modules, then the layers of the given model."""
     if scope.registries:
         yield "transformers' registries", partial(registries.sites, patch)
-    for module in scope.modules:
+    for module in scope.modules_for(patch.libraries):
         yield module.__name__, partial(patch.find, module)
     for each in scope.displaced:
         yield each.module.__name__, partial(each.found_by, patch.find)

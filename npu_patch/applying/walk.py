@@ -24,7 +24,7 @@ from npu_patch.sites.sites import Site
 
 @dataclass
 class Walk:
-    """`choice_of(patch)` names what serves it; `binder` puts it there. What became of each site is in `report`."""
+    """`choice_of` names what serves a patch; `binder` puts it there. What became of each site is in `report`."""
 
     catalogue: Sequence[Patch]
     request: Request
@@ -110,7 +110,7 @@ class Walk:
     def _note_unfused(self, patch: Patch, site: Site) -> None:
         """Patches that fuse what this site computes with what follows find nothing to build on."""
         for other in self.catalogue:
-            if patch.name in other.needs and self.choice_of(other).candidates:
+            if patch.name in other.needs and self.choice_of(self.request, self.report, other).candidates:
                 self.report.notes.append(f"{other.name} does not serve layers with {site.label}: {TUNED_ORIGINAL}")
 
     def _failed(self, patch: Patch, label: str, error: Exception) -> None:

@@ -92,6 +92,8 @@ class Patch:
     the given model the site reaches. `customers(module)` are the classes of a modeling module that look up at call time
     what `registered()` replaces. `tunable`: a tuning file may choose another of `implementations`, or the original.
     `options`: switches that its replacements are made with, beside its own and that of Triton kernels.
+    `libraries`: packages or modules beside modeling code, by dotted names, that `find` is given the modules of too,
+    imported before or later.
     `needs`: the names of the patches on whose sites it builds, which come before it.
     `around`: it leaves a site's original to compute what it did, so it stands around another patch's replacement, and
     another patch's around it. Every other patch has its sites for itself.
@@ -109,6 +111,7 @@ class Patch:
     tunable: bool = True
     options: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    libraries: tuple[str, ...] = ()
     around: bool = False
 
 
