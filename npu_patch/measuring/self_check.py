@@ -49,6 +49,10 @@ class Decisions:
     waiting: list[tuple[Dispatch, dict[Hashable, Case]]] = field(default_factory=list)
     described: list[tuple[Dispatch, Outcome]] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, switches: Switches, device_type: str) -> Decisions:
+        return cls(device_type, switches["triton_cache"], wanted(switches, device_type))
+
     def add(self, dispatch: Dispatch | None, live: LiveModules | None) -> None:
         """Of a site of the given model, or of none."""
         if dispatch is not None and live is not None:

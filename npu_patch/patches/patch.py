@@ -15,6 +15,7 @@ from npu_patch.serving.dispatch import Cases, Dispatch, no_cases, no_key
 from npu_patch.serving.implementation import Choice, Implementation
 from npu_patch.sites.sites import LiveModules, Site
 from npu_patch.switches import Switches
+from npu_patch.waiting.heads import Participant
 
 NOT_FASTER = "no kernel was measured to be faster"
 
@@ -48,6 +49,7 @@ class Replacement:
     `choice`: of this site's implementations, where a patch has sites of several ops. `dispatch`: among the usual and
     the optional ones, by call, where the op has optional ones. `alone`: called by itself, outside its model, it does
     what it does there. `observe(layer)` looks at a new layer, so that its first call need not.
+    `participant`: how patches that build on this one know it, wherever it is bound.
     """
 
     function: Callable[..., Any]
@@ -57,6 +59,7 @@ class Replacement:
     dispatch: Dispatch | None = None
     alone: bool = True
     observe: Callable[[torch.nn.Module], Any] | None = None
+    participant: Participant | None = None
 
 
 def _nothing_in(layer: torch.nn.Module) -> Iterable[Site]:
@@ -82,7 +85,9 @@ class Patch:
     the given model the site reaches. `customers(module)` are the classes of a modeling module that look up at call time
     what `registered()` replaces. `tunable`: a tuning file may choose another of `implementations`, or the original.
     `options`: switches that its replacements are made with, beside its own and that of Triton kernels.
-    `needs`: the patches on whose sites it builds.
+    `libraries`: packages or modules beside modeling code, by dotted names, that `find` is given the modules of too,
+    imported before or later.
+    `needs`: the names of the patches on whose sites it builds, which come before it.
     `around`: it leaves a site's original to compute what it did, so it stands around another patch's replacement, and
     another patch's around it. Every other patch has its sites for itself.
     """
@@ -99,4 +104,5 @@ class Patch:
     tunable: bool = True
     options: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    libraries: tuple[str, ...] = ()
     around: bool = False

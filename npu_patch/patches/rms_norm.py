@@ -116,8 +116,14 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
     variants = dict.fromkeys(reading.variant.name for reading in live or found)
     bypassed = Bypassed.by(original, *([SILU] if gated else []))
     function = replacement_for(original, calls, serve, bypassed=bypassed)
-    deferred_norm.NORMS[function] = deferred_norm.NormSite(original, readings.of, calls)
-    return Replacement(function, " or ".join(variants), calls, dispatch=dispatch, observe=readings.of)
+    return Replacement(
+        function,
+        " or ".join(variants),
+        calls,
+        dispatch=dispatch,
+        observe=readings.of,
+        participant=deferred_norm.NormSite(original, readings.of, calls),
+    )
 
 
 def _with_its_sum(reading: RMSNormReading | NotRead, norm: torch.nn.Module, total: DeferredSum) -> Tensor | None:

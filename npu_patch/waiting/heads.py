@@ -143,12 +143,19 @@ class RoPESite:
     calls: Calls
 
 
-NORMS: WeakKeyDictionary[Callable[..., Any], NormSite] = WeakKeyDictionary()  # by replacement
+Participant = NormSite | RoPESite
+NORMS: WeakKeyDictionary[Callable[..., Any], NormSite] = WeakKeyDictionary()  # by what is called in their place
 ROTATIONS: WeakKeyDictionary[Callable[..., Any], RoPESite] = WeakKeyDictionary()
 
 
-def takes_part_as(wrapper: Callable[..., Any], replacement: Callable[..., Any]) -> None:
-    """`wrapper` is called in the place of `replacement`, and calls it wherever something may be deferred."""
-    for participants in (NORMS, ROTATIONS):
-        if replacement in participants:
-            participants[wrapper] = participants[replacement]
+def enter(function: Callable[..., Any], participant: Participant) -> None:
+    """Patches that put norms off find `participant` where they find `function`."""
+    if isinstance(participant, NormSite):
+        NORMS[function] = participant
+    else:
+        ROTATIONS[function] = participant
+
+
+def leave(function: Callable[..., Any]) -> None:
+    NORMS.pop(function, None)
+    ROTATIONS.pop(function, None)
