@@ -15,7 +15,7 @@ _HOME = {
     "applied": "applying.api",
     "restore": "applying.api",
     "report": "applying.api",
-    "PatchError": "applying.api",
+    "PatchError": "applying.state",
     "Outcome": "reporting.outcome",
     "Report": "reporting.report",
     "Switches": "switches",

@@ -27,10 +27,11 @@ import transformers
 import npu_patch
 import npu_patch.simulator
 from npu_patch.applying import api as lifecycle
+from npu_patch.applying import enabling
 from npu_patch.measuring import measure
+from npu_patch.measuring import measurer as selection
 from npu_patch.ops import add_rms_norm, qk_norm_rope
 from npu_patch.patches.patch import Patch
-from npu_patch.serving import dispatch as selection
 from npu_patch.serving.implementation import Implementation
 
 LIMITS = (10.0, 1.0)  # seconds, first and second
@@ -151,7 +152,7 @@ def _make_up_kernels() -> None:
     catalogue = [with_kernel(patch) for patch in lifecycle.CATALOGUE]
     lifecycle.CATALOGUE = tuple(catalogue)
     measure.ELEMENTS = 2**12
-    lifecycle.choose = _choosing_by_time(lifecycle.choose)
+    enabling.choose = _choosing_by_time(enabling.choose)
     selection.stopwatch = stopwatch
 
 

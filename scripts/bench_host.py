@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 import npu_patch
-from npu_patch.applying.api import patched_sites
+from npu_patch.applying.state import patched_sites
 from npu_patch.commands.bench.command import recorded_step
 from npu_patch.commands.replay.recording import Call, function_of
 from npu_patch.commands.replay.snapshot import snapshot

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 import npu_patch
 from npu_patch.kernels.readiness import why_not
+from npu_patch.measuring import measurer
 from npu_patch.measuring.measure import why_wrong
 from npu_patch.numerics import rotation
 from npu_patch.ops import qk_norm_rope, rms_norm, rope
 from npu_patch.ops.rms_norm import PLAIN_VARIANTS
 from npu_patch.reporting.outcome import Outcome
 from npu_patch.reporting.report import Report
-from npu_patch.serving import dispatch as selection
 from npu_patch.serving import implementation
 from npu_patch.serving.case import Alternative, Case, Measured
 from npu_patch.serving.implementation import choose
@@ -385,7 +385,7 @@ def test_heads_are_measured_as_they_are_rotated(
         return Measured(seconds=1.0 if alternative.name == "triton" else 2.0)
 
     monkeypatch.setattr(implementation, "is_simulated", lambda: False)  # which has no times
-    monkeypatch.setattr(selection, "measure", measure)
+    monkeypatch.setattr(measurer, "measure", measure)
     monkeypatch.setenv("TWINKLE_NPU_TRITON_CACHE", str(tmp_path / "times.json"))
     model = built(family).to(npu)
     with npu_patch.applied(model) as report:

@@ -3,57 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import sys
 import weakref
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from types import MethodType, ModuleType
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from npu_patch import devices, log
-from npu_patch.applying import new_layers
-from npu_patch.applying.options_kept import Kept, in_words, kept_at
-from npu_patch.applying.patched_site import PatchedSite, as_they_stand, bound_since, own_forwards
+from npu_patch.applying import live_layers
+from npu_patch.applying.binding import JournalBinder
+from npu_patch.applying.choosing import Choosing, tuning_for
+from npu_patch.applying.enabling import STILL_IN_PLACE, Enabled, choice_here, libraries_of
+from npu_patch.applying.options_kept import in_words
+from npu_patch.applying.patched_site import as_they_stand
+from npu_patch.applying.request import Request
+from npu_patch.applying.state import STATE, PatchError, anything_applied
+from npu_patch.applying.telling import tell, warn_of_what_serves_nothing
+from npu_patch.applying.walk import Walk
 from npu_patch.measuring import self_check
 from npu_patch.measuring.self_check import Decisions
-from npu_patch.measuring.tuning import ORIGINAL, Signature, Tuning, tuned
-from npu_patch.measuring.tuning import read as read_tuning
-from npu_patch.numerics.findings import forget
 from npu_patch.patches import CATALOGUE
-from npu_patch.patches.patch import Context, Patch, Replacement
-from npu_patch.reporting.outcome import FAILED, NOTHING_APPLIED, PATCHED, SKIPPED, Outcome, TuningFile
+from npu_patch.reporting.outcome import NOTHING_APPLIED
 from npu_patch.reporting.report import Report
 from npu_patch.reporting.text import headline
-from npu_patch.serving.dispatch import NO_MODEL
-from npu_patch.serving.implementation import Choice, choose
-from npu_patch.sites import replaced_before
-from npu_patch.sites.journal import Journal
-from npu_patch.sites.sites import (
-    Displaced,
-    LateImports,
-    LiveModules,
-    Site,
-    displaced_classes,
-    kept_functions,
-    loaded_modeling_modules,
-    modules_of_model,
-)
-from npu_patch.sites.whose import whose
-from npu_patch.switches import Switches, resolve
-from npu_patch.waiting.heads import takes_part_as
-
-STILL_IN_PLACE = "still in place from an earlier apply(); call restore() first"
-TUNED_ORIGINAL = "tuned: the original is the fastest for every shape that was measured"
-
-
-class PatchError(RuntimeError):
-    """`apply()` could not do what was asked; nothing of that call is left applied."""
+from npu_patch.sites.scope import Scope
+from npu_patch.sites.sites import LateImports, is_modeling_module, is_within
+from npu_patch.switches import resolve
 
 
 def apply(
@@ -74,445 +53,134 @@ def apply(
     Raises:
         ValueError, TypeError: for a device, model or switch that is none, before anything is rebound.
     """
-    device_type = _checked_device(device)
-    if model is not None and not isinstance(model, torch.nn.Module):
-        raise TypeError(f"apply() takes a torch.nn.Module or nothing, not {type(model).__name__}")
-    resolved = resolve(switches)
-    report = Report(device=devices.described(device_type))
-    if not resolved["patch"]:
-        report.nothing_because = f"switched off by {resolved.sources['patch']}"
-        if anything_applied():
-            report.warnings.append(f"{report.nothing_because}: {STILL_IN_PLACE}")
-        _tell(report)
+    request = _checked(model, device, switches, strict)
+    report = Report(device=devices.described(request.device_type))
+    if _is_for_nothing(request, report):
         return report
-    reason = devices.why_none(device_type)
-    if reason is not None:
-        report.nothing_because = f"no {device_type} device ({reason})"
-        if strict:
-            raise PatchError(f"apply(strict=True): {report.nothing_because}")
-        log.warning(headline(report))
-        return report
-    tuning = _tuning(resolved, device_type, report)
-    walk = Walk(model, device_type, strict, resolved, report, tuning)
-    with _STATE.journal.lock:
-        _STATE.claim(device_type)
-        if _STATE.reports and _STATE.tune != resolved.tune:
-            report.warnings.append(
-                f"TWINKLE_NPU_TUNE is {resolved.tune or 'not set'} now and was {_STATE.tune or 'not set'} before: what "
-                "an earlier apply() rebound stays as it was; call restore() first"
-            )
-        _STATE.tune = resolved.tune if not _STATE.reports else _STATE.tune
-        report.warnings += _STATE.bound_since()
-        _STATE.reports.append(report)
+    decisions = Decisions.of(request.switches, request.device_type)
+    walk = Walk(
+        CATALOGUE,
+        request,
+        report,
+        choice_here,
+        Choosing(decisions, tuning_for(CATALOGUE, request, report)),
+        JournalBinder(),
+    )
+    with STATE.journal.lock:
+        STATE.claim(request.device_type)
+        report.warnings += STATE.tuned_by(request.switches.tune)
+        report.warnings += STATE.bound_since()
+        STATE.reports.append(report)
         try:
-            with _STATE.journal.transaction():
-                walk.run()
+            with STATE.journal.transaction():
+                _go(walk)
         except BaseException:
-            _STATE.reports.remove(report)
+            STATE.reports.remove(report)
             raise
-        report.outcomes = as_they_stand(report.outcomes, _STATE.patched.values())
-        _STATE.models += [] if model is None else [weakref.ref(model)]
-    _tell(report)
+        report.outcomes = as_they_stand(report.outcomes, STATE.patched.values())
+        STATE.models += [] if model is None else [weakref.ref(model)]
+    tell(report)
     return report
 
 
 def restore() -> None:
     """Puts every touched object back, identical to what it was."""
-    _STATE.undo_to(0)
+    STATE.undo_to(0)
 
 
 @contextlib.contextmanager
 def applied(model: torch.nn.Module | None = None, **arguments: Any) -> Iterator[Report]:
     """`apply()` for the length of a `with` block; what an earlier `apply()` rebound stays."""
-    with _STATE.journal.lock:
-        mark = _STATE.journal.mark()
+    with STATE.journal.lock:
+        mark = STATE.journal.mark()
         report = apply(model, **arguments)
     try:
         yield report
     finally:
-        _STATE.undo_to(mark)
+        STATE.undo_to(mark)
 
 
 def report() -> Report:
     """Everything that is applied now, counters included, as one report."""
-    if _STATE.device_type is None:
+    if STATE.device_type is None:
         return Report(device="no device", nothing_because=NOTHING_APPLIED)
-    combined = Report(device=devices.described(_STATE.device_type))
-    for each in _STATE.reports:
+    combined = Report(device=devices.described(STATE.device_type))
+    for each in STATE.reports:
         known = {id(outcome.calls) for outcome in combined.outcomes}
         combined.outcomes += [outcome for outcome in each.outcomes if id(outcome.calls) not in known]
         combined.notes += [note for note in each.notes if note not in combined.notes]
         combined.tuning = combined.tuning or each.tuning
         combined.warnings += [warning for warning in each.warnings if warning not in combined.warnings]
-    with _STATE.journal.lock:
-        combined.outcomes = as_they_stand(combined.outcomes, _STATE.patched.values())
-        combined.warnings += [line for line in _STATE.bound_since() if line not in combined.warnings]
+    with STATE.journal.lock:
+        combined.outcomes = as_they_stand(combined.outcomes, STATE.patched.values())
+        combined.warnings += [line for line in STATE.bound_since() if line not in combined.warnings]
     return combined
 
 
-def patched_sites(report: Report | None = None) -> list[PatchedSite]:
-    """What stands at the sites that are patched now; of one report, if it is given."""
-    every = [held for stack in _STATE.patched.values() for held in stack]
-    if report is None:
-        return every
-    own = {id(outcome) for outcome in report.outcomes}
-    return [held for held in every if id(held.outcome) in own]
-
-
-def anything_applied() -> bool:
-    return len(_STATE.journal) > 0
-
-
-@dataclass
-class _State:
-    """The one journal of the process, and what stands in it."""
-
-    journal: Journal = field(default_factory=Journal)
-    # By (id of the owner, name): the patches of one site, the last one around the others.
-    patched: dict[tuple[int, str], list[PatchedSite]] = field(default_factory=dict)
-    reports: list[Report] = field(default_factory=list)
-    device_type: str | None = None
-    registries: set[tuple[int, str]] = field(default_factory=set)  # keys of `patched` that serve layers of any class
-    tune: str | None = None  # the tuning file of the first apply()
-    models: list[weakref.ref[torch.nn.Module]] = field(default_factory=list)  # that were given
-    unreached: weakref.WeakSet[torch.nn.Module] = field(default_factory=weakref.WeakSet)  # layers, and said to be
-
-    def claim(self, device_type: str) -> None:
-        if len(self.journal) and self.device_type != device_type:
-            raise PatchError(
-                f"apply(device={device_type!r}): patches for {self.device_type!r} are in place; call restore() first"
-            )
-        self.device_type = device_type
-
-    def bound_since(self) -> list[str]:
-        models = [model for reference in self.models if (model := reference()) is not None]
-        return bound_since(self.patched.values(), models, self.unreached)
-
-    def watch_new_layers(self) -> None:
-        if not self.journal.holds(new_layers.REGISTRY, new_layers.KEY):
-            hook = new_layers.watcher(self.patched, self.registries)
-            self.journal.rebind(new_layers.REGISTRY, new_layers.KEY, hook)
-
-    def undo_to(self, mark: int) -> None:
-        with self.journal.lock:
-            self.journal.undo_to(mark)
-            self.reports = [each for each in self.reports if mark and any(o.calls.active for o in each.patched)]
-            if not len(self.journal):
-                self.device_type = None
-                self.models.clear()
-                self.unreached.clear()
-                forget()
-
-
-_STATE = _State()
-# A process that is forked while another thread applies or restores would find half of it done, and the lock taken.
-os.register_at_fork(
-    before=_STATE.journal.lock.acquire,
-    after_in_parent=_STATE.journal.lock.release,
-    after_in_child=_STATE.journal.lock.release,
-)
-
-
-@dataclass
-class Walk:
-    """One `apply()`: the catalogue in order, over the modeling modules in reach."""
-
-    model: torch.nn.Module | None
-    device_type: str
-    strict: bool
-    switches: Switches
-    report: Report
-    tuning: Tuning = field(default_factory=Tuning)
-    kept_options: Counter[Kept] = field(default_factory=Counter)  # by sites
-    searched: set[tuple[str, int, str]] = field(default_factory=set)  # in registries: patch, id of the registry, name
-
-    def __post_init__(self) -> None:
-        self.checked = self_check.wanted(self.switches, self.device_type)
-        self.decisions = Decisions(self.device_type, self.switches["triton_cache"], self.checked)
-
-    def run(self) -> None:
-        patches = self._enabled()
-        modules = loaded_modeling_modules() if self.model is None else modules_of_model(self.model)
-        self._patch_modules(patches, modules)
-        self.report.warnings += in_words(self.kept_options)
-        if self.model is None:
-            hook = LateImports(lambda module: self._after_late_import(patches, module))
-            _STATE.journal.insert(sys.meta_path, hook)
-            if self.checked:
-                self.report.notes.append(self_check.NO_MODEL)
-        else:
-            self.decisions.decide(_STATE.journal, self.report)
-            self._reach_live_layers(self.model)
-            self._warn(patches)
-            if getattr(self.model, "use_kernels", False) or getattr(self.model, "_use_kernels", False):
-                self.report.warnings.append("the model uses hub kernels: those stay wherever they are bound")
-        if self.model is None or _STATE.patched:
-            _STATE.registries |= {key[1:] for key in self.searched}
-            _STATE.watch_new_layers()
-
-    def _enabled(self) -> list[tuple[Patch, Choice]]:
-        enabled = []
-        for patch in CATALOGUE:
-            choice = self._choose(patch)
-            if not self.switches[patch.switch]:
-                off = f"{patch.name}: switched off by {self.switches.sources[patch.switch]}"
-                if any(held.outcome.patch == patch.name for held in self._in_place()):
-                    self.report.warnings.append(f"{off}, and {STILL_IN_PLACE}")
-                else:
-                    self.report.notes.append(off)
-            elif choice.chosen is None and not choice.candidates:
-                usual = [each for each in patch.implementations if not each.optional]
-                served = any(self.device_type in each.device_types for each in usual)
-                if usual or self.switches["triton"] is False:  # else the line about Triton kernels says why
-                    (self.report.warnings if served else self.report.notes).append(f"{patch.name}: {choice.why_none()}")
-            else:
-                enabled.append((patch, choice))
-        return enabled
-
-    def _in_place(self) -> Sequence[PatchedSite]:
-        """What earlier calls rebound."""
-        return patched_sites()
-
-    def _choose(self, patch: Patch) -> Choice:
-        asked, source = self.switches["triton"], self.switches.sources["triton"]
-        choice = choose(patch.implementations, self.device_type, asked, source)
-        if asked is not False and self.switches[patch.switch]:
-            self._note_triton(patch, choice, asked)
-        return choice
-
-    def _note_triton(self, patch: Patch, choice: Choice, asked: bool | str) -> None:
-        """Why no Triton kernel can be taken, once for all patches; a warning where they were asked for."""
-        lines = self.report.warnings if asked is True else self.report.notes
-        for each in patch.implementations:
-            if not each.optional or self.device_type not in each.device_types:
-                continue
-            reason = choice.declined.get(each.name) or (NO_MODEL if asked is not True and self.model is None else None)
-            line = f"no Triton kernel is used: {reason}"
-            if reason is not None and line not in lines:
-                lines.append(line)
-
-    def _patch_modules(self, patches: Iterable[tuple[Patch, Choice]], modules: Iterable[ModuleType]) -> None:
-        live = None if self.model is None else LiveModules(self.model)
-        modules, patches = list(modules), list(patches)
-        displaced = [] if self.model is None else displaced_classes(self.model)
-        for patch, choice in patches:
-            context = Context(self.device_type, choice.chosen, self.switches, live, choice)
-            for site in self._found(patch, modules, displaced):
-                self._patch_site(patch, choice, site, context)
-        self._name_replaced({patch.name for patch, _ in patches}, modules)
-
-    def _name_replaced(self, patches: set[str], modules: Iterable[ModuleType]) -> None:
-        """What another patcher has taken, and no patch has found."""
-        known = {outcome.site for outcome in self.report} | {held.site.label for held in self._in_place()}
-        for module in modules:
-            for label, patch, theirs in replaced_before.replaced_in(module):
-                if patch in patches and label not in known:
-                    self.report.outcomes.append(Outcome(patch, label, SKIPPED, theirs))
-
-    def _found(self, patch: Patch, modules: Iterable[ModuleType], displaced: Iterable[Displaced]) -> Iterator[Site]:
-        """Registries first, then modeling modules, then the layers of the given model."""
-        layers = () if self.model is None else self.model.modules()
-        searches = [("transformers' registries", partial(self._registered, patch))]
-        searches += [(module.__name__, partial(patch.find, module)) for module in modules]
-        searches += [(each.module.__name__, partial(each.found_by, patch.find)) for each in displaced]
-        searches += [(type(layer).__name__, partial(patch.in_layer, layer)) for layer in layers]
-        for where, search in searches:
-            try:
-                yield from list(search())
-            except Exception as error:
-                self._failed(patch, where, error)
-
-    def _registered(self, patch: Patch) -> Iterator[Site]:
-        """Each entry once per `apply()`, however many modeling files are imported later."""
-        for site in patch.registered():
-            key = (patch.name, id(site.owner), site.name)
-            if key not in self.searched:
-                self.searched.add(key)
-                yield site
-
-    def _patch_site(self, patch: Patch, choice: Choice, site: Site, context: Context) -> None:
-        layers = patch.layers(site, context)
-        stack = self._held(site)
-        for held in stack:
-            if held.outcome.patch == patch.name:
-                held.outcome.layers = layers
-                self.kept_options.update(kept_at(held, patch, self.switches))
-                self.decisions.add(held.replacement.selection, context.live)
-                self.decisions.describe(held.replacement.selection, held.outcome)
-                self.report.outcomes.append(held.outcome)
-                return
-        if not (patch.around or all(held.around for held in stack)):
-            return
-        theirs = replaced_before.by_whom(site)
-        try:
-            with _STATE.journal.transaction():
-                decision = patch.replace(site, context)
-                if isinstance(decision, Replacement):
-                    self.decisions.add(decision.selection, context.live)
-                    choices = self.tuning.of(patch.name, site.label, decision.variant) if patch.tunable else {}
-                    if choices and set(choices.values()) == {ORIGINAL}:
-                        decision.calls.deactivate()
-                        outcome = Outcome(patch.name, site.label, SKIPPED, TUNED_ORIGINAL, layers=layers)
-                        self.report.outcomes.append(outcome)
-                        self._note_unfused(patch, site)
-                        return
-                    decision = self._tuned(patch, choice, site, decision, choices, context)
-                    self._rebind(patch, choice, site, decision, layers)
-                    if theirs is not None:
-                        self.report.notes.append(f"{patch.name}: {site.label} was {theirs}; this patch is on top of it")
-                elif decision.notable:
-                    reason = theirs or decision.reason
-                    self.report.outcomes.append(Outcome(patch.name, site.label, SKIPPED, reason, layers=layers))
-        except Exception as error:
-            self._failed(patch, site.label, error)
-
-    def _note_unfused(self, patch: Patch, site: Site) -> None:
-        """Patches that fuse what this site computes with what follows find nothing to build on."""
-        for other in CATALOGUE:
-            if patch.name in other.needs and self._choose(other).candidates:
-                self.report.notes.append(f"{other.name} does not serve layers with {site.label}: {TUNED_ORIGINAL}")
-
-    def _tuned(
-        self,
-        patch: Patch,
-        choice: Choice,
-        site: Site,
-        replacement: Replacement,
-        choices: Mapping[Signature, str],
-        context: Context,
-    ) -> Replacement:
-        """The replacement, with the choices of the tuning file if it has any for this site."""
-        if not choices:
-            return replacement
-        others = {
-            each.name: patch.replace(site, replace(context, implementation=each, choice=None))
-            for each in patch.implementations
-            if each.name in choices.values()
-            and each.name not in _absent(choice)
-            and (each is not choice.chosen or choice.candidates)  # the usual one, unless that may be a Triton kernel
-        }
-        for other in others.values():
-            self.decisions.add(getattr(other, "selection", None), context.live)
-        ways = {name: (other.function, other.calls) for name, other in others.items() if isinstance(other, Replacement)}
-        function = tuned(replacement.function, site.original, replacement.calls, choices, ways)
-        takes_part_as(function, replacement.function)
-        return replace(replacement, function=function)
-
-    def _held(self, site: Site) -> Sequence[PatchedSite]:
-        return _STATE.patched.get((id(site.owner), site.name), ())
-
-    def _rebind(self, patch: Patch, choice: Choice, site: Site, replacement: Replacement, layers: int | None) -> None:
-        choice = replacement.choice or choice
-        outcome = Outcome(
-            patch.name,
-            site.label,
-            PATCHED,
-            variant=replacement.variant,
-            implementation=choice.chosen.name if choice.chosen else "",
-            declined=choice.declined,
-            calls=replacement.calls,
-            layers=layers,
-        )
-        self.decisions.describe(replacement.selection, outcome)
-        self._bind(PatchedSite(site, replacement, outcome, patch.around, self.switches))
-        self.report.outcomes.append(outcome)
-
-    def _bind(self, patched: PatchedSite) -> None:
-        site, replacement = patched.site, patched.replacement
-        key = (id(site.owner), site.name)
-
-        def forget() -> None:
-            replacement.calls.deactivate()
-            _STATE.patched[key].pop()  # the journal undoes the last one first
-            if not _STATE.patched[key]:
-                del _STATE.patched[key]
-
-        _STATE.journal.rebind(site.owner, site.name, replacement.function, on_undo=forget)
-        _STATE.patched.setdefault(key, []).append(patched)
-
-    def _failed(self, patch: Patch, label: str, error: Exception) -> None:
-        if self.strict:
-            raise PatchError(f"{patch.name}: {label}: {type(error).__name__}: {error}") from error
-        self.report.outcomes.append(Outcome(patch.name, label, FAILED, f"{type(error).__name__}: {error}"))
-
-    def _after_late_import(self, patches: list[tuple[Patch, Choice]], module: ModuleType) -> None:
-        with _STATE.journal.lock:
-            self._patch_modules(patches, [module])
-
-    def _reach_live_layers(self, model: torch.nn.Module) -> None:
-        """Layers that keep a forward or a function of their own are bound to the replacement too, or reported."""
-        unreached: dict[tuple[str, str], list[torch.nn.Module]] = {}
-        functions = {
-            id(stack[0].site.original): stack[-1].replacement.function
-            for stack in _STATE.patched.values()
-            if isinstance(stack[0].site.owner, ModuleType)
-        }
-        for module in model.modules():
-            for owner, name, kept in list(kept_functions(module)):
-                if id(kept) in functions:
-                    _STATE.journal.rebind(owner, name, functions[id(kept)])
-        for module, stack, bound in own_forwards(model, _STATE.patched):
-            function = stack[-1].replacement.function
-            if bound.reachable:
-                if getattr(bound.bound, "__func__", None) is not function:
-                    _STATE.journal.rebind(module, bound.name, MethodType(function, module))
-                continue
-            _STATE.unreached.add(module)
-            for held in stack:
-                unreached.setdefault((held.outcome.patch, held.site.label, whose(bound.bound)), []).append(module)
-                held.outcome.layers = (held.outcome.layers or 1) - 1
-        for (patch, label, name), modules in unreached.items():
-            reason = f"live layers whose own forward is {name}, which hides the class's"
-            self.report.outcomes.append(Outcome(patch, label, SKIPPED, reason, layers=len(modules)))
-
-    def _warn(self, patches: Iterable[tuple[Patch, Choice]]) -> None:
-        """A patch that found something it should serve in this model, and serves none of it."""
-        for patch, _ in patches:
-            found = [o for o in self.report if o.patch == patch.name and o.layers != 0]
-            outcomes = [o for o in found if o.reason != TUNED_ORIGINAL]
-            if outcomes and not any(outcome.status == PATCHED for outcome in outcomes):
-                self.report.warnings.append(
-                    f"{patch.name}: nothing in {type(self.model).__name__} is served; {len(outcomes)} sites were found"
-                )
-
-
-def _checked_device(device: str) -> str:
+def _checked(model: Any, device: str, switches: Mapping[str, Any], strict: bool) -> Request:
     device_type = str(device).split(":", 1)[0]  # any index: the tensors of every device of a type are served
     if device_type not in devices.TYPES or not re.fullmatch(r"\w+(:\d+)?", str(device)):
         raise ValueError(f"apply(device={device!r}): accepted are {', '.join(devices.TYPES)}")
-    return device_type
+    if model is not None and not isinstance(model, torch.nn.Module):
+        raise TypeError(f"apply() takes a torch.nn.Module or nothing, not {type(model).__name__}")
+    return Request(model, device_type, resolve(switches), strict)
 
 
-def _absent(choice: Choice) -> set[str]:
-    """Implementations that this machine or device cannot run."""
-    return {name for name, why in choice.declined.items() if not why.endswith("comes first")}
+def _is_for_nothing(request: Request, report: Report) -> bool:
+    """Whether it is switched off or has no device; `report` is told, and says so.
+
+    Raises:
+        PatchError: where a device was to be there (`strict`).
+    """
+    if not request.switches["patch"]:
+        report.nothing_because = f"switched off by {request.switches.sources['patch']}"
+        if anything_applied():
+            report.warnings.append(f"{report.nothing_because}: {STILL_IN_PLACE}")
+        tell(report)
+        return True
+    reason = devices.why_none(request.device_type)
+    if reason is None:
+        return False
+    report.nothing_because = f"no {request.device_type} device ({reason})"
+    if request.strict:
+        raise PatchError(f"apply(strict=True): {report.nothing_because}")
+    log.warning(headline(report))
+    return True
 
 
-def _choices(patch: Patch, device_type: str) -> list[str]:
-    """What a tuning file may choose for it."""
-    return [each.name for each in patch.implementations if patch.tunable and device_type in each.device_types]
+def _go(walk: Walk) -> None:
+    """The walk, and what follows from it: for files that are imported later, or for the layers of the given model."""
+    model, report, decisions = walk.request.model, walk.report, walk.choosing.decisions
+    entries = walk.enabled()
+    libraries = libraries_of(entries)
+    walk.over(Scope.of(model, libraries), entries)
+    report.warnings += in_words(walk.kept_options)
+    _watch_imports(walk, entries, libraries)
+    if model is None:
+        if decisions.checked:
+            report.notes.append(self_check.NO_MODEL)
+    else:
+        decisions.decide(STATE.journal, report)
+        report.outcomes += live_layers.reach(model)
+        warn_of_what_serves_nothing(report, [patch for patch, _ in entries], model)
+        if getattr(model, "use_kernels", False) or getattr(model, "_use_kernels", False):
+            report.warnings.append("the model uses hub kernels: those stay wherever they are bound")
+    if model is None or STATE.patched:
+        STATE.registries |= walk.registries.keys
+        STATE.watch_new_layers()
 
 
-def _tuning(switches: Switches, device_type: str, report: Report) -> Tuning:
-    if switches.tune is None:
-        return Tuning()
-    tuning = read_tuning(switches.tune, device_type, {patch.name: _choices(patch, device_type) for patch in CATALOGUE})
-    if tuning.refused is not None:
-        report.warnings.append(f"the tuning file {switches.tune} is not used: {tuning.refused}")
-        return Tuning()
-    by_name = {(patch.name, each.name): each for patch in CATALOGUE for each in patch.implementations}
-    for patch, name in sorted(tuning.choices):
-        absent = by_name[patch, name].missing()
-        if absent is not None:
-            report.warnings.append(f"the tuning file {switches.tune} chooses {name} for {patch}, absent here: {absent}")
-    report.tuning = TuningFile(switches.tune, tuning.count)
-    return tuning
+def _watch_imports(walk: Walk, entries: Sequence[Enabled], libraries: Collection[str]) -> None:
+    """Of libraries, and of modeling files where no model was given: what is imported later is of no model yet."""
+    every_family = walk.request.model is None
+    later = replace(walk, request=replace(walk.request, model=None))  # a hook keeps no model alive
 
+    def wanted(name: str) -> bool:
+        return is_within(name, libraries) or (every_family and is_modeling_module(name))
 
-def _tell(report: Report) -> None:
-    """In the log: one line, and what the user should know without asking for the report."""
-    log.info(headline(report))
-    for message in report.warnings:
-        log.warning(message)
-    for outcome in report.failed:
-        log.warning(f"{outcome.patch}: {outcome.site} failed: {outcome.reason}")
+    def after_import(module: ModuleType) -> None:
+        with STATE.journal.lock:
+            later.over(Scope.of_late(module), entries)
+
+    if every_family or libraries:
+        STATE.journal.insert(sys.meta_path, LateImports(wanted, after_import))

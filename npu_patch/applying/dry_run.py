@@ -1,4 +1,4 @@
-"""What `apply()` would do, without doing it: its own walk, with the rebinding left out.
+"""What `apply()` would do, without doing it: the same walk, with a binder that binds nothing.
 
 Needs no device: of an op it takes the implementation that a sound installation would use.
 """
@@ -6,17 +6,28 @@ Needs no device: of an op it takes the implementation that a sound installation 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
 
-from npu_patch.applying.api import PatchedSite, PatchError, Walk, anything_applied
+from npu_patch.applying.choosing import Choosing
+from npu_patch.applying.enabling import libraries_of
+from npu_patch.applying.patched_site import PatchedSite
+from npu_patch.applying.request import Request
+from npu_patch.applying.state import PatchError, anything_applied
+from npu_patch.applying.telling import warn_of_what_serves_nothing
+from npu_patch.applying.walk import Walk
+from npu_patch.measuring.self_check import Decisions
+from npu_patch.patches import CATALOGUE
 from npu_patch.patches.patch import Patch
 from npu_patch.reporting.report import Report
 from npu_patch.serving.implementation import Choice, choose
+from npu_patch.sites.scope import Scope
 from npu_patch.sites.sites import Site
 from npu_patch.switches import Switches, resolve
-from npu_patch.waiting.heads import NORMS
+from npu_patch.waiting.heads import NormSite, enter, leave
 
 
 def dry_run(
@@ -42,61 +53,62 @@ def dry_run(
     if not switches["patch"]:
         report.nothing_because = f"switched off by {switches.sources['patch']}"
         return report
-    walk = DryWalk(model, device_type, False, switches, report, registries=registries)
-    walk.look(modules)
+    request = Request(model, device_type, switches)
+    binder = DryBinder()
+    decisions = Decisions.of(switches, device_type)
+    walk = Walk(CATALOGUE, request, report, choice_if_sound, Choosing(decisions), binder)
+    entries = walk.enabled()
+    scope = Scope.of(model, libraries_of(entries), modules=list(modules), registries=registries)
+    try:
+        walk.over(scope, entries)
+    finally:
+        binder.forget()
+    if model is not None:
+        warn_of_what_serves_nothing(report, [patch for patch, _ in entries], model)
     return report
 
 
-class DryWalk(Walk):
-    def __init__(self, *arguments: object, registries: bool) -> None:
-        super().__init__(*arguments)
-        self._registries = registries
-        self._served: list[PatchedSite] = []
+def choice_if_sound(request: Request, report: Report, patch: Patch) -> Choice:
+    """What is chosen here, or what would be if nothing were missing."""
+    choice = choose(patch.implementations, request.device_type, *request.triton)
+    if choice.candidates and not choice.forced:
+        unmeasured = {each.name: "a dry run measures nothing" for each in choice.candidates}
+        choice = Choice(choice.chosen, choice.declined | unmeasured)
+    if choice.chosen is not None:
+        return choice
+    usual = [each for each in patch.implementations if not each.optional]
+    if not usual and request.switches["triton"] is True:
+        kernels = tuple(each for each in patch.implementations if request.device_type in each.device_types)
+        return Choice(None, {}, kernels, forced=True)
+    serving = [each for each in usual if request.device_type in each.device_types]
+    chosen = serving[0] if serving else None
+    return Choice(chosen, {name: why for name, why in choice.declined.items() if chosen and name != chosen.name})
 
-    def look(self, modules: Iterable[ModuleType]) -> None:
-        patches = self._enabled()
-        try:
-            self._patch_modules(patches, modules)
-        finally:
-            self._forget()
-        if self.model is not None:
-            self._warn(patches)
 
-    def _choose(self, patch: Patch) -> Choice:
-        """What is chosen here, or what would be if nothing were missing."""
-        triton = self.switches["triton"], self.switches.sources["triton"]
-        choice = choose(patch.implementations, self.device_type, *triton)
-        if choice.candidates and not choice.forced:
-            unmeasured = {each.name: "a dry run measures nothing" for each in choice.candidates}
-            choice = Choice(choice.chosen, choice.declined | unmeasured)
-        if choice.chosen is not None:
-            return choice
-        usual = [each for each in patch.implementations if not each.optional]
-        if not usual and self.switches["triton"] is True:
-            kernels = tuple(each for each in patch.implementations if self.device_type in each.device_types)
-            return Choice(None, {}, kernels, forced=True)
-        serving = [each for each in usual if self.device_type in each.device_types]
-        chosen = serving[0] if serving else None
-        return Choice(chosen, {name: why for name, why in choice.declined.items() if chosen and name != chosen.name})
+@dataclass
+class DryBinder:
+    """Binds nothing; keeps what would have been bound."""
 
-    def _registered(self, patch: Patch) -> Iterable[Site]:
-        return super()._registered(patch) if self._registries else ()
+    bound: list[PatchedSite] = field(default_factory=list)
 
-    def _in_place(self) -> Sequence[PatchedSite]:
+    def in_place(self) -> Sequence[PatchedSite]:
         return ()
 
-    def _held(self, site: Site) -> Sequence[PatchedSite]:
+    def stack(self, site: Site) -> Sequence[PatchedSite]:
         return ()
 
-    def _bind(self, patched: PatchedSite) -> None:
-        """Patches that look for norms that are served find the original in the place of its replacement."""
-        self._served.append(patched)
-        norm = NORMS.get(patched.replacement.function)
-        if norm is not None:
-            NORMS[patched.site.original] = norm
+    def transaction(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
-    def _forget(self) -> None:
-        for patched in self._served:
+    def bind(self, patched: PatchedSite) -> None:
+        """Patches that build on a norm find the original in the place of its replacement. Not so with a rotation: a
+        layer that looks up the original one cannot be observed with its norms put off."""
+        self.bound.append(patched)
+        if isinstance(patched.replacement.participant, NormSite):
+            enter(patched.site.original, patched.replacement.participant)
+
+    def forget(self) -> None:
+        for patched in self.bound:
             patched.replacement.calls.deactivate()
-            if patched.replacement.function in NORMS:
-                NORMS.pop(patched.site.original, None)
+            if isinstance(patched.replacement.participant, NormSite):
+                leave(patched.site.original)

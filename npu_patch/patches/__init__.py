@@ -1,18 +1,21 @@
-"""The catalogue: one module per switch. `apply()` walks `CATALOGUE` in order."""
+"""The catalogue: one module per switch. `apply()` walks `CATALOGUE` in order, which is that of `Patch.needs`."""
 
 from npu_patch.patches import add_rms_norm, qk_norm_rope, rms_norm, rope, swiglu
 from npu_patch.patches.attention import patch as attention
 from npu_patch.patches.experts import patch as experts
 from npu_patch.patches.gated_delta import patch as gated_delta_net
+from npu_patch.patches.order import in_order
 from npu_patch.patches.patch import Patch
 
-CATALOGUE: tuple[Patch, ...] = (
-    rms_norm.PATCH,
-    rope.PATCH,
-    swiglu.PATCH,
-    attention.PATCH,
-    experts.PATCH,
-    gated_delta_net.PATCH,
-    qk_norm_rope.PATCH,  # after the patches of its two parts
-    add_rms_norm.PATCH,  # after that of RMSNorm
+CATALOGUE: tuple[Patch, ...] = in_order(
+    (
+        rms_norm.PATCH,
+        rope.PATCH,
+        swiglu.PATCH,
+        attention.PATCH,
+        experts.PATCH,
+        gated_delta_net.PATCH,
+        qk_norm_rope.PATCH,
+        add_rms_norm.PATCH,
+    )
 )

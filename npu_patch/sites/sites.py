@@ -61,6 +61,17 @@ def loaded_modeling_modules() -> list[ModuleType]:
     return [module for module in modules if isinstance(module, ModuleType)]
 
 
+def is_within(name: str, libraries: Iterable[str]) -> bool:
+    """Whether a module is one of `libraries`, packages or modules by their dotted names, or inside one."""
+    return any(name == each or name.startswith(f"{each}.") for each in libraries)
+
+
+def loaded_modules_of(libraries: Iterable[str]) -> list[ModuleType]:
+    libraries = tuple(libraries)
+    modules = [module for name, module in list(sys.modules.items()) if is_within(name, libraries)]
+    return [module for module in modules if isinstance(module, ModuleType)]
+
+
 def modules_of_model(model: torch.nn.Module) -> list[ModuleType]:
     """The modules that define the classes of `model`, wherever its author put them."""
     names = {cls.__module__: None for module in model.modules() for cls in type(module).__mro__}
@@ -203,16 +214,16 @@ def defining_class(module: torch.nn.Module) -> type:
 
 
 class LateImports(importlib.abc.MetaPathFinder):
-    """Calls `after_import(module)` once each modeling module that is imported from now on has been executed."""
+    """Calls `after_import(module)` once each module with a `wanted` name that is imported from now on was executed."""
 
-    def __init__(self, after_import: Callable[[ModuleType], None]) -> None:
-        self._after_import = after_import
+    def __init__(self, wanted: Callable[[str], bool], after_import: Callable[[ModuleType], None]) -> None:
+        self._wanted, self._after_import = wanted, after_import
         self._searching: set[str] = set()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if not is_modeling_module(fullname) or fullname in self._searching:
+        if not self._wanted(fullname) or fullname in self._searching:
             return None
         self._searching.add(fullname)
         try:

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from npu_patch.ops.readings import RMSNormReading, RoPEReading
+from npu_patch.ops.readings import NotRead, RMSNormReading, RoPEReading
 from npu_patch.ops.rms_norm import RMSNormVariant
 from npu_patch.serving.calls import Calls
 
@@ -130,7 +130,7 @@ class NormSite:
     """A norm's replacement that takes part: the forward that it stands for, and what each instance computes."""
 
     original: Callable[..., Any]
-    reading_of: Callable[[torch.nn.Module], RMSNormReading | None]
+    reading_of: Callable[[torch.nn.Module], RMSNormReading | NotRead]
     calls: Calls
 
 
@@ -143,12 +143,19 @@ class RoPESite:
     calls: Calls
 
 
-NORMS: WeakKeyDictionary[Callable[..., Any], NormSite] = WeakKeyDictionary()  # by replacement
+Participant = NormSite | RoPESite
+NORMS: WeakKeyDictionary[Callable[..., Any], NormSite] = WeakKeyDictionary()  # by what is called in their place
 ROTATIONS: WeakKeyDictionary[Callable[..., Any], RoPESite] = WeakKeyDictionary()
 
 
-def takes_part_as(wrapper: Callable[..., Any], replacement: Callable[..., Any]) -> None:
-    """`wrapper` is called in the place of `replacement`, and calls it wherever something may be deferred."""
-    for participants in (NORMS, ROTATIONS):
-        if replacement in participants:
-            participants[wrapper] = participants[replacement]
+def enter(function: Callable[..., Any], participant: Participant) -> None:
+    """Patches that put norms off find `participant` where they find `function`."""
+    if isinstance(participant, NormSite):
+        NORMS[function] = participant
+    else:
+        ROTATIONS[function] = participant
+
+
+def leave(function: Callable[..., Any]) -> None:
+    NORMS.pop(function, None)
+    ROTATIONS.pop(function, None)

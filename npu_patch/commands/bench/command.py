@@ -16,7 +16,8 @@ import torch
 
 from npu_patch import devices, simulator
 from npu_patch.applying import api as lifecycle
-from npu_patch.applying.api import PatchedSite
+from npu_patch.applying.patched_site import PatchedSite
+from npu_patch.applying.state import patched_sites
 from npu_patch.commands.bench.measured import Measured
 from npu_patch.commands.console.output_file import output_file
 from npu_patch.commands.console.result import CommandError, Result
@@ -94,7 +95,7 @@ def _ops(
 ) -> list[Measured]:
     found = []
     with lifecycle.applied(model, device=device.type) as report:
-        sites = [held for held in lifecycle.patched_sites(report) if function_of(held) is not None]
+        sites = [held for held in patched_sites(report) if function_of(held) is not None]
         recording = recorded_step(model, batch, device, sites)
         pairs = [(held, call) for held in sites for call in recording.of(held)]
         progress.of(len(pairs) + 1)  # and the step

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from npu_patch.applying.api import PatchedSite
+from npu_patch.applying.patched_site import PatchedSite
 from npu_patch.commands.replay.float64 import everything_in_float64
 from npu_patch.commands.replay.snapshot import copied_cache, is_cache, snapshot
 from npu_patch.measuring.tuning import signature_of

@@ -17,7 +17,8 @@ import torch
 
 from npu_patch import devices
 from npu_patch.applying import api as lifecycle
-from npu_patch.applying.api import PatchedSite
+from npu_patch.applying.patched_site import PatchedSite
+from npu_patch.applying.state import patched_sites
 from npu_patch.commands.bench.command import DTYPES, prepared, recorded_step
 from npu_patch.commands.console.output_file import output_file
 from npu_patch.commands.console.result import CommandError, Result
@@ -88,7 +89,7 @@ def _tune(
     switches = resolve()
     tunable = {patch.name: patch for patch in CATALOGUE if patch.tunable}
     with lifecycle.applied(model, device=device.type, triton=False) as report:  # they are alternatives like others
-        sites = lifecycle.patched_sites(report)
+        sites = patched_sites(report)
         recording = recorded_step(model, batch, device, sites)
         pairs = []
         for held in sites:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from npu_patch import devices
 from npu_patch.applying import api as lifecycle
-from npu_patch.applying.api import PatchedSite
+from npu_patch.applying.patched_site import PatchedSite
+from npu_patch.applying.state import patched_sites
 from npu_patch.commands.console.result import CommandError, Result
 from npu_patch.commands.console.steps import Steps, steps
 from npu_patch.commands.console.terminal import table
@@ -123,7 +124,7 @@ def _verify(
         except Exception as error:
             raise CommandError(f"{source.described} does not run unpatched: {named(error)}") from error
         with lifecycle.applied(model, device=device.type) as report:
-            sites = lifecycle.patched_sites(report)
+            sites = patched_sites(report)
             remarks += [*filter(None, [report.nothing_because]), *report.notes, *report.warnings]
             raised: Exception | None = None
             with recorded(sites if seed == 0 else []) as recording:

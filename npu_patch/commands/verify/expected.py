@@ -7,7 +7,8 @@ from types import ModuleType
 
 import torch
 
-from npu_patch.applying.api import PatchedSite, patched_sites
+from npu_patch.applying.patched_site import PatchedSite
+from npu_patch.applying.state import patched_sites
 from npu_patch.sites.names_used import names_used
 from npu_patch.sites.sites import defining_class
 

@@ -1,0 +1,119 @@
+"""One `apply()`, or what it would do: the catalogue in order, over what is in scope, site by site."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from npu_patch.applying.binding import Binder
+from npu_patch.applying.choosing import LEFT_AS_TUNED, TUNED_ORIGINAL, Choosing
+from npu_patch.applying.enabling import ChoiceOf, Enabled, enabled
+from npu_patch.applying.finding import Registries, searches, taken_by_others
+from npu_patch.applying.options_kept import Kept, kept_at
+from npu_patch.applying.patched_site import PatchedSite
+from npu_patch.applying.request import Request
+from npu_patch.applying.state import PatchError
+from npu_patch.patches.patch import Context, Patch, Replacement
+from npu_patch.reporting.outcome import FAILED, PATCHED, SKIPPED, Outcome
+from npu_patch.reporting.report import Report
+from npu_patch.sites import replaced_before
+from npu_patch.sites.scope import Scope
+from npu_patch.sites.sites import Site
+
+
+@dataclass
+class Walk:
+    """`choice_of` names what serves a patch; `binder` puts it there. What became of each site is in `report`."""
+
+    catalogue: Sequence[Patch]
+    request: Request
+    report: Report
+    choice_of: ChoiceOf
+    choosing: Choosing
+    binder: Binder
+    registries: Registries = field(default_factory=Registries)
+    kept_options: Counter[Kept] = field(default_factory=Counter)  # by sites
+
+    def enabled(self) -> list[Enabled]:
+        in_place = {held.outcome.patch for held in self.binder.in_place()}
+        return enabled(self.catalogue, self.request, self.choice_of, in_place, self.report)
+
+    def over(self, scope: Scope, entries: Sequence[Enabled]) -> None:
+        for entry in entries:
+            patch, choice = entry
+            context = Context(self.request.device_type, choice.chosen, self.request.switches, scope.live, choice)
+            for site in self._found(patch, scope):
+                self._visit(entry, site, context)
+        known = {each.site for each in self.report} | {held.site.label for held in self.binder.in_place()}
+        self.report.outcomes += taken_by_others(scope, {patch.name for patch, _ in entries}, known)
+
+    def _found(self, patch: Patch, scope: Scope) -> Iterator[Site]:
+        for where, search in searches(patch, scope, self.registries):
+            try:
+                yield from list(search())
+            except Exception as error:
+                self._failed(patch, where, error)
+
+    def _visit(self, entry: Enabled, site: Site, context: Context) -> None:
+        patch, stack = entry.patch, self.binder.stack(site)
+        layers = patch.layers(site, context)
+        for held in stack:
+            if held.outcome.patch == patch.name:
+                self._found_again(held, patch, layers, context)
+                return
+        if not (patch.around or all(held.around for held in stack)):
+            return
+        theirs = replaced_before.by_whom(site)
+        try:
+            with self.binder.transaction():
+                decision = self.choosing.at(site, entry, context)
+                if isinstance(decision, Replacement):
+                    self._bind(entry, site, decision, layers)
+                    if theirs is not None:
+                        self.report.notes.append(f"{patch.name}: {site.label} was {theirs}; this patch is on top of it")
+                elif decision is LEFT_AS_TUNED:
+                    self._skip(patch, site, decision.reason, layers)
+                    self._note_unfused(patch, site)
+                elif decision.notable:
+                    self._skip(patch, site, theirs or decision.reason, layers)
+        except Exception as error:
+            self._failed(patch, site.label, error)
+
+    def _found_again(self, held: PatchedSite, patch: Patch, layers: int | None, context: Context) -> None:
+        """At a site that an earlier call bound, for another model perhaps."""
+        held.outcome.layers = layers
+        self.kept_options.update(kept_at(held, patch, self.request.switches))
+        self.choosing.decisions.add(held.replacement.dispatch, context.live)
+        self.choosing.decisions.describe(held.replacement.dispatch, held.outcome)
+        self.report.outcomes.append(held.outcome)
+
+    def _bind(self, entry: Enabled, site: Site, replacement: Replacement, layers: int | None) -> None:
+        patch, choice = entry.patch, replacement.choice or entry.choice
+        outcome = Outcome(
+            patch.name,
+            site.label,
+            PATCHED,
+            variant=replacement.variant,
+            implementation=choice.chosen.name if choice.chosen else "",
+            declined=choice.declined,
+            calls=replacement.calls,
+            layers=layers,
+        )
+        self.choosing.decisions.describe(replacement.dispatch, outcome)
+        self.binder.bind(PatchedSite(site, replacement, outcome, patch.around, self.request.switches))
+        self.report.outcomes.append(outcome)
+
+    def _skip(self, patch: Patch, site: Site, reason: str, layers: int | None) -> None:
+        self.report.outcomes.append(Outcome(patch.name, site.label, SKIPPED, reason, layers=layers))
+
+    def _note_unfused(self, patch: Patch, site: Site) -> None:
+        """Patches that fuse what this site computes with what follows find nothing to build on."""
+        for other in self.catalogue:
+            if patch.name in other.needs and self.choice_of(self.request, self.report, other).candidates:
+                self.report.notes.append(f"{other.name} does not serve layers with {site.label}: {TUNED_ORIGINAL}")
+
+    def _failed(self, patch: Patch, label: str, error: Exception) -> None:
+        if self.request.strict:
+            raise PatchError(f"{patch.name}: {label}: {type(error).__name__}: {error}") from error
+        self.report.outcomes.append(Outcome(patch.name, label, FAILED, f"{type(error).__name__}: {error}"))

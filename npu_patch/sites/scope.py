@@ -1,0 +1,63 @@
+"""Where to look for what can be rebound: the files of one model, or all that are imported, and libraries beside."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from npu_patch.sites.sites import (
+    Displaced,
+    LiveModules,
+    displaced_classes,
+    is_modeling_module,
+    is_within,
+    loaded_modeling_modules,
+    loaded_modules_of,
+    modules_of_model,
+)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """`modules`: modeling files. `libraries`: modules of the libraries that patches name, for those patches alone.
+    `displaced`: classes of the given model that lost their names in its files. `layers`: of the given model, and
+    `live`: the same by their classes, None where no model was given. `registries`: whether transformers' registries are
+    looked at too."""
+
+    modules: Sequence[ModuleType]
+    libraries: Sequence[ModuleType] = ()
+    displaced: Sequence[Displaced] = ()
+    layers: Sequence[torch.nn.Module] = ()
+    live: LiveModules | None = None
+    registries: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        model: torch.nn.Module | None,
+        libraries: Collection[str] = (),
+        *,
+        modules: Sequence[ModuleType] | None = None,
+        registries: bool = True,
+    ) -> Scope:
+        """`modules`: those of the model, or all that are imported, where none are given. Libraries are looked at as a
+        whole: their layers may be put into the model later."""
+        loaded = loaded_modules_of(libraries)
+        if model is None:
+            found = loaded_modeling_modules() if modules is None else modules
+            return cls(found, loaded, registries=registries)
+        found = modules_of_model(model) if modules is None else modules
+        return cls(found, loaded, displaced_classes(model), list(model.modules()), LiveModules(model), registries)
+
+    @classmethod
+    def of_late(cls, module: ModuleType) -> Scope:
+        """What is imported after the walk."""
+        return cls([module]) if is_modeling_module(module.__name__) else cls((), [module])
+
+    def modules_for(self, libraries: Collection[str]) -> list[ModuleType]:
+        """To look through for a patch that names these libraries: each module once, be it the model's own too."""
+        named = [module for module in self.libraries if is_within(module.__name__, libraries)]
+        return list({id(module): module for module in (*self.modules, *named)}.values())

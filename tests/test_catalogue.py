@@ -1,0 +1,57 @@
+"""The catalogue: its order follows from what each patch needs, and nobody else knows a patch by its name."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+import pytest
+
+from npu_patch.patches import CATALOGUE
+from npu_patch.patches.order import in_order
+from npu_patch.patches.patch import Patch
+
+
+def patches(needs: Mapping[str, tuple[str, ...]]) -> list[Patch]:
+    return [Patch(name, "fused_ops", (), lambda module: (), None, needs=each) for name, each in needs.items()]
+
+
+def names(found: tuple[Patch, ...]) -> str:
+    return " ".join(patch.name for patch in found)
+
+
+@pytest.mark.parametrize("given", list(itertools.permutations(range(4))))
+def test_a_patch_comes_after_those_that_it_needs_wherever_it_is_listed(given: tuple[int, ...]) -> None:
+    every = patches({"norm": (), "rotation": (), "both": ("norm", "rotation"), "more": ("both",)})
+    order = names(in_order([every[index] for index in given])).split()
+    assert order.index("more") > order.index("both") > max(order.index("norm"), order.index("rotation"))
+
+
+def test_patches_that_need_nothing_stay_as_they_are_listed() -> None:
+    assert names(in_order(patches({"c": (), "late": ("b",), "a": (), "b": ()}))) == "c a b late"
+
+
+@pytest.mark.parametrize(
+    "needs, words",
+    [
+        ({"norm": (), "both": ("norm", "rotation")}, "patch 'both' needs 'rotation'; there are norm, both"),
+        ({"one": ("other",), "other": ("one",), "free": ()}, "wait for each other: one, other"),
+        ({"own": ("own",)}, "wait for each other: own"),
+    ],
+)
+def test_an_order_that_cannot_be_is_an_error_that_names_the_patches(
+    needs: Mapping[str, tuple[str, ...]], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        in_order(patches(needs))
+
+
+def test_two_patches_of_one_name_are_an_error() -> None:
+    with pytest.raises(ValueError, match="two patches are called 'twice'"):
+        in_order([*patches({"twice": ()}), *patches({"twice": ()})])
+
+
+def test_the_catalogue_is_in_the_order_of_its_needs() -> None:
+    assert in_order(reversed(CATALOGUE)) != CATALOGUE == in_order(CATALOGUE)
+    needs = {patch.name: set(patch.needs) for patch in CATALOGUE if patch.needs}
+    assert needs == {"qk_norm_rope": {"rms_norm", "rope"}, "add_rms_norm": {"rms_norm"}}
