@@ -83,7 +83,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
     # What the kernels package wrapped into a module keeps its wrapper as the way to fall through.
     function = replacement_for(original, calls, serve, named_after=unwrapped(original))
     participant = deferred_norm.RoPESite(original, reading, calls)
-    return Replacement(function, variant.name, calls, selection=selection, participant=participant)
+    return Replacement(function, variant.name, calls, selection=selection, participant=participant, one_of_several=True)
 
 
 def _cases(site: Site, reading: RoPEReading, live: LiveModules) -> Iterator[tuple[Hashable, Case]]:

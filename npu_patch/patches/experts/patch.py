@@ -106,7 +106,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
             KINDS.of(layer)
 
     function = replacement_for(site.original, calls, serve, bypassed=Bypassed.by(site.original, SILU))
-    return Replacement(function, "routed experts", calls, selection=selection, observe=observe)
+    return Replacement(function, "routed experts", calls, selection=selection, observe=observe, definition=_own_forward)
 
 
 def layers(site: Site, context: Context) -> int | None:
@@ -150,6 +150,11 @@ def _why_unserved(module: torch.nn.Module) -> str | None:
 def _read(cls: type, attributes: Mapping[str, Any]) -> ExpertsReading | str:
     """The truth is the class's own forward, inside the decorator's."""
     return read_experts(cls, innermost(cls.forward), attributes, [declared(attributes)])
+
+
+def _own_forward(layer: torch.nn.Module, *_: Any) -> Any:
+    """The layer's eager one: the registry's functions have no float64."""
+    return innermost(type(layer).forward)
 
 
 class _StandardExperts:
