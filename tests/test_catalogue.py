@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 
+import npu_patch
 from npu_patch.patches import CATALOGUE
 from npu_patch.patches.order import in_order
 from npu_patch.patches.patch import Patch
@@ -55,3 +58,21 @@ def test_the_catalogue_is_in_the_order_of_its_needs() -> None:
     assert in_order(reversed(CATALOGUE)) != CATALOGUE == in_order(CATALOGUE)
     needs = {patch.name: set(patch.needs) for patch in CATALOGUE if patch.needs}
     assert needs == {"qk_norm_rope": {"rms_norm", "rope"}, "add_rms_norm": {"rms_norm"}}
+
+
+@pytest.mark.parametrize("room", ["applying", "commands"])
+def test_who_uses_patches_knows_none_by_its_name(room: str) -> None:
+    """Nor the values that wait between them: what is to be known of a patch is a field of it or of its replacements.
+    (The doctor says in words what calls an operator; it imports nothing that it examines.)"""
+    known = {patch.name for patch in CATALOGUE}
+    modules = {f"npu_patch.patches.{name}" for name in ("attention", "experts", "gated_delta", *known)}
+    modules |= {f"npu_patch.waiting.{name}" for name in ("masks", "sums")}
+    files = [each for each in (Path(npu_patch.__file__).parent / room).rglob("*.py") if each.parent.name != "doctor"]
+    found = []
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            named = isinstance(node, ast.Constant) and node.value in known
+            imported = isinstance(node, ast.ImportFrom) and node.module is not None
+            if named or (imported and any(f"{node.module}.".startswith(f"{each}.") for each in modules)):
+                found.append(f"{file.name}:{node.lineno}")
+    assert len(files) >= 10 and found == []

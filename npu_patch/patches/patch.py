@@ -42,6 +42,10 @@ class Context:
         return () if self.live is None else self.live.of(cls)
 
 
+def by_nobody_known(model: torch.nn.Module) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Replacement:
     """What takes the place of a site's original, and the variant that the original was observed to compute.
@@ -50,6 +54,9 @@ class Replacement:
     the optional ones, by call, where the op has optional ones. `alone`: called by itself, outside its model, it does
     what it does there. `observe(layer)` looks at a new layer, so that its first call need not.
     `participant`: how patches that build on this one know it, wherever it is bound.
+    `looked_up_by(model)`: why a forward of the model asks for this entry of a registry, or None. `one_of_several`: a
+    layer that names it may call another function of the same patch instead, as its configuration says.
+    `definition(*args)`: what computes a call in float64, where the original cannot.
     """
 
     function: Callable[..., Any]
@@ -60,6 +67,9 @@ class Replacement:
     alone: bool = True
     observe: Callable[[torch.nn.Module], Any] | None = None
     participant: Participant | None = None
+    looked_up_by: Callable[[torch.nn.Module], str | None] = by_nobody_known
+    one_of_several: bool = False
+    definition: Callable[..., Callable[..., Any]] | None = None
 
 
 def _nothing_in(layer: torch.nn.Module) -> Iterable[Site]:

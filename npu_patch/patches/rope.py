@@ -79,7 +79,7 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
     # What the kernels package wrapped into a module keeps its wrapper as the way to fall through.
     function = replacement_for(original, calls, serve, named_after=unwrapped(original))
     participant = deferred_norm.RoPESite(original, reading, calls)
-    return Replacement(function, variant.name, calls, dispatch=dispatch, participant=participant)
+    return Replacement(function, variant.name, calls, dispatch=dispatch, participant=participant, one_of_several=True)
 
 
 def _key_of(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, variant: RoPEVariant) -> CallSizes:

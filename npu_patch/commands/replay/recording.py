@@ -17,10 +17,7 @@ from npu_patch.applying.patched_site import PatchedSite
 from npu_patch.commands.replay.float64 import everything_in_float64
 from npu_patch.commands.replay.snapshot import copied_cache, is_cache, snapshot
 from npu_patch.measuring.tuning import signature_of
-from npu_patch.sites.sites import innermost
-from npu_patch.waiting.heads import DeferredHeads
-from npu_patch.waiting.masks import plain
-from npu_patch.waiting.sums import DeferredSum
+from npu_patch.waiting.onlooker import lasts_for_one_call, looked_at, plain
 
 SEED = 77
 
@@ -80,8 +77,8 @@ def _watch(
     known = recording.calls.setdefault(id(held), {})
 
     def watch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if not any(isinstance(value, DeferredHeads) for value in tree_leaves((args, kwargs))):  # they last for one call
-            call = Call(*tree_map(_computed, (args, kwargs)))
+        if not any(map(lasts_for_one_call, tree_leaves((args, kwargs)))):
+            call = Call(*tree_map(looked_at, (args, kwargs)))
             if len(known) < recording.most and call.key not in known:
                 known[call.key] = Call(*tree_map(snapshot, (call.args, call.kwargs)))
         return originals
@@ -109,7 +106,8 @@ def run_in_float64(held: PatchedSite, call: Call) -> Ran:
     args, kwargs = _fresh(call)
     args, kwargs = tree_map(_on_cpu_in_float64, (args, kwargs))
     with everything_in_float64():
-        return _run(_reference(held, args), args, kwargs)
+        definition = held.replacement.definition
+        return _run(held.site.original if definition is None else definition(*args), args, kwargs)
 
 
 def function_of(held: PatchedSite) -> Callable[..., Any] | None:
@@ -138,13 +136,6 @@ def timed_forms(held: PatchedSite, call: Call) -> tuple[Callable[[], None], Call
         return run
 
     return ready(function_of(held), False), ready(held.site.original, True)
-
-
-def _reference(held: PatchedSite, args: tuple[Any, ...]) -> Callable[..., Any]:
-    """The original; of an experts registry, whose functions have no float64, the layer's own eager forward."""
-    if held.outcome.patch == "experts" and not isinstance(held.site.owner, type):
-        return innermost(type(args[0]).forward)
-    return held.site.original
 
 
 def _run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ran:
@@ -189,11 +180,6 @@ def _tensors(call: Call) -> list[Tensor]:
         elif isinstance(value, torch.nn.Module):
             found += list(value.parameters(recurse=False))
     return found
-
-
-def _computed(value: Any) -> Any:
-    """A sum that waits for its norm goes on waiting."""
-    return value.copied() if isinstance(value, DeferredSum) else value
 
 
 def _own_cache(value: Any) -> Any:

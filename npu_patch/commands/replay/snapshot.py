@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from npu_patch.waiting.masks import PatternMask
+from npu_patch.waiting.onlooker import stays_unwritten
 
 
 def snapshot(value: Any) -> Any:
     """A detached copy of a tensor or a cache, which its calls write to; everything else is itself."""
-    if isinstance(value, PatternMask):
+    if stays_unwritten(value):
         return value.detach()
     if isinstance(value, Tensor):
         return detached(value)

@@ -12,8 +12,6 @@ from npu_patch.applying.state import patched_sites
 from npu_patch.sites.names_used import names_used
 from npu_patch.sites.sites import defining_class
 
-ALTERNATIVES = ("rope",)  # patches whose functions stand in branches: interleaved or not, as the configuration says
-
 
 def why_expected(held: PatchedSite, model: torch.nn.Module, computed: Collection[type]) -> str | None:
     """Why a forward with random tokens should call this replacement, or None where it need not: a class without live
@@ -28,15 +26,10 @@ def why_expected(held: PatchedSite, model: torch.nn.Module, computed: Collection
         return "a live layer"
     if isinstance(owner, ModuleType):
         users = _users(model, owner, name, computed)
-        if held.outcome.patch in ALTERNATIVES and not held.outcome.calls.fell_through:
+        if held.replacement.one_of_several and not held.outcome.calls.fell_through:
             users = [user for user in users if not _ran_another(held, model, user)]
         return f"{users[0]} calls it" if users else None
-    if held.outcome.patch == "experts":
-        return f"{layers} live layers" if layers else None
-    asked_for = getattr(model.config, "_attn_implementation", None)
-    if held.site.described.startswith("AttentionInterface") and asked_for == name:
-        return f"the model's attention implementation is {name}"
-    return None
+    return f"{layers} live layers" if layers else held.replacement.looked_up_by(model)
 
 
 def _ran_another(held: PatchedSite, model: torch.nn.Module, user: str) -> bool:

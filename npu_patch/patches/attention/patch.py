@@ -28,7 +28,7 @@ from npu_patch.patches.attention import flash as attention_flash
 from npu_patch.patches.attention import mask as attention_mask
 from npu_patch.patches.attention import sdpa as attention_sdpa
 from npu_patch.patches.attention.checked import REGISTRY, Attend, checks
-from npu_patch.patches.patch import Context, Patch, Replacement
+from npu_patch.patches.patch import Context, Patch, Replacement, by_nobody_known
 from npu_patch.probe.attention import read_attention, read_mask, read_packing
 from npu_patch.serving.bypassed import SDPA
 from npu_patch.serving.calls import Calls
@@ -161,7 +161,13 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
     if attends:
         serve = _with_a_result_to_change(serve, calls)
     function = replacement_for(original, calls, serve, named_after=site.original)
-    return Replacement(function, reading.name, calls, dispatch=dispatch)
+    looked_up_by = partial(_why_asked, door.name) if attends else by_nobody_known
+    return Replacement(function, reading.name, calls, dispatch=dispatch, looked_up_by=looked_up_by)
+
+
+def _why_asked(name: str, model: torch.nn.Module) -> str | None:
+    asked = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return f"the model's attention implementation is {name}" if asked == name else None
 
 
 def _with_a_result_to_change(serve: Callable[..., Any], calls: Calls) -> Callable[..., Any]:

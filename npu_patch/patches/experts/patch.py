@@ -107,7 +107,7 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
             READINGS.of(layer)
 
     function = replacement_for(site.original, calls, serve, bypassed=Bypassed.by(site.original, SILU))
-    return Replacement(function, "routed experts", calls, dispatch=dispatch, observe=observe)
+    return Replacement(function, "routed experts", calls, dispatch=dispatch, observe=observe, definition=_own_forward)
 
 
 def layers(site: Site, context: Context) -> int | None:
@@ -151,6 +151,11 @@ def _why_unserved(module: torch.nn.Module) -> str | None:
 def _read(cls: type, attributes: Mapping[str, Any]) -> ExpertsReading | NotRead:
     """The truth is the class's own forward, inside the decorator's."""
     return read_experts(cls, innermost(cls.forward), attributes, [declared(attributes)])
+
+
+def _own_forward(layer: torch.nn.Module, *_: Any) -> Any:
+    """The layer's eager one: the registry's functions have no float64."""
+    return innermost(type(layer).forward)
 
 
 class _StandardExperts:
