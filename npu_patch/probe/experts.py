@@ -316,9 +316,5 @@ def _identity(x: Tensor) -> Tensor:
 
 def declared(attributes: Mapping[str, Any]) -> Convention:
     """transformers calls weights transposed that nn.Linear would call so if they were not."""
-    transposed, has_bias, has_gate, has_post_expert_norm = (
-        attributes.get(name, default) for name, default in DECLARATIONS.items()
-    )
-    return Convention(
-        transposed=not transposed, has_bias=has_bias, has_gate=has_gate, has_post_expert_norm=has_post_expert_norm
-    )
+    found = {name: attributes.get(name, default) for name, default in DECLARATIONS.items()}
+    return Convention(transposed=not found.pop("is_transposed"), **found)

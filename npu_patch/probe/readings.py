@@ -20,6 +20,7 @@ from npu_patch.ops.readings import NotRead
 from npu_patch.probe.stand_in import asked_for
 
 Reading = TypeVar("Reading")
+PLAIN = frozenset((type(None), bool, int, float, str))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of a torch.nn.Module
 
 
@@ -39,25 +40,30 @@ class Readings(Generic[Reading]):
 
     def of(self, module: torch.nn.Module) -> Reading | NotRead:
         cls = type(module)
-        if cls not in self.names:  # peft's target_parameters make a new class for every forward
+        names = self.names.get(cls)
+        if names is None:  # peft's target_parameters make a new class for every forward
             cls = type_before_parametrizations(module)
+            names = self.names.get(cls, self.settings)
         try:
-            kind = self._kind(cls, module)
-            if kind in self.known:
-                return self.known[kind][module.training]
+            found = self.known.get(_kind(cls, module, names) if names else (cls,))
         except TypeError:
             return NotRead("its activation cannot be told from another")
+        if found is not None:
+            return found[module.training]
         if torch.compiler.is_compiling():
             return NotRead("not yet observed, and compiling")
         with asked_for(vars(module)) as asked:
             found = tuple(self.read(cls, attributes_of(module, training)) for training in (False, True))
-        settings = (name for name in sorted(asked - {"training"}) if _is_plain(getattr(module, name, None)))
-        self.names[cls] = tuple(dict.fromkeys((*self.names.get(cls, self.settings), *settings)))
-        self.known[self._kind(cls, module)] = found
+        settings = (name for name in sorted(asked - {"training"}) if type(getattr(module, name, None)) in PLAIN)
+        self.names[cls] = tuple(dict.fromkeys((*names, *settings)))
+        self.known[_kind(cls, module, self.names[cls])] = found
         return found[module.training]
 
-    def _kind(self, cls: type, module: torch.nn.Module) -> tuple[Hashable, ...]:
-        return cls, *[kind_of(getattr(module, name, None)) for name in self.names.get(cls, self.settings)]
+
+def _kind(cls: type, module: torch.nn.Module, names: tuple[str, ...]) -> tuple[Hashable, ...]:
+    return cls, *[
+        value if type(value) in PLAIN else kind_of(value) for name in names for value in (getattr(module, name, None),)
+    ]
 
 
 def attributes_of(module: torch.nn.Module, training: bool) -> dict[str, Any]:
@@ -88,7 +94,3 @@ def kind_of(setting: Any) -> Hashable:
         return setting
     own = tuple((key, value) for key, value in vars(setting).items() if key != "training" and key[0] != "_")
     return type(setting), own, tuple((name, kind_of(child)) for name, child in setting._modules.items())
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or type(value) in (bool, int, float, str)

@@ -9,34 +9,32 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from types import FunctionType
 from typing import Any
 
-
-class _Asked(threading.local):
-    own: Mapping[str, Any] = {}
-    names: set[str] | None = None
-
-    def note(self, name: str, value: Any) -> None:
-        if self.names is not None and self.own.get(name, value) is value:
-            self.names.add(name)
-
-
-_ASKED = _Asked()
+LACKING = object()
+# What the instance under observation has, and the names of it that were asked for.
+_ASKED: ContextVar[tuple[Mapping[str, Any], set[str]] | None] = ContextVar("npu_patch asked for", default=None)
 
 
 @contextlib.contextmanager
 def asked_for(own: Mapping[str, Any]) -> Iterator[set[str]]:
     """The names under which observed code asks stand-ins for what the instance has, its `own`, or could have. What a
     probe puts in place of that is the probe's."""
-    before = _ASKED.own, _ASKED.names
-    _ASKED.own, _ASKED.names = own, set()
+    names: set[str] = set()
+    token = _ASKED.set((own, names))
     try:
-        yield _ASKED.names
+        yield names
     finally:
-        _ASKED.own, _ASKED.names = before
+        _ASKED.reset(token)
+
+
+def _note(name: str, value: Any) -> None:
+    asked = _ASKED.get()
+    if asked is not None and asked[0].get(name, LACKING) is value:
+        asked[1].add(name)
 
 
 class Missing(BaseException):
@@ -64,8 +62,7 @@ class StandIn:
 
     def __getattribute__(self, name: str) -> Any:
         value = object.__getattribute__(self, name)
-        if name in _ASKED.own:
-            _ASKED.note(name, value)
+        _note(name, value)
         return value
 
     def __getattr__(self, name: str) -> Any:
@@ -74,7 +71,7 @@ class StandIn:
         if isinstance(found, (FunctionType, property, classmethod, staticmethod)):
             owner = cls if isinstance(found, classmethod) else self
             return found.__get__(owner, cls)
-        _ASKED.note(name, found)
+        _note(name, LACKING)
         if found is not None:
             return found
         if name.startswith("__"):

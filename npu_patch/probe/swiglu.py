@@ -57,11 +57,10 @@ def read_swiglu(
 ) -> SwiGLUReading | NotRead:
     """Runs `forward(self, x)` on a stand-in for an instance of `cls`, with its plain `attributes` where it is known."""
     with quiet_room():
-        reading: SwiGLUReading | NotRead = NotRead("")
         for dtype, training in product((torch.float32, torch.bfloat16), (True, False)):
             reading = _read(cls, forward, attributes, dtype, training)
             if isinstance(reading, NotRead):
-                return reading
+                break
         return reading
 
 

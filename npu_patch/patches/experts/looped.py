@@ -10,7 +10,7 @@ Not when   the block chooses in another way (phimoe, ernie4_5_moe). A call falls
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any
@@ -85,16 +85,12 @@ def _replace_forward(site: Site, context: Context) -> Replacement | NotRead:
     if is_checkpointing_layer(cls):
         return NotRead("a checkpointing layer", notable=False)
     names = parameter_names(original) or ()
-
-    def read(its_class: type, attributes: Mapping[str, Any]) -> BlockReading | NotRead:
-        return read_block(its_class, original, attributes)
-
     found = read_block(cls, original, {"training": False, "norm_topk_prob": True})
     if isinstance(found, NotRead):
         # Blocks around packed experts speak of experts too.
         lists = [isinstance(getattr(each, "experts", None), torch.nn.ModuleList) for each in context.live_modules(cls)]
         return found.notable_if(any(lists))
-    readings: Readings[BlockReading] = Readings(read)
+    readings: Readings[BlockReading] = Readings(lambda its_class, own: read_block(its_class, original, own))
     for module in context.live_modules(cls):
         readings.of(module)
     calls, layers = Calls(), FeedForwards()
