@@ -160,4 +160,6 @@ def _cases(cls: type, readings: Readings, live: LiveModules) -> Iterator[tuple[H
             )
 
 
-PATCH = Patch("rms_norm", "rms_norm", IMPLEMENTATIONS, find, replace, options=("gated_rmsnorm_fp32",))
+PATCH = Patch(
+    "rms_norm", "rms_norm", IMPLEMENTATIONS, find, replace, options=("gated_rmsnorm_fp32",), called=("rmsnorm",)
+)

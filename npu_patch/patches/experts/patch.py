@@ -170,4 +170,6 @@ def customers(module: ModuleType) -> Iterable[type]:
 
 
 KINDS: Kinds[ExpertsReading] = Kinds(_read)
-PATCH = Patch("experts", "moe_patch", IMPLEMENTATIONS, find, replace, registered, in_layer, layers, customers)
+PATCH = Patch(
+    "experts", "moe_patch", IMPLEMENTATIONS, find, replace, registered, in_layer, layers, customers, called=("experts",)
+)
