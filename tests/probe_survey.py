@@ -14,6 +14,7 @@ from typing import Any
 
 import transformers.models
 
+from npu_patch.ops.readings import NotRead, RoPEReading
 from npu_patch.patches import rms_norm, rope, swiglu
 from npu_patch.probe.rms_norm import read_rms_norm
 from npu_patch.probe.rope import read_rope
@@ -26,7 +27,7 @@ def main() -> None:
     mlps = [read_swiglu(site.owner, site.original) for module in modules for site in swiglu.find(module)]
     found = {
         "rms_norm": rms_norms(modules),
-        "rope": {"total": len(ropes), "recognised": sum(not isinstance(reading, str) for reading in ropes)},
+        "rope": {"total": len(ropes), "recognised": sum(isinstance(reading, RoPEReading) for reading in ropes)},
         "swiglu": {"total": len(mlps), "recognised": sum(isinstance(reading, SwiGLUReading) for reading in mlps)},
     }
     print(json.dumps(found))
@@ -55,8 +56,8 @@ def rms_norms(modules: list[ModuleType]) -> dict[str, Any]:
             total += 1
             (site,) = [site for site in rms_norm.find(module) if site.owner is cls]
             found = read_rms_norm(site.owner, site.original, cls.forward.__code__.co_argcount == 3)
-            recognised += bool(found.readings)
-            if not found.readings and not found.why_none:
+            recognised += not isinstance(found, NotRead)
+            if isinstance(found, NotRead) and not found.reason:
                 unexplained.append(name)
     return {"total": total, "recognised": recognised, "unexplained": unexplained}
 

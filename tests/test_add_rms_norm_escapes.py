@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import npu_patch
-from npu_patch.probe.add_rms_norm import NoAddRMSNorm, read_add_rms_norm
+from npu_patch.ops.readings import NotRead
+from npu_patch.probe.add_rms_norm import read_add_rms_norm
 from npu_patch.reporting.outcome import Outcome
 from npu_patch.reporting.report import Report
 from tests.gradients import relative_error
@@ -120,8 +121,8 @@ def test_a_way_out_leaves_the_layer_alone(name: str, made: Callable[..., types.M
     escape = ESCAPES[name]
     module = made(escape.body, escape.arguments, escape.before, escape.after)
     found = read_add_rms_norm(module.Layer, lambda cls: cls is module.RMSNorm)
-    assert {type(each) for each in found if each.mixer_class is module.Mixer} == {NoAddRMSNorm}
-    assert any(escape.reason in each.reason for each in found), found
+    assert {type(each) for mixer, each in found if mixer is module.Mixer} == {NotRead}
+    assert any(escape.reason in each.reason for _, each in found), found
 
 
 def test_a_refusal_is_in_the_report(made: Callable[..., types.ModuleType], npu: torch.device) -> None:
@@ -211,7 +212,7 @@ def test_nothing_is_drawn_and_nothing_logged(
     state, own = torch.get_rng_state(), random.getstate()
     with caplog.at_level(logging.WARNING):
         found = read_add_rms_norm(module.Layer, lambda cls: cls is module.RMSNorm)
-    assert [each.mixer_class for each in found] == [module.Mixer]
+    assert [mixer for mixer, _ in found] == [module.Mixer]
     assert torch.equal(torch.get_rng_state(), state) and random.getstate() == own
     assert not said and not caplog.records
     assert logger.warning_once == said.append and not logger.disabled
@@ -245,9 +246,9 @@ def test_two_mixers_one_after_the_other_are_both_served(
 def test_ways_that_no_layer_goes_do_not_matter(family: str, served: int) -> None:
     module = pytest.importorskip(f"transformers.models.{family}.modeling_{family}")
     layers = [cls for name, cls in vars(module).items() if name.endswith("DecoderLayer")]
-    found = [each for cls in layers for each in read_add_rms_norm(cls, lambda cls: "RMSNorm" in cls.__name__)]
-    assert sum(not isinstance(each, NoAddRMSNorm) for each in found) == served
-    assert any(isinstance(each, NoAddRMSNorm) for each in found) == (served == 0)
+    found = [each for cls in layers for _, each in read_add_rms_norm(cls, lambda cls: "RMSNorm" in cls.__name__)]
+    assert sum(not isinstance(each, NotRead) for each in found) == served
+    assert any(isinstance(each, NotRead) for each in found) == (served == 0)
 
 
 def test_a_layer_with_an_unobserved_way_computes_what_it_did(

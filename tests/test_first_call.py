@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import npu_patch
 from npu_patch.numerics import findings
 from npu_patch.numerics.room import quiet_room
+from npu_patch.ops.readings import NotRead
 from npu_patch.patches.experts import patch as experts
 from npu_patch.patches.swiglu import Activations
 from tests.gradients import loss_and_gradients, relative_error
@@ -91,8 +92,8 @@ def test_the_first_call_is_served_inside(around: str, npu: torch.device) -> None
     ids = tiny_batch()["input_ids"].to(npu)
     with AROUND[around]():
         model(input_ids=ids, use_cache=False)
-    kinds = list(experts.KINDS.known.values())
-    assert kinds and not any(isinstance(reading, str) for kind in kinds for reading in kind)
+    kinds = list(experts.READINGS.known.values())
+    assert kinds and not any(isinstance(reading, NotRead) for kind in kinds for reading in kind)
     mlp = next(o for o in npu_patch.report().patched if o.site.endswith("Qwen3MoeMLP.forward"))
     assert not [reason for reason in mlp.calls.fell_through if "activation" in reason or "instance" in reason]
 
@@ -102,13 +103,13 @@ def test_a_layer_that_is_made_after_apply_is_looked_at_then(npu: torch.device, m
     npu_patch.apply()
     with torch.device("meta"), bfloat16_by_default():
         dense_and_mixed()
-    assert experts.KINDS.known
+    assert experts.READINGS.known
 
     def none_left(*args: Any) -> None:
         raise AssertionError("something is observed at a call")
 
     model = dense_and_mixed().to(npu)
-    monkeypatch.setattr(experts.KINDS, "read", none_left)
+    monkeypatch.setattr(experts.READINGS, "read", none_left)
     monkeypatch.setattr("npu_patch.patches.swiglu.computes_silu", none_left)
     loss_and_gradients(model, tiny_batch())
     for patch in SERVED:
@@ -195,7 +196,7 @@ def test_a_transform_of_torch_func_is_left_outside(transform: Callable[..., Any]
 def test_tensors_without_numbers_are_left_outside(mode: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
     layers = dense_and_mixed().model.layers
     with mode():
-        assert experts.KINDS.of(layers[1].mlp.experts).fused
+        assert experts.READINGS.of(layers[1].mlp.experts).fused
         assert Activations("act_fn").is_silu(layers[0].mlp)
 
 
@@ -217,7 +218,7 @@ def test_an_accident_is_no_finding(error: type[Exception], npu: torch.device, mo
     model = dense_and_mixed().to(npu)
     npu_patch.apply()
     ids = tiny_batch()["input_ids"].to(npu)
-    read = experts.KINDS.read
+    read = experts.READINGS.read
 
     def scarce(*args: Any) -> Any:
         try:
@@ -225,12 +226,12 @@ def test_an_accident_is_no_finding(error: type[Exception], npu: torch.device, mo
         except error as accident:
             findings.unless_accident(accident)
 
-    monkeypatch.setattr(experts.KINDS, "read", scarce)
+    monkeypatch.setattr(experts.READINGS, "read", scarce)
     model(input_ids=ids)
     site = next(o for o in npu_patch.report().patched if "grouped_mm" in o.site)
     (reason,) = site.calls.fell_through
     assert error.__name__ in reason and site.calls.ran == 0
-    monkeypatch.setattr(experts.KINDS, "read", read)
+    monkeypatch.setattr(experts.READINGS, "read", read)
     model(input_ids=ids)
     assert site.calls.ran == 1
 
@@ -253,7 +254,7 @@ def test_a_memory_error_inside_an_observed_forward_is_an_accident(monkeypatch: p
 def test_nothing_that_was_found_survives_restore(npu: torch.device) -> None:
     model = dense_and_mixed().to(npu)
     npu_patch.apply(model)
-    kinds = experts.KINDS.known
+    kinds = experts.READINGS.known
     assert kinds
     kinds[next(iter(kinds))] = ("a false one", "a false one")
     npu_patch.restore()
@@ -267,9 +268,9 @@ def test_training_and_evaluating_are_one_kind(npu: torch.device, monkeypatch: py
     model = dense_and_mixed().to(npu).eval()
     npu_patch.apply(model)
     read: list[type] = []
-    monkeypatch.setattr(experts.KINDS, "read", lambda cls, attributes: read.append(cls) or "no")
+    monkeypatch.setattr(experts.READINGS, "read", lambda cls, attributes: read.append(cls) or "no")
     layer = model.model.layers[1].mlp.experts
-    assert experts.KINDS.of(layer) is not None and experts.KINDS.of(layer.train()) == experts.KINDS.of(layer.eval())
+    assert experts.READINGS.of(layer.train()) == experts.READINGS.of(layer.eval()) != "no"
     assert not read
 
 

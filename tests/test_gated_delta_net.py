@@ -17,7 +17,9 @@ from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
 import npu_patch
 from npu_patch import simulator
-from npu_patch.patches.gated_delta.inline_convolution import Door, why_not
+from npu_patch.ops.readings import NotRead
+from npu_patch.patches.gated_delta.inline_convolution import READING, Door
+from npu_patch.patches.gated_delta.inline_convolution import read as read_inline
 from npu_patch.probe.gated_delta import read
 from npu_patch.sites.sites import innermost
 from tests.gradients import in_float64, loss_and_gradients, relative_error
@@ -313,12 +315,12 @@ def _rule(change: str) -> Any:
 
 @pytest.mark.parametrize("change", ["decay", "scale", "gradient", "state", "heads"])
 def test_another_rule_is_not_read(change: str) -> None:
-    assert isinstance(read(_rule(change), _rule(change)), str)
+    assert isinstance(read(_rule(change), _rule(change)), NotRead)
 
 
 def test_the_same_rule_is_read() -> None:
     function = _rule("nothing")
-    assert not isinstance(read(function, function), str)
+    assert not isinstance(read(function, function), NotRead)
 
 
 def test_another_convolution_is_not_read() -> None:
@@ -332,8 +334,8 @@ def test_another_convolution_is_not_read() -> None:
     ) -> Tensor:
         return innermost(modeling.causal_conv1d_update)(x, conv_state.clone(), weight, bias, activation)
 
-    assert isinstance(read(reversed_in_time, reversed_in_time), str)
-    assert isinstance(read(keeps_its_state, keeps_its_state), str)
+    assert isinstance(read(reversed_in_time, reversed_in_time), NotRead)
+    assert isinstance(read(keeps_its_state, keeps_its_state), NotRead)
 
 
 class InlineLayer(torch.nn.Module):
@@ -367,8 +369,8 @@ class GeluLayer(InlineLayer):
 
 def test_inline_convolutions_are_observed() -> None:
     state = torch.random.get_rng_state()
-    assert why_not(InlineLayer, "convolution_fn") is None
-    assert "tolerances away" in why_not(GeluLayer, "convolution_fn")
+    assert read_inline(InlineLayer, "convolution_fn") is READING
+    assert "tolerances away" in read_inline(GeluLayer, "convolution_fn").reason
     assert torch.equal(torch.random.get_rng_state(), state)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import npu_patch
 from npu_patch.kernels.readiness import why_not
-from npu_patch.measuring import measurer as selection
+from npu_patch.measuring import measurer
 from npu_patch.measuring.measure import why_wrong
 from npu_patch.numerics import rotation
 from npu_patch.ops import qk_norm_rope, rms_norm, rope
@@ -385,7 +385,7 @@ def test_heads_are_measured_as_they_are_rotated(
         return Measured(seconds=1.0 if alternative.name == "triton" else 2.0)
 
     monkeypatch.setattr(implementation, "is_simulated", lambda: False)  # which has no times
-    monkeypatch.setattr(selection, "measure", measure)
+    monkeypatch.setattr(measurer, "measure", measure)
     monkeypatch.setenv("TWINKLE_NPU_TRITON_CACHE", str(tmp_path / "times.json"))
     model = built(family).to(npu)
     with npu_patch.applied(model) as report:

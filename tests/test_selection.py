@@ -21,14 +21,14 @@ import npu_patch
 from npu_patch import log
 from npu_patch.applying import api as lifecycle
 from npu_patch.kernels.readiness import why_not
-from npu_patch.measuring import measure, measurements, tuning
-from npu_patch.measuring import measurer as selection
+from npu_patch.measuring import measure, measurements, measurer, tuning
 from npu_patch.measuring.measured_on import MeasuredOn
 from npu_patch.measuring.measurements import Measurements
 from npu_patch.measuring.measurer import Measurer
 from npu_patch.ops import rms_norm, swiglu
 from npu_patch.patches import rms_norm as rms_norm_patch
-from npu_patch.serving.dispatch import NO_MODEL
+from npu_patch.serving import case as case_of_op
+from npu_patch.serving import dispatch
 from npu_patch.serving.implementation import Choice, Implementation, choose
 from tests.gradients import loss_and_gradients, relative_error
 from tests.tiny_models import tiny, tiny_batch
@@ -75,10 +75,10 @@ class Kernels:
         return choose(self.implementations, "cpu", "auto")
 
 
-def judge(kernels: Kernels, path: Path, measured_on: MeasuredOn = HERE) -> selection.Verdict:
-    measurer = Measurer(CPU, Measurements.read(path, measured_on), kernels.stopwatch)
-    verdict = measurer.judge(CASE, kernels.choice())
-    measurer.kept.write()
+def judge(kernels: Kernels, path: Path, measured_on: MeasuredOn = HERE) -> dispatch.Verdict:
+    of_cpu = Measurer(CPU, Measurements.read(path, measured_on), kernels.stopwatch)
+    verdict = of_cpu.judge(CASE, kernels.choice())
+    of_cpu.kept.write()
     return verdict
 
 
@@ -109,8 +109,8 @@ def test_a_kernel_with_a_wrong_gradient_alone_is_refused(tmp_path: Path) -> None
         return y.detach() + 1.1 * (y - y.detach())
 
     wrong = Implementation("fake", ("cpu",), run, USUAL.unsupported, optional=True)
-    measurer = Measurer(CPU, Measurements.read(tmp_path / "times.json", HERE), lambda function: 1.0)
-    verdict = measurer.judge(CASE, choose((wrong, USUAL), "cpu", "auto"))
+    of_cpu = Measurer(CPU, Measurements.read(tmp_path / "times.json", HERE), lambda function: 1.0)
+    verdict = of_cpu.judge(CASE, choose((wrong, USUAL), "cpu", "auto"))
     assert verdict.taken is None
     assert "the gradient of input 0 is 0.1" in verdict.words("fake")
 
@@ -120,8 +120,8 @@ def test_a_kernel_that_raises_is_refused_and_named(tmp_path: Path) -> None:
         raise RuntimeError("ub overflow\nand more")
 
     broken = Implementation("fake", ("cpu",), run, USUAL.unsupported, optional=True)
-    measurer = Measurer(CPU, Measurements.read(tmp_path / "times.json", HERE), lambda function: 1.0)
-    verdict = measurer.judge(CASE, choose((broken, USUAL), "cpu", "auto"))
+    of_cpu = Measurer(CPU, Measurements.read(tmp_path / "times.json", HERE), lambda function: 1.0)
+    verdict = of_cpu.judge(CASE, choose((broken, USUAL), "cpu", "auto"))
     assert (verdict.taken, verdict.words("fake")) == (None, "RuntimeError: ub overflow")
 
 
@@ -138,7 +138,7 @@ def test_a_kernel_that_raises_is_refused_and_named(tmp_path: Path) -> None:
 )
 def test_the_usual_implementations_pass_every_case(case: Any, implementations: Any, dtype: torch.dtype) -> None:
     usual = choose(implementations or rms_norm.IMPLEMENTATIONS, "cpu").chosen
-    found = selection.measure(case(dtype), selection.Alternative(usual.name, usual.run), CPU, lambda function: 1.0)
+    found = measure.measure(case(dtype), case_of_op.Alternative(usual.name, usual.run), CPU, lambda function: 1.0)
     assert (found.wrong, found.seconds) == (None, 1.0)
 
 
@@ -219,7 +219,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Kernels
     found = Kernels()
     patch = dataclasses.replace(rms_norm_patch.PATCH, implementations=found.implementations)
     monkeypatch.setattr(lifecycle, "CATALOGUE", (patch,))
-    monkeypatch.setattr(selection, "stopwatch", lambda device: found.stopwatch)
+    monkeypatch.setattr(measurer, "stopwatch", lambda device: found.stopwatch)
     monkeypatch.setenv("TWINKLE_NPU_TRITON_CACHE", str(tmp_path / "times.json"))
     yield found
     npu_patch.restore()
@@ -265,9 +265,9 @@ def test_sizes_that_were_not_measured_are_served_as_usual(kernels: Kernels) -> N
 def test_without_a_model_none_is_taken_until_one_is_given(kernels: Kernels) -> None:
     model = tiny("qwen3")
     outcome = qwen3(npu_patch.apply(device="cpu"))
-    assert (outcome.implementation, outcome.declined["fake"]) == ("usual", NO_MODEL)
+    assert (outcome.implementation, outcome.declined["fake"]) == ("usual", dispatch.NO_MODEL)
     assert not kernels.timed
-    assert npu_patch.report().notes == [f"no Triton kernel is used: {NO_MODEL}"]
+    assert npu_patch.report().notes == [f"no Triton kernel is used: {dispatch.NO_MODEL}"]
     with npu_patch.applied(model, device="cpu") as report:
         assert qwen3(report) is outcome and not report.notes
         assert outcome.implementation.startswith("fake (") and "fake" not in outcome.declined

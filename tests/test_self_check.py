@@ -16,9 +16,7 @@ import torch
 import npu_patch
 from npu_patch import log, simulator
 from npu_patch.applying import api as lifecycle
-from npu_patch.applying.state import patched_sites
-from npu_patch.measuring import measure, self_check
-from npu_patch.measuring import measurer as selection
+from npu_patch.measuring import measure, measurer, self_check
 from npu_patch.ops import rms_norm
 from npu_patch.patches import rms_norm as rms_norm_patch
 from npu_patch.serving.case import Measured
@@ -83,7 +81,7 @@ def on_npu() -> dict[str, torch.Tensor]:
 def test_operators_that_are_right_serve(family: str, dtype: torch.dtype, npu: torch.device) -> None:
     report = npu_patch.apply(tiny(family).to(npu, dtype))
     assert not [line for line in report.warnings if "wrong" in line] and not report.failed
-    assert all(not each.replacement.selection.wrong for each in patched_sites() if each.replacement.selection)
+    assert all(not each.replacement.dispatch.wrong for each in lifecycle.patched_sites() if each.replacement.dispatch)
     found = json.loads(Path(npu_patch.switches.resolve()["triton_cache"]).read_text())["measured"]
     patches = {case.split(":")[0] for case in found}
     assert patches >= {"rms_norm", "rope", "attention"}
@@ -214,13 +212,13 @@ def test_a_verdict_is_kept_for_the_next_process_and_nothing_runs_again(npu: torc
 
 def test_each_size_is_checked_once_however_many_layers(npu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
-    real = selection.check
+    real = measurer.check
 
     def check(case: measure.Case, *others: Any) -> Measured:
         ran.append(case.key)
         return real(case, *others)
 
-    monkeypatch.setattr(selection, "check", check)
+    monkeypatch.setattr(measurer, "check", check)
     npu_patch.apply(tiny("qwen3", num_hidden_layers=5).to(npu))
     assert len(ran) == len(set(ran)) > 10
 
@@ -232,7 +230,7 @@ def test_accidents_are_no_findings(
     error: Exception, words: str | None, npu: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """No room, or a device that died of one operator: of that one is known that it does."""
-    monkeypatch.setattr(selection, "answers", lambda device: False)
+    monkeypatch.setattr(measurer, "answers", lambda device: False)
     with simulator.wrong_operator("npu_rms_norm", error=error), simulator.wrong_operator("npu_rotary_mul", error=error):
         report = npu_patch.apply(tiny("qwen3").to(npu))
     found = json.loads((tmp_path / "found.json").read_text())["measured"]
@@ -339,7 +337,7 @@ def test_an_asked_for_kernel_that_is_wrong_leaves_the_call_to_the_next(
     implementations = times("fake", fake, True), times("usual", usual, False)
     patch = dataclasses.replace(rms_norm_patch.PATCH, implementations=implementations)
     monkeypatch.setattr(lifecycle, "CATALOGUE", (patch,))
-    monkeypatch.setattr(selection, "stopwatch", lambda device: lambda function: 1.0)
+    monkeypatch.setattr(measurer, "stopwatch", lambda device: lambda function: 1.0)
     monkeypatch.setattr(measure, "ELEMENTS", 256)
     model = tiny("qwen3")
     original = loss_and_gradients(model, tiny_batch())

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from npu_patch.patches.attention import sdpa as attention_sdpa
-from npu_patch.patches.gated_delta import chain as gated_delta_chain
+from npu_patch.patches.gated_delta import serve as gated_delta_serve
 from npu_patch.serving.replacement import Unserved
 from tests.tiny_models import FAMILIES
 from tests.version_cells import DIFFERENT, EQUAL, FAILED, NO_FAMILY, SKIPPED, Cell, cells_of
@@ -61,7 +61,7 @@ def test_a_patch_of_which_only_its_masks_and_checks_ran_is_not_equal(
 ) -> None:
     refusal = Unserved("so")
     monkeypatch.setattr(attention_sdpa, "refused", lambda arguments: refusal)
-    monkeypatch.setattr(gated_delta_chain.Chain, "run", lambda self, call, calls: refusal)
+    monkeypatch.setattr(gated_delta_serve, "_bound", lambda *given: refusal)
     cells = cells_of("qwen3_next", npu)
     assert {patch: cells[patch] for patch in ("attention", "gated_delta_net")} == {
         "attention": Cell(SKIPPED, "so"),

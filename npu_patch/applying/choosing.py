@@ -9,30 +9,31 @@ from npu_patch.applying.enabling import Enabled
 from npu_patch.applying.request import Request
 from npu_patch.measuring.self_check import Decisions
 from npu_patch.measuring.tuning import ORIGINAL, Signature, Tuning, read, tuned
-from npu_patch.patches.patch import Context, Patch, Replacement, Skip
+from npu_patch.ops.readings import NotRead
+from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.reporting.outcome import TuningFile
 from npu_patch.reporting.report import Report
 from npu_patch.serving.implementation import Choice
 from npu_patch.sites.sites import Site
 
 TUNED_ORIGINAL = "tuned: the original is the fastest for every shape that was measured"
-LEFT_AS_TUNED = Skip(TUNED_ORIGINAL)
+LEFT_AS_TUNED = NotRead(TUNED_ORIGINAL)
 
 
 @dataclass(frozen=True)
 class Choosing:
-    """`decisions` is told of each selection whose cases wait for a measurement."""
+    """`decisions` is told of each dispatch whose cases wait for a measurement."""
 
     decisions: Decisions
     tuning: Tuning = field(default_factory=Tuning)
 
-    def at(self, site: Site, entry: Enabled, context: Context) -> Replacement | Skip:
+    def at(self, site: Site, entry: Enabled, context: Context) -> Replacement | NotRead:
         """What `entry.patch` puts there, or why nothing."""
         patch = entry.patch
         decision = patch.replace(site, context)
-        if isinstance(decision, Skip):
+        if isinstance(decision, NotRead):
             return decision
-        self.decisions.add(decision.selection, context.live)
+        self.decisions.add(decision.dispatch, context.live)
         choices = self.tuning.of(patch.name, site.label, decision.variant) if patch.tunable else {}
         if choices and set(choices.values()) == {ORIGINAL}:
             decision.calls.deactivate()
@@ -57,7 +58,7 @@ class Choosing:
             and (each is not choice.chosen or choice.candidates)  # the usual one, unless that may be a Triton kernel
         }
         for other in others.values():
-            self.decisions.add(getattr(other, "selection", None), context.live)
+            self.decisions.add(getattr(other, "dispatch", None), context.live)
         ways = {name: (other.function, other.calls) for name, other in others.items() if isinstance(other, Replacement)}
         function = tuned(replacement.function, site.original, replacement.calls, choices, ways)
         return replace(replacement, function=function)

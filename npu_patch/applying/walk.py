@@ -84,8 +84,8 @@ class Walk:
         """At a site that an earlier call bound, for another model perhaps."""
         held.outcome.layers = layers
         self.kept_options.update(kept_at(held, patch, self.request.switches))
-        self.choosing.decisions.add(held.replacement.selection, context.live)
-        self.choosing.decisions.describe(held.replacement.selection, held.outcome)
+        self.choosing.decisions.add(held.replacement.dispatch, context.live)
+        self.choosing.decisions.describe(held.replacement.dispatch, held.outcome)
         self.report.outcomes.append(held.outcome)
 
     def _bind(self, entry: Enabled, site: Site, replacement: Replacement, layers: int | None) -> None:
@@ -100,7 +100,7 @@ class Walk:
             calls=replacement.calls,
             layers=layers,
         )
-        self.choosing.decisions.describe(replacement.selection, outcome)
+        self.choosing.decisions.describe(replacement.dispatch, outcome)
         self.binder.bind(PatchedSite(site, replacement, outcome, patch.around, self.request.switches))
         self.report.outcomes.append(outcome)
 

@@ -20,7 +20,7 @@ from npu_patch.measuring.measurer import Measurer
 from npu_patch.reporting.outcome import Outcome
 from npu_patch.reporting.report import Report
 from npu_patch.serving.case import Case
-from npu_patch.serving.dispatch import Selection, Verdict
+from npu_patch.serving.dispatch import Dispatch, Verdict
 from npu_patch.sites.journal import Journal
 from npu_patch.sites.sites import LiveModules
 from npu_patch.switches import Switches
@@ -46,25 +46,25 @@ class Decisions:
     device_type: str
     path: str | None
     checked: bool
-    waiting: list[tuple[Selection, dict[Hashable, Case]]] = field(default_factory=list)
-    described: list[tuple[Selection, Outcome]] = field(default_factory=list)
+    waiting: list[tuple[Dispatch, dict[Hashable, Case]]] = field(default_factory=list)
+    described: list[tuple[Dispatch, Outcome]] = field(default_factory=list)
 
     @classmethod
     def of(cls, switches: Switches, device_type: str) -> Decisions:
         return cls(device_type, switches["triton_cache"], wanted(switches, device_type))
 
-    def add(self, selection: Selection | None, live: LiveModules | None) -> None:
+    def add(self, dispatch: Dispatch | None, live: LiveModules | None) -> None:
         """Of a site of the given model, or of none."""
-        if selection is not None and live is not None:
-            cases = selection.undecided(live, self.checked)
+        if dispatch is not None and live is not None:
+            cases = dispatch.undecided(live, self.checked)
             if cases:
-                self.waiting.append((selection, cases))
+                self.waiting.append((dispatch, cases))
 
-    def describe(self, selection: Selection | None, outcome: Outcome) -> None:
+    def describe(self, dispatch: Dispatch | None, outcome: Outcome) -> None:
         """In `outcome` it will be said what was decided."""
-        if selection is not None:
-            outcome.describe(selection)
-            self.described.append((selection, outcome))
+        if dispatch is not None:
+            outcome.describe(dispatch)
+            self.described.append((dispatch, outcome))
 
     def decide(self, journal: Journal, report: Report) -> None:
         if self.waiting:
@@ -73,10 +73,10 @@ class Decisions:
                 self._decide(measurer, journal, report)
             finally:
                 measurer.kept.write()
-        for selection, outcome in self.described:
-            outcome.describe(selection)
-        for selection in [each for each, _ in (*self.waiting, *self.described)]:
-            for (name, _), why in selection.wrong.items():
+        for dispatch, outcome in self.described:
+            outcome.describe(dispatch)
+        for dispatch in [each for each, _ in (*self.waiting, *self.described)]:
+            for (name, _), why in dispatch.wrong.items():
                 line = f"{name} is wrong on this device and serves no such call: {why}"
                 if line not in report.warnings:
                     report.warnings.append(line)
@@ -86,17 +86,17 @@ class Decisions:
         deadline, left = time.monotonic() + BUDGET_S, 0
         self.waiting.sort(key=lambda each: each[0].timed)
         with _progress(sum(len(cases) for _, cases in self.waiting)) as done:
-            for selection, cases in self.waiting:
+            for dispatch, cases in self.waiting:
                 verdicts: dict[Hashable, Verdict] = {}
                 for key, case in cases.items():
-                    if time.monotonic() < deadline or measurer.knows(case, selection.choice):
-                        verdicts[key] = measurer.judge(case, selection.choice)
+                    if time.monotonic() < deadline or measurer.knows(case, dispatch.choice):
+                        verdicts[key] = measurer.judge(case, dispatch.choice)
                     done()
                 left += len(cases) - len(verdicts)
-                journal.rebind(selection, "verdicts", {**selection.verdicts, **verdicts})
+                journal.rebind(dispatch, "verdicts", {**dispatch.verdicts, **verdicts})
                 wrong = {(name, key): why for key, each in verdicts.items() for name, why in each.wrong.items()}
                 if self.checked and wrong:
-                    journal.rebind(selection, "wrong", {**selection.wrong, **wrong})
+                    journal.rebind(dispatch, "wrong", {**dispatch.wrong, **wrong})
                     note = f"what was found wrong on this device is kept in {measurer.kept.path}"
                     if note not in report.notes:
                         report.notes.append(note)

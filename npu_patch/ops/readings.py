@@ -1,13 +1,31 @@
-"""What probes read of an original: which variant of an op it computes, and how it is called."""
+"""What probes read of an original: which variant of an op it computes and how it is called, or why not."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from npu_patch.ops.rms_norm import RMSNormVariant
 from npu_patch.ops.rope import RoPEVariant
+
+
+@dataclass(frozen=True)
+class NotRead:
+    """Why a site is left alone. Not `notable`: it has nothing to do with this patch, and the report stays silent."""
+
+    reason: str
+    notable: bool = True
+
+    def notable_if(self, notable: bool) -> NotRead:
+        return replace(self, notable=notable)
+
+
+@dataclass(frozen=True)
+class AsNamed:
+    """It computes what its name says, and there is nothing else to be known of it."""
+
+    name: str
 
 
 @dataclass(frozen=True)

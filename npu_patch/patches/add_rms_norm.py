@@ -26,13 +26,13 @@ from torch import Tensor
 from npu_patch.numerics.room import in_quiet_room
 from npu_patch.ops import rms_norm
 from npu_patch.ops.add_rms_norm import IMPLEMENTATIONS, Sizes, case, one_after_the_other
+from npu_patch.ops.readings import NotRead, RMSNormReading
 from npu_patch.ops.rms_norm import RMSNormVariant
-from npu_patch.patches.patch import NOT_FASTER, Context, Patch, Replacement, Skip
-from npu_patch.probe.add_rms_norm import AddRMSNormReading, NoAddRMSNorm, read_add_rms_norm
+from npu_patch.patches.patch import NOT_FASTER, Context, Patch, Replacement
+from npu_patch.probe.add_rms_norm import AddRMSNormReading, read_add_rms_norm
 from npu_patch.serving.bypassed import Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import Alternative, Case
-from npu_patch.serving.dispatch import Selection
 from npu_patch.serving.implementation import choose, is_plain
 from npu_patch.serving.listeners import listener
 from npu_patch.serving.replacement import TakenOver, Unfused, Unserved, replacement_for
@@ -43,35 +43,35 @@ from npu_patch.waiting.sums import Addition, DeferredBranch
 # What a forward called by its layer finds between itself and that layer.
 CALLS_OF_MODULES = (torch.nn.Module._call_impl.__code__, torch.nn.Module._wrapped_call_impl.__code__)
 # By the class of the mixer.
-_READINGS: WeakKeyDictionary[type, list[AddRMSNormReading | NoAddRMSNorm]] = WeakKeyDictionary()
+_READINGS: WeakKeyDictionary[type, list[AddRMSNormReading | NotRead]] = WeakKeyDictionary()
 
 
 def find(module: ModuleType) -> Iterable[Site]:
     """Forwards of the mixers of the layers that `module` defines."""
-    found: dict[type, list[AddRMSNormReading | NoAddRMSNorm]] = {}
+    found: dict[type, list[AddRMSNormReading | NotRead]] = {}
     for site in forwards(module):
-        for reading in read_add_rms_norm(site.owner, _is_served):
-            found.setdefault(reading.mixer_class, []).append(reading)
+        for mixer, reading in read_add_rms_norm(site.owner, _is_served):
+            found.setdefault(mixer, []).append(reading)
     for cls, readings in found.items():
         _READINGS[cls] = readings
         yield Site(cls, "forward", vars(cls)["forward"])
 
 
-def replace(site: Site, context: Context) -> Replacement | Skip:
+def replace(site: Site, context: Context) -> Replacement | NotRead:
     cls, original = site.owner, site.original
     if is_checkpointing_layer(cls):
-        return Skip(CHECKPOINTING_LAYER, notable=False)
+        return NotRead(CHECKPOINTING_LAYER, notable=False)
     readings = [each for each in _READINGS[cls] if isinstance(each, AddRMSNormReading)]
     if not readings:
-        return Skip("; ".join(f"in {each.layer.__name__}: {each.reason}" for each in _READINGS[cls]))
+        return NotRead("; ".join(each.reason for each in _READINGS[cls]))
     calls, device_type, callers = Calls(), context.device_type, Callers(readings)
-    selection = Selection(context.choice, lambda live: _cases(readings, live, context))
+    dispatch = context.dispatch(lambda live: _cases(readings, live, context), _key_of)
 
     def fuse(
         variant: RMSNormVariant, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor] | str:
         call = (variant, x, residual, weight, eps)
-        serving = selection.serving(_key_of, calls, *call)
+        serving = dispatch.serving(calls, *call)
         if isinstance(serving, str):
             return serving
         calls.ran += 1
@@ -83,7 +83,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if in_quiet_room():
             return TakenOver(original(self, *args, **kwargs))
-        if not (selection.choice.forced or any(each.taken for each in selection.verdicts.values())):
+        if not (dispatch.choice.forced or any(each.taken for each in dispatch.verdicts.values())):
             return Unserved(NOT_FASTER)
         if torch.compiler.is_compiling():
             return Unserved("being compiled")
@@ -112,7 +112,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
 
     names = ", ".join(dict.fromkeys(reading.layer.__name__ for reading in readings))
     function = replacement_for(original, calls, serve, bypassed=Bypassed())
-    return Replacement(function, f"in {names}", calls, None, selection, alone=False)
+    return Replacement(function, f"in {names}", calls, None, dispatch, alone=False)
 
 
 def _key_of(variant: RMSNormVariant, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> Sizes:
@@ -209,7 +209,7 @@ def _cases(
             for norm in filter(None, map(layer._modules.get, reading.norms)):
                 site = NORMS.get(type(norm).forward)
                 found = None if site is None else site.reading_of(norm)
-                if found is not None and found.weight_name:
+                if isinstance(found, RMSNormReading) and found.weight_name:
                     weight = getattr(norm, found.weight_name)
                     sizes = Sizes(found.variant.name, weight.shape[-1], live.dtype, weight.dtype)
                     yield sizes, case(sizes, found.variant, original)

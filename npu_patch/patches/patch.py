@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from npu_patch.ops.readings import NotRead
 from npu_patch.serving.calls import Calls
-from npu_patch.serving.dispatch import Cases, Selection
+from npu_patch.serving.dispatch import Cases, Dispatch, no_cases, no_key
 from npu_patch.serving.implementation import Choice, Implementation
 from npu_patch.sites.sites import LiveModules, Site
 from npu_patch.switches import Switches
@@ -33,9 +34,9 @@ class Context:
     live: LiveModules | None = None
     choice: Choice | None = None
 
-    def selection(self, cases: Cases) -> Selection:
-        """Among the implementations, for one site; `cases` as in `Selection`."""
-        return Selection(self.choice or Choice(self.implementation, {}), cases)
+    def dispatch(self, cases: Cases = no_cases, key_of: Callable[..., Hashable] = no_key) -> Dispatch:
+        """Among the implementations, for one site; `cases` and `key_of` as in `Dispatch`."""
+        return Dispatch(self.choice or Choice(self.implementation, {}), cases, key_of)
 
     def live_modules(self, cls: type) -> Sequence[torch.nn.Module]:
         return () if self.live is None else self.live.of(cls)
@@ -49,7 +50,7 @@ def by_nobody_known(model: torch.nn.Module) -> str | None:
 class Replacement:
     """What takes the place of a site's original, and the variant that the original was observed to compute.
 
-    `choice`: of this site's implementations, where a patch has sites of several ops. `selection`: among the usual and
+    `choice`: of this site's implementations, where a patch has sites of several ops. `dispatch`: among the usual and
     the optional ones, by call, where the op has optional ones. `alone`: called by itself, outside its model, it does
     what it does there. `observe(layer)` looks at a new layer, so that its first call need not.
     `participant`: how patches that build on this one know it, wherever it is bound.
@@ -62,21 +63,13 @@ class Replacement:
     variant: str
     calls: Calls
     choice: Choice | None = None
-    selection: Selection | None = None
+    dispatch: Dispatch | None = None
     alone: bool = True
     observe: Callable[[torch.nn.Module], Any] | None = None
     participant: Participant | None = None
     looked_up_by: Callable[[torch.nn.Module], str | None] = by_nobody_known
     one_of_several: bool = False
     definition: Callable[..., Callable[..., Any]] | None = None
-
-
-@dataclass(frozen=True)
-class Skip:
-    """Why a site is left alone. Not `notable`: it has nothing to do with this patch, and the report stays silent."""
-
-    reason: str
-    notable: bool = True
 
 
 def _nothing_in(layer: torch.nn.Module) -> Iterable[Site]:
@@ -114,7 +107,7 @@ class Patch:
     switch: str
     implementations: Sequence[Implementation]
     find: Callable[[ModuleType], Iterable[Site]]
-    replace: Callable[[Site, Context], Replacement | Skip]
+    replace: Callable[[Site, Context], Replacement | NotRead]
     registered: Callable[[], Iterable[Site]] = tuple
     in_layer: Callable[[torch.nn.Module], Iterable[Site]] = _nothing_in
     layers: Callable[[Site, Context], int | None] = layers_of_class
@@ -125,40 +118,3 @@ class Patch:
     libraries: tuple[str, ...] = ()
     called: tuple[str, ...] = ()
     around: bool = False
-
-
-@dataclass
-class Readings:
-    """What each kind of instance of a patched class computes, observed once per kind.
-
-    A kind is the instance's class (a subclass may override what the forward calls) with the values of the attributes
-    in `configuration` (flags, names of activations). `read(cls, attributes)` observes a new kind, training and not.
-    """
-
-    read: Callable[[type, Mapping[str, Any]], Any | None]
-    configuration: tuple[str, ...] = ()
-    known: dict[tuple[Any, ...], Any | None] = field(default_factory=dict)
-
-    def note(self, cls: type, reading: Any, configured: Sequence[Any] = ()) -> None:
-        """What was read of the class itself. A forward that asks for `training` has it in its configuration."""
-        for training in (False, True):
-            self.known[(cls, training, *configured)] = reading
-
-    def of(self, module: torch.nn.Module) -> Any | None:
-        configured = [getattr(module, name, None) for name in self.configuration]
-        kind = (type(module), module.training, *configured)
-        try:
-            return self.known[kind]
-        except KeyError:
-            pass
-        except TypeError:  # an unhashable attribute
-            return None
-        if torch.compiler.is_compiling():
-            return None
-        attributes = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-        attributes |= dict(module.named_parameters(recurse=False))
-        for training in (False, True):
-            self.known[(type(module), training, *configured)] = self.read(
-                type(module), attributes | {"training": training}
-            )
-        return self.known[kind]

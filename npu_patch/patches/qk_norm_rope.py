@@ -21,15 +21,14 @@ from torch import Tensor
 
 from npu_patch.ops import rms_norm, rope
 from npu_patch.ops.qk_norm_rope import IMPLEMENTATIONS, Heads, Sizes, case, one_after_the_other, rotary_width
-from npu_patch.ops.readings import RoPEReading
+from npu_patch.ops.readings import NotRead, RMSNormReading, RoPEReading
 from npu_patch.ops.rope import RoPEVariant
 from npu_patch.patches.head_sizes import rotary_widths
-from npu_patch.patches.patch import NOT_FASTER, Context, Patch, Replacement, Skip
-from npu_patch.probe.qk_norm_rope import NoQKNormRoPE, QKNormRoPEReading, read_qk_norm_rope
+from npu_patch.patches.patch import NOT_FASTER, Context, Patch, Replacement
+from npu_patch.probe.qk_norm_rope import QKNormRoPEReading, read_qk_norm_rope
 from npu_patch.serving.bypassed import Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import Alternative, Case
-from npu_patch.serving.dispatch import Selection
 from npu_patch.serving.implementation import choose
 from npu_patch.serving.listeners import listener
 from npu_patch.serving.replacement import Unfused, Unserved, replacement_for
@@ -46,18 +45,18 @@ def find(module: ModuleType) -> Iterable[Site]:
             yield site
 
 
-def replace(site: Site, context: Context) -> Replacement | Skip:
+def replace(site: Site, context: Context) -> Replacement | NotRead:
     cls, original = site.owner, site.original
     if is_checkpointing_layer(cls):
-        return Skip(CHECKPOINTING_LAYER, notable=False)
+        return NotRead(CHECKPOINTING_LAYER, notable=False)
     rotations = _rotations(original)
     if len(rotations) != 1:
-        return Skip(f"it rotates by {len(rotations)} functions", notable=False)
+        return NotRead(f"it rotates by {len(rotations)} functions", notable=False)
     found = read_qk_norm_rope(cls, rotations[0])
-    if isinstance(found, NoQKNormRoPE):
-        return Skip(found.reason, notable=found.close)
+    if isinstance(found, NotRead):
+        return found
     calls, device_type = Calls(), context.device_type
-    selection = Selection(context.choice, lambda live: _cases(cls, found, rotations[0], live, context))
+    dispatch = context.dispatch(lambda live: _cases(cls, found, rotations[0], live, context), _key_of)
 
     def rotate(
         reading: RoPEReading, q: DeferredHeads, k: DeferredHeads, cos: Tensor, sin: Tensor
@@ -66,13 +65,13 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         if not reading.partial and rotary_width(cos, reading.variant) != q.x.shape[-1]:
             raise Abandoned("tables narrower than the head")
         call = (q_heads, k_heads, cos, sin, reading.variant)
-        serving = selection.serving(_key_of, calls, *call)
+        serving = dispatch.serving(calls, *call)
         if isinstance(serving, str):
             raise Abandoned(serving)
         return serving.run(*call)
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not (selection.choice.forced or any(each.taken for each in selection.verdicts.values())):
+        if not (dispatch.choice.forced or any(each.taken for each in dispatch.verdicts.values())):
             return Unserved(NOT_FASTER)
         reason = _why_not(self, found.q_norm, found.k_norm, device_type)
         if reason is not None:
@@ -88,7 +87,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         return result if deferral.done else Unfused(result, "its norms or its rotation were not put off")
 
     return Replacement(
-        replacement_for(original, calls, serve, bypassed=Bypassed()), found.name, calls, selection=selection
+        replacement_for(original, calls, serve, bypassed=Bypassed()), found.name, calls, dispatch=dispatch
     )
 
 
@@ -109,7 +108,7 @@ def _cases(
         site = NORMS.get(type(norm).forward) if isinstance(norm, torch.nn.Module) else None
         reading = None if site is None else site.reading_of(norm)
         heads = [getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")]
-        if reading is not None and reading.weight_name and all(isinstance(each, int) for each in heads):
+        if isinstance(reading, RMSNormReading) and reading.weight_name and all(isinstance(each, int) for each in heads):
             weight = getattr(norm, reading.weight_name)
             head_dim = weight.shape[-1]
             for rotary in rotary_widths(live, config, head_dim) if rotation.reading.partial else {head_dim}:

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_patch.ops.readings import RMSNormReading
+from npu_patch.ops.readings import NotRead, RMSNormReading
 from npu_patch.ops.rms_norm import HALF_DTYPES, IMPLEMENTATIONS, RMSNormVariant, case
-from npu_patch.patches.patch import Context, Patch, Readings, Replacement, Skip
+from npu_patch.patches.patch import Context, Patch, Replacement
+from npu_patch.probe.readings import Readings
 from npu_patch.probe.rms_norm import read_rms_norm
 from npu_patch.serving.bypassed import SILU, Bypassed
 from npu_patch.serving.calls import Calls
@@ -39,6 +40,8 @@ from npu_patch.sites.sites import (
 from npu_patch.waiting import heads as deferred_norm
 from npu_patch.waiting.sums import DeferredSum
 
+NOT_KNOWN = NotRead("this instance computes no known RMSNorm")
+
 
 def find(module: ModuleType) -> Iterable[Site]:
     """Forwards of one tensor, or of a tensor and its gate."""
@@ -48,27 +51,27 @@ def find(module: ModuleType) -> Iterable[Site]:
             yield site
 
 
-def replace(site: Site, context: Context) -> Replacement | Skip:
+def replace(site: Site, context: Context) -> Replacement | NotRead:
     cls, original = site.owner, site.original
     if is_checkpointing_layer(cls):
-        return Skip(CHECKPOINTING_LAYER, notable=False)
+        return NotRead(CHECKPOINTING_LAYER, notable=False)
     names = parameter_names(original)
     gated = len(names) == 2
     found = read_rms_norm(cls, original, gated)
-    if not found.readings:
-        return Skip(found.why_none, notable="rmsnorm" in cls.__name__.lower())
-    configuration = tuple({name: None for reading in found.readings for name in reading.configuration})
+    if isinstance(found, NotRead):
+        return found
+    configuration = {name: None for reading in found for name in reading.configuration}
 
-    def read(its_class: type, attributes: Mapping[str, Any]) -> RMSNormReading | None:
-        readings = read_rms_norm(its_class, original, gated, attributes).readings
-        return readings[0] if len(readings) == 1 else None
+    def read(its_class: type, attributes: Mapping[str, Any]) -> RMSNormReading | NotRead:
+        of_kind = read_rms_norm(its_class, original, gated, attributes)
+        return NOT_KNOWN if isinstance(of_kind, NotRead) or len(of_kind) > 1 else of_kind[0]
 
-    readings = Readings(read, configuration)
-    for reading in found.readings:
-        readings.note(cls, reading, [reading.configuration.get(name) for name in configuration])
+    readings: Readings[RMSNormReading] = Readings(read, tuple(configuration))
+    for reading in found:
+        readings.note(cls, reading, configuration | reading.configuration)
     calls, callers = Calls(), Callers()
     device_type, in_float32 = context.device_type, context.switches["gated_rmsnorm_fp32"]
-    selection = context.selection(lambda live: _cases(cls, readings, live))
+    dispatch = context.dispatch(lambda live: _cases(cls, readings, live), _key_of)
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         bound = bind(names, args, kwargs)
@@ -85,8 +88,8 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         if x.device.type != device_type:
             return Unserved(f"input on {x.device.type}")
         reading = readings.of(self)
-        if reading is None:
-            return Unserved("this instance computes no known RMSNorm")
+        if isinstance(reading, NotRead):
+            return Unserved(reading.reason)
         if gate or self._modules:  # gated norms make the module of their activation at every call
             heard = listener_to_all() or listener_among(self)
             if heard is not None:
@@ -104,28 +107,28 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
             calls.declined["the input itself"] = f"a copy is kept: {changed}"
             x, *gate = (tensor.clone() for tensor in (x, *gate))
         call = (reading.variant, x, weight, eps, *gate)
-        serving = selection.serving(_key_of, calls, *call)
+        serving = dispatch.serving(calls, *call)
         if isinstance(serving, str):
             return Unserved(serving)
         return serving.run(*call, gate_in_float32=in_float32)
 
-    live = [reading for reading in map(readings.of, context.live_modules(cls)) if reading is not None]
-    variants = dict.fromkeys(reading.variant.name for reading in live or found.readings)
+    live = [each for each in map(readings.of, context.live_modules(cls)) if isinstance(each, RMSNormReading)]
+    variants = dict.fromkeys(reading.variant.name for reading in live or found)
     bypassed = Bypassed.by(original, *([SILU] if gated else []))
     function = replacement_for(original, calls, serve, bypassed=bypassed)
     return Replacement(
         function,
         " or ".join(variants),
         calls,
-        selection=selection,
+        dispatch=dispatch,
         observe=readings.of,
         participant=deferred_norm.NormSite(original, readings.of, calls),
     )
 
 
-def _with_its_sum(reading: RMSNormReading | None, norm: torch.nn.Module, total: DeferredSum) -> Tensor | None:
+def _with_its_sum(reading: RMSNormReading | NotRead, norm: torch.nn.Module, total: DeferredSum) -> Tensor | None:
     """The norm of a sum that is not computed yet, or None where the sum comes first."""
-    if reading is None or reading.variant.gate is not None:
+    if isinstance(reading, NotRead) or reading.variant.gate is not None:
         return None
     weight = getattr(norm, reading.weight_name) if reading.weight_name else None
     return total.normalized(reading.variant, weight, getattr(norm, reading.eps_name))
@@ -147,11 +150,12 @@ def _key(variant: RMSNormVariant, width: int, dtype: torch.dtype, weight: Tensor
     return variant.name, width, dtype, None if weight is None else weight.dtype
 
 
-def _cases(cls: type, readings: Readings, live: LiveModules) -> Iterator[tuple[Hashable, Case]]:
+def _cases(cls: type, readings: Readings[RMSNormReading], live: LiveModules) -> Iterator[tuple[Hashable, Case]]:
     """Of the layers whose weight says how wide they are, in the model's dtype."""
     for module in live.of(cls):
         reading = readings.of(module)
-        weight = getattr(module, reading.weight_name) if reading is not None and reading.weight_name else None
+        named = isinstance(reading, RMSNormReading) and reading.weight_name
+        weight = getattr(module, reading.weight_name) if named else None
         if weight is not None:
             width = weight.shape[-1]
             yield (

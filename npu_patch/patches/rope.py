@@ -10,17 +10,17 @@ Delete     when transformers has a registration point for rotary functions that 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from npu_patch.ops.readings import RoPEReading
-from npu_patch.ops.rope import IMPLEMENTATIONS, CallSizes, case, mix_sections, rotate
+from npu_patch.ops.readings import NotRead, RoPEReading
+from npu_patch.ops.rope import IMPLEMENTATIONS, CallSizes, RoPEVariant, case, mix_sections, rotate
 from npu_patch.patches.head_sizes import head_sizes
-from npu_patch.patches.patch import Context, Patch, Replacement, Skip
+from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.probe.rope import read_rope
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import Case
@@ -38,15 +38,14 @@ def find(module: ModuleType) -> Iterable[Site]:
             yield site
 
 
-def replace(site: Site, context: Context) -> Replacement | Skip:
+def replace(site: Site, context: Context) -> Replacement | NotRead:
     original = site.original
     reading = read_rope(unwrapped(original))
-    if isinstance(reading, str):
-        return Skip(reading, notable="rotary" in site.name)
+    if isinstance(reading, NotRead):
+        return reading.notable_if("rotary" in site.name)
     signature, variant = reading.signature, reading.variant
-    name, run, unsupported = (getattr(context.implementation, each) for each in ("name", "run", "unsupported"))
     calls, device_type = Calls(), context.device_type
-    selection = context.selection(lambda live: _cases(site, reading, live))
+    dispatch = context.dispatch(lambda live: _cases(site, reading, live), _key_of)
 
     def serve(*args: Any, **kwargs: Any) -> Any:
         bound = bind(signature.names, args, kwargs)
@@ -69,21 +68,23 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
             cos, sin = mix_sections(cos, given[signature.sections]), mix_sections(sin, given[signature.sections])
         if dimension is not None:
             cos, sin = cos.unsqueeze(dimension), sin.unsqueeze(dimension)
-        reason = unsupported(tensors, cos, sin, variant)
-        if reason is None and selection.wrong:
-            wrong = (selection.why_wrong(name, CallSizes.of(x, cos, variant)) for x in tensors)
-            reason = next(filter(None, wrong), None)
-        if reason is not None:
-            return Unserved(reason)
+        serving = dispatch.serving(calls, tensors, cos, sin, variant)
+        if isinstance(serving, str):
+            return Unserved(serving)
         if not reading.partial and any(2 * cos.shape[-1] // variant.table.width(2) != x.shape[-1] for x in tensors):
             return Unserved("tables narrower than the head")
-        rotated = rotate(variant, run, tensors, cos, sin)
+        rotated = rotate(variant, serving.run, tensors, cos, sin)
         return rotated[0] if len(tensors) == 1 else tuple(rotated)
 
     # What the kernels package wrapped into a module keeps its wrapper as the way to fall through.
     function = replacement_for(original, calls, serve, named_after=unwrapped(original))
     participant = deferred_norm.RoPESite(original, reading, calls)
-    return Replacement(function, variant.name, calls, selection=selection, participant=participant, one_of_several=True)
+    return Replacement(function, variant.name, calls, dispatch=dispatch, participant=participant, one_of_several=True)
+
+
+def _key_of(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, variant: RoPEVariant) -> CallSizes:
+    """q and k are as wide as each other: the tables are."""
+    return CallSizes.of(tensors[0], cos, variant)
 
 
 def _cases(site: Site, reading: RoPEReading, live: LiveModules) -> Iterator[tuple[Hashable, Case]]:

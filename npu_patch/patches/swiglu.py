@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_patch.ops.readings import NotRead
 from npu_patch.ops.recomputed import recomputed
 from npu_patch.ops.swiglu import IMPLEMENTATIONS, case, kept_for_the_backward
-from npu_patch.patches.experts.kind import activation_kind, in_mode
-from npu_patch.patches.patch import Context, Patch, Readings, Replacement, Skip
-from npu_patch.probe.swiglu import NoSwiGLU, SwiGLUReading, computes_silu, read_swiglu
+from npu_patch.patches.patch import Context, Patch, Replacement
+from npu_patch.probe.readings import Readings, in_mode, kind_of
+from npu_patch.probe.swiglu import SwiGLUReading, computes_silu, read_swiglu
 from npu_patch.serving.bypassed import MODULE_CALL, SILU, Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import Case
@@ -48,27 +49,27 @@ def find(module: ModuleType) -> Iterable[Site]:
             yield site
 
 
-def replace(site: Site, context: Context) -> Replacement | Skip:
+def replace(site: Site, context: Context) -> Replacement | NotRead:
     cls, original = site.owner, site.original
     if is_checkpointing_layer(cls):
-        return Skip(CHECKPOINTING_LAYER, notable=False)
+        return NotRead(CHECKPOINTING_LAYER, notable=False)
     names = parameter_names(original)
     found = read_swiglu(cls, original)
-    if isinstance(found, NoSwiGLU):
-        return Skip(found.reason, notable=found.gated)
+    if isinstance(found, NotRead):
+        return found
     activations = Activations(found.activation)
     live = context.live_modules(cls)
     if live and not any([activations.is_silu(module) for module in live]):
-        return Skip(f"the activation is {activations.name_of(live[0])}, not SiLU")
+        return NotRead(f"the activation is {activations.name_of(live[0])}, not SiLU")
 
-    def read(its_class: type, attributes: Mapping[str, Any]) -> SwiGLUReading | None:
+    def read(its_class: type, attributes: Mapping[str, Any]) -> SwiGLUReading | NotRead:
         reading = read_swiglu(its_class, original)
-        return reading if reading == found else None
+        return reading if reading == found else NotRead("this instance computes no SwiGLU")
 
-    readings = Readings(read)
-    readings.note(cls, found)
+    readings: Readings[SwiGLUReading] = Readings(read)
+    readings.note(cls, found, {})
     calls, device_type, recompute = Calls(), context.device_type, context.switches["swiglu_recompute"]
-    selection = context.selection(lambda live: _cases(cls, found, live))
+    dispatch = context.dispatch(lambda live: _cases(cls, found, live), _key_of)
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
         bound = bind(names, args, kwargs)
@@ -77,8 +78,9 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         (x,) = bound
         if x.device.type != device_type:
             return Unserved(f"input on {x.device.type}")
-        if readings.of(self) is None:
-            return Unserved("this instance computes no SwiGLU")
+        reading = readings.of(self)
+        if isinstance(reading, NotRead):
+            return Unserved(reading.reason)
         if not activations.is_silu(self):
             return Unserved(f"the activation is {activations.name_of(self)}")
         heard = None if found.activation is None else listener(getattr(self, found.activation), found.activation)
@@ -88,7 +90,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         gate = getattr(self, found.gate)(x)
         up = None if found.up is None else getattr(self, found.up)(x)
         call = (gate,) if up is None else (gate, up)
-        serving = selection.serving(_key_of, calls, *call)
+        serving = dispatch.serving(calls, *call)
         if isinstance(serving, str):
             gate, up = gate.chunk(2, -1) if up is None else (gate, up)
             return Unfused(down(activations.of(self)(gate) * up), serving)
@@ -106,7 +108,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
 
     bypassed = Bypassed.by(original, SILU, MODULE_CALL)
     function = replacement_for(original, calls, serve, bypassed=bypassed)
-    return Replacement(function, found.name, calls, selection=selection, observe=observe)
+    return Replacement(function, found.name, calls, dispatch=dispatch, observe=observe)
 
 
 def _key_of(gate: Tensor, up: Tensor | None = None) -> Hashable:
@@ -149,7 +151,7 @@ class Activations:
         if torch.compiler.is_compiling():
             return False
         try:
-            kind = activation_kind(activation)
+            kind = kind_of(activation)
             if kind not in self._kinds:
                 self._kinds[kind] = all(computes_silu(in_mode(activation, training)) for training in (False, True))
         except TypeError:  # one that cannot be told from another

@@ -27,6 +27,7 @@ from npu_patch.numerics.error_text import error_text
 from npu_patch.numerics.findings import unless_accident
 from npu_patch.numerics.room import quiet_room, random_state_kept, silent
 from npu_patch.numerics.values import values
+from npu_patch.ops.readings import NotRead
 from npu_patch.probe.recorded_layer import Recording, Trial, arguments, attributes_of, is_module_class, loggers, make
 from npu_patch.probe.recorded_layer import same as same_result
 from npu_patch.probe.unknowns import NotKnown, Path, TooManyPaths, any_deferred, every_path
@@ -54,24 +55,15 @@ class AddRMSNormReading:
 
     layer: type
     code: CodeType
-    mixer_class: type
     mixers: tuple[str, ...]
     norms: tuple[str, ...]
     in_tuple: bool
     looked_up: tuple[tuple[str, Any], ...]
 
 
-@dataclass(frozen=True)
-class NoAddRMSNorm:
-    """Why what a mixer of `layer` returns is not put off, though it is added and normalized at least once."""
-
-    layer: type
-    mixer_class: type
-    reason: str
-
-
-def read_add_rms_norm(layer: type, is_norm: IsNorm) -> list[AddRMSNormReading | NoAddRMSNorm]:
-    """By the class of the mixer; `is_norm` says of which classes a replacement takes part."""
+def read_add_rms_norm(layer: type, is_norm: IsNorm) -> list[tuple[type, AddRMSNormReading | NotRead]]:
+    """With the class of the mixer, of each whose result is added and normalized at least once. `is_norm` says of which
+    classes a replacement takes part."""
     forward, init = innermost(layer.forward), innermost(layer.__init__)
     if not isinstance(forward, FunctionType) or not isinstance(init, FunctionType):
         return []
@@ -84,7 +76,7 @@ def read_add_rms_norm(layer: type, is_norm: IsNorm) -> list[AddRMSNormReading | 
         return list(_readings(layer, is_norm))
 
 
-def _readings(layer: type, is_norm: IsNorm) -> Iterator[AddRMSNormReading | NoAddRMSNorm]:
+def _readings(layer: type, is_norm: IsNorm) -> Iterator[tuple[type, AddRMSNormReading | NotRead]]:
     code = innermost(layer.forward).__code__
     refusal = _why_unobservable(code)
     seen: list[_Run] = []
@@ -111,7 +103,7 @@ def _readings(layer: type, is_norm: IsNorm) -> Iterator[AddRMSNormReading | NoAd
         if is_norm(cls) or "forward" not in vars(cls) or cls.__module__ != layer.__module__:
             continue
         if endless is not None:
-            yield NoAddRMSNorm(layer, cls, endless)
+            yield cls, NotRead(f"in {layer.__name__}: {endless}")
             continue
         best = _found(layer, is_norm, name, cls, sorted(results), usual)
         if best is not None:
@@ -120,14 +112,14 @@ def _readings(layer: type, is_norm: IsNorm) -> Iterator[AddRMSNormReading | NoAd
     for cls, of_class in found.items():
         reason = refusal or next(filter(None, (each.refusal for each in of_class)), None)
         if reason is not None:
-            yield NoAddRMSNorm(layer, cls, reason)
+            yield cls, NotRead(f"in {layer.__name__}: {reason}")
             continue
         for in_tuple in (False, True):
             alike = [each for each in of_class if (each.results > 1) == in_tuple]
             if alike:
                 norms = tuple(dict.fromkeys(norm for each in alike for norm in each.norms))
                 mixers = tuple(each.mixer for each in alike)
-                yield AddRMSNormReading(layer, code, cls, mixers, norms, in_tuple, looked_up)
+                yield cls, AddRMSNormReading(layer, code, mixers, norms, in_tuple, looked_up)
 
 
 @dataclass

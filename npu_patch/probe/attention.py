@@ -1,7 +1,7 @@
 """Whether what stands in transformers' attention registries is what its name says.
 
 The registries are open: another package may have put its own function under `sdpa`. Each of these observes a function
-on a few small CPU tensors and says what is wrong with it, or None.
+on a few small CPU tensors: it is what it should be, or not read.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from npu_patch.numerics.findings import unless_accident
 from npu_patch.numerics.room import quiet_room
 from npu_patch.numerics.values import values
 from npu_patch.ops.attention.band import CAUSAL_TOP_LEFT, FULL, Band
+from npu_patch.ops.readings import AsNamed, NotRead
 
 BATCH, HEADS, KEY_HEADS, QUERIES, KEYS, HEAD_DIM, VALUE_DIM = 2, 6, 2, 3, 5, 8, 4
 SCALE = 0.3
 
 
-def why_not_attention(function: Callable[..., Any]) -> str | None:
+def read_attention(function: Callable[..., Any]) -> AsNamed | NotRead:
     """It should compute grouped attention: causal from the top left without a mask, else what a bool mask shows."""
     with quiet_room():
         shown = Band(before=1, after=2, bottom_right=False).visible(QUERIES, KEYS).expand(BATCH, 1, -1, -1)
@@ -40,13 +41,13 @@ def why_not_attention(function: Callable[..., Any]) -> str | None:
                     apart = _distance(function, mask, keywords, seen, dtype)
                 except Exception as problem:
                     unless_accident(problem)
-                    return f"{what} it fails: {error_text(problem)}"
+                    return NotRead(f"{what} it fails: {error_text(problem)}")
                 if apart > 1.0:
-                    return f"{what} it computes no scaled dot-product attention"
-    return None
+                    return NotRead(f"{what} it computes no scaled dot-product attention")
+    return AsNamed("scaled dot-product attention")
 
 
-def why_not_mask(function: Callable[..., Any]) -> str | None:
+def read_mask(function: Callable[..., Any]) -> AsNamed | NotRead:
     """It should make bool masks `[B, 1, Sq, Skv]`, True where the mask function says so."""
     from transformers.masking_utils import sliding_window_causal_mask_function
 
@@ -64,11 +65,11 @@ def why_not_mask(function: Callable[..., Any]) -> str | None:
                 continue
             same = isinstance(made, Tensor) and made.dtype == torch.bool and made.shape == expected.shape
             right = same and torch.equal(made, expected)
-            return None if right else "it makes other masks than bool ones, True where seen"
-    return problems[0]
+            return AsNamed("bool mask") if right else NotRead("it makes other masks than bool ones, True where seen")
+    return NotRead(problems[0])
 
 
-def why_not_packing(function: Callable[..., Any]) -> str | None:
+def read_packing(function: Callable[..., Any]) -> AsNamed | NotRead:
     """It should number the packed sequences of position ids. Where there is one in each row, its callers take None for
     an answer; transformers 4 numbers them nevertheless."""
     with quiet_room():
@@ -78,10 +79,10 @@ def why_not_packing(function: Callable[..., Any]) -> str | None:
             numbered, nothing = function(packed), function(plain)
         except Exception as problem:
             unless_accident(problem)
-            return f"it fails: {error_text(problem)}"
+            return NotRead(f"it fails: {error_text(problem)}")
         same = isinstance(numbered, Tensor) and numbered.dtype == expected.dtype and torch.equal(numbered, expected)
         one_each = nothing is None or (isinstance(nothing, Tensor) and not nothing.any())
-        return None if same and one_each else "it does not number packed sequences"
+        return AsNamed("packed position ids") if same and one_each else NotRead("it does not number packed sequences")
 
 
 def _distance(

@@ -24,6 +24,7 @@ from npu_patch.numerics.room import quiet_room, random_state_kept
 from npu_patch.numerics.values import values
 from npu_patch.ops.experts.grouped_matmul import Weights
 from npu_patch.ops.experts.routed import Experts, reference, silu_of_halves
+from npu_patch.ops.readings import NotRead
 from npu_patch.probe.stand_in import Missing, StandIn
 
 # No two alike; sides are multiples of 8, which torch's grouped product needs.
@@ -51,6 +52,10 @@ TRIALS = (
     (torch.bfloat16, 300.0, 4.0),
 )
 GATE_SCALES = (1.0, 100.0, 1e4)
+
+# What transformers' decorator wrote on an experts module; the defaults are those of versions without the flag.
+DECLARATIONS = {"is_transposed": False, "has_bias": False, "has_gate": True, "has_post_expert_norm": False}
+SETTINGS = ("act_fn", *DECLARATIONS)  # which are looked at here, whatever a forward asks for
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ def gate_of(reading: ExpertsReading, module: Any) -> Callable[[Tensor], Tensor] 
 
 def read_experts(
     cls: type, forward: Callable[..., Any], attributes: Mapping[str, Any], conventions: Iterable[Convention]
-) -> ExpertsReading | str:
+) -> ExpertsReading | NotRead:
     """The first convention and gate that `forward` was observed to compute, or why none; `attributes` are those of an
     instance."""
     failures: list[_Not] = []
@@ -135,9 +140,10 @@ def read_experts(
                 if isinstance(observed, ExpertsReading):
                     return replace(observed, gate=_fused_if_silu(cls, attributes, convention, gate))
                 if observed.under_any_convention:
-                    return observed.reason
+                    return NotRead(observed.reason)
                 failures.append(observed)
-    return min(failures, key=lambda failure: failure.reading.convention.identities).reason  # the likeliest one's
+    likeliest = min(failures, key=lambda failure: failure.reading.convention.identities)
+    return NotRead(likeliest.reason)
 
 
 def undeclared_conventions() -> Iterator[Convention]:
@@ -309,12 +315,10 @@ def _identity(x: Tensor) -> Tensor:
 
 
 def declared(attributes: Mapping[str, Any]) -> Convention:
-    """What transformers' decorator wrote on an experts module; the defaults are those of versions without the flag.
-
-    transformers calls weights transposed that nn.Linear would call so if they were not."""
+    """transformers calls weights transposed that nn.Linear would call so if they were not."""
+    transposed, has_bias, has_gate, has_post_expert_norm = (
+        attributes.get(name, default) for name, default in DECLARATIONS.items()
+    )
     return Convention(
-        transposed=not attributes.get("is_transposed", False),
-        has_bias=attributes.get("has_bias", False),
-        has_gate=attributes.get("has_gate", True),
-        has_post_expert_norm=attributes.get("has_post_expert_norm", False),
+        transposed=not transposed, has_bias=has_bias, has_gate=has_gate, has_post_expert_norm=has_post_expert_norm
     )

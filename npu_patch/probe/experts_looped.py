@@ -20,6 +20,7 @@ from npu_patch.numerics.error_text import error_text
 from npu_patch.numerics.findings import unless_accident
 from npu_patch.numerics.room import quiet_room, random_state_kept
 from npu_patch.numerics.values import values
+from npu_patch.ops.readings import AsNamed, NotRead
 from npu_patch.probe.stand_in import Missing, StandIn
 
 BATCH, LENGTH, HIDDEN, EXPERTS, CHOICES = 2, 4, 6, 3, 2
@@ -33,6 +34,8 @@ SETTINGS = {
 # bfloat16: the originals round after each expert and after each weight, the tolerance is for one rounding.
 ALLOWED = {torch.float32: 2.0, torch.bfloat16: 4.0}
 ROLES = ("router", "shared", "shared_gate")
+NAME = "looped experts"
+NO_EXPERTS = NotRead("it has no experts")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class BlockReading:
 
     @property
     def name(self) -> str:
-        return "looped experts"
+        return NAME
 
 
 def chosen(logits: Tensor, top_k: int, normalised: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -66,8 +69,8 @@ def chosen(logits: Tensor, top_k: int, normalised: bool, dtype: torch.dtype) -> 
     return indices, weights.to(dtype)
 
 
-def read_method(cls: type, method: Callable[..., Any], attributes: Mapping[str, Any]) -> str | None:
-    """Why `method(self, tokens [T, H], indices, router_weights [T, k])` is not the sum over experts, or None."""
+def read_method(cls: type, method: Callable[..., Any], attributes: Mapping[str, Any]) -> AsNamed | NotRead:
+    """`method(self, tokens [T, H], indices, router_weights [T, k])`, which should be the sum over experts."""
     with quiet_room():
         for dtype in ALLOWED:
             runs = []
@@ -82,10 +85,10 @@ def read_method(cls: type, method: Callable[..., Any], attributes: Mapping[str, 
                 stand_in = StandIn(cls, _plain(attributes) | SETTINGS | {"experts": experts.functions})
                 observed = method(stand_in, tokens, indices, weights)
             except Missing as missing:
-                return f"it asks for {missing.name!r}"
+                return NotRead(f"it asks for {missing.name!r}")
             except Exception as error:
                 unless_accident(error)
-                return _short(error)
+                return NotRead(_short(error))
             expected = own_experts.sum(own_tokens, indices, own_weights)
             apart = distance(
                 [observed],
@@ -94,27 +97,24 @@ def read_method(cls: type, method: Callable[..., Any], attributes: Mapping[str, 
                 [own_tokens, own_weights, *own_experts.matrices],
             )
             if not apart <= ALLOWED[dtype]:
-                return f"its result is not that of routed experts ({apart:.2g} tolerances apart)"
-    return None
+                return NotRead(f"its result is not that of routed experts ({apart:.2g} tolerances apart)")
+    return AsNamed(NAME)
 
 
-def read_block(cls: type, forward: Callable[..., Any], attributes: Mapping[str, Any]) -> BlockReading | str | None:
-    """The reading, or why there is none; None if it asks for no experts. A part of the block is whatever is asked for
-    that `attributes` does not hold as a plain value."""
+def read_block(cls: type, forward: Callable[..., Any], attributes: Mapping[str, Any]) -> BlockReading | NotRead:
+    """A part of the block is whatever is asked for that `attributes` does not hold as a plain value."""
     with quiet_room(), random_state_kept():  # jitter draws
-        parts, why = _parts_of(cls, forward, attributes)
-        if parts is None:
-            return why
+        parts = _parts_of(cls, forward, attributes)
+        if isinstance(parts, NotRead):
+            return parts
         for roles in _assignments(parts):
             reading = _observe(cls, forward, attributes, roles)
             if reading is not None:
                 return reading
-    return f"with parts {', '.join(parts)} its result is not that of routed experts"
+    return NotRead(f"with parts {', '.join(parts)} its result is not that of routed experts")
 
 
-def _parts_of(
-    cls: type, forward: Callable[..., Any], attributes: Mapping[str, Any]
-) -> tuple[list[str] | None, str | None]:
+def _parts_of(cls: type, forward: Callable[..., Any], attributes: Mapping[str, Any]) -> list[str] | NotRead:
     """The names that the forward asks for beside its experts, found by giving every one a shape that fits."""
     why: str | None = None
     for answers in product((EXPERTS, HIDDEN, 1), repeat=3):
@@ -135,13 +135,13 @@ def _parts_of(
         try:
             forward(StandIn(cls, _plain(attributes) | SETTINGS, on_missing), values((BATCH, LENGTH, HIDDEN), 82))
         except _CalledWhole:
-            return None, None
+            return NO_EXPERTS
         except (Missing, Exception) as problem:
             unless_accident(problem)
             why = why or _short(problem)
             continue
-        return (asked, None) if saw_experts else (None, None)
-    return None, why
+        return asked if saw_experts else NO_EXPERTS
+    return NO_EXPERTS if why is None else NotRead(why)
 
 
 def _assignments(parts: list[str]) -> Iterator[dict[str, str]]:

@@ -21,6 +21,7 @@ from npu_patch.numerics.error_text import error_text
 from npu_patch.numerics.findings import remembered, unless_accident
 from npu_patch.numerics.room import quiet_room
 from npu_patch.numerics.values import values
+from npu_patch.ops.readings import NotRead
 from npu_patch.probe.gated_delta_reference import convolution, recurrence
 
 RULE, CONVOLUTION, UPDATE = "gated delta rule", "causal convolution", "causal convolution's update"
@@ -58,12 +59,12 @@ def kind_of(function: Callable[..., Any]) -> str | None:
 
 
 @remembered
-def read(original: Callable[..., Any], function: Callable[..., Any]) -> Reading | str:
-    """What `function`, found inside `original`, computes, or why it is none of the ops."""
+def read(original: Callable[..., Any], function: Callable[..., Any]) -> Reading | NotRead:
+    """What `function`, found inside `original`, computes, if it is one of the ops."""
     kind = kind_of(function)
     names = parameters_of(function)
     if kind is None:
-        return "its parameters are those of no known op"
+        return NotRead("its parameters are those of no known op")
     leading = LEADING[kind]
     spellings = dict(zip(names, (*leading, *names[len(leading) :]), strict=True))
     with quiet_room():
@@ -71,8 +72,8 @@ def read(original: Callable[..., Any], function: Callable[..., Any]) -> Reading 
             found = _OBSERVERS[kind](function)
         except Exception as error:
             unless_accident(error)
-            return f"cannot be observed as {kind}: {error_text(error)}"
-        if isinstance(found, str):
+            return NotRead(f"cannot be observed as {kind}: {error_text(error)}")
+        if isinstance(found, NotRead):
             return found
         return Reading(kind, tuple(spellings.values()), spellings, found, _leaks(kind, original, found))
 
@@ -115,21 +116,21 @@ RULE_CASES = (
 GROUPED = RuleCase(4, key_heads=2, heads=6)
 
 
-def _observe_rule(function: Callable[..., Any]) -> tuple[()] | str:
+def _observe_rule(function: Callable[..., Any]) -> tuple[()] | NotRead:
     for case in RULE_CASES:
         try:
             far = _distance_of_rule(function, case)
         except Exception as error:
             unless_accident(error)
-            return _why_no_rule(function, error_text(error))
+            return NotRead(_why_no_rule(function, error_text(error)))
         if far > 1.0:
-            return _why_no_rule(function, f"{far:.3g} tolerances away")
+            return NotRead(_why_no_rule(function, f"{far:.3g} tolerances away"))
     try:
         far = _distance_of_rule(function, GROUPED)
     except Exception as error:  # it wants q and k repeated
         unless_accident(error)
         return ()
-    return "its value heads share the heads of q and k in another order" if far > 1.0 else ()
+    return NotRead("its value heads share the heads of q and k in another order") if far > 1.0 else ()
 
 
 def _why_no_rule(function: Callable[..., Any], reason: str) -> str:
@@ -201,15 +202,15 @@ def _convolution_inputs(
     return given, values((batch, 5, state), 14, dtype) if state else None
 
 
-def _observe_activations(observe: Callable[[str | None], float]) -> tuple[str | None, ...] | str:
+def _observe_activations(observe: Callable[[str | None], float]) -> tuple[str | None, ...] | NotRead:
     distances = {activation: observe(activation) for activation in (None, "silu")}
     served = tuple(activation for activation, far in distances.items() if far <= 1.0)
     if not served:
-        return f"computes no causal convolution: {min(distances.values()):.3g} tolerances away"
+        return NotRead(f"computes no causal convolution: {min(distances.values()):.3g} tolerances away")
     return (*served, "swish") if "silu" in served else served
 
 
-def _observe_convolution(function: Callable[..., Any]) -> tuple[str | None, ...] | str:
+def _observe_convolution(function: Callable[..., Any]) -> tuple[str | None, ...] | NotRead:
     def far(activation: str | None) -> float:
         worst = 0.0
         for tokens, bias, dtype in ((6, True, torch.float32), (2, False, torch.float32), (6, True, torch.bfloat16)):
@@ -225,7 +226,7 @@ def _observe_convolution(function: Callable[..., Any]) -> tuple[str | None, ...]
     return _observe_activations(far)
 
 
-def _observe_update(function: Callable[..., Any]) -> tuple[str | None, ...] | str:
+def _observe_update(function: Callable[..., Any]) -> tuple[str | None, ...] | NotRead:
     def far(activation: str | None) -> float:
         worst = 0.0
         for tokens, bias, dtype in ((1, True, torch.float32), (3, False, torch.float32), (1, True, torch.bfloat16)):

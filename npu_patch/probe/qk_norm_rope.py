@@ -22,7 +22,7 @@ from npu_patch.numerics.error_text import error_text
 from npu_patch.numerics.findings import unless_accident
 from npu_patch.numerics.room import quiet_room, random_state_kept
 from npu_patch.ops.qk_norm_rope import Heads, reference, why_not_fused
-from npu_patch.ops.readings import RMSNormReading, RoPEReading
+from npu_patch.ops.readings import NotRead, RMSNormReading, RoPEReading
 from npu_patch.probe.tiny_layer import HEAD_DIM, Unobservable, arguments, build, tensors_in
 from npu_patch.waiting.heads import NORMS, Abandoned, Deferral, DeferredHeads, RoPESite, deferring
 
@@ -36,25 +36,17 @@ class QKNormRoPEReading:
     name: str
 
 
-@dataclass(frozen=True)
-class NoQKNormRoPE:
-    """Why it is none; `close` if it has two norms that might have been them."""
-
-    reason: str
-    close: bool
-
-
-def read_qk_norm_rope(cls: type, rotation: RoPESite) -> QKNormRoPEReading | NoQKNormRoPE:
+def read_qk_norm_rope(cls: type, rotation: RoPESite) -> QKNormRoPEReading | NotRead:
     """`rotation` is the replacement's of the rotary function that the forward of `cls` looks up."""
     with quiet_room(), random_state_kept():
         try:
             layer = build(cls)
             norms = _norms(layer)
             if len(norms) < 2:
-                return NoQKNormRoPE("it has no two norms that are served", close=False)
+                return NotRead("it has no two norms that are served", notable=False)
             return _read(layer, norms, rotation)
         except Unobservable as error:
-            return NoQKNormRoPE(str(error), close="norm" in str(cls.__init__.__code__.co_names))
+            return NotRead(str(error), notable="norm" in str(cls.__init__.__code__.co_names))
 
 
 def _norms(layer: torch.nn.Module) -> dict[str, RMSNormReading]:
@@ -63,15 +55,13 @@ def _norms(layer: torch.nn.Module) -> dict[str, RMSNormReading]:
     for name, module in layer.named_children():
         site = NORMS.get(type(module).forward)
         reading = site.reading_of(module) if site is not None and site.calls.active else None
-        if reading is not None:
+        if isinstance(reading, RMSNormReading):
             found[name] = reading
     return found
 
 
-def _read(
-    layer: torch.nn.Module, norms: dict[str, RMSNormReading], rotation: RoPESite
-) -> QKNormRoPEReading | NoQKNormRoPE:
-    why = NoQKNormRoPE("", close=False)
+def _read(layer: torch.nn.Module, norms: dict[str, RMSNormReading], rotation: RoPESite) -> QKNormRoPEReading | NotRead:
+    why = NotRead("", notable=False)
     for names in itertools.combinations(norms, 2):
         given: list[tuple[str, str]] = []
         reasons = [
@@ -84,7 +74,7 @@ def _read(
             q_norm, k_norm = given[0]
             variants = dict.fromkeys((norms[q_norm].variant.name, norms[k_norm].variant.name))
             return QKNormRoPEReading(q_norm, k_norm, f"{' and '.join(variants)}; {rotation.reading.variant.name}")
-        why = NoQKNormRoPE(reason or "its norms change places", close=True)
+        why = NotRead(reason or "its norms change places", notable=True)
     return why
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from npu_patch.numerics.closeness import distance
 from npu_patch.numerics.findings import unless_accident
 from npu_patch.numerics.room import quiet_room
 from npu_patch.numerics.values import values
-from npu_patch.ops.readings import RMSNormReading
+from npu_patch.ops.readings import NotRead, RMSNormReading
 from npu_patch.ops.rms_norm import GATED_VARIANTS, PLAIN_VARIANTS, RMSNormVariant
 from npu_patch.probe.stand_in import Missing, StandIn
 
@@ -32,21 +31,13 @@ MOST_RUNS = 150  # an RMSNorm needs at most about 50; this bounds what a large f
 Choices = tuple[tuple[Any, ...], ...]  # in order; later alternatives only where the earlier ones lead nowhere
 
 
-@dataclass(frozen=True)
-class RMSNormReadings:
-    """All readings of one forward (one for each value of its configuration), or why there is none."""
-
-    readings: tuple[RMSNormReading, ...]
-    why_none: str
-
-
 def read_rms_norm(
     cls: type, forward: Callable[..., Any], gated: bool, attributes: Mapping[str, Any] | None = None
-) -> RMSNormReadings:
+) -> Sequence[RMSNormReading] | NotRead:
     """Calls `forward(self, x)`, or with `gated` `forward(self, x, gate)`, on stand-ins for instances of `cls`.
 
     `attributes` are those of a live instance. Without them every attribute may be a weight, an eps, a flag or the
-    name of an activation, and each assignment that computes a variant is a reading of its own.
+    name of an activation, and each assignment that computes a variant is a reading of its own: one at least.
     """
     variants = GATED_VARIANTS if gated else PLAIN_VARIANTS
     choices = _choices_without_instance if attributes is None else functools.partial(_choices_of_instance, attributes)
@@ -60,9 +51,8 @@ def _choices_without_instance(name: str) -> Choices:
 
 
 def _choices_of_instance(attributes: Mapping[str, Any], name: str) -> Choices:
-    if name not in attributes:
+    if name not in attributes or isinstance(value := attributes[name], torch.nn.Module):
         return ()
-    value = attributes[name]
     if isinstance(value, Tensor):
         return ((WEIGHT,),)
     return ((EPS,), (value,)) if isinstance(value, float) else ((value,),)
@@ -73,7 +63,7 @@ def _read(
     forward: Callable[..., Any],
     variants: Sequence[RMSNormVariant],
     choices: Callable[[str], Choices],
-) -> RMSNormReadings:
+) -> Sequence[RMSNormReading] | NotRead:
     gated = variants[0].gate is not None
     readings: list[RMSNormReading] = []
     nearest, nearest_distance = "", float("inf")
@@ -93,7 +83,8 @@ def _read(
                 break
             if far <= nearest_distance:
                 nearest, nearest_distance = variant.name, far
-    return RMSNormReadings(tuple(readings), _why_none(nearest, nearest_distance, search.stuck_at))
+    why_none = _why_none(nearest, nearest_distance, search.stuck_at)
+    return readings or NotRead(why_none, notable="rmsnorm" in cls.__name__.lower())
 
 
 def _why_none(nearest: str, nearest_distance: float, stuck_at: str) -> str:

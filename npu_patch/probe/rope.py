@@ -14,44 +14,44 @@ from npu_patch.numerics.closeness import distance
 from npu_patch.numerics.findings import unless_accident
 from npu_patch.numerics.room import quiet_room
 from npu_patch.numerics.values import values
-from npu_patch.ops.readings import RoPEReading, Signature
+from npu_patch.ops.readings import NotRead, RoPEReading, Signature
 from npu_patch.ops.rope import VARIANTS, mix_sections
 
 BATCH, HEADS, KEY_HEADS, LENGTH, ROTARY_DIM, PASSED = 2, 3, 1, 5, 8, 4
 SECTIONS = [1, 2, 1]  # of M-RoPE, in pairs of ROTARY_DIM
 
 
-def read_rope(function: Callable[..., Any]) -> RoPEReading | str:
+def read_rope(function: Callable[..., Any]) -> RoPEReading | NotRead:
     """The reading of `function`, or the reason why there is none."""
     signature = _signature(function)
-    if isinstance(signature, str):
+    if isinstance(signature, NotRead):
         return signature
     with quiet_room():
         for unsqueeze_dim in (signature.default_dimension,) if signature.dimension else (1, -2, None):
             reading = _read(function, signature, unsqueeze_dim)
             if reading is not None:
                 return reading
-    return "computes no known rotation of its inputs"
+    return NotRead("computes no known rotation of its inputs")
 
 
-def _signature(function: Callable[..., Any]) -> Signature | str:
+def _signature(function: Callable[..., Any]) -> Signature | NotRead:
     parameters = inspect.signature(function).parameters
     names = tuple(parameters)
     if "cos" not in parameters or "sin" not in parameters:
-        return "takes no cos and sin: a rotation by complex numbers or positions has no operator"
+        return NotRead("takes no cos and sin: a rotation by complex numbers or positions has no operator")
     tensors = names[: min(names.index("cos"), names.index("sin"))]
     if not 1 <= len(tensors) <= 2:
-        return f"rotates {len(tensors)} tensors; one or two are known"
+        return NotRead(f"rotates {len(tensors)} tensors; one or two are known")
     rest = [name for name in names if name not in (*tensors, "cos", "sin")]
     dimension = "unsqueeze_dim" if "unsqueeze_dim" in rest else None
     positions = "position_ids" if "position_ids" in rest else None
     required = [name for name in rest if parameters[name].default is inspect.Parameter.empty]
     required = [name for name in required if parameters[name].kind is not inspect.Parameter.VAR_KEYWORD]
     if len(required) > 1 or (dimension in required) or (positions in required):
-        return f"needs {', '.join(required)} besides its tensors"
+        return NotRead(f"needs {', '.join(required)} besides its tensors")
     unknown = [name for name in rest if name not in (dimension, positions, *required)]
     if unknown:
-        return f"takes {', '.join(unknown)}, whose meaning is not known"
+        return NotRead(f"takes {', '.join(unknown)}, whose meaning is not known")
     default = parameters[dimension].default if dimension else 0
     return Signature(names, tensors, dimension, default, required[0] if required else None, positions)
 

@@ -7,10 +7,36 @@ given, takes methods from the class, and reports every other attribute that the 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType
 from typing import Any
+
+
+class _Asked(threading.local):
+    own: Mapping[str, Any] = {}
+    names: set[str] | None = None
+
+    def note(self, name: str, value: Any) -> None:
+        if self.names is not None and self.own.get(name, value) is value:
+            self.names.add(name)
+
+
+_ASKED = _Asked()
+
+
+@contextlib.contextmanager
+def asked_for(own: Mapping[str, Any]) -> Iterator[set[str]]:
+    """The names under which observed code asks stand-ins for what the instance has, its `own`, or could have. What a
+    probe puts in place of that is the probe's."""
+    before = _ASKED.own, _ASKED.names
+    _ASKED.own, _ASKED.names = own, set()
+    try:
+        yield _ASKED.names
+    finally:
+        _ASKED.own, _ASKED.names = before
 
 
 class Missing(BaseException):
@@ -36,12 +62,19 @@ class StandIn:
         vars(self).update(attributes)
         vars(self)["_stand_in"] = (cls, on_missing)
 
+    def __getattribute__(self, name: str) -> Any:
+        value = object.__getattribute__(self, name)
+        if name in _ASKED.own:
+            _ASKED.note(name, value)
+        return value
+
     def __getattr__(self, name: str) -> Any:
         cls, on_missing = vars(self)["_stand_in"]
         found = inspect.getattr_static(cls, name, None)
         if isinstance(found, (FunctionType, property, classmethod, staticmethod)):
             owner = cls if isinstance(found, classmethod) else self
             return found.__get__(owner, cls)
+        _ASKED.note(name, found)
         if found is not None:
             return found
         if name.startswith("__"):

@@ -21,6 +21,7 @@ from npu_patch.numerics.error_text import error_text
 from npu_patch.numerics.findings import unless_accident
 from npu_patch.numerics.room import quiet_room
 from npu_patch.numerics.values import values
+from npu_patch.ops.readings import NotRead
 from npu_patch.probe.stand_in import Missing, StandIn
 
 SHAPE = (3, 5, 6)
@@ -45,14 +46,6 @@ class SwiGLUReading:
 
 
 @dataclass(frozen=True)
-class NoSwiGLU:
-    """Why it is none; `gated` if it does multiply two projections of its input in some other way."""
-
-    reason: str
-    gated: bool
-
-
-@dataclass(frozen=True)
 class Call:
     name: str
     given: Tensor
@@ -61,13 +54,13 @@ class Call:
 
 def read_swiglu(
     cls: type, forward: Callable[..., Any], attributes: Mapping[str, Any] | None = None
-) -> SwiGLUReading | NoSwiGLU:
+) -> SwiGLUReading | NotRead:
     """Runs `forward(self, x)` on a stand-in for an instance of `cls`, with its plain `attributes` where it is known."""
     with quiet_room():
-        reading: SwiGLUReading | NoSwiGLU = NoSwiGLU("", gated=False)
+        reading: SwiGLUReading | NotRead = NotRead("")
         for dtype, training in product((torch.float32, torch.bfloat16), (True, False)):
             reading = _read(cls, forward, attributes, dtype, training)
-            if isinstance(reading, NoSwiGLU):
+            if isinstance(reading, NotRead):
                 return reading
         return reading
 
@@ -91,7 +84,7 @@ def computes_silu(activation: Callable[[Tensor], Tensor]) -> bool:
 
 def _read(
     cls: type, forward: Callable[..., Any], attributes: Mapping[str, Any] | None, dtype: torch.dtype, training: bool
-) -> SwiGLUReading | NoSwiGLU:
+) -> SwiGLUReading | NotRead:
     calls: list[Call] = []
     x = values(SHAPE, 31, dtype, grad=True)
     known = {name: value for name, value in (attributes or {}).items() if not callable(value)} | {"training": training}
@@ -112,7 +105,7 @@ def _read(
     except (Missing, Exception) as problem:
         unless_accident(problem)
         on_input = [call for call in calls if call.given is x]
-        return NoSwiGLU(f"its forward does more than call its parts ({_short(problem)})", gated=len(on_input) > 1)
+        return NotRead(f"its forward does more than call its parts ({_short(problem)})", notable=len(on_input) > 1)
     return _parts(x, calls, returned)
 
 
@@ -122,20 +115,20 @@ def _short(problem: BaseException) -> str:
     return error_text(problem)
 
 
-def _parts(x: Tensor, calls: list[Call], returned: Any) -> SwiGLUReading | NoSwiGLU:
+def _parts(x: Tensor, calls: list[Call], returned: Any) -> SwiGLUReading | NotRead:
     on_input = [call for call in calls if call.given is x]
     if not on_input or calls[-1].answered is not returned:
-        return NoSwiGLU("its result is not the answer of a projection", gated=len(on_input) > 1)
+        return NotRead("its result is not the answer of a projection", notable=len(on_input) > 1)
     down = calls[-1]
     between = [call for call in calls if call.given is not x and call is not down]
     if len(on_input) == 2 and len(between) <= 1:
         return _separate(on_input, between, down)
     if len(on_input) == 1 and len(between) <= 1 and down is not on_input[0]:
         return _fused(on_input[0], between, down)
-    return NoSwiGLU(f"it calls {len(calls)} parts, SwiGLU has 3 or 4", gated=len(on_input) > 1)
+    return NotRead(f"it calls {len(calls)} parts, SwiGLU has 3 or 4", notable=len(on_input) > 1)
 
 
-def _separate(on_input: list[Call], between: list[Call], down: Call) -> SwiGLUReading | NoSwiGLU:
+def _separate(on_input: list[Call], between: list[Call], down: Call) -> SwiGLUReading | NotRead:
     for gate, up in (on_input, on_input[::-1]):
         if not between and _is_product(down.given, gate.answered, up.answered, F.silu):
             return SwiGLUReading(gate.name, up.name, None, down.name)
@@ -143,10 +136,10 @@ def _separate(on_input: list[Call], between: list[Call], down: Call) -> SwiGLURe
         if activated and _is_product(down.given, between[0].answered, up.answered, _identity):
             return SwiGLUReading(gate.name, up.name, between[0].name, down.name)
     gated = any(_scales_with(down.given, call.answered) for call in on_input)
-    return NoSwiGLU("its last projection is not given activation(gate) * up", gated)
+    return NotRead("its last projection is not given activation(gate) * up", notable=gated)
 
 
-def _fused(gate_up: Call, between: list[Call], down: Call) -> SwiGLUReading | NoSwiGLU:
+def _fused(gate_up: Call, between: list[Call], down: Call) -> SwiGLUReading | NotRead:
     halves = gate_up.answered.chunk(2, -1)
     for gate, second_first in ((halves[0], False), (halves[1], True)):
         reading = None
@@ -157,10 +150,10 @@ def _fused(gate_up: Call, between: list[Call], down: Call) -> SwiGLUReading | No
             reading = SwiGLUReading(gate_up.name, None, between[0].name, down.name)
         if reading is not None:
             if second_first:
-                return NoSwiGLU("it activates the second half, npu_swiglu the first", gated=True)
+                return NotRead("it activates the second half, npu_swiglu the first", notable=True)
             return reading
     gated = bool(between) and between[0].given.shape == halves[0].shape
-    return NoSwiGLU("its last projection is not given activation(first half) * second half", gated)
+    return NotRead("its last projection is not given activation(first half) * second half", notable=gated)
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -27,9 +27,9 @@ class Outcome:
     calls: Calls = field(default_factory=Calls)
     layers: int | None = None  # live modules of the given model that it reaches; None where no model was given
 
-    def describe(self, selection: Any) -> None:
-        """Takes what serves the site and why others do not from its `Selection`."""
-        self.implementation, self.declined = selection.name(), selection.declined()
+    def describe(self, dispatch: Any) -> None:
+        """Takes what serves the site and why others do not from its `Dispatch`."""
+        self.implementation, self.declined = dispatch.name(), dispatch.declined()
 
     def as_dict(self) -> dict[str, Any]:
         return {

@@ -1,8 +1,11 @@
-"""Which implementation serves each call at a site: the usual one, or a Triton kernel that was measured to be faster.
+"""Which implementation serves each call at a site. One `Dispatch` for each site, whatever decides there:
 
-A site asks by a key, the sizes and dtypes that decide the time (the case's key, or anything hashable that stands for
-it). What was never measured is served as usual. An implementation that was found wrong on this device serves no call of
-that key: the next one does, or the original.
+    fixed      the first that serves the device
+    measured   an optional one (a Triton kernel) for the sizes at which it was faster, or wherever it can, if forced
+    checked    none that was found wrong on this device for such a call: the next one, or the original
+    proven     several providers in order, each of which has to prove itself before its first use
+
+What may depend on a call is its key, the sizes and dtypes that decide; what was never measured is served as usual.
 """
 
 from __future__ import annotations
@@ -25,6 +28,10 @@ Cases = Callable[[LiveModules], Iterable[tuple[Hashable, Case]]]
 
 def no_cases(live: LiveModules) -> Iterable[tuple[Hashable, Case]]:
     return ()
+
+
+def no_key(*call: Any) -> Hashable:
+    return None
 
 
 @dataclass(frozen=True)
@@ -52,13 +59,16 @@ class Verdict:
 
 
 @dataclass
-class Selection:
-    """Of one site. `cases(live)` yields what to measure for the layers of a model, each with the key of its calls;
-    `verdicts` are the cases that were; `asked` whether a model was ever looked at. `wrong`: of implementations that
-    were found wrong, by name and key, how far."""
+class Dispatch:
+    """Of one site. `key_of(*call)` is the key of a call, `cases(live)` yields what to measure for a model's layers,
+    each with the key of its calls; `verdicts` are the cases that were; `asked` whether a model was ever looked at.
+    `wrong`: of implementations that were found wrong, by name and key, how far. `unproven(implementation, *call)`: why
+    one has not proved itself for such a call, if it has to."""
 
     choice: Choice
     cases: Cases = no_cases
+    key_of: Callable[..., Hashable] = no_key
+    unproven: Callable[..., str | None] | None = None
     # Not mapping proxies: to the compiler, each dict that a model writes to later may be what one stands for.
     verdicts: Mapping[Hashable, Verdict] = field(default_factory=dict)
     wrong: Mapping[tuple[str, Hashable], str] = field(default_factory=dict)
@@ -69,24 +79,29 @@ class Selection:
         """Whether times decide what serves it."""
         return bool(self.choice.candidates) and not self.choice.forced
 
-    def serving(self, key_of: Callable[..., Hashable], calls: Calls, *call: Any) -> Implementation | str:
-        """The implementation for one call, asked with `unsupported(*call)`; or why none takes it. `key_of(*call)` is
-        asked only where something depends on it."""
+    def serving(self, calls: Calls, *call: Any) -> Implementation | str:
+        """The implementation for one call, asked with `unsupported(*call)`; or why none takes it."""
         usual = self.choice.chosen
-        if usual is not None and not self.choice.candidates and not self.wrong:
+        if usual is not None and not self.choice.candidates and not self.wrong and self.unproven is None:
             reason = usual.unsupported(*call)
             return usual if reason is None else reason
-        key = key_of(*call)
+        return self._first_of_several(calls, call)
+
+    def _first_of_several(self, calls: Calls, call: tuple[Any, ...]) -> Implementation | str:
+        usual, key = self.choice.chosen, self.key_of(*call)
         preferred = self._preferred(key)
+        counted = not torch.compiler.is_compiling()
         reason = "no implementation"
         for implementation in (*preferred, usual) if usual is not None else preferred:
             reason = self.why_wrong(implementation.name, key) if self.wrong else None
             reason = reason or implementation.unsupported(*call)
+            if reason is None and self.unproven is not None and implementation is not usual:
+                reason = self.unproven(implementation, *call)
             if reason is None:
-                if self.choice.candidates and not torch.compiler.is_compiling():
+                if counted and (self.choice.candidates or self.unproven is not None):
                     calls.ran_by[implementation.name] += 1
                 return implementation
-            if implementation is not usual and not torch.compiler.is_compiling():
+            if counted and implementation is not usual:
                 calls.declined[implementation.name] = reason
         return reason
 
@@ -145,3 +160,12 @@ class Selection:
 
 def _milliseconds(measured: Measured) -> str:
     return measured.wrong or f"{measured.seconds * 1e3:.3g} ms"
+
+
+def in_order(
+    implementations: Iterable[Implementation], device_type: str, unproven: Callable[..., str | None]
+) -> Dispatch:
+    """Of providers, the last of which needs no proof and takes every call that any can take."""
+    serving = (each for each in implementations if device_type in each.device_types)
+    *others, usual = [each for each in serving if each.missing() is None] or [None]
+    return Dispatch(Choice(usual, {}, tuple(others), forced=True), unproven=unproven)

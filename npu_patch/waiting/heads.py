@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from npu_patch.ops.readings import RMSNormReading, RoPEReading
+from npu_patch.ops.readings import NotRead, RMSNormReading, RoPEReading
 from npu_patch.ops.rms_norm import RMSNormVariant
 from npu_patch.serving.calls import Calls
 
@@ -130,7 +130,7 @@ class NormSite:
     """A norm's replacement that takes part: the forward that it stands for, and what each instance computes."""
 
     original: Callable[..., Any]
-    reading_of: Callable[[torch.nn.Module], RMSNormReading | None]
+    reading_of: Callable[[torch.nn.Module], RMSNormReading | NotRead]
     calls: Calls
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from npu_patch.ops.attention.call import Attention
-from npu_patch.ops.attention.cases import CallForm, cases
+from npu_patch.ops.attention.cases import cases
 from npu_patch.patches.head_sizes import head_sizes
+from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import Case
-from npu_patch.serving.dispatch import Selection
-from npu_patch.serving.implementation import Implementation
+from npu_patch.serving.dispatch import Dispatch
 from npu_patch.sites.names_used import names_used
 from npu_patch.sites.sites import LiveModules
 
@@ -22,22 +22,16 @@ REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # as modeling files hold AttentionInterfac
 
 @dataclass(frozen=True)
 class Attend:
-    implementation: Implementation
-    selection: Selection
+    dispatch: Dispatch
+    calls: Calls
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> Tensor | str:
         """The result, or why the call is not served."""
-        reason = self.implementation.unsupported(query, key, value, attention)
-        if reason is None and self.selection.wrong:
-            form = CallForm.of(query, key, value, attention)
-            reason = self._why_wrong(form)
-            if reason is not None and form.is_single:
-                attention = replace(attention, decodes=False)
-                reason = self._why_wrong(CallForm.of(query, key, value, attention))
-        return self.implementation.run(query, key, value, attention) if reason is None else reason
-
-    def _why_wrong(self, form: CallForm) -> str | None:
-        return self.selection.why_wrong(self.implementation.name, form)
+        serving = self.dispatch.serving(self.calls, query, key, value, attention)
+        if isinstance(serving, str) and attention.decodes and self.dispatch.wrong:  # by the operator for training, then
+            attention = replace(attention, decodes=False)
+            serving = self.dispatch.serving(self.calls, query, key, value, attention)
+        return serving if isinstance(serving, str) else serving.run(query, key, value, attention)
 
 
 def checks(name: str, live: LiveModules) -> Iterator[tuple[Hashable, Case]]:

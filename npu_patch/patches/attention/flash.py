@@ -15,6 +15,7 @@ from torch import Tensor
 
 from npu_patch.ops.attention.band import FULL, Band
 from npu_patch.ops.attention.call import Attention
+from npu_patch.ops.readings import AsNamed, NotRead
 from npu_patch.patches.attention.checked import Attend
 from npu_patch.patches.attention.sdpa import refused
 from npu_patch.serving.implementation import is_plain
@@ -24,11 +25,12 @@ from npu_patch.serving.replacement import Unserved
 _HIDDEN = OncePerTensor()
 
 
-def why_not_flash(function: Any) -> str | None:
+def read_flash(function: Any) -> AsNamed | NotRead:
     """It cannot run on the CPU, so it has to be transformers' own."""
     from transformers.integrations import flash_attention
 
-    return None if function is flash_attention.flash_attention_forward else "it is not transformers' own"
+    own = function is flash_attention.flash_attention_forward
+    return AsNamed("flash attention") if own else NotRead("it is not transformers' own")
 
 
 def serve(original: Callable[..., Any], device_type: str, attend: Attend) -> Callable[..., Any]:

@@ -21,13 +21,15 @@ from typing import Any
 
 import torch
 
+from npu_patch.ops.attention.cases import CallForm
 from npu_patch.ops.attention.fusion import IMPLEMENTATIONS
+from npu_patch.ops.readings import AsNamed, NotRead
 from npu_patch.patches.attention import flash as attention_flash
 from npu_patch.patches.attention import mask as attention_mask
 from npu_patch.patches.attention import sdpa as attention_sdpa
 from npu_patch.patches.attention.checked import REGISTRY, Attend, checks
-from npu_patch.patches.patch import Context, Patch, Replacement, Skip, by_nobody_known
-from npu_patch.probe.attention import why_not_attention, why_not_mask, why_not_packing
+from npu_patch.patches.patch import Context, Patch, Replacement, by_nobody_known
+from npu_patch.probe.attention import read_attention, read_mask, read_packing
 from npu_patch.serving.bypassed import SDPA
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.changed_later import Callers
@@ -43,15 +45,14 @@ OWN_NAME = "npu"
 class Door:
     """One place where transformers lets attention be replaced: `holder()[name]`, or an attribute of a module.
 
-    `observe(original)` says why it is not what it should be, or None; `serve(original, device_type, attend)` makes what
+    `read(original)` observes whether it is what it should be; `serve(original, device_type, attend)` makes what
     takes its place; `stands_for`: the entry whose original it calls, for a name that transformers does not have.
     """
 
     described: str
     holder: Callable[[], MutableMapping | ModuleType]
     name: str
-    variant: str
-    observe: Callable[[Any], str | None]
+    read: Callable[[Any], AsNamed | NotRead]
     serve: Callable[[Any, str, Attend], Callable[..., Any]]
     stands_for: str | None = None
 
@@ -74,10 +75,12 @@ def _masking_utils() -> ModuleType:
     return masking_utils
 
 
-def _why_not_own_name(function: Callable[..., Any]) -> str | None:
+def _read_own_name(function: Callable[..., Any]) -> AsNamed | NotRead:
     """transformers makes no mask at all for an attention whose name has no mask function."""
-    why_no_mask = why_not_mask(_mask_entries()["sdpa"])
-    return why_not_attention(function) or (why_no_mask and f"no mask can be made for this name: {why_no_mask}")
+    mask, attention = read_mask(_mask_entries()["sdpa"]), read_attention(function)
+    if isinstance(mask, NotRead) and isinstance(attention, AsNamed):
+        return NotRead(f"no mask can be made for this name: {mask.reason}")
+    return attention
 
 
 DOORS: tuple[Door, ...] = (
@@ -85,16 +88,14 @@ DOORS: tuple[Door, ...] = (
         "AttentionInterface['sdpa']",
         _attention_entries,
         "sdpa",
-        "scaled dot-product attention",
-        why_not_attention,
+        read_attention,
         attention_sdpa.serve,
     ),
     Door(
         "AttentionInterface['npu']",
         _attention_entries,
         OWN_NAME,
-        "scaled dot-product attention",
-        _why_not_own_name,
+        _read_own_name,
         attention_sdpa.serve,
         stands_for="sdpa",
     ),
@@ -102,24 +103,21 @@ DOORS: tuple[Door, ...] = (
         "AttentionInterface['flash_attention_2']",
         _attention_entries,
         "flash_attention_2",
-        "flash attention",
-        attention_flash.why_not_flash,
+        attention_flash.read_flash,
         attention_flash.serve,
     ),
     Door(
         "AttentionMaskInterface['sdpa']",
         _mask_entries,
         "sdpa",
-        "bool mask",
-        why_not_mask,
+        read_mask,
         attention_mask.serve,
     ),
     Door(
         "AttentionMaskInterface['npu']",
         _mask_entries,
         OWN_NAME,
-        "bool mask",
-        why_not_mask,
+        read_mask,
         attention_mask.serve,
         stands_for="sdpa",
     ),
@@ -127,8 +125,7 @@ DOORS: tuple[Door, ...] = (
         "masking_utils.find_packed_sequence_indices",
         _masking_utils,
         "find_packed_sequence_indices",
-        "packed position ids",
-        why_not_packing,
+        read_packing,
         attention_mask.serve_packing,
     ),
 )
@@ -144,13 +141,14 @@ def registered() -> Iterable[Site]:
             yield Site(holder, door.name, original, door.described)
 
 
-def replace(site: Site, context: Context) -> Replacement | Skip:
+def replace(site: Site, context: Context) -> Replacement | NotRead:
     door = _BY_DESCRIPTION[site.described]
     if door.stands_for is not None and door.name in site.owner:
-        return Skip(f"another package has registered the name {door.name!r}")
-    reason = SDPA.replaced() or door.observe(site.original)
-    if reason is not None:
-        return Skip(reason)
+        return NotRead(f"another package has registered the name {door.name!r}")
+    replaced = SDPA.replaced()
+    reading = door.read(site.original) if replaced is None else NotRead(replaced)
+    if isinstance(reading, NotRead):
+        return reading
     calls = Calls()
 
     def original(*args: Any, **kwargs: Any) -> Any:
@@ -158,13 +156,13 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         return site.original(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
 
     attends = door.holder is _attention_entries
-    selection = context.selection(partial(checks, door.name) if attends else no_cases)
-    serve = door.serve(site.original, context.device_type, Attend(context.implementation, selection))
+    dispatch = context.dispatch(partial(checks, door.name) if attends else no_cases, CallForm.of)
+    serve = door.serve(site.original, context.device_type, Attend(dispatch, calls))
     if attends:
         serve = _with_a_result_to_change(serve, calls)
     function = replacement_for(original, calls, serve, named_after=site.original)
     looked_up_by = partial(_why_asked, door.name) if attends else by_nobody_known
-    return Replacement(function, door.variant, calls, selection=selection, looked_up_by=looked_up_by)
+    return Replacement(function, reading.name, calls, dispatch=dispatch, looked_up_by=looked_up_by)
 
 
 def _why_asked(name: str, model: torch.nn.Module) -> str | None:

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
+from typing import Any
 
 from torch import Tensor
 
 from npu_patch.ops.experts.cases import ExpertsForm, case
 from npu_patch.ops.experts.routed import Experts
+from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import Case
-from npu_patch.serving.dispatch import Selection
-from npu_patch.serving.implementation import Implementation
+from npu_patch.serving.dispatch import Dispatch
 
 
-def route(
-    implementation: Implementation,
-    selection: Selection,
-    tokens: Tensor,
-    indices: Tensor,
-    router_weights: Tensor,
-    experts: Experts,
-) -> Tensor | str:
-    """The result, or why the call is not served."""
-    reason = implementation.unsupported(tokens, indices, router_weights, experts)
-    if reason is None and selection.wrong:
-        reason = selection.why_wrong(implementation.name, ExpertsForm.of(experts))
-    return implementation.run(tokens, indices, router_weights, experts) if reason is None else reason
+def key_of(tokens: Tensor, indices: Tensor, router_weights: Tensor, experts: Experts) -> ExpertsForm:
+    return ExpertsForm.of(experts)
+
+
+def route(dispatch: Dispatch, calls: Calls, *call: Any) -> Tensor | str:
+    """The result for tokens, indices, router weights and experts, or why the call is not served."""
+    serving = dispatch.serving(calls, *call)
+    return serving if isinstance(serving, str) else serving.run(*call)
 
 
 def checks(layers: Iterable[Experts | None]) -> Iterator[tuple[Hashable, Case]]:

@@ -20,15 +20,16 @@ from torch import Tensor
 
 from npu_patch.ops.experts.grouped_matmul import Weights
 from npu_patch.ops.experts.routed import Experts
-from npu_patch.patches.experts.checked import checks, route
-from npu_patch.patches.experts.kind import Kinds
-from npu_patch.patches.patch import Context, Replacement, Skip
+from npu_patch.ops.readings import NotRead
+from npu_patch.patches.experts.checked import checks, key_of, route
+from npu_patch.patches.patch import Context, Replacement
 from npu_patch.patches.swiglu import Activations
 from npu_patch.probe.experts_looped import BlockReading, chosen, read_block, read_method
-from npu_patch.probe.swiglu import NoSwiGLU, SwiGLUReading, read_swiglu
+from npu_patch.probe.readings import Readings
+from npu_patch.probe.swiglu import SwiGLUReading, read_swiglu
 from npu_patch.serving.bypassed import LINEAR, MODULE_CALL, SILU, Bypassed
 from npu_patch.serving.calls import Calls
-from npu_patch.serving.dispatch import Selection
+from npu_patch.serving.dispatch import Dispatch
 from npu_patch.serving.listeners import listener, listener_among
 from npu_patch.serving.replacement import Unserved, bind, replacement_for
 from npu_patch.sites.sites import Site, forwards, innermost, is_checkpointing_layer, parameter_names
@@ -54,48 +55,50 @@ def is_block(site: Site) -> bool:
     return speaks_of_experts and len(parameter_names(site.original) or ()) == 1
 
 
-def replace(site: Site, context: Context) -> Replacement | Skip:
+def replace(site: Site, context: Context) -> Replacement | NotRead:
     return _replace_method(site, context) if site.name == METHOD else _replace_forward(site, context)
 
 
-def _replace_method(site: Site, context: Context) -> Replacement | Skip:
+def _replace_method(site: Site, context: Context) -> Replacement | NotRead:
     names = parameter_names(site.original) or ()
-    reason = read_method(site.owner, site.original, {})
-    if reason is not None:
-        return Skip(reason)
+    reading = read_method(site.owner, site.original, {})
+    if isinstance(reading, NotRead):
+        return reading
     calls, layers = Calls(), FeedForwards()
-    selection = context.selection(lambda live: checks(map(layers.experts_if_plain, live.of(site.owner))))
+    dispatch = context.dispatch(lambda live: checks(map(layers.experts_if_plain, live.of(site.owner))), key_of)
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
         bound = bind(names, args, kwargs)
         if bound is None or not all(isinstance(value, Tensor) for value in bound):
             return Unserved("arguments that are no tensors")
-        return _run(context, selection, layers, self, *bound)
+        if bound[0].device.type != context.device_type:
+            return Unserved(f"input on {bound[0].device.type}")
+        return _run(dispatch, calls, layers, self, *bound)
 
     bypassed = Bypassed.by(site.original, LINEAR, SILU, MODULE_CALL)
     function = replacement_for(site.original, calls, serve, bypassed=bypassed)
-    return Replacement(function, "looped experts", calls, selection=selection, observe=layers.observe)
+    return Replacement(function, reading.name, calls, dispatch=dispatch, observe=layers.observe)
 
 
-def _replace_forward(site: Site, context: Context) -> Replacement | Skip:
+def _replace_forward(site: Site, context: Context) -> Replacement | NotRead:
     cls, original = site.owner, site.original
     if is_checkpointing_layer(cls):
-        return Skip("a checkpointing layer", notable=False)
+        return NotRead("a checkpointing layer", notable=False)
     names = parameter_names(original) or ()
 
-    def read(its_class: type, attributes: Mapping[str, Any]) -> BlockReading | str:
-        return read_block(its_class, original, attributes) or "it has no experts"
+    def read(its_class: type, attributes: Mapping[str, Any]) -> BlockReading | NotRead:
+        return read_block(its_class, original, attributes)
 
     found = read_block(cls, original, {"training": False, "norm_topk_prob": True})
-    if not isinstance(found, BlockReading):
+    if isinstance(found, NotRead):
         # Blocks around packed experts speak of experts too.
         lists = [isinstance(getattr(each, "experts", None), torch.nn.ModuleList) for each in context.live_modules(cls)]
-        return Skip(found or "it has no experts", notable=any(lists))
-    kinds: Kinds[BlockReading] = Kinds(read)
+        return found.notable_if(any(lists))
+    readings: Readings[BlockReading] = Readings(read)
     for module in context.live_modules(cls):
-        kinds.of(module)
+        readings.of(module)
     calls, layers = Calls(), FeedForwards()
-    selection = context.selection(lambda live: checks(map(layers.experts_if_plain, live.of(cls))))
+    dispatch = context.dispatch(lambda live: checks(map(layers.experts_if_plain, live.of(cls))), key_of)
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         bound = bind(names, args, kwargs)
@@ -104,9 +107,9 @@ def _replace_forward(site: Site, context: Context) -> Replacement | Skip:
         (x,) = bound
         if x.device.type != context.device_type:
             return Unserved(f"input on {x.device.type}")
-        reading = kinds.of(self)
-        if isinstance(reading, str):
-            return Unserved(reading)
+        reading = readings.of(self)
+        if isinstance(reading, NotRead):
+            return Unserved(reading.reason)
         reason = layers.why_not(self)
         if reason is not None:
             return Unserved(reason)
@@ -117,7 +120,7 @@ def _replace_forward(site: Site, context: Context) -> Replacement | Skip:
 
         logits = part(reading.router)
         indices, weights = chosen(logits, self.top_k, reading.normalised, x.dtype)
-        result = _run(context, selection, layers, self, flat, indices, weights)
+        result = _run(dispatch, calls, layers, self, flat, indices, weights)
         if isinstance(result, Unserved):
             return result
         if reading.shared is not None:
@@ -126,30 +129,28 @@ def _replace_forward(site: Site, context: Context) -> Replacement | Skip:
         return (result.view(x.shape), logits) if reading.returns_logits else result.view(x.shape)
 
     def observe(block: torch.nn.Module) -> None:
-        kinds.of(block)
+        readings.of(block)
         layers.observe(block)
 
     bypassed = Bypassed.by(original, LINEAR, SILU, MODULE_CALL)
     function = replacement_for(original, calls, serve, bypassed=bypassed)
-    return Replacement(function, "looped experts", calls, selection=selection, observe=observe)
+    return Replacement(function, found.name, calls, dispatch=dispatch, observe=observe)
 
 
 def _run(
-    context: Context,
-    selection: Selection,
+    dispatch: Dispatch,
+    calls: Calls,
     layers: FeedForwards,
     block: torch.nn.Module,
     tokens: Tensor,
     indices: Tensor,
     weights: Tensor,
 ) -> Tensor | Unserved:
-    if tokens.device.type != context.device_type:
-        return Unserved(f"input on {tokens.device.type}")
     reason = layers.why_not(block)
     if reason is not None:
         return Unserved(reason)
     experts = layers.experts(block)
-    result = route(context.implementation, selection, tokens, indices, weights, experts)
+    result = route(dispatch, calls, tokens, indices, weights, experts)
     if isinstance(result, str):
         return Unserved(result)
     if experts.sentinels:  # identity experts behind the others
@@ -168,7 +169,7 @@ class FeedForwards:
     """The experts in a block's ModuleList: one class of plain feed-forward layers, then perhaps identities."""
 
     def __init__(self) -> None:
-        self._known: weakref.WeakKeyDictionary[type, _FeedForward | str] = weakref.WeakKeyDictionary()
+        self._known: weakref.WeakKeyDictionary[type, _FeedForward | NotRead] = weakref.WeakKeyDictionary()
 
     def why_not(self, block: torch.nn.Module) -> str | None:
         """Why the experts of this block cannot be taken together, or None. Looks at each one: wrappers and hooks come
@@ -181,8 +182,8 @@ class FeedForwards:
             if heard is not None:
                 return heard
         found = self._feed_forward(type(own[0]))
-        if isinstance(found, str):
-            return found
+        if isinstance(found, NotRead):
+            return found.reason
         reading = found.reading
         names = [name for name in (reading.gate, reading.up, reading.down) if name is not None]
         for expert in own:
@@ -227,7 +228,7 @@ class FeedForwards:
     def observe(self, block: torch.nn.Module) -> None:
         for expert in self._split(block)[0]:
             found = self._feed_forward(type(expert))
-            if not isinstance(found, str):
+            if isinstance(found, _FeedForward):
                 found.activations.is_silu(expert)
 
     def _split(self, block: torch.nn.Module) -> tuple[list[torch.nn.Module], list[torch.nn.Module]]:
@@ -235,12 +236,12 @@ class FeedForwards:
         count = next((i for i, each in enumerate(every) if type(each) is not type(every[0])), len(every))
         return every[:count], every[count:]
 
-    def _feed_forward(self, cls: type) -> _FeedForward | str:
+    def _feed_forward(self, cls: type) -> _FeedForward | NotRead:
         found = self._known.get(cls)
         if found is None:
             reading = read_swiglu(cls, innermost(cls.forward))
-            if isinstance(reading, NoSwiGLU):
-                found = f"its experts are no gated feed-forward layers: {reading.reason}"
+            if isinstance(reading, NotRead):
+                found = NotRead(f"its experts are no gated feed-forward layers: {reading.reason}")
             else:
                 found = _FeedForward(reading, Activations(reading.activation))
             self._known[cls] = found

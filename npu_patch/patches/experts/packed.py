@@ -15,10 +15,11 @@ from torch import Tensor
 
 from npu_patch.ops.experts.grouped_matmul import Weights
 from npu_patch.ops.experts.routed import Experts
-from npu_patch.patches.experts.checked import checks, route
-from npu_patch.patches.experts.kind import Kinds
-from npu_patch.patches.patch import Context, Replacement, Skip
-from npu_patch.probe.experts import WEIGHTS, ExpertsReading, gate_of, read_experts, undeclared_conventions
+from npu_patch.ops.readings import NotRead
+from npu_patch.patches.experts.checked import checks, key_of, route
+from npu_patch.patches.patch import Context, Replacement
+from npu_patch.probe.experts import SETTINGS, WEIGHTS, ExpertsReading, gate_of, read_experts, undeclared_conventions
+from npu_patch.probe.readings import Readings
 from npu_patch.serving.bypassed import SILU, Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.listeners import listener_among
@@ -26,7 +27,7 @@ from npu_patch.serving.replacement import Unserved, bind, replacement_for
 from npu_patch.sites.sites import LiveModules, Site, forwards, parameter_names
 
 # Settings that the gates of probe/experts.py read, for observing a class of which there is no instance yet.
-SETTINGS = {"limit": 7.0, "alpha": 1.7, "training": True}
+TYPICAL = {"limit": 7.0, "alpha": 1.7, "training": True}
 
 
 def find(module: ModuleType) -> Iterable[Site]:
@@ -37,29 +38,29 @@ def find(module: ModuleType) -> Iterable[Site]:
             yield site
 
 
-def replace(site: Site, context: Context) -> Replacement | Skip:
+def replace(site: Site, context: Context) -> Replacement | NotRead:
     cls, original = site.owner, site.original
     names = parameter_names(original) or ()
 
-    def read(its_class: type, attributes: Mapping[str, Any]) -> ExpertsReading | str:
+    def read(its_class: type, attributes: Mapping[str, Any]) -> ExpertsReading | NotRead:
         return read_experts(its_class, original, attributes, undeclared_conventions())
 
     if len(names) != 3:
-        return Skip(f"its {len(names)} arguments are not tokens, indices and router weights")
-    found = read(cls, SETTINGS)
-    if isinstance(found, str):
-        return Skip(found, notable=_is_called_experts(cls))
-    kinds: Kinds[ExpertsReading] = Kinds(read)
+        return NotRead(f"its {len(names)} arguments are not tokens, indices and router weights")
+    found = read(cls, TYPICAL)
+    if isinstance(found, NotRead):
+        return found.notable_if(_is_called_experts(cls))
+    readings: Readings[ExpertsReading] = Readings(read, SETTINGS)
     for module in context.live_modules(cls):
-        kinds.of(module)
+        readings.of(module)
     calls = Calls()
 
     def live_experts(live: LiveModules) -> Iterator[Experts | None]:
         for module in live.of(cls):
-            reading = kinds.of(module)
-            yield None if isinstance(reading, str) else experts_of(module, reading)
+            reading = readings.of(module)
+            yield None if isinstance(reading, NotRead) else experts_of(module, reading)
 
-    selection = context.selection(lambda live: checks(live_experts(live)))
+    dispatch = context.dispatch(lambda live: checks(live_experts(live)), key_of)
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
         bound = bind(names, args, kwargs)
@@ -67,9 +68,9 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
             return Unserved("arguments that are no tensors")
         if bound[0].device.type != context.device_type:
             return Unserved(f"input on {bound[0].device.type}")
-        reading = kinds.of(self)
-        if isinstance(reading, str):
-            return Unserved(reading)
+        reading = readings.of(self)
+        if isinstance(reading, NotRead):
+            return Unserved(reading.reason)
         heard = listener_in(self)
         if heard is not None:
             return Unserved(heard)
@@ -85,7 +86,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
             if router_weights.dim() != 2 or router_weights.shape[0] != indices.shape[0]:
                 return Unserved(f"router weights of shape {tuple(router_weights.shape)}")
             router_weights = router_weights.gather(1, indices.clamp(max=router_weights.shape[1] - 1))
-        result = route(context.implementation, selection, tokens, indices, router_weights, experts)
+        result = route(dispatch, calls, tokens, indices, router_weights, experts)
         if isinstance(result, str):
             return Unserved(result)
         if reading.convention.identities:
@@ -94,7 +95,7 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         return result.view(shape[0], -1, shape[-1]) if reading.batched else result
 
     function = replacement_for(original, calls, serve, bypassed=Bypassed.by(original, SILU))
-    return Replacement(function, "routed experts", calls, selection=selection, observe=kinds.of)
+    return Replacement(function, "routed experts", calls, dispatch=dispatch, observe=readings.of)
 
 
 def listener_in(module: torch.nn.Module) -> str | None:

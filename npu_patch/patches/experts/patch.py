@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from npu_patch.ops.experts.routed import IMPLEMENTATIONS, Experts, silu_of_halves
+from npu_patch.ops.readings import NotRead
 from npu_patch.patches.experts import looped as experts_looped
 from npu_patch.patches.experts import packed as experts_packed
-from npu_patch.patches.experts.checked import checks, route
-from npu_patch.patches.experts.kind import Kinds
+from npu_patch.patches.experts.checked import checks, key_of, route
 from npu_patch.patches.experts.packed import experts_of, listener_in
-from npu_patch.patches.patch import Context, Patch, Replacement, Skip, layers_of_class
-from npu_patch.probe.experts import Convention, ExpertsReading, declared, read_experts
+from npu_patch.patches.patch import Context, Patch, Replacement, layers_of_class
+from npu_patch.probe.experts import SETTINGS, Convention, ExpertsReading, declared, read_experts
+from npu_patch.probe.readings import Readings
 from npu_patch.serving.bypassed import SILU, Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.replacement import Unserved, bind, replacement_for
@@ -61,28 +62,28 @@ def in_layer(layer: torch.nn.Module) -> Iterable[Site]:
         yield Site(layer, "forward", None, f"{type(layer).__module__}.{type(layer).__qualname__}")
 
 
-def replace(site: Site, context: Context) -> Replacement | Skip:
+def replace(site: Site, context: Context) -> Replacement | NotRead:
     if isinstance(site.owner, torch.nn.Module):
-        return Skip(_why_unserved(site.owner) or "")
+        return NotRead(_why_unserved(site.owner) or "")
     if isinstance(site.owner, type):
         return (experts_looped if experts_looped.is_block(site) else experts_packed).replace(site, context)
     flags = {"_is_expert_parallel": False, "act_fn": torch.nn.functional.silu, "is_transposed": False}
     flags |= {"has_bias": False, "has_gate": True, "has_post_expert_norm": False, "is_concatenated": True}
     observed = read_experts(_StandardExperts, site.original, flags, [Convention()])
-    if isinstance(observed, str):
-        return Skip(f"what is registered there computes something else: {observed}")
+    if isinstance(observed, NotRead):
+        return NotRead(f"what is registered there computes something else: {observed.reason}")
     for module in context.live or ():
         if _looks_up(type(module), site.owner):
-            KINDS.of(module)
+            READINGS.of(module)
     calls = Calls()
 
     def live_experts(live: LiveModules) -> Iterator[Experts | None]:
         for module in live:
             if _looks_up(type(module), site.owner) and _asked_for(module) == site.name:
-                reading = KINDS.of(module)
-                yield None if isinstance(reading, str) else experts_of(module, reading)
+                reading = READINGS.of(module)
+                yield None if isinstance(reading, NotRead) else experts_of(module, reading)
 
-    selection = context.selection(lambda live: checks(live_experts(live)))
+    dispatch = context.dispatch(lambda live: checks(live_experts(live)), key_of)
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
         bound = bind(ARGUMENTS, args, kwargs)
@@ -91,22 +92,22 @@ def replace(site: Site, context: Context) -> Replacement | Skip:
         tokens, indices, router_weights = bound
         if tokens.device.type != context.device_type:
             return Unserved(f"input on {tokens.device.type}")
-        reading = KINDS.of(self)
-        if isinstance(reading, str):
-            return Unserved(reading)
+        reading = READINGS.of(self)
+        if isinstance(reading, NotRead):
+            return Unserved(reading.reason)
         heard = listener_in(self)
         if heard is not None:
             return Unserved(heard)
         experts = experts_of(self, reading)
-        result = route(context.implementation, selection, tokens, indices, router_weights, experts)
+        result = route(dispatch, calls, tokens, indices, router_weights, experts)
         return Unserved(result) if isinstance(result, str) else result
 
     def observe(layer: torch.nn.Module) -> None:
         if _looks_up(type(layer), site.owner):
-            KINDS.of(layer)
+            READINGS.of(layer)
 
     function = replacement_for(site.original, calls, serve, bypassed=Bypassed.by(site.original, SILU))
-    return Replacement(function, "routed experts", calls, selection=selection, observe=observe, definition=_own_forward)
+    return Replacement(function, "routed experts", calls, dispatch=dispatch, observe=observe, definition=_own_forward)
 
 
 def layers(site: Site, context: Context) -> int | None:
@@ -143,11 +144,11 @@ def _why_unserved(module: torch.nn.Module) -> str | None:
     asked_for = _asked_for(module)
     if asked_for not in DOORS:
         return f"its config asks for the experts implementation {asked_for!r}"
-    reading = KINDS.of(module)
-    return reading if isinstance(reading, str) else None
+    reading = READINGS.of(module)
+    return reading.reason if isinstance(reading, NotRead) else None
 
 
-def _read(cls: type, attributes: Mapping[str, Any]) -> ExpertsReading | str:
+def _read(cls: type, attributes: Mapping[str, Any]) -> ExpertsReading | NotRead:
     """The truth is the class's own forward, inside the decorator's."""
     return read_experts(cls, innermost(cls.forward), attributes, [declared(attributes)])
 
@@ -169,7 +170,7 @@ def customers(module: ModuleType) -> Iterable[type]:
     return () if entries is None else (site.owner for site in forwards(module) if _looks_up(site.owner, entries))
 
 
-KINDS: Kinds[ExpertsReading] = Kinds(_read)
+READINGS: Readings[ExpertsReading] = Readings(_read, SETTINGS)
 PATCH = Patch(
     "experts", "moe_patch", IMPLEMENTATIONS, find, replace, registered, in_layer, layers, customers, called=("experts",)
 )

@@ -26,6 +26,7 @@ from npu_patch.numerics.findings import remembered, unless_accident
 from npu_patch.numerics.room import quiet_room, random_state_kept
 from npu_patch.numerics.values import values
 from npu_patch.ops.gated_delta.causal_conv1d import causal_conv1d
+from npu_patch.ops.readings import NotRead
 from npu_patch.probe.gated_delta import CONVOLUTION, Reading
 from npu_patch.serving.listeners import listener
 from npu_patch.sites.names_used import names_used
@@ -45,7 +46,6 @@ SIZES = {
 }
 # In units of the dtype's tolerance. float32: the order of four products; bfloat16: the inline form rounds before SiLU.
 ALLOWED = {torch.float32: 8.0, torch.bfloat16: 4.0}
-FUNCTION_HELD = "it holds a function"
 NAMES = ("x", "weight", "bias", "activation", "seq_idx")
 # The inline form knows no boundaries of packed sequences, and applies SiLU whatever the activation is called.
 READING = Reading(CONVOLUTION, NAMES, dict(zip(NAMES, NAMES, strict=True)), ("silu", "swish"), leaks=True)
@@ -95,20 +95,20 @@ def find(module: ModuleType) -> Iterable[Site]:
 
 
 @remembered
-def why_not(cls: type, name: str) -> str | None:
-    """Why a function in `name` is not what the layer computes inline, or None if it was observed to be."""
+def read(cls: type, name: str) -> Reading | NotRead:
+    """Whether a function in `name` is what the layer computes inline."""
     try:
         with quiet_room(), random_state_kept():
             return _observe(cls, name)
     except Exception as error:
         unless_accident(error)
-        return f"cannot be observed with a convolution of its own: {error_text(error)}"
+        return NotRead(f"cannot be observed with a convolution of its own: {error_text(error)}")
 
 
-def _observe(cls: type, name: str) -> str | None:
+def _observe(cls: type, name: str) -> Reading | NotRead:
     layer = cls(_Config(**SIZES), layer_idx=0)
     if vars(layer).get(name, "absent") is not None:
-        return FUNCTION_HELD
+        return NotRead("it holds a function", notable=False)
     for index, module in enumerate(layer.modules()):
         for key, parameter in list(module._parameters.items()):
             if parameter is not None:
@@ -117,8 +117,8 @@ def _observe(cls: type, name: str) -> str | None:
     for dtype, allowed in ALLOWED.items():
         reason = _compare(layer.to(dtype), name, dtype, allowed)
         if reason is not None:
-            return reason
-    return None
+            return NotRead(reason)
+    return READING
 
 
 def _compare(layer: torch.nn.Module, name: str, dtype: torch.dtype, allowed: float) -> str | None:

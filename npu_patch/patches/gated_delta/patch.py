@@ -24,15 +24,16 @@ from weakref import WeakKeyDictionary
 import torch
 
 from npu_patch.ops.gated_delta.op import CONVOLUTION_PROVIDERS, RULE_PROVIDERS, UPDATE_PROVIDERS
+from npu_patch.ops.readings import NotRead
 from npu_patch.patches.gated_delta import inline_convolution as door
 from npu_patch.patches.gated_delta import packing
-from npu_patch.patches.gated_delta.chain import Chain
 from npu_patch.patches.gated_delta.serve import serve
-from npu_patch.patches.patch import Context, Patch, Replacement, Skip, layers_of_class
+from npu_patch.patches.patch import Context, Patch, Replacement, layers_of_class
 from npu_patch.probe.gated_delta import CONVOLUTION, RULE, UPDATE, Reading, kind_of, parameters_of, read
 from npu_patch.probe.gated_delta_checks import why_wrong_convolution, why_wrong_rule
 from npu_patch.serving.bypassed import CONVOLVED, MODULE_CALL, Bypassed
 from npu_patch.serving.calls import Calls
+from npu_patch.serving.dispatch import Dispatch, in_order
 from npu_patch.serving.implementation import Implementation, choose
 from npu_patch.serving.replacement import replacement_for
 from npu_patch.sites.names_used import names_used
@@ -84,38 +85,38 @@ def _is_replaced(value: Any) -> bool:
     return calls is not None and calls.active
 
 
-def replace(site: Site, context: Context) -> Replacement | Skip:
+def replace(site: Site, context: Context) -> Replacement | NotRead:
     if site.name == "forward":
         return packing.watch(site)
     if isinstance(site.owner, type):
         return _open_door(site, context)
     function = innermost(unwrapped(site.original))
     reading = _published(function) or read(site.original, function)
-    if isinstance(reading, str):
-        return Skip(reading, notable="delta" in site.name or "conv1d" in site.name)
+    if isinstance(reading, NotRead):
+        return reading.notable_if("delta" in site.name or "conv1d" in site.name)
     calls = Calls()
-    served = serve(reading, _chain(reading, context), context.device_type, calls)
+    served = serve(reading, _dispatch(reading, context), context.device_type, calls)
     replacement = replacement_for(site.original, calls, served, named_after=unwrapped(site.original))
     _OWN[replacement] = calls
     choice = choose(PROVIDERS[reading.kind], context.device_type)
     return Replacement(replacement, _variant(reading), calls, choice)
 
 
-def _open_door(site: Site, context: Context) -> Replacement | Skip:
-    reason = door.why_not(site.owner, site.name)
-    if reason is not None:
-        return Skip(reason, notable=reason != door.FUNCTION_HELD)
+def _open_door(site: Site, context: Context) -> Replacement | NotRead:
+    reading = door.read(site.owner, site.name)
+    if isinstance(reading, NotRead):
+        return reading
     calls = Calls()
-    served = serve(door.READING, _chain(door.READING, context), context.device_type, calls, door.why_inline)
+    served = serve(reading, _dispatch(reading, context), context.device_type, calls, door.why_inline)
     bypassed = Bypassed.by(door.inline, CONVOLVED, MODULE_CALL)
     replacement = replacement_for(door.inline, calls, served, bypassed=bypassed)
     choice = choose(PROVIDERS[CONVOLUTION], context.device_type)
     return Replacement(door.Door(site.name, replacement), CONVOLUTION, calls, choice)
 
 
-def _chain(reading: Reading, context: Context) -> Chain:
+def _dispatch(reading: Reading, context: Context) -> Dispatch:
     check = CHECKS[reading.kind] if context.switches["self_check"] else _unchecked
-    return Chain(PROVIDERS[reading.kind], context.device_type, check)
+    return in_order(PROVIDERS[reading.kind], context.device_type, check)
 
 
 def _unchecked(implementation: Implementation, call: Any) -> None:

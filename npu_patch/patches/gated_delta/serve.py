@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_patch.numerics.selective_checkpointing import unseen
 from npu_patch.ops.gated_delta.calls import ConvolutionCall, RuleCall
-from npu_patch.patches.gated_delta.chain import Chain
 from npu_patch.patches.gated_delta.packing import refuse_if_untold
 from npu_patch.probe.gated_delta import CONVOLUTION, RULE, UPDATE, Reading
 from npu_patch.serving.calls import Calls
+from npu_patch.serving.dispatch import Dispatch
 from npu_patch.serving.listeners import listener_to_all
 from npu_patch.serving.once_per_step import OncePerTensor
 from npu_patch.serving.replacement import Unserved
@@ -43,7 +44,7 @@ _BOUNDS_ON_HOST = OncePerTensor()
 
 def serve(
     reading: Reading,
-    chain: Chain,
+    dispatch: Dispatch,
     device_type: str,
     calls: Calls,
     why_not: Callable[[torch.nn.Module], str | None] | None = None,
@@ -82,7 +83,11 @@ def serve(
         call = call_of(given, leading.device)
         if call is None:
             return Unserved("arguments that are no tensors")
-        return chain.run(call, calls)
+        serving = dispatch.serving(calls, call)
+        if isinstance(serving, str):
+            return Unserved(serving)
+        with unseen():  # the package's own ones write into what they computed
+            return serving.run(call)
 
     return serve_call
 
