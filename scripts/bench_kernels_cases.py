@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npu_patch.kernels.add_rms_norm import add_rms_norm, rms_norm
-from npu_patch.kernels.delta_gating import delta_gating
 from npu_patch.kernels.gated_rms_norm import gated_rms_norm
 from npu_patch.kernels.qk_norm_rope import QKNorm, qk_norm_rope
 from npu_patch.kernels.swiglu import swiglu
@@ -60,7 +59,6 @@ def all_cases(tokens: int, dtype: torch.dtype, device: torch.device) -> list[Cas
         _rms_norm(tokens, 2048, normal),
         _add_rms_norm(tokens, 2048, normal),
         _gated_rms_norm(tokens, 32, 128, normal),
-        _delta_gating(tokens, 32, normal),
     ]
 
 
@@ -203,30 +201,6 @@ def _gated_rms_norm(tokens: int, heads: int, dim: int, normal: Callable[..., Ten
         eager,
         {OURS: lambda x, gate, weight: gated_rms_norm(x, gate, weight, EPS), EAGER: eager},
         "npu_patch.kernels.gated_rms_norm",
-    )
-
-
-def _delta_gating(tokens: int, heads: int, normal: Callable[..., Tensor]) -> Case:
-    def eager(a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
-        wide = _wide(a)
-        return -a_log.to(wide).exp() * F.softplus(a.to(wide) + dt_bias), torch.sigmoid(b)
-
-    def make() -> Made:
-        a, b = normal(1, tokens, heads), normal(1, tokens, heads)
-        return Made([a, b, normal(heads), normal(heads)], [normal(1, tokens, heads).float(), normal(1, tokens, heads)])
-
-    size = tokens * heads * 2
-    return Case(
-        "delta gating",
-        f"{heads} heads: bound by launches, not by bytes",
-        5 * size,
-        12 * size,
-        4,
-        ("g", "beta", "da", "db", "d_A_log", "d_dt_bias"),
-        make,
-        eager,
-        {OURS: delta_gating, EAGER: eager},
-        None,
     )
 
 

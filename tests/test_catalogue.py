@@ -60,7 +60,7 @@ def test_the_catalogue_is_in_the_order_of_its_needs() -> None:
     assert needs == {"qk_norm_rope": {"rms_norm", "rope"}, "add_rms_norm": {"rms_norm"}}
 
 
-@pytest.mark.parametrize("room", ["applying", "commands"])
+@pytest.mark.parametrize("room", ["applying", "commands", "sites", "measuring", "reporting"])
 def test_who_uses_patches_knows_none_by_its_name(room: str) -> None:
     """Nor the values that wait between them: what is to be known of a patch is a field of it or of its replacements.
     (The doctor says in words what calls an operator; it imports nothing that it examines.)"""
@@ -75,4 +75,4 @@ def test_who_uses_patches_knows_none_by_its_name(room: str) -> None:
             imported = isinstance(node, ast.ImportFrom) and node.module is not None
             if named or (imported and any(f"{node.module}.".startswith(f"{each}.") for each in modules)):
                 found.append(f"{file.name}:{node.lineno}")
-    assert len(files) >= 10 and found == []
+    assert files and found == []

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from npu_patch import simulator
-from npu_patch.ops.delta_gating import delta_gating
 from npu_patch.ops.gated_delta.chunk_scan import scan_backward, scan_forward
 from npu_patch.ops.gated_delta.rule import Tiling, chunk_gated_delta_rule, recurrent_gated_delta_rule
 from npu_patch.ops.gated_delta.triangular_inverse import unit_lower_inverse
@@ -386,29 +385,3 @@ def test_scan_is_the_recurrence_and_its_transpose(length: int, groups: int) -> N
     gradients = weights.clone()
     scan_backward(m, gradients)
     assert torch.allclose(gradients[1:], d_added) and torch.allclose(gradients[0, 0], d_first)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gating(dtype: torch.dtype) -> None:
-    a, b = (torch.linspace(-40, 40, 24).view(2, 3, 4).to(dtype) for _ in range(2))
-    a_log, dt_bias = torch.linspace(-4, 3, 4), torch.linspace(-1, 2, 4).to(dtype)
-    ours, exact = ([x.clone().requires_grad_() for x in (a, b, a_log, dt_bias)] for _ in range(2))
-    g, beta = delta_gating(*ours)
-    expected = -exact[2].float().exp() * torch.nn.functional.softplus(exact[0].float() + exact[3])
-    assert g.dtype == torch.float32 and torch.equal(g, expected)
-    assert beta.dtype == dtype and torch.equal(beta, exact[1].sigmoid())
-    weights = torch.randn(g.shape)
-    found = torch.autograd.grad((g * weights).sum(), [ours[i] for i in (0, 2, 3)])
-    wanted = torch.autograd.grad((expected * weights).sum(), [exact[i] for i in (0, 2, 3)])
-    for x, y in zip(found, wanted, strict=True):
-        assert x.dtype == y.dtype and torch.allclose(
-            x.float(), y.float(), rtol=1e-5 if dtype == torch.float32 else 1e-2
-        )
-
-
-def test_gating_gives_only_the_gradients_asked_for() -> None:
-    a, b = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    a_log = torch.randn(4, requires_grad=True)
-    g, _ = delta_gating(a, b, a_log, torch.randn(4))
-    gradients = g.grad_fn.apply(torch.ones_like(g))
-    assert [gradient is not None for gradient in gradients] == [False, True, False]

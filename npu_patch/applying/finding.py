@@ -46,9 +46,12 @@ def searches(patch: Patch, scope: Scope, registries: Registries) -> Iterator[Sea
         yield type(layer).__name__, partial(patch.in_layer, layer)
 
 
-def taken_by_others(scope: Scope, patches: Collection[str], known: Collection[str]) -> Iterator[Outcome]:
+def taken_by_others(
+    scope: Scope, catalogue: Iterable[Patch], enabled: Collection[str], known: Collection[str]
+) -> Iterator[Outcome]:
     """What another patcher has taken in modeling modules, and no patch has found. `known`: labels of sites."""
+    called = {patch.name: patch.called for patch in catalogue}
     for module in scope.modules:
-        for label, patch, theirs in replaced_before.replaced_in(module):
-            if patch in patches and label not in known:
+        for label, patch, theirs in replaced_before.replaced_in(module, called):
+            if patch in enabled and label not in known:
                 yield Outcome(patch, label, SKIPPED, theirs)

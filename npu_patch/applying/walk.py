@@ -46,7 +46,7 @@ class Walk:
             for site in self._found(patch, scope):
                 self._visit(entry, site, context)
         known = {each.site for each in self.report} | {held.site.label for held in self.binder.in_place()}
-        self.report.outcomes += taken_by_others(scope, {patch.name for patch, _ in entries}, known)
+        self.report.outcomes += taken_by_others(scope, self.catalogue, {patch.name for patch, _ in entries}, known)
 
     def _found(self, patch: Patch, scope: Scope) -> Iterator[Site]:
         for where, search in searches(patch, scope, self.registries):

@@ -97,6 +97,7 @@ class Patch:
     `options`: switches that its replacements are made with, beside its own and that of Triton kernels.
     `libraries`: packages or modules beside modeling code, by dotted names, that `find` is given the modules of too,
     imported before or later.
+    `called`: words in the names of most of its sites: under whose name the report has one that another patcher took.
     `needs`: the names of the patches on whose sites it builds, which come before it.
     `around`: it leaves a site's original to compute what it did, so it stands around another patch's replacement, and
     another patch's around it. Every other patch has its sites for itself.
@@ -115,4 +116,5 @@ class Patch:
     options: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     libraries: tuple[str, ...] = ()
+    called: tuple[str, ...] = ()
     around: bool = False

@@ -164,4 +164,6 @@ def _cases(cls: type, readings: Readings[RMSNormReading], live: LiveModules) -> 
             )
 
 
-PATCH = Patch("rms_norm", "rms_norm", IMPLEMENTATIONS, find, replace, options=("gated_rmsnorm_fp32",))
+PATCH = Patch(
+    "rms_norm", "rms_norm", IMPLEMENTATIONS, find, replace, options=("gated_rmsnorm_fp32",), called=("rmsnorm",)
+)

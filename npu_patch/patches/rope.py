@@ -98,4 +98,4 @@ def _cases(site: Site, reading: RoPEReading, live: LiveModules) -> Iterator[tupl
             yield key, case(reading.variant, max(sizes.heads, sizes.key_heads), key)
 
 
-PATCH = Patch("rope", "rope", IMPLEMENTATIONS, find, replace)
+PATCH = Patch("rope", "rope", IMPLEMENTATIONS, find, replace, called=("rotary_pos_emb",))

@@ -164,4 +164,4 @@ class Activations:
         return getattr(activation, "__name__", type(activation).__name__)
 
 
-PATCH = Patch("swiglu", "swiglu", IMPLEMENTATIONS, find, replace, options=("swiglu_recompute",))
+PATCH = Patch("swiglu", "swiglu", IMPLEMENTATIONS, find, replace, options=("swiglu_recompute",), called=("mlp",))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -17,14 +17,6 @@ from npu_patch.sites.whose import OWN, home, package, whose
 
 EXPECTED = ("transformers", "torch", "builtins", OWN)
 NPU_HOMES = ("npu", "ascend", "mindspeed")
-# What a patch's sites are mostly called: under whose name the report has one that cannot be looked at any more.
-CALLED = {
-    "rms_norm": ("rmsnorm",),
-    "rope": ("rotary_pos_emb",),
-    "swiglu": ("mlp",),
-    "experts": ("experts",),
-    "gated_delta_net": ("delta_rule", "conv1d"),
-}
 
 
 def by_whom(site: Site) -> str | None:
@@ -38,11 +30,11 @@ def by_whom(site: Site) -> str | None:
     return None
 
 
-def replaced_in(module: ModuleType) -> Iterator[tuple[str, str, str]]:
+def replaced_in(module: ModuleType, called: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str, str]]:
     """Of each function, class and forward that `module` defines and that is another's now: its dotted name, the patch
-    that it would have been for, and whose it is."""
+    that it would have been for, and whose it is. `called`: by patch, words in the names of most of its sites."""
     for name, value in list(vars(module).items()):
-        patch = next((patch for patch, words in CALLED.items() if any(word in name.lower() for word in words)), None)
+        patch = next((patch for patch, words in called.items() if any(word in name.lower() for word in words)), None)
         if patch is None:
             continue
         theirs = _in_module(module, name)

@@ -21,7 +21,6 @@ from npu_patch.kernels import gated_rms_norm as gated_kernels
 from npu_patch.kernels import launch
 from npu_patch.kernels import qk_norm_rope as qk_norm_kernels
 from npu_patch.kernels.add_rms_norm import add_rms_norm, rms_norm
-from npu_patch.kernels.delta_gating import delta_gating
 from npu_patch.kernels.gated_rms_norm import gated_rms_norm
 from npu_patch.kernels.qk_norm_rope import QKNorm, packed_qk_norm_rope, qk_norm_rope
 from npu_patch.kernels.swiglu import swiglu
@@ -87,13 +86,6 @@ def gated_rms_norm_cases(model: Model) -> None:
         trace(lambda x, gate: gated_rms_norm(x, gate, weight, EPS), x, x.clone())
 
 
-def delta_gating_cases(model: Model) -> None:
-    if model.delta_heads:
-        a, per_head = empty(1, TOKENS, model.delta_heads), torch.empty(model.delta_heads, device="meta")
-        trace(delta_gating, a, a.clone(), per_head, per_head.clone())
-        trace(lambda a, b: delta_gating(a, b, per_head, per_head), a, a.clone())
-
-
 def widest_cases() -> None:
     """Of the kernels that hold whole rows, the widest that the ops give them, with the weights that take most room."""
     machine = launch.Machine("npu", CORES, launch.UNIFIED_BUFFER, exact_widths=True)
@@ -117,7 +109,6 @@ FAMILIES: dict[str, Callable[[Model], None]] = {
     "swiglu": swiglu_cases,
     "add_rms_norm": add_rms_norm_cases,
     "gated_rms_norm": gated_rms_norm_cases,
-    "delta_gating": delta_gating_cases,
 }
 
 

@@ -1,4 +1,4 @@
-"""SwiGLU, the RMSNorms and the delta net's gates in the interpreter, against float64."""
+"""SwiGLU and the RMSNorms in the interpreter, against float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npu_patch.kernels.add_rms_norm import add_rms_norm, rms_norm
-from npu_patch.kernels.delta_gating import delta_gating
 from npu_patch.kernels.gated_rms_norm import gated_rms_norm
 from npu_patch.kernels.swiglu import swiglu
 from tests.kernels.exactness import ONE_MACHINE, assert_exact, in_turn, normal
@@ -130,28 +129,3 @@ def test_gated_rms_norm_of_strided_rows() -> None:
         lambda both, weight: original_norm(both[..., :16], weight) * F.silu(both[..., 16:]),
         [normal(2, 5, 32), normal(16)],
     )
-
-
-def original_gating(a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
-    return -a_log.to(wide(a)).exp() * F.softplus(a.to(wide(a)) + dt_bias), torch.sigmoid(b)
-
-
-@pytest.mark.parametrize(("shape", "dtype"), in_turn([(1, 32), (2, 5, 16), (7, 5), (7, 5)]), ids=str)
-def test_delta_gating(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    heads = shape[-1]
-    inputs = [normal(*shape, dtype=dtype), normal(*shape, dtype=dtype, seed=2), normal(heads, seed=3), normal(heads)]
-    assert_exact(delta_gating, original_gating, inputs)
-
-
-@ONE_MACHINE
-@pytest.mark.parametrize("needed", some(4))
-def test_delta_gating_gradients_asked_for(needed: tuple[bool, ...]) -> None:
-    assert_exact(
-        delta_gating, original_gating, [normal(5, 6), normal(5, 6, seed=2), normal(6), normal(6, seed=2)], needed
-    )
-
-
-def test_delta_gating_of_far_values() -> None:
-    a = torch.tensor([[-80.0, -15.0, 0.0, 15.0, 80.0]])
-    g, _ = delta_gating(a, a, torch.zeros(5), torch.zeros(5))
-    torch.testing.assert_close(g.double(), -F.softplus(a.double(), threshold=1000), rtol=1e-6, atol=0)

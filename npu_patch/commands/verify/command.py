@@ -103,14 +103,25 @@ def run(options: argparse.Namespace) -> Result:
     return Result(content, lambda: _shown(content, checks), fine)
 
 
+@dataclass
+class Verified:
+    """Of one dtype: what was found so far, seed by seed."""
+
+    name: str
+    checks: list[Check] = field(default_factory=list)
+    errors: list[Error] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    def fail(self, model: torch.nn.Module, seed: int, why: str) -> None:
+        self.checks.append(failed(self.name, "model", type(model).__name__, f"seed {seed}", why))
+
+
 def _verify(
     source: models.Source, device: torch.device, name: str, seeds: int, progress: Steps
 ) -> tuple[list[Check], list[str]]:
     """Ops at the first seed, the whole model at each; and what the report of the patches remarks."""
     dtype = DTYPES[name]
-    checks: list[Check] = []
-    errors: list[Error] = []
-    remarks: list[str] = []
+    found = Verified(name)
     model: torch.nn.Module | None = None
     for seed in range(seeds):
         if model is None or source.tiny:
@@ -123,62 +134,81 @@ def _verify(
             original = results(model, batch)
         except Exception as error:
             raise CommandError(f"{source.described} does not run unpatched: {named(error)}") from error
-        with lifecycle.applied(model, device=device.type) as report:
-            sites = patched_sites(report)
-            remarks += [*filter(None, [report.nothing_because]), *report.notes, *report.warnings]
-            raised: Exception | None = None
-            with recorded(sites if seed == 0 else []) as recording:
-                try:
-                    patched = results(model, batch)
-                except Exception as error:
-                    raised = error
-            if raised is not None and seed == 0:  # each op by itself can say more
-                with recorded(sites, originals=True, into=recording):
-                    results(model, batch)
-            if seed == 0:
-                computed = {
-                    held.site.owner
-                    for held in sites
-                    if recording.of(held) and isinstance(held.site.owner, type) and held.replacement.alone
-                }
-                checks += [
-                    _check_site(held, recording, name, why_expected(held, model, computed), raised is None)
-                    for held in sites
-                ]
-                checks += [failed(name, each.patch, each.site, "site", each.reason) for each in report.failed]
-        if raised is not None:
-            why = f"raises where the unpatched model does not: {named(raised)}"
-            return [*checks, failed(name, "model", type(model).__name__, f"seed {seed}", why)], remarks
-        # Some gradients are zero but for rounding: softmax takes no notice of a bias of the keys.
-        negligible = ZERO * max(float(value.norm()) for value in exact.values())
-        errors += [
-            Error(
-                f"{key} (seed {seed})",
-                relative_error(patched[key], exact[key]),
-                relative_error(original[key], exact[key]),
-            )
-            for key in exact
-            if key in patched and key in original and exact[key].norm() > negligible
-        ]
-        unlike = unlike_keys(patched, original)
-        if unlike:
-            why = f"of the patched and the unpatched model only one gives {', '.join(unlike[:3])}"
-            checks.append(failed(name, "model", type(model).__name__, f"seed {seed}", why))
+        patched = _run_patched(model, batch, device, found, each_op=seed == 0)
+        if isinstance(patched, Exception):
+            found.fail(model, seed, f"raises where the unpatched model does not: {named(patched)}")
+            return found.checks, found.remarks
+        _compare(model, seed, exact, original, patched, found)
         model = model.to("cpu")
         progress.done()
-    far = worst(errors, dtype)
+    return [*found.checks, _whole(model, dtype, found)], found.remarks
+
+
+def _run_patched(
+    model: torch.nn.Module, batch: dict[str, Tensor], device: torch.device, found: Verified, each_op: bool
+) -> dict[str, Tensor] | Exception:
+    """The results of the patched model, or what it raises. `each_op`: its sites are checked one by one, too."""
+    with lifecycle.applied(model, device=device.type) as report:
+        sites = patched_sites(report)
+        found.remarks += [*filter(None, [report.nothing_because]), *report.notes, *report.warnings]
+        patched: dict[str, Tensor] | Exception
+        with recorded(sites if each_op else []) as recording:
+            try:
+                patched = results(model, batch)
+            except Exception as error:
+                patched = error
+        if not each_op:
+            return patched
+        ran = not isinstance(patched, Exception)
+        if not ran:  # each op by itself can say more
+            with recorded(sites, originals=True, into=recording):
+                results(model, batch)
+        computed = {
+            held.site.owner
+            for held in sites
+            if recording.of(held) and isinstance(held.site.owner, type) and held.replacement.alone
+        }
+        for held in sites:
+            found.checks.append(_check_site(held, recording, found.name, why_expected(held, model, computed), ran))
+        found.checks += [failed(found.name, each.patch, each.site, "site", each.reason) for each in report.failed]
+    return patched
+
+
+def _compare(
+    model: torch.nn.Module,
+    seed: int,
+    exact: Mapping[str, Tensor],
+    original: Mapping[str, Tensor],
+    patched: Mapping[str, Tensor],
+    found: Verified,
+) -> None:
+    # Some gradients are zero but for rounding: softmax takes no notice of a bias of the keys.
+    negligible = ZERO * max(float(value.norm()) for value in exact.values())
+    for key in exact:
+        if key in patched and key in original and exact[key].norm() > negligible:
+            errors = (relative_error(each[key], exact[key]) for each in (patched, original))
+            found.errors.append(Error(f"{key} (seed {seed})", *errors))
+    unlike = unlike_keys(patched, original)
+    if unlike:
+        found.fail(model, seed, f"of the patched and the unpatched model only one gives {', '.join(unlike[:3])}")
+
+
+def _whole(model: torch.nn.Module, dtype: torch.dtype, found: Verified) -> Check:
+    """The line of the whole model, over all seeds."""
+    far = worst(found.errors, dtype)
+    times = statistics.geometric_mean(each.ratio(FLOORS[dtype]) for each in found.errors)
     whole = Check(
-        name,
+        found.name,
         "model",
         type(model).__name__,
         f"loss, gradients, decoding; worst: {far.name}",
-        len(errors),
+        len(found.errors),
         far.replaced,
         far.original,
-        note=f"{statistics.geometric_mean(e.ratio(FLOORS[dtype]) for e in errors):.2f} times the original's error",
+        note=f"{times:.2f} times the original's error",
     )
-    whole.fail(why_not(errors, dtype))
-    return [*checks, whole], remarks
+    whole.fail(why_not(found.errors, dtype))
+    return whole
 
 
 def _check_site(held: PatchedSite, recording: Recording, name: str, expected: str | None, model_ran: bool) -> Check:

@@ -171,4 +171,6 @@ def customers(module: ModuleType) -> Iterable[type]:
 
 
 READINGS: Readings[ExpertsReading] = Readings(_read, SETTINGS)
-PATCH = Patch("experts", "moe_patch", IMPLEMENTATIONS, find, replace, registered, in_layer, layers, customers)
+PATCH = Patch(
+    "experts", "moe_patch", IMPLEMENTATIONS, find, replace, registered, in_layer, layers, customers, called=("experts",)
+)

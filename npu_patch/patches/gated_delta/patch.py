@@ -155,4 +155,14 @@ def _reaches(site: Site, layer: torch.nn.Module) -> bool:
     return looked_up or (_is_replaced(current) and any(value is current for value in vars(layer).values()))
 
 
-PATCH = Patch("gated_delta_net", "fla", RULE_PROVIDERS, find, replace, in_layer=in_layer, layers=layers, tunable=False)
+PATCH = Patch(
+    "gated_delta_net",
+    "fla",
+    RULE_PROVIDERS,
+    find,
+    replace,
+    in_layer=in_layer,
+    layers=layers,
+    tunable=False,
+    called=("delta_rule", "conv1d"),
+)
