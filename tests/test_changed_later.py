@@ -198,6 +198,47 @@ class ChangesItInAClosure(Layer):
         return h + self.mlp(y)
 
 
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp = RMSNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.norm(x))
+
+
+class AddsToItTheSecondTime(Layer):
+    """The same call of the norm, from two places outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = Branch()
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h + self.branch(h)
+        h += self.branch(h)
+        return h.tanh()
+
+
+class GivesItToASequenceThatChangesIt(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.after = nn.Sequential(nn.Identity(), nn.ReLU(inplace=True), nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h * 1
+        normed = self.norm(h)
+        return normed * self.after(h)
+
+
+class ActivatesItByPosition(Layer):
+    def forward(self, h: Tensor) -> Tensor:
+        h = h * 1
+        normed = self.norm(h)
+        nn.functional.relu(h, True)
+        return (self.mlp(h) + normed).tanh()
+
+
 CHANGE_IT = (
     AddsToIt,
     AddsByAMethod,
@@ -212,6 +253,9 @@ CHANGE_IT = (
     GivesItToAnActivationThatChangesIt,
     GivesItToAFunctionThatChangesIt,
     ChangesItInAClosure,
+    AddsToItTheSecondTime,
+    GivesItToASequenceThatChangesIt,
+    ActivatesItByPosition,
 )
 
 

@@ -99,6 +99,58 @@ def test_a_gate_before_the_norm_is_refused() -> None:
     assert isinstance(read_rms_norm(cls, forward, gated=True), NotRead)
 
 
+LIMITS = (3.0, 10.0, 50.0, 1000.0)
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize(
+    "limited",
+    [
+        lambda x, most, weight, eps: weight * scaled(x.clamp(-most, most), eps).to(x.dtype),
+        lambda x, most, weight, eps: (
+            weight * (x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True).clamp(max=most) + eps)).to(x.dtype)
+        ),
+    ],
+    ids=["the input", "the variance"],
+)
+def test_a_norm_with_a_limit_is_none(limited: Any, limit: float) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return limited(x, limit, self.weight, self.eps)
+
+    cls = type("Limited", (nn.Module,), {"forward": forward})
+    assert isinstance(read_rms_norm(cls, forward, gated=False), NotRead)
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda gate, up, most: (F.silu(gate) * up).clamp(-most, most),
+        lambda gate, up, most: F.silu(gate.clamp(max=most)) * up,
+        lambda gate, up, most: F.silu(gate) * up.clamp(-most, most),
+    ],
+    ids=["the product", "the gate", "up"],
+)
+def test_a_feed_forward_with_a_limit_is_none(product: Any, limit: float) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.down(product(self.gate(x), self.up(x), limit))
+
+    assert isinstance(read_swiglu(type("Limited", (nn.Module,), {"forward": forward}), forward), NotRead)
+
+
+def test_a_forward_that_keeps_something_on_its_layer_is_left_alone() -> None:
+    def norm(self: Any, x: Tensor) -> Tensor:
+        self.seen = x
+        return self.weight * scaled(x, self.eps).to(x.dtype)
+
+    def mlp(self: Any, x: Tensor) -> Tensor:
+        self.kept = F.silu(self.gate(x)) * self.up(x)
+        return self.down(self.kept)
+
+    assert isinstance(read_rms_norm(type("Keeps", (nn.Module,), {"forward": norm}), norm, gated=False), NotRead)
+    assert isinstance(read_swiglu(type("Keeps", (nn.Module,), {"forward": mlp}), mlp), NotRead)
+
+
 def test_a_subclass_that_changes_the_arithmetic_is_read_anew(npu: torch.device) -> None:
     """Its class inherits the rebound forward; its own helper makes it something else."""
     import npu_patch

@@ -129,3 +129,13 @@ def test_checkpointed_layers_keep_nothing_more(reentrant: bool, npu: torch.devic
     assert len(gates) == 4
     errors = {name: relative_error(each.grad.cpu().double(), expected[name]) for name, each in model.named_parameters()}
     assert max(errors.values()) < 1e-6
+
+
+def test_a_consumer_that_changes_the_product_first_keeps_what_it_made_of_it() -> None:
+    gate, up, weight = (torch.randn(4, 4, requires_grad=True) for _ in range(3))
+    expected = torch.autograd.grad(((F.silu(gate) * up).mul(2.0) @ weight).sum(), (gate, up, weight))
+    product = F.silu(gate) * up
+    with recomputed(product, lambda gate, up: F.silu(gate) * up, gate, up):
+        result = product.mul_(2.0) @ weight
+    for found, wanted in zip(torch.autograd.grad(result.sum(), (gate, up, weight)), expected, strict=True):
+        assert torch.equal(found, wanted)

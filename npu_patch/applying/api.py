@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
@@ -78,7 +77,7 @@ def apply(
             STATE.reports.remove(report)
             raise
         report.outcomes = as_they_stand(report.outcomes, STATE.patched.values())
-        STATE.models += [] if model is None else [weakref.ref(model)]
+        STATE.note_model(model)
     tell(report)
     return report
 

@@ -51,6 +51,10 @@ class State:
             "an earlier apply() rebound stays as it was; call restore() first"
         ]
 
+    def note_model(self, model: torch.nn.Module | None) -> None:
+        if model is not None and not any(reference() is model for reference in self.models):
+            self.models.append(weakref.ref(model))
+
     def bound_since(self) -> list[str]:
         models = [model for reference in self.models if (model := reference()) is not None]
         return bound_since(self.patched.values(), models, self.unreached)

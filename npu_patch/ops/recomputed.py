@@ -27,11 +27,13 @@ def recomputed(product: Tensor, make: Callable[..., Tensor], *parts: Tensor) -> 
         yield
         return
     # Not the product itself, which the closures would keep.
-    device, memory = product.device, product.untyped_storage().data_ptr()
+    device, memory, version = product.device, product.untyped_storage().data_ptr(), product._version
     parts = tuple(part.detach() for part in parts)
 
     def pack(saved: Tensor) -> Any:
         if saved.device != device or saved.numel() == 0 or saved.untyped_storage().data_ptr() != memory:
+            return saved
+        if saved._version != version:  # a consumer has changed it in place
             return saved
         return saved.shape, saved.stride(), saved.storage_offset()
 

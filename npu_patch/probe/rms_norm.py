@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from npu_patch.probe.stand_in import Missing, StandIn
 
 WEIGHT, EPS = object(), object()  # what an attribute may stand for; each case puts its own value there
 EPS_VALUE = 0.03  # large enough that a forward that ignores it is far from every variant
+# Of what is normalized: limits that somebody sets lie far from 1.
+SCALES = (1.0, 1e3, 1e-2)
 SHAPE = (3, 5, 6)
 DTYPE_PAIRS = (  # of input and weight: a variant is also the dtype that it returns when the two differ
     (torch.float32, torch.float32),
@@ -137,9 +140,9 @@ class _Search:
 def _distance(cls: type, forward: Callable[..., Any], variant: RMSNormVariant, assignment: Mapping[str, Any]) -> float:
     worst = 0.0
     has_weight, gated = variant.gamma != "none", variant.gate is not None
-    for input_dtype, weight_dtype in DTYPE_PAIRS if has_weight else DTYPE_PAIRS[:2]:
-        observed_inputs = _inputs(input_dtype, weight_dtype, gated)
-        expected_inputs = _inputs(input_dtype, weight_dtype, gated)
+    for (input_dtype, weight_dtype), scale in product(DTYPE_PAIRS if has_weight else DTYPE_PAIRS[:2], SCALES):
+        observed_inputs = _inputs(input_dtype, weight_dtype, gated, scale)
+        expected_inputs = _inputs(input_dtype, weight_dtype, gated, scale)
         try:
             observed = _call(cls, forward, assignment, *observed_inputs)
         except Exception as error:
@@ -155,8 +158,8 @@ def _distance(cls: type, forward: Callable[..., Any], variant: RMSNormVariant, a
     return worst
 
 
-def _inputs(input_dtype: torch.dtype, weight_dtype: torch.dtype, gated: bool) -> list[Tensor]:
-    x = values(SHAPE, 1, input_dtype, grad=True)
+def _inputs(input_dtype: torch.dtype, weight_dtype: torch.dtype, gated: bool, scale: float = 1.0) -> list[Tensor]:
+    x = (values(SHAPE, 1) * scale).to(input_dtype).requires_grad_()
     weight = values(SHAPE[-1:], 2, weight_dtype, grad=True)
     return [x, weight, values(SHAPE, 3, input_dtype, grad=True)] if gated else [x, weight]
 

@@ -82,5 +82,9 @@ class StandIn:
         vars(self)[name] = value
         return value
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What a forward keeps on its layer, somebody will look for there."""
+        raise AttributeError(f"it keeps something under {name!r}")
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError("a stand-in is not a module")

@@ -24,6 +24,8 @@ from npu_patch.numerics.values import values
 from npu_patch.ops.readings import NotRead
 from npu_patch.probe.stand_in import Missing, StandIn
 
+# Of what the projections answer: limits that somebody sets lie far from 1.
+SCALES = (1.0, 100.0, 1e4)
 SHAPE = (3, 5, 6)
 
 
@@ -57,8 +59,8 @@ def read_swiglu(
 ) -> SwiGLUReading | NotRead:
     """Runs `forward(self, x)` on a stand-in for an instance of `cls`, with its plain `attributes` where it is known."""
     with quiet_room():
-        for dtype, training in product((torch.float32, torch.bfloat16), (True, False)):
-            reading = _read(cls, forward, attributes, dtype, training)
+        for dtype, training, scale in product((torch.float32, torch.bfloat16), (True, False), SCALES):
+            reading = _read(cls, forward, attributes, dtype, training, scale)
             if isinstance(reading, NotRead):
                 break
         return reading
@@ -82,7 +84,12 @@ def computes_silu(activation: Callable[[Tensor], Tensor]) -> bool:
 
 
 def _read(
-    cls: type, forward: Callable[..., Any], attributes: Mapping[str, Any] | None, dtype: torch.dtype, training: bool
+    cls: type,
+    forward: Callable[..., Any],
+    attributes: Mapping[str, Any] | None,
+    dtype: torch.dtype,
+    training: bool,
+    scale: float,
 ) -> SwiGLUReading | NotRead:
     calls: list[Call] = []
     x = values(SHAPE, 31, dtype, grad=True)
@@ -93,7 +100,8 @@ def _read(
             raise Missing(name)
 
         def record(given: Tensor) -> Tensor:
-            answered = values(given.shape, 40 + len(calls), given.dtype, grad=True)
+            numbers = values(given.shape, 40 + len(calls)) * scale
+            answered = numbers.to(given.dtype).requires_grad_()
             calls.append(Call(name, given, answered))
             return answered
 

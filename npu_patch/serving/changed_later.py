@@ -28,17 +28,17 @@ CALLS_OF_MODULES = (torch.nn.Module._call_impl.__code__, torch.nn.Module._wrappe
 NO_MODELS = frozenset(("npu_patch", *sys.stdlib_module_names))
 COMPUTE_ANEW = (torch.nn.Linear, torch.nn.Embedding, torch.nn.LayerNorm, torch.nn.modules.conv._ConvNd)
 DEEPEST = 3  # of calls within calls that are looked into
+CallIn = tuple[int, int]  # the id of a code, and which of its instructions calls
+Ways = dict[CallIn, list[tuple[tuple[CallIn, ...], "str | None"]]]  # by their first call
 
 
 @dataclass
 class Callers:
-    """Of the layers of one class, by layer and by the call that reached it: why what it is given must be kept, or
-    None. Codes are held, for their ids are the keys."""
+    """Of the layers of one class, by layer and by the way that led to it, as far outwards as it was read: why what it
+    is given must be kept, or None. Codes are held, for their ids are the keys."""
 
-    known: WeakKeyDictionary[torch.nn.Module, dict[tuple[int, int], str | None]] = field(
-        default_factory=WeakKeyDictionary
-    )
-    of_others: dict[tuple[int, int], str | None] = field(default_factory=dict)  # what passes for a layer
+    known: WeakKeyDictionary[torch.nn.Module, Ways] = field(default_factory=WeakKeyDictionary)
+    of_others: Ways = field(default_factory=dict)  # what passes for a layer
     sources: dict[int, tuple[CodeType, Source | None]] = field(default_factory=dict)
     effects: dict[Any, Effect | None] = field(default_factory=dict)
     _later: dict[Any, Later | None] = field(default_factory=dict)
@@ -46,20 +46,22 @@ class Callers:
     def why_changed_later(self, layer: Any, given: Iterable[Any], result: bool = False) -> str | None:
         """Of what is `given` to the call that two frames from here answer, or of its `result`. `layer`: whose call it
         is; its callers are always asked for the same."""
-        frame = sys._getframe(2)
-        while frame is not None and not _is_caller(frame):
-            frame = frame.f_back
+        frame = _next_caller(sys._getframe(2))
         if frame is None:
             return None
         of_layer = self.known.setdefault(layer, {}) if isinstance(layer, torch.nn.Module) else self.of_others
-        key = (id(frame.f_code), frame.f_lasti)
-        if key not in of_layer:
-            self._source(frame.f_code)  # holds the code
-            of_layer[key] = self._read(sys._getframe(2), list(given), result)
-        return of_layer[key]
+        ways = of_layer.setdefault(_call_in(frame), [])
+        for way, why in ways:
+            if _leads(frame, way):
+                return why
+        way: list[CallIn] = []
+        why = self._read(sys._getframe(2), list(given), result, way)
+        ways.append((tuple(way), why))
+        return why
 
-    def _read(self, frame: FrameType | None, given: Sequence[Any], returned: bool) -> str | None:
-        """Outwards: from call to call, as long as the caller has what is given, as an argument or as a result."""
+    def _read(self, frame: FrameType | None, given: Sequence[Any], returned: bool, way: list[CallIn]) -> str | None:
+        """Outwards: from call to call, as long as the caller has what is given, as an argument or as a result. Each is
+        noted in `way`."""
         closed_over: tuple[str, ...] = ()
         while True:
             between: list[FrameType] = []
@@ -68,6 +70,8 @@ class Callers:
                 frame = frame.f_back
             if frame is None:
                 return None
+            self._source(frame.f_code)  # holds the code
+            way.append(_call_in(frame))
             arguments = _arguments_with(between, given) if given else ()
             if arguments == () and not returned and not closed_over:
                 return None
@@ -135,7 +139,20 @@ class _Effects:
             return Effect(frozenset(), frozenset())
         if getattr(found, "inplace", False) is True:
             return Effect(frozenset([0, "input"]), frozenset([0, "input"]))
+        if isinstance(found, torch.nn.Sequential):
+            return self._of_sequence(list(found))
         return self._of(innermost(type(found).forward), True, found)
+
+    def _of_sequence(self, modules: Sequence[torch.nn.Module]) -> Effect:
+        """What it is given goes on as long as a module may return it, as one of which nothing is known may."""
+        changes = False
+        for module in modules:
+            effect = self._of_module(module) or Effect(frozenset(), frozenset([0]))
+            changes = changes or 0 in effect.changes
+            if 0 not in effect.returns:
+                return Effect(frozenset([0, "input"] if changes else ()), frozenset())
+        both = frozenset([0, "input"])
+        return Effect(both if changes else frozenset(), both)
 
     def _of(self, function: Any, bound: bool, module: torch.nn.Module | None) -> Effect | None:
         if not isinstance(function, FunctionType) or self.depth == DEEPEST or not _is_own(function.__module__ or ""):
@@ -157,6 +174,26 @@ def _joined(effects: Sequence[Effect | None]) -> Effect | None:
 def _kinds(module: torch.nn.Module | None) -> tuple[type, ...]:
     """What decides which code a module's code calls."""
     return () if module is None else (type(module), *map(type, module.children()))
+
+
+def _call_in(frame: FrameType) -> CallIn:
+    return id(frame.f_code), frame.f_lasti
+
+
+def _next_caller(frame: FrameType | None) -> FrameType | None:
+    """From `frame` outwards."""
+    while frame is not None and not _is_caller(frame):
+        frame = frame.f_back
+    return frame
+
+
+def _leads(frame: FrameType | None, way: Sequence[CallIn]) -> bool:
+    """Whether the callers from `frame` outwards are those of `way`, as far as that goes."""
+    for call in way:
+        if frame is None or _call_in(frame) != call:
+            return False
+        frame = _next_caller(frame.f_back) if len(way) > 1 else None
+    return True
 
 
 def _is_caller(frame: FrameType) -> bool:

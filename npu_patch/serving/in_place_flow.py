@@ -20,6 +20,11 @@ Objects = frozenset[Any]
 NOTHING: Objects = frozenset()
 NO_MEMORY = ("shape", "dtype", "device", "ndim", "size", "dim", "numel", "item", "tolist")  # of the tensor's own
 FILLS = ("append", "extend", "insert", "update", "add")  # a collection
+# Of torch.nn.functional, those that may be given `inplace` by position.
+TAKE_INPLACE = (
+    *("relu", "relu6", "elu", "selu", "celu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu"),
+    *("rrelu", "threshold", "dropout", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d"),
+)
 NEW_MEMORY = ("clone", "cat", "stack", "matmul", "bmm", "embedding", "linear")  # and *_like, new_*
 
 
@@ -404,6 +409,8 @@ class _Flow:
         first = _of(given, (0, "input"))
         if name.endswith("_") and not name.endswith("__") and name != "requires_grad_":
             self._change(first if owner is None else owner, state, node)
+        if name in TAKE_INPLACE and any(isinstance(each, ast.Constant) and each.value is True for each in node.args):
+            self._change(first, state, node)
         for keyword in node.keywords:
             if keyword.arg == "out":
                 self._change(_of(given, ("out",)), state, node)
