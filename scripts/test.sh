@@ -12,6 +12,8 @@ python_files=(setup.py npu_patch scripts tests) # not the examples in README.md,
 "$python" -m ruff format --check "${python_files[@]}"
 if [[ $# == 0 ]]; then
     scripts/test_matrix.sh --ci # other versions of transformers
+    # On the simulated NPU with memory that is NaN until it is written.
+    NPU_PATCH_SIMULATOR_POISON=1 "$python" -m pytest -n 2 tests/test_parity.py
 fi
 # loadfile: the tests of one file share its models and its simulated device.
 exec "$python" -m pytest -n 2 --dist loadfile "$@"
