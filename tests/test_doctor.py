@@ -275,7 +275,7 @@ def test_cann_is_found_without_loading_it(tmp_path: Path) -> None:
 
 
 def test_the_table_of_operators_is_what_the_ops_call() -> None:
-    sources = "".join(file.read_text() for file in Path("npu_patch/ops").glob("*.py"))
+    sources = "".join(file.read_text() for file in Path("npu_patch/ops").rglob("*.py"))
     called = set(re.findall(r"torch\.ops\.npu\.(npu_\w+)", sources)) | set(re.findall(r'"(npu_\w+)"', sources))
     assert called == set(OPERATORS)
 

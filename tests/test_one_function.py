@@ -266,7 +266,7 @@ def test_a_tuning_file_chooses_by_sizes_and_not_by_who_watches() -> None:
     assert len(signatures) == 1
 
 
-DECIDING = ("ops", "patches", "kernels", "selection.py", "tuning.py", "deferred_norm.py", "deferred_sum.py")
+DECIDING = ("ops", "patches", "kernels", "serving", "waiting", "measuring/tuning.py")
 WATCHES = re.compile(r"is_grad_enabled|is_inference_mode_enabled|\.requires_grad\b(?!_)|\.training\b")
 # What looks at it, and why it may.
 MAY = {
@@ -275,8 +275,6 @@ MAY = {
     "patches/attention/sdpa.py": "a mask that is trained is split anew, in the same way",
     "patches/attention/patch.py": "a copy of a result that is changed in place, and that a backward has kept",
     "patches/rms_norm.py": "a copy of an input that is changed in place, and that a backward will need",
-    "patches/patch.py": "what was observed of a layer that trains, and of one that does not",
-    "patches/experts/kind.py": "the same",
 }
 
 
