@@ -384,7 +384,7 @@ def test_heads_are_measured_as_they_are_rotated(
         measured.append(case)
         return Measured(seconds=1.0 if alternative.name == "triton" else 2.0)
 
-    monkeypatch.setattr(implementation, "is_simulated", lambda: False)  # which has no times
+    monkeypatch.setattr(implementation, "is_simulated", lambda *_: False)  # which has no times
     monkeypatch.setattr(measurer, "measure", measure)
     monkeypatch.setenv("TWINKLE_NPU_TRITON_CACHE", str(tmp_path / "times.json"))
     model = built(family).to(npu)
