@@ -21,7 +21,7 @@ FLOORS = (
     ("probe", "measuring"),
     ("patches",),
     ("applying",),
-    ("commands",),
+    ("commands", "lifecycle", "tuning"),  # the last two are former places, for scripts that know them
 )
 LOOSE_FILES = 8
 
