@@ -93,8 +93,12 @@ def test_an_operator_called_with_heads_that_wait_for_their_norm_is_not_measured_
 @pytest.mark.parametrize("model_type", ["clip", "t5"])
 def test_tiny_models_of_text_encoders_and_of_encoder_decoders_take_a_step(model_type: str) -> None:
     model = tiny_model(model_type)
-    _, step = lora_step(model, batch_for(model, length=5))
+    adapted, step = lora_step(model, batch_for(model, length=5))
+    before = {name: each.detach().clone() for name, each in adapted.named_parameters()}
     step()
+    changed = {name for name, each in adapted.named_parameters() if not torch.equal(each, before[name])}
+    assert any("lora_B" in name for name in changed)  # zero before, so no decay of weights moves it
+    assert all("lora_" in name for name in changed)
 
 
 def test_an_operator_that_raises_is_named_and_the_others_are_measured(

@@ -28,7 +28,7 @@ class OncePerTensor:
         self._kept = WeakTensorKeyDictionary()
 
     def of(self, tensors: tuple[Tensor, ...], make: Callable[[], Value]) -> Value:
-        versions = tuple(_version(tensor) for tensor in tensors)
+        versions = tuple(version_of(tensor) for tensor in tensors)
         if None in versions:  # made in inference mode: a write would go unnoticed
             return made_apart(make)
         first, *others = tensors
@@ -49,11 +49,11 @@ class OncePerTensor:
     def keep(self, tensors: tuple[Tensor, ...], value: Any) -> None:
         first, *others = tensors
         references = [TensorWeakRef(other) for other in others]
-        self._kept[first] = (tuple(_version(tensor) for tensor in tensors), references, value)
+        self._kept[first] = (tuple(version_of(tensor) for tensor in tensors), references, value)
 
     def known(self, tensor: Tensor) -> Any | None:
         kept = self._kept.get(tensor)
-        return kept[2] if kept is not None and kept[0] == (_version(tensor),) else None
+        return kept[2] if kept is not None and kept[0] == (version_of(tensor),) else None
 
 
 def made_apart(make: Callable[[], Value]) -> Value:
@@ -64,7 +64,8 @@ def made_apart(make: Callable[[], Value]) -> Value:
         return make()
 
 
-def _version(tensor: Tensor) -> int | None:
+def version_of(tensor: Tensor) -> int | None:
+    """How often it was written to; None where nobody counts, in inference mode."""
     return None if tensor.is_inference() else tensor._version
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from npu_patch.ops.readings import NotRead, RMSNormReading, RoPEReading
 from npu_patch.ops.rms_norm import RMSNormVariant
 from npu_patch.serving.calls import Calls
+from npu_patch.serving.once_per_step import version_of
 
 
 class Abandoned(Exception):
@@ -35,7 +36,7 @@ class DeferredHeads:
         self, norm: torch.nn.Module, x: Tensor, weight: Tensor | None, eps: float, variant: RMSNormVariant
     ) -> None:
         self.norm, self.x, self.weight, self.eps, self.variant = norm, x, weight, eps, variant
-        self.version = _version(x)
+        self.version = version_of(x)
 
     def transpose(self, first: int, second: int) -> DeferredHeads:
         """Of the dimensions 1 and 2, which no norm over the last one touches."""
@@ -46,7 +47,7 @@ class DeferredHeads:
 
     def check(self) -> None:
         """The norm is that of x as it was given."""
-        if _version(self.x) != self.version:
+        if version_of(self.x) != self.version:
             raise Abandoned("what q or k was normalized from is changed in place before the rotation")
 
     def __getattr__(self, name: str) -> Any:
@@ -55,10 +56,6 @@ class DeferredHeads:
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise Abandoned(f"q or k goes through {getattr(function, '__name__', function)} after its norm")
-
-
-def _version(x: Tensor) -> int | None:
-    return None if x.is_inference() else x._version
 
 
 Rotate = Callable[[RoPEReading, DeferredHeads, DeferredHeads, Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -161,16 +161,25 @@ def test_is_refused(operator: str, call: Callable[[], Any], words: str) -> None:
     assert words in message
 
 
-def test_what_the_limits_allow(npu: torch.device) -> None:
-    """The nearest allowed neighbours of some of the refusals above."""
-    rope((2, 36, 9, 32), (1, 1, 9, 32))
-    rope((2, 37, 9, 32), (2, 1, 9, 32))
-    rope((1, 100, 9, 32), (1, 1, 9, 32))
-    rope((2, 100, 1, 32), (1, 1, 1, 32))
-    rope((2, 3, 441, 12), (1, 1, 441, 12))
-    rope((2, 3, 9, 896), (2, 1, 9, 896))
-    norm(ones(8, 3, dtype=BF16).t(), ones(8))
-    attend(atten_mask=triangle(), sparse_mode=2)
-    packed([4, 4, 9], [4, 5, 9])
-    gmm(groups=(0, 4))
-    gmm(x=ones(0, 5), groups=(0, 0))
+TURNED = [0.0, 2.0]  # halves of a head of ones, rotated with ones
+
+# The nearest allowed neighbours of some of the refusals above, all of ones: call, the different values of its answer.
+ALLOWED: dict[str, tuple[Callable[[], Any], list[float]]] = {
+    "rope: 36 of 1": (lambda: rope((2, 36, 9, 32), (1, 1, 9, 32)), TURNED),
+    "rope: 37 of each": (lambda: rope((2, 37, 9, 32), (2, 1, 9, 32)), TURNED),
+    "rope: one of 100": (lambda: rope((1, 100, 9, 32), (1, 1, 9, 32)), TURNED),
+    "rope: 100 alone": (lambda: rope((2, 100, 1, 32), (1, 1, 1, 32)), TURNED),
+    "rope: long": (lambda: rope((2, 3, 441, 12), (1, 1, 441, 12)), TURNED),
+    "rope: wide": (lambda: rope((2, 3, 9, 896), (2, 1, 9, 896)), TURNED),
+    "norm: strided": (lambda: norm(ones(8, 3, dtype=BF16).t(), ones(8))[0], [1.0]),
+    "attention: compressed mask": (lambda: attend(atten_mask=triangle(), sparse_mode=2)[0], [1.0]),
+    "attention: an empty sequence": (lambda: packed([4, 4, 9], [4, 5, 9])[0], [1.0]),
+    "grouped matmul: an empty group": (lambda: gmm(groups=(0, 4))[0], [5.0]),
+    "grouped matmul: no rows": (lambda: gmm(x=ones(0, 5), groups=(0, 0))[0], []),
+}
+
+
+@pytest.mark.parametrize("what", ALLOWED)
+def test_what_the_limits_allow_is_computed(what: str) -> None:
+    call, values = ALLOWED[what]
+    assert call().float().cpu().round(decimals=4).unique().tolist() == values

@@ -8,7 +8,6 @@ faster, timed as it will be called: three quarters of its samples below three qu
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,10 +47,8 @@ class Tuned:
 
 def run(options: argparse.Namespace) -> Result:
     output_file("--output", options.output)
-    if TUNE in os.environ:
-        raise CommandError(
-            f"{TUNE}={os.environ[TUNE]!r} is set: unset it, so that nothing is tuned before it is measured"
-        )
+    if (tune := resolve().tune) is not None:
+        raise CommandError(f"{TUNE}={tune!r} is set: unset it, so that nothing is tuned before it is measured")
     if options.samples < FEWEST:
         raise CommandError(f"--samples {options.samples}: accepted are numbers from {FEWEST}, which have quartiles")
     device, model, batch = prepared(options)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RuleCall:
-    """The gated delta rule; shapes as in gated_delta_rule.py. Returns the output and the final states or None.
+    """The gated delta rule; shapes as in rule.py. Returns the output and the final states or None.
 
     `bounds_on_host()` reads cu_seqlens on the host, at most once per step.
     """

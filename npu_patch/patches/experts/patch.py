@@ -1,5 +1,5 @@
 """Experts: every layer whose experts are packed into one weight each, by transformers' experts registry; and those that
-ask no registry, by their own forward (experts_packed.py, experts_looped.py).
+ask no registry, by their own forward (packed.py, looped.py).
 
 Rebinds    `ExpertsInterface['grouped_mm']` and `['batched_mm']`, which every registered experts class looks up at call
            time and between which generation switches; `forward` of unregistered classes; in transformers 4 `forward` or
