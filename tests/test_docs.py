@@ -53,6 +53,38 @@ def test_what_a_document_names_exists(document: Path, existing_tests: set[str]) 
     assert (absent_paths(document, text), absent_tests(text, existing_tests)) == ([], [])
 
 
+OF_OTHERS = {"train.py", "script.py", "runtime/interpreter.py"}  # a user's, and triton's
+
+
+def absent_files(file: Path, text: str) -> list[str]:
+    """Names of files in `text`, found neither beside `file` nor from the package or the repository."""
+    named = set(re.findall(r"(?<![\w./*{}-])(?:\w+/)*\w+\.py\b", text)) - OF_OTHERS
+    beside = (file.parent, ROOT / "npu_patch", ROOT)
+    return sorted(name for name in named if not any((folder / name).exists() for folder in beside))
+
+
+def test_files_that_the_package_names_exist() -> None:
+    package = ROOT / "npu_patch"
+    missing = {
+        str(file.relative_to(package)): absent
+        for file in sorted(package.rglob("*.py"))
+        if (absent := absent_files(file, file.read_text(encoding="utf-8")))
+    }
+    assert missing == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("the algebra is in chunks.py", []),
+        ("see probe/experts.py and npu_patch/log.py, run by train.py", []),
+        ("in gated_delta_chunks.py; ops/rule.py", ["gated_delta_chunks.py", "ops/rule.py"]),
+    ],
+)
+def test_a_file_that_moved_is_missed(text: str, expected: list[str]) -> None:
+    assert absent_files(ROOT / "npu_patch" / "ops" / "gated_delta" / "rule.py", text) == expected
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

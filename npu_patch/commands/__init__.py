@@ -1,6 +1,6 @@
 """python -m npu_patch: what an installation, a model family or a device gives, asked from a terminal.
 
-Each command has a folder, whose command.py has `run(options) -> Result`, and its arguments in console/arguments.py;
+Each command has a folder, whose `command` has `run(options) -> Result`, and its arguments in console/arguments.py;
 this file reads the command line and turns a result into text or JSON on stdout and an exit code:
 
     0   everything is fine

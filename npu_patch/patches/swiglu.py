@@ -30,7 +30,7 @@ from npu_patch.serving.bypassed import MODULE_CALL, SILU, Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import Case
 from npu_patch.serving.listeners import listener
-from npu_patch.serving.replacement import Unfused, Unserved, bind, replacement_for
+from npu_patch.serving.replacement import Unfused, Unserved, replacement_for, tensors_on
 from npu_patch.sites.sites import (
     CHECKPOINTING_LAYER,
     LiveModules,
@@ -72,12 +72,10 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
     dispatch = context.dispatch(lambda live: _cases(cls, found, live), _key_of)
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
-        bound = bind(names, args, kwargs)
-        if bound is None or not isinstance(bound[0], Tensor):
-            return Unserved("arguments that are no tensors")
+        bound = tensors_on(device_type, names, args, kwargs)
+        if isinstance(bound, Unserved):
+            return bound
         (x,) = bound
-        if x.device.type != device_type:
-            return Unserved(f"input on {x.device.type}")
         reading = readings.of(self)
         if isinstance(reading, NotRead):
             return Unserved(reading.reason)

@@ -91,6 +91,18 @@ def are_tensors(values: Iterable[Any]) -> bool:
     return not [value for value in values if not isinstance(value, Tensor)]  # all() costs the host twice as much
 
 
+def tensors_on(
+    device_type: str, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[Tensor] | Unserved:
+    """The arguments in the order of `names`, where all are tensors and the first of them is on such a device."""
+    bound = bind(names, args, kwargs)
+    if bound is None or not are_tensors(bound):
+        return Unserved("arguments that are no tensors")
+    if bound[0].device.type != device_type:
+        return Unserved(f"input on {bound[0].device.type}")
+    return bound
+
+
 def bind(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any] | None:
     """The arguments in the order of `names`, None for one not given; None if they do not fit."""
     if len(args) == len(names) and not kwargs:

@@ -1,6 +1,6 @@
 """What a simulated process starts is simulated too: spawned workers, DataLoaders, torchrun, compile workers.
 
-The options travel in an environment variable, and `children/`, first on PYTHONPATH, holds a sitecustomize.py that waits
+The options travel in an environment variable, and `children/`, first on PYTHONPATH, has a sitecustomize that waits
 for the import of torch. Not reached: processes started with `python -I`, `-E` or `-S`, or with an environment of their
 own.
 """

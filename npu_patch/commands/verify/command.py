@@ -1,6 +1,7 @@
 """verify: on the user's own device, each patched op and then the whole model against float64, forward and gradients.
 
-Bars: verify_bars.py. A site that is patched, that the model has a use for, and that no forward reached is a failure.
+Bars: commands/replay/bars.py. A site that is patched, that the model has a use for, and that no forward reached is a
+failure.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ everything else, come of one triangular inverse T = (I + strictly lower(beta k k
 
 which is linear in S: S' = M S + R with X = K^T T, M = exp(c_C) I - X beta exp(c) k and R = X beta v, so M and R of all
 chunks are made at once and the states by a scan (chunk_scan.py). Only differences of c that are not positive are ever
-exponentiated. How q and k are normalized in passing: gated_delta_chunks.py.
+exponentiated. How q and k are normalized in passing: chunks.py.
 
 The backward follows from dV = (q k^T D)^T do + K dS' and Y = T^T dV, the gradient of E: the gradient of the inverse is
 dT = dV E^T, so that of I + A is -T^T dT T^T = -Y V^T, and no product with T is left. The state's is

@@ -1,4 +1,4 @@
-"""What the chunks of the gated delta rule have before any state is known; the algebra is in gated_delta_algebra.py.
+"""What the chunks of the gated delta rule have before any state is known; the algebra is in algebra.py.
 
 Normalizing costs no pass over q or k. If the algebra is to hold for k / |k|, then V / |k| obeys the same equations with
 k itself, beta / |k|² in place of beta and (beta / |k|) v of beta v; and 1 / |q| is a factor of rows, as exp(c) is. So q

@@ -1,6 +1,6 @@
 """The gated delta rule of linear attention (https://arxiv.org/abs/2412.06464), over chunks and token by token.
 
-The algebra is in gated_delta_algebra.py. Arguments are named and laid out as in flash-linear-attention and in
+The algebra is in algebra.py. Arguments are named and laid out as in flash-linear-attention and in
 transformers: q and k `[B, T, Hk, K]`, v `[B, T, Hv, V]`, g (the logarithm of the decay, at most 0) and beta
 `[B, T, Hv]`, states `[B, Hv, K, V]`; Hk divides Hv, and value head h has key head h // (Hv / Hk).
 """

@@ -1,4 +1,4 @@
-"""Blocks of transformers 4 that loop over a ModuleList of feed-forward layers. Part of the patch in experts.py.
+"""Blocks of transformers 4 that loop over a ModuleList of feed-forward layers. Part of the patch in patch.py.
 
 Rebinds    `forward` of blocks that choose experts by softmax (mixtral, qwen, olmoe, jamba, hunyuan ...), `moe` of those
            that are given the choice (deepseek, glm4_moe, dots1, longcat_flash).
@@ -31,7 +31,7 @@ from npu_patch.serving.bypassed import LINEAR, MODULE_CALL, SILU, Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.dispatch import Dispatch
 from npu_patch.serving.listeners import listener, listener_among
-from npu_patch.serving.replacement import Unserved, bind, replacement_for
+from npu_patch.serving.replacement import Unserved, bind, replacement_for, tensors_on
 from npu_patch.sites.sites import Site, forwards, innermost, is_checkpointing_layer, parameter_names
 
 METHOD = "moe"
@@ -68,11 +68,9 @@ def _replace_method(site: Site, context: Context) -> Replacement | NotRead:
     dispatch = context.dispatch(lambda live: checks(map(layers.experts_if_plain, live.of(site.owner))), key_of)
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
-        bound = bind(names, args, kwargs)
-        if bound is None or not all(isinstance(value, Tensor) for value in bound):
-            return Unserved("arguments that are no tensors")
-        if bound[0].device.type != context.device_type:
-            return Unserved(f"input on {bound[0].device.type}")
+        bound = tensors_on(context.device_type, names, args, kwargs)
+        if isinstance(bound, Unserved):
+            return bound
         return _run(dispatch, calls, layers, self, *bound)
 
     bypassed = Bypassed.by(site.original, LINEAR, SILU, MODULE_CALL)

@@ -1,5 +1,5 @@
 """Experts in packed weights whose forward asks no registry: step3p7, longcat_flash, and in transformers 4 gpt_oss and
-qwen3_vl_moe with arguments in an order of their own. Part of the patch in experts.py.
+qwen3_vl_moe with arguments in an order of their own. Part of the patch in patch.py.
 
 Which argument is what, how the weights are stored and what the gate is, is observed; see probe/experts.py.
 """
@@ -23,7 +23,7 @@ from npu_patch.probe.readings import Readings
 from npu_patch.serving.bypassed import SILU, Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.listeners import listener_among
-from npu_patch.serving.replacement import Unserved, bind, replacement_for
+from npu_patch.serving.replacement import Unserved, replacement_for, tensors_on
 from npu_patch.sites.sites import LiveModules, Site, forwards, parameter_names
 
 # Settings that the gates of probe/experts.py read, for observing a class of which there is no instance yet.
@@ -63,11 +63,9 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
     dispatch = context.dispatch(lambda live: checks(live_experts(live)), key_of)
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
-        bound = bind(names, args, kwargs)
-        if bound is None or not all(isinstance(value, Tensor) for value in bound):
-            return Unserved("arguments that are no tensors")
-        if bound[0].device.type != context.device_type:
-            return Unserved(f"input on {bound[0].device.type}")
+        bound = tensors_on(context.device_type, names, args, kwargs)
+        if isinstance(bound, Unserved):
+            return bound
         reading = readings.of(self)
         if isinstance(reading, NotRead):
             return Unserved(reading.reason)

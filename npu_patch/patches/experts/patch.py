@@ -33,7 +33,7 @@ from npu_patch.probe.experts import SETTINGS, Convention, ExpertsReading, declar
 from npu_patch.probe.readings import Readings
 from npu_patch.serving.bypassed import SILU, Bypassed
 from npu_patch.serving.calls import Calls
-from npu_patch.serving.replacement import Unserved, bind, replacement_for
+from npu_patch.serving.replacement import Unserved, replacement_for, tensors_on
 from npu_patch.sites.sites import LiveModules, Site, forwards, innermost
 
 DOORS = ("grouped_mm", "batched_mm")
@@ -86,12 +86,9 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
     dispatch = context.dispatch(lambda live: checks(live_experts(live)), key_of)
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
-        bound = bind(ARGUMENTS, args, kwargs)
-        if bound is None or not all(isinstance(value, Tensor) for value in bound):
-            return Unserved("arguments that are no tensors")
-        tokens, indices, router_weights = bound
-        if tokens.device.type != context.device_type:
-            return Unserved(f"input on {tokens.device.type}")
+        bound = tensors_on(context.device_type, ARGUMENTS, args, kwargs)
+        if isinstance(bound, Unserved):
+            return bound
         reading = READINGS.of(self)
         if isinstance(reading, NotRead):
             return Unserved(reading.reason)
@@ -99,7 +96,7 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
         if heard is not None:
             return Unserved(heard)
         experts = experts_of(self, reading)
-        result = route(dispatch, calls, tokens, indices, router_weights, experts)
+        result = route(dispatch, calls, *bound, experts)
         return Unserved(result) if isinstance(result, str) else result
 
     def observe(layer: torch.nn.Module) -> None:

@@ -2,14 +2,14 @@
 
 Rebinds    functions of modeling files, which layers look up at call time (transformers >= 5.15) or keep when they are
            made (<= 5.14); the functions that live layers of the given model have kept; and the convolution that those
-           layers otherwise compute inline (gated_delta_door.py). Convolutions of other families are the same function.
+           layers otherwise compute inline (inline_convolution.py). Those of other families are the same function.
 To         MindSpeed's or fla's kernels where they are installed, take the call and pass a check on the device before
            their first use; else the chunked rule of ops/gated_delta/rule.py and ops/gated_delta/causal_conv1d.py.
 Not when   the function decays every channel by its own gate (Kimi delta attention), or computes something else. The
            gates `g` and `beta` are computed inside the layer's forward, among its projections, and stay: no function
            there can be rebound. A call falls through for tensors on another device, subclasses and compilation.
 Packing    `cu_seqlens` and `seq_idx` are honoured; a call that would run packed sequences into each other raises, as
-           does a model given packed sequences of which these layers are not told (gated_delta_packing.py).
+           does a model given packed sequences of which these layers are not told (packing.py).
 Delete     when transformers has a registration point for these functions and an NPU implementation in it.
 """
 

@@ -1,4 +1,4 @@
-"""First on the PYTHONPATH of what a simulated process starts (inherit.py): simulates there, once torch is imported.
+"""First on the PYTHONPATH of what a simulated process starts (simulator/inherit.py): simulates there, once torch is.
 
 Nothing but this file is read until then, so that Python processes which never import torch cost nothing.
 """
