@@ -179,7 +179,8 @@ def test_the_report_needs_no_other_package() -> None:
 import sys
 for name in ("rich", "torch", "transformers"):
     sys.modules[name] = None
-from npu_patch.outcome import Outcome, Report
+from npu_patch.reporting.outcome import Outcome
+from npu_patch.reporting.report import Report
 report = Report("npu", [Outcome("rope", "m.rotate", "skipped", "no rope")])
 print(report, report.to_html(), report.json())
 """

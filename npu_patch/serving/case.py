@@ -11,23 +11,14 @@ from torch import Tensor
 
 FEW_TOKENS = 5
 
-
 # Relative to the largest element. Results are rounded once or twice; a wrong one is off by its own size.
 ALLOWED = {torch.float32: 1e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
-
-
 # Of operators that multiply matrices: a device may take float32 ones in parts of fewer bits.
 ALLOWED_OF_PRODUCTS = {**ALLOWED, torch.float32: 1e-3}
 
-
 OUT_OF_MEMORY = "no room on the device to measure it"
-
-
 DEVICE_LOST = "the device does not answer any more"
-
-
 ACCIDENTS = (OUT_OF_MEMORY, DEVICE_LOST)  # they say nothing of the next process
-
 
 Stopwatch = Callable[[Callable[[], Any]], float]
 
