@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from npu_patch.simulator import Refused
-from tests.gradients import in_float64, loss_and_gradients, relative_error
-from tests.tiny_models import FAMILIES, tiny, tiny_batch
+from tests.support.gradients import in_float64, loss_and_gradients, relative_error
+from tests.support.tiny_models import FAMILIES, tiny, tiny_batch
 
 pytestmark = pytest.mark.usefixtures("simulated")
 
