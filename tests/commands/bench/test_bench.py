@@ -13,11 +13,7 @@ import npu_patch
 from npu_patch import simulator
 from npu_patch.commands import main
 from npu_patch.commands.console.steps import Steps
-from npu_patch.commands.subject.lora_step import lora_step
-from npu_patch.commands.subject.models import batch_for
-from npu_patch.commands.subject.tiny_model import tiny_model
 from npu_patch.kernels import readiness
-from npu_patch.measuring.in_turns import in_turns
 
 NO_TRITON = readiness.why_not() if simulator.is_active() else "for the interpreter on the simulated NPU"
 needs_triton = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
@@ -60,22 +56,6 @@ def test_elsewhere_times_are_medians_with_their_spread(capsys: pytest.CaptureFix
         assert each["gain"] == pytest.approx(each["original"]["median"] / each["patched"]["median"])
 
 
-def test_samples_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, order = [0.0], []
-    monkeypatch.setattr("npu_patch.measuring.in_turns.time.perf_counter", lambda: now[0])
-
-    def form(name: str, seconds: list[float]) -> None:
-        order.append(name)
-        now[0] += seconds.pop(0) if len(seconds) > 1 else seconds[0]
-
-    slow, fast = [9.0] * 4 + [4.0, 1.0, 2.0, 3.0], [9.0] * 4 + [0.5]
-    forms = {"slow": lambda: form("slow", slow), "fast": lambda: form("fast", fast)}
-    found = in_turns(forms, torch.device("cpu"), samples=4)
-    assert order[-8:] == ["slow", "fast"] * 4
-    assert (found["slow"].low, found["slow"].median, found["slow"].high) == (1750.0, 2500.0, 3250.0)
-    assert found["fast"].median == 500.0 and found["fast"].peak is None
-
-
 @needs_triton
 @pytest.mark.usefixtures("two_cores")
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
@@ -88,17 +68,6 @@ def test_an_operator_called_with_heads_that_wait_for_their_norm_is_not_measured_
     assert {"qk_norm_rope", "rms_norm", "step"} <= {each["patch"] for each in results}
     assert "rope" not in {each["patch"] for each in results}
     assert not any(each["failure"] for each in results)
-
-
-@pytest.mark.parametrize("model_type", ["clip", "t5"])
-def test_tiny_models_of_text_encoders_and_of_encoder_decoders_take_a_step(model_type: str) -> None:
-    model = tiny_model(model_type)
-    adapted, step = lora_step(model, batch_for(model, length=5))
-    before = {name: each.detach().clone() for name, each in adapted.named_parameters()}
-    step()
-    changed = {name for name, each in adapted.named_parameters() if not torch.equal(each, before[name])}
-    assert any("lora_B" in name for name in changed)  # zero before, so no decay of weights moves it
-    assert all("lora_" in name for name in changed)
 
 
 def test_an_operator_that_raises_is_named_and_the_others_are_measured(
