@@ -22,6 +22,7 @@ from accelerate.utils import find_executable_batch_size
 import npu_patch
 from tests.applying.test_lifecycle import snapshot
 from tests.support.gradients import loss_and_gradients, relative_error
+from tests.support.parity import NEAR
 from tests.support.tiny_models import tiny, tiny_batch
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +36,7 @@ def nothing_left_applied() -> Iterator[None]:
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
-    assert {name: e for name in expected if (e := relative_error(found[name], expected[name])) >= 1e-6} == {}
+    assert {name: e for name in expected if (e := relative_error(found[name], expected[name])) >= NEAR} == {}
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -248,7 +249,7 @@ def test_weights_offloaded_to_the_cpu_run_on_the_npu(npu: torch.device) -> None:
         dispatch_model(model, device_map=device_map, main_device="npu:0")
         report = npu_patch.apply(model)
         found = model(input_ids=ids).logits.cpu()
-    assert relative_error(found, expected) < 1e-6
+    assert relative_error(found, expected) < NEAR
     assert not any(outcome.calls.fell_through for outcome in report if outcome.patch in ("rms_norm", "rope"))
     assert {parameter.device.type for parameter in model.model.layers[1].parameters()} == {"meta"}
 

@@ -27,6 +27,7 @@ from npu_patch.measuring import tuning
 from npu_patch.patches import rms_norm as rms_norm_patch
 from npu_patch.sites.sites import modules_of_model
 from tests.support.gradients import loss_and_gradients, relative_error
+from tests.support.parity import NEAR, apart
 from tests.support.tiny_models import tiny, tiny_batch
 
 
@@ -182,8 +183,7 @@ def test_apply_before_and_after_get_peft_model(when: str, npu: torch.device) -> 
     original = loss_and_gradients(model, tiny_batch())
     assert patched.keys() == original.keys()
     assert any("lora" in name for name in patched) and any("modules_to_save" in name for name in patched)
-    for name in original:
-        assert relative_error(patched[name], original[name]) < 1e-6, name
+    assert apart(patched, original) == {}
 
 
 @pytest.mark.parametrize("hooked", ["before apply", "after apply"])
@@ -204,9 +204,9 @@ def test_a_model_under_device_map_hooks_is_reached(hooked: str, npu: torch.devic
     assert all("_old_forward" in vars(layer) for layer in norms)
     found = loss_and_gradients(model, batch)
     assert ran(report, "rms_norm") == len(norms)
-    assert relative_error(found["loss"], expected["loss"]) < 1e-6
+    assert relative_error(found["loss"], expected["loss"]) < NEAR
     npu_patch.restore()
-    assert relative_error(loss_and_gradients(model, batch)["loss"], expected["loss"]) < 1e-6
+    assert relative_error(loss_and_gradients(model, batch)["loss"], expected["loss"]) < NEAR
     assert ran(report, "rms_norm") == len(norms)  # nothing of ours ran after restore()
 
 
@@ -238,8 +238,7 @@ def test_checkpointing_still_recomputes_and_gradients_agree(npu: torch.device) -
     layers = len(model.model.layers)
     assert ran(report, "swiglu") == 2 * layers
     assert ran(report, "rms_norm") == 2 * 4 * layers + 1
-    for name in expected:
-        assert relative_error(found[name], expected[name]) < 1e-6, name
+    assert apart(found, expected) == {}
 
 
 def test_no_forward_of_a_checkpointing_layer_is_assigned(npu: torch.device) -> None:
@@ -275,7 +274,7 @@ def test_a_cpu_copy_works_beside_the_patched_model(npu: torch.device) -> None:
     assert all(torch.equal(beside[name], expected[name]) for name in expected)
     reasons = {reason for outcome in report.patched for reason in outcome.calls.fell_through}
     assert "input on cpu" in reasons and all(reason.endswith("on cpu") for reason in reasons)
-    assert relative_error(loss_and_gradients(model, tiny_batch())["loss"], expected["loss"]) < 1e-6
+    assert relative_error(loss_and_gradients(model, tiny_batch())["loss"], expected["loss"]) < NEAR
 
 
 def test_a_family_imported_later_is_patched_when_it_is_imported(npu: torch.device) -> None:
@@ -414,8 +413,7 @@ def test_another_device_needs_restore_first(npu: torch.device) -> None:
         "triton": "serves npu, cuda only",
         "torch_npu.npu_rms_norm": "serves npu only",
     }
-    for name in expected:
-        assert relative_error(found[name], expected[name]) < 1e-6, name
+    assert apart(found, expected) == {}
 
 
 def test_sixty_layers_on_meta_take_under_a_second_and_no_random_number(npu: torch.device) -> None:
@@ -451,7 +449,7 @@ def test_apply_works_inside_other_contexts(where: str, npu: torch.device) -> Non
     assert not report.failed
     patched = loss_and_gradients(model, tiny_batch())
     npu_patch.restore()
-    assert relative_error(patched["loss"], loss_and_gradients(model, tiny_batch())["loss"]) < 1e-6
+    assert relative_error(patched["loss"], loss_and_gradients(model, tiny_batch())["loss"]) < NEAR
 
 
 class default_dtype:

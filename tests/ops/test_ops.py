@@ -15,6 +15,8 @@ from npu_patch import simulator
 from npu_patch.numerics import rotation
 from npu_patch.ops import rms_norm, rope, swiglu
 from npu_patch.serving.implementation import Implementation, choose
+from tests.support.gradients import relative_error
+from tests.support.parity import NEAR, RATIO
 
 HALF_DTYPES = [torch.bfloat16, torch.float16]
 
@@ -28,9 +30,9 @@ def check_against_float64(
     original: Callable[..., Any],
     inputs: Sequence[Tensor],
     npu: torch.device,
-    bar: float = 1.1,
+    bar: float = RATIO,
 ) -> None:
-    """Outputs and gradients: to 1e-6 in float32, and in half precision no further from float64 than `bar` times what
+    """Outputs and gradients: to NEAR in float32, and in half precision no further from float64 than `bar` times what
     the original is. Errors are norms over all elements."""
     seeds: dict[int, Tensor] = {}
 
@@ -50,8 +52,8 @@ def check_against_float64(
     found = run(served, None, npu)
     for index, (one, other, truth) in enumerate(zip(found, own, exact, strict=True)):
         assert one.dtype == other.dtype and one.shape == other.shape, index
-        error, own_error = ((tensor.double() - truth).norm() / truth.norm() for tensor in (one, other))
-        assert error <= (1e-6 if one.dtype == torch.float32 else 0) + bar * own_error, (index, error, own_error)
+        error, own_error = (relative_error(tensor.double(), truth) for tensor in (one, other))
+        assert error <= (NEAR if one.dtype == torch.float32 else 0) + bar * own_error, (index, error, own_error)
 
 
 @pytest.mark.parametrize("dtypes", itertools.product([torch.float32, *HALF_DTYPES], repeat=2), ids=str)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import itertools
-import math
-import statistics
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -29,8 +27,9 @@ from npu_patch.serving.implementation import choose
 from npu_patch.switches import resolve
 from npu_patch.waiting.heads import NORMS
 from npu_patch.waiting.sums import Addition, Deferred, DeferredBranch, DeferredSum
-from tests.support.gradients import in_float64, loss_and_gradients, relative_error, token_losses
+from tests.support.gradients import loss_and_gradients, relative_error
 from tests.support.own_layers import own_layer, own_modeling, run, same
+from tests.support.parity import NEAR, apart, assert_no_further_from_float64, why_unequal
 from tests.support.tiny_models import tiny, tiny_batch
 
 pytest.importorskip("triton")
@@ -74,43 +73,18 @@ def test_loss_and_every_gradient_in_float32(family: str, lora: bool, npu: torch.
     assert not report.failed
     assert ran(report) == 2, "once in each layer"
     assert not fell_through(report)
-    assert_near(patched, original, on_cpu, batch)
-
-
-def assert_near(
-    patched: dict[str, Tensor], original: dict[str, Tensor], model: nn.Module, batch: dict[str, Tensor]
-) -> None:
-    """To 1e-6; what float32 cannot tell so well is as near to float64 as the original's."""
-    assert patched.keys() == original.keys()
-    apart = [name for name in original if relative_error(patched[name], original[name]) >= 1e-6]
-    if apart:
-        exact = loss_and_gradients(in_float64(model), batch)
-        for name in apart:
-            assert relative_error(patched[name], exact[name]) < 5 * relative_error(original[name], exact[name]), name
+    assert why_unequal(on_cpu, batch, original, patched) is None
 
 
 def test_bfloat16_is_no_further_from_float64_than_the_original(npu: torch.device) -> None:
-    """At most 1.1 times, over several models of all families: see tests/training/test_parity.py."""
-    loss_errors = {"original": 0.0, "patched": 0.0}
-    ratios: list[float] = []
-    for family, seed in itertools.product(FAMILIES, range(2)):
-        model = built(family, seed=seed, **ALL_EXPERTS.get(family, {})).bfloat16()
-        batch = tiny_batch(length=9, seed=seed)
-        exact_model = in_float64(model)
-        exact, exact_losses = loss_and_gradients(exact_model, batch), token_losses(exact_model, batch["input_ids"])
-        model = model.to(npu)
-        errors: dict[str, list[float]] = {}
-        for which in ("original", "patched"):
-            with npu_patch.applied(model, triton=True, patch=which == "patched") as report:
-                found = loss_and_gradients(model, batch)
-                losses = token_losses(model, batch["input_ids"])
-            assert ran(report) == (4 if which == "patched" else 0)
-            loss_errors[which] += float((losses - exact_losses).square().sum())
-            errors[which] = [relative_error(found[name], exact[name]) for name in exact if exact[name].any()]
-        pairs = zip(errors["patched"], errors["original"], strict=True)
-        ratios += [mine / own for mine, own in pairs if own > 0]
-    assert math.sqrt(loss_errors["patched"] / loss_errors["original"]) < 1.1
-    assert statistics.geometric_mean(ratios) < 1.1
+    def check(report: Report, patched: bool) -> None:
+        assert ran(report) == (4 if patched else 0)
+
+    models = (
+        (built(family, seed=seed, **ALL_EXPERTS.get(family, {})).bfloat16(), tiny_batch(length=9, seed=seed))
+        for family, seed in itertools.product(FAMILIES, range(2))
+    )
+    assert_no_further_from_float64(models, npu, check, triton=True)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -128,7 +102,7 @@ def test_gradient_checkpointing_still_recomputes(family: str, use_reentrant: boo
     assert len(calls) == 2, "forward, and again in the backward"
     assert ran(report) == 4
     assert not fell_through(report)
-    assert_near(patched, expected, model, tiny_batch(length=5))
+    assert why_unequal(model, tiny_batch(length=5), expected, patched) is None
 
 
 @pytest.mark.parametrize("where", ["self_attn", "post_attention_layernorm"])
@@ -147,7 +121,7 @@ def test_hooks_see_tensors(kind: str, where: str, npu: torch.device) -> None:
     assert [type(each) for group in seen for each in (group if isinstance(group, tuple) else (group,))] == kinds
     assert ran(report) == 1
     assert fell_through(report) == {"hooks on it" if where == "self_attn" else f"hooks on {where}": 1}
-    assert max(relative_error(found[name], expected[name]) for name in expected) < 1e-6
+    assert apart(found, expected) == {}
 
 
 def test_hooks_on_all_modules_see_tensors(npu: torch.device) -> None:
@@ -215,7 +189,7 @@ def test_copies_and_models_made_later_are_served(when: str, npu: torch.device) -
         logits(model)
         copied = copy.deepcopy(model)
         del model
-        assert relative_error(logits(copied), expected) < 1e-6
+        assert relative_error(logits(copied), expected) < NEAR
         assert sum(each.calls.ran for each in fused(report) if "Llama" in each.site) == 4
 
 
@@ -245,7 +219,7 @@ def test_two_patches_of_one_forward_are_restored_exactly(apart: bool, npu: torch
             inner = vars(cls)["forward"]
             with npu_patch.applied(model, triton=True) as second:
                 assert vars(cls)["forward"] is not inner
-                assert relative_error(logits(model), expected) < 1e-6
+                assert relative_error(logits(model), expected) < NEAR
                 assert ran(second) == 4 and fused(second) == fused(first)
             assert vars(cls)["forward"] is inner
     else:
@@ -254,7 +228,7 @@ def test_two_patches_of_one_forward_are_restored_exactly(apart: bool, npu: torch
         again = npu_patch.apply(model, triton=True)
         assert vars(cls)["forward"] is forward
         assert fused(again) == fused(second)
-        assert relative_error(logits(model), expected) < 1e-6
+        assert relative_error(logits(model), expected) < NEAR
         assert ran(second) == 2
         npu_patch.restore()
     (other,) = [each for each in second.patched if each.patch == "qk_norm_rope"]
@@ -342,7 +316,7 @@ def test_what_is_not_known_falls_through(change: Callable[[nn.Module], None], re
     change(model)
     expected = logits(model)
     with npu_patch.applied(model, triton=True) as report:
-        assert relative_error(logits(model), expected) < 1e-6
+        assert relative_error(logits(model), expected) < NEAR
     assert fell_through(report) == {reason: 1}
     assert ran(report) == 1
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import npu_patch
-from tests.support.gradients import loss_and_gradients, relative_error
+from tests.support.gradients import loss_and_gradients
+from tests.support.parity import apart
 from tests.support.tiny_models import tiny, tiny_batch
 
 
@@ -83,7 +84,7 @@ def test_ligers_instance_patches_stay_and_are_said(npu: torch.device, monkeypatc
     assert "LigerRMSNorm.forward, which hides the class's" in said["rms_norm", len(forwards) - 2]
     assert "liger_swiglu_forward, which hides the class's" in said["swiglu", 2]
     assert {o.patch for o in report.patched if o.calls.ran} == {"rope", "attention"}
-    assert max(relative_error(found[name], expected[name]) for name in expected) < 1e-6
+    assert apart(found, expected) == {}
     npu_patch.restore()
     assert {name: vars(model.get_submodule(name))["forward"] for name in forwards} == forwards
 
@@ -105,7 +106,7 @@ def test_restore_gives_back_what_liger_displaced(
         vars(layer).pop("forward", None)
     found = loss_and_gradients(model, tiny_batch())
     assert {"rms_norm", "swiglu"} <= {o.patch for o in report.patched if o.calls.ran}
-    assert max(relative_error(found[name], expected[name]) for name in expected) < 1e-6
+    assert apart(found, expected) == {}
     npu_patch.restore()
     assert cls.forward is forward
 
@@ -133,7 +134,7 @@ def test_ligers_classes_are_probed_and_left_with_a_reason(npu: torch.device, mon
     assert LigerRMSNorm.forward.__qualname__ == "LigerRMSNorm.forward" and not hasattr(
         LigerRMSNorm.forward, "__wrapped__"
     )
-    assert max(relative_error(found[name], expected[name]) for name in expected) < 1e-6
+    assert apart(found, expected) == {}
 
 
 def test_hub_kernels_are_said(npu: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Loss and gradients of a model, and how far two sets of them are apart."""
+"""Loss and gradients of a model, and how far two tensors are apart: as `verify` measures it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from npu_patch.commands.replay.bars import relative_error
 from npu_patch.probe.gated_delta_reference import recurrence
+
+__all__ = ["in_float64", "loss_and_gradients", "relative_error", "token_losses"]
 
 
 def loss_and_gradients(model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -24,11 +27,6 @@ def loss_and_gradients(model: torch.nn.Module, batch: dict[str, Tensor]) -> dict
     loss.backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     return {name: tensor.detach().cpu().double() for name, tensor in {"loss": loss, **found}.items()}
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """The norm of the difference over the norm of what is expected."""
-    return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
 def token_losses(model: torch.nn.Module, ids: Tensor) -> Tensor:
@@ -67,25 +65,3 @@ def _rule_by_definition(
 ) -> tuple[Tensor, Tensor | None]:
     o, final = recurrence(query, key, value, g, beta, normalize=True)
     return o, final if output_final_state else None
-
-
-def why_unequal(
-    model: torch.nn.Module, batch: dict[str, Tensor], original: dict[str, Tensor], patched: dict[str, Tensor]
-) -> str | None:
-    """The first of `patched` that is further than 1e-6 from `original` and from float64 more than 5 times as far.
-
-    model: on the CPU, for float64. The second clause is for what float32 cannot tell so well: dt_bias and A_log of the
-    gated delta rule are small differences of large numbers, unpatched up to 1e-4 off. One such number may be lucky;
-    tests/training/test_parity.py compares them on average.
-    """
-    if patched.keys() != original.keys():
-        return f"gradients of {sorted(patched.keys() ^ original.keys())[:3]}"
-    apart = [name for name in original if relative_error(patched[name], original[name]) >= 1e-6]
-    if not apart:
-        return None
-    exact = loss_and_gradients(in_float64(model), batch)
-    for name in apart:
-        error, own = (relative_error(found[name], exact[name]) for found in (patched, original))
-        if error >= 5 * own:
-            return f"{name} is {error:.1e} from float64, the original {own:.1e}"
-    return None

@@ -15,7 +15,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import npu_patch
-from tests.support.gradients import loss_and_gradients, why_unequal
+from tests.support.gradients import loss_and_gradients
+from tests.support.parity import why_unequal
 from tests.support.tiny_models import FAMILIES, MIXTURES, tiny, tiny_batch
 from tests.support.training_modes import MODES
 from tests.support.what_ran import why_not_ran

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import statistics
 
 import pytest
@@ -11,7 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import npu_patch
-from tests.support.gradients import in_float64, loss_and_gradients, relative_error, token_losses, why_unequal
+from tests.support.gradients import in_float64, loss_and_gradients, relative_error
+from tests.support.parity import assert_no_further_from_float64, ratios, why_unequal
 from tests.support.tiny_models import FAMILIES, tiny, tiny_batch
 from tests.support.what_ran import why_not_ran
 
@@ -64,7 +64,7 @@ def test_ill_conditioned_gradients_are_no_further_from_float64_on_average(family
     The two of one model go together, and a ratio is off by a factor of 3 either way by chance: the mean of twelve by
     about 1.4, of which the bar is twice (0.7 to 1.4 was seen).
     """
-    ratios = []
+    found = []
     for seed in range(12):
         model = built(family, lora=False, seed=seed)
         exact = loss_and_gradients(in_float64(model), tiny_batch(seed=seed))
@@ -72,41 +72,17 @@ def test_ill_conditioned_gradients_are_no_further_from_float64_on_average(family
         original = loss_and_gradients(model, tiny_batch(seed=seed))
         with npu_patch.applied(model):
             patched = loss_and_gradients(model, tiny_batch(seed=seed))
-        for name in exact:
-            if name.endswith(("dt_bias", "A_log")):
-                errors = [relative_error(found[name], exact[name]) for found in (patched, original)]
-                ratios.append(errors[0] / errors[1])
-    assert statistics.geometric_mean(ratios) < 2.0
+        decay = {name: x for name, x in exact.items() if name.endswith(("dt_bias", "A_log"))}
+        found += ratios(patched, original, decay)
+    assert statistics.geometric_mean(found) < 2.0
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_is_no_further_from_float64_than_the_original(family: str, lora: bool, npu: torch.device) -> None:
-    """At most 1.1 times: the tokens' losses (root mean square) and the gradients (geometric mean of each one's ratio).
-
-    Over several models: in one model the roundings of a few small weights decide, and either may be lucky (0.6 to 1.5
-    was seen). The geometric mean lets no single ill-conditioned gradient decide.
-    """
-    loss_errors = {"original": 0.0, "patched": 0.0}
-    ratios: list[float] = []
-    for seed in range(16):
-        model = built(family, lora, seed=seed, **ALL_EXPERTS.get(family, {})).bfloat16()
-        batch = tiny_batch(length=29, seed=seed)
-        exact_model = in_float64(model)
-        exact = loss_and_gradients(exact_model, batch)
-        exact_losses = token_losses(exact_model, batch["input_ids"])
-        model = model.to(npu)
-        errors: dict[str, list[float]] = {}
-        for which in ("original", "patched"):
-            with npu_patch.applied(model, patch=which == "patched"):
-                found = loss_and_gradients(model, batch)
-                losses = token_losses(model, batch["input_ids"])
-            loss_errors[which] += float((losses - exact_losses).square().sum())
-            errors[which] = [relative_error(found[name], exact[name]) for name in exact if exact[name].any()]
-        pairs = zip(errors["patched"], errors["original"], strict=True)
-        ratios += [patched_error / own_error for patched_error, own_error in pairs if own_error > 0]
-    assert math.sqrt(loss_errors["patched"] / loss_errors["original"]) < 1.1
-    assert statistics.geometric_mean(ratios) < 1.1
+    overrides = ALL_EXPERTS.get(family, {})
+    models = ((built(family, lora, seed=seed, **overrides).bfloat16(), seed) for seed in range(16))
+    assert_no_further_from_float64(((model, tiny_batch(length=29, seed=seed)) for model, seed in models), npu)
 
 
 def test_a_wrong_replacement_would_be_seen(npu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,3 +100,10 @@ def test_a_wrong_replacement_would_be_seen(npu: torch.device, monkeypatch: pytes
     with npu_patch.applied(model):
         patched = loss_and_gradients(copy.deepcopy(model), tiny_batch())
     assert max(relative_error(patched[name], original[name]) for name in original) > 1e-4
+
+
+def test_what_is_not_a_number_is_unequal() -> None:
+    model, batch = tiny("qwen3", num_hidden_layers=1), tiny_batch(length=3)
+    original = loss_and_gradients(model, batch)
+    patched = {**original, "loss": original["loss"] * float("nan")}
+    assert why_unequal(model, batch, original, patched).startswith("loss is inf from float64")

@@ -16,6 +16,7 @@ from npu_patch.ops.experts.grouped_matmul import torch_is_missing
 from npu_patch.patches.experts import patch as experts_patch
 from tests.support.experts_cases import Routing, built, experts_classes, outputs_and_gradients, routing
 from tests.support.gradients import relative_error
+from tests.support.parity import NEAR, RATIO, apart, ratios
 
 pytestmark = pytest.mark.skipif(not experts_patch.registry(), reason="transformers 4 has no experts registry")
 CLASSES = experts_classes() if experts_patch.registry() else {}
@@ -67,19 +68,17 @@ def test_how_many_classes_there_are() -> None:
 @pytest.mark.parametrize("sides", SIDES)
 @pytest.mark.parametrize("name", sorted(set(CLASSES) - UNSERVED))
 def test_result_and_every_gradient_in_float32(name: str, sides: str, npu: torch.device) -> None:
-    """To 1e-6 of the class's own forward."""
     module, given = case(name, sides)
     own = outputs_and_gradients(module.to(npu), given)
     found = patched(module, given)
     assert found.keys() == own.keys()
-    for key in own:
-        assert relative_error(found[key], own[key]) < 1e-6, key
+    assert apart(found, own) == {}
 
 
 @pytest.mark.parametrize("name", sorted(set(CLASSES) - UNSERVED))
 def test_bfloat16_is_no_further_from_float64_than_the_original(name: str, npu: torch.device) -> None:
-    """At most 1.1 times, in the geometric mean of the result and all gradients of several layers."""
-    ratios = []
+    """In the geometric mean of the result and all gradients of several layers."""
+    found: list[float] = []
     for seed in range(4):
         module, given = case(name, seed=seed)
         module = module.bfloat16()
@@ -89,9 +88,8 @@ def test_bfloat16_is_no_further_from_float64_than_the_original(name: str, npu: t
         if name in EAGER_IN_FLOAT32:
             module.config._experts_implementation = "grouped_mm"
         own = outputs_and_gradients(module, given)
-        found = patched(module, given)
-        ratios += [relative_error(found[key], exact[key]) / relative_error(own[key], exact[key]) for key in exact]
-    assert statistics.geometric_mean(ratios) < 1.1
+        found += ratios(patched(module, given), own, exact)
+    assert statistics.geometric_mean(found) < RATIO
 
 
 def test_float32_router_weights_of_bfloat16_tokens(npu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,8 +145,7 @@ def test_odd_routings(name: str, odd: str, implementation: str, npu: torch.devic
     given = ODD_ROUTINGS[odd]()
     own = outputs_and_gradients(module.to(npu), Routing(given.tokens, given.indices.long(), given.router_weights))
     found = patched(module, given, implementation)
-    for key in own:
-        assert relative_error(found[key], own[key]) < 1e-6, key
+    assert apart(found, own) == {}
 
 
 def test_no_tokens(npu: torch.device) -> None:
@@ -186,8 +183,7 @@ def test_indices_of_other_ranks(name: str, flag: bool | None, experts: int, npu:
     else:
         module._is_expert_parallel = flag
     found = patched(module, Routing(given.tokens, given.indices.clamp(max=experts), weights))
-    for key in own:
-        assert relative_error(found[key], own[key]) < 1e-6, key
+    assert apart(found, own) == {}
 
 
 @pytest.mark.parametrize(
@@ -319,7 +315,7 @@ def test_a_clamp_is_seen_however_wide(npu: torch.device) -> None:
     given = Routing(given.tokens * 1e4, given.indices, given.router_weights)
     own = outputs_and_gradients(module.to(npu), given)
     found = patched(module, given)
-    assert relative_error(found["result"], own["result"]) < 1e-6
+    assert relative_error(found["result"], own["result"]) < NEAR
 
 
 class Wrapped(torch.Tensor):
@@ -377,8 +373,7 @@ def test_the_torch_implementation(name: str, sentinels: bool) -> None:
     with npu_patch.applied(module, device="cpu", fused_ops=False, fla=False) as report:
         found = outputs_and_gradients(module, given)
     assert ran(report) == 1
-    for key in own:
-        assert relative_error(found[key], own[key]) < 1e-6, key
+    assert apart(found, own) == {}
 
 
 def test_one_weight_of_a_model_in_bfloat16_and_tokens_in_float32(npu: torch.device) -> None:
