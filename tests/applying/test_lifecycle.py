@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,6 @@ from npu_patch.sites.sites import modules_of_model
 from tests.support.gradients import loss_and_gradients, relative_error
 from tests.support.parity import NEAR, apart
 from tests.support.tiny_models import tiny, tiny_batch
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_applied() -> Iterator[None]:
-    yield
-    npu_patch.restore()
 
 
 def ran(report: npu_patch.Report, patch: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,12 +20,6 @@ if (reason := why_not()) is not None:
 pytestmark = pytest.mark.usefixtures("two_cores")
 FUSED = ("qk_norm_rope", "add_rms_norm")
 UNSEEN = (("grad", ()), (torch.float32, (999, 999)))
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_applied() -> Iterator[None]:
-    yield
-    npu_patch.restore()
 
 
 def site(report: Report, patch: str) -> Outcome:

@@ -30,13 +30,6 @@ FAMILY = "qwen3_moe"  # experts and SwiGLU are observed by kinds of instances
 SERVED = ("rms_norm", "rope", "attention", "experts", "swiglu")
 
 
-@pytest.fixture(autouse=True)
-def nothing_left_applied() -> Iterator[None]:
-    npu_patch.restore()
-    yield
-    npu_patch.restore()
-
-
 def dense_and_mixed() -> torch.nn.Module:
     """The first layer has a feed-forward layer, the second one experts."""
     return tiny(FAMILY, mlp_only_layers=[0])

@@ -16,8 +16,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import npu_patch
 from npu_patch.ops.recomputed import recomputed
 from tests.support.gradients import loss_and_gradients, relative_error
+from tests.support.needs_triton import needs_triton
 from tests.support.tiny_models import COMMON, tiny, tiny_batch
-from tests.training.test_triton_models import needs_triton
 
 
 def product_of(gate: Tensor, up: Tensor) -> Tensor:

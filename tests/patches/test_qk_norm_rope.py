@@ -30,6 +30,7 @@ from npu_patch.serving.case import Alternative, Case, Measured
 from npu_patch.serving.implementation import choose
 from npu_patch.waiting import heads as deferred_norm
 from tests.support.gradients import loss_and_gradients, relative_error
+from tests.support.own_layers import RMS_NORM
 from tests.support.parity import NEAR, assert_no_further_from_float64, why_unequal
 from tests.support.tiny_models import tiny, tiny_batch
 
@@ -208,21 +209,9 @@ def test_generation_with_a_cache(family: str, npu: torch.device) -> None:
     assert not fused(report).calls.fell_through
 
 
-SOURCE = """
-import torch
-from torch import nn
-
-class RMSNorm(nn.Module):
-    def __init__(self, size, eps=1e-6):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x):
-        n = x.float()
-        n = n * torch.rsqrt(n.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * n.to(x.dtype)
-
+SOURCE = (
+    RMS_NORM
+    + """
 def rotate_half(x):
     a, b = x.chunk(2, -1)
     return torch.cat((-b, a), -1)
@@ -253,6 +242,7 @@ class Attention(nn.Module):
         y = torch.softmax(q @ k.transpose(-1, -2), -1) @ v
         return self.o_proj(y.transpose(1, 2).flatten(-2))
 """
+)
 NORMS = "q, k = self.q_norm(q.view(shape)).transpose(1, 2), self.k_norm(k.view(shape)).transpose(1, 2)"
 ROTATION = "q, k = apply_rotary_pos_emb(q, k, cos, sin)"
 BODIES = {

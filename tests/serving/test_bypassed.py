@@ -27,12 +27,6 @@ ATTENTION = "AttentionInterface['sdpa']"
 INTEGRATIONS = "transformers.integrations."
 
 
-@pytest.fixture(autouse=True)
-def nothing_left_applied() -> Iterator[None]:
-    yield
-    npu_patch.restore()
-
-
 @pytest.fixture
 def two_ranks() -> Iterator[dist.DeviceMesh]:
     """One process that takes itself for the first of two."""

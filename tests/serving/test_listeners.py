@@ -21,9 +21,9 @@ from npu_patch.serving.listeners import listener, listener_among
 from tests.patches.experts.test_looped import SoftmaxBlock, results
 from tests.patches.gated_delta.test_gated_delta_net import InlineLayer
 from tests.support.gradients import loss_and_gradients, relative_error
+from tests.support.needs_triton import needs_triton
 from tests.support.parity import apart
 from tests.support.tiny_models import tiny, tiny_batch
-from tests.training.test_triton_models import needs_triton
 
 Heard = Counter[str]
 Listen = Callable[[nn.Module, Heard], Callable[[], None]]  # what it returns ends it

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,12 +15,6 @@ import npu_patch
 from tests.support.gradients import loss_and_gradients
 from tests.support.parity import apart
 from tests.support.tiny_models import tiny, tiny_batch
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_applied() -> Iterator[None]:
-    yield
-    npu_patch.restore()
 
 
 class LigerRMSNorm(torch.nn.Module):

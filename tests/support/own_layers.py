@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from tests.support.parity import apart
 
-SOURCE = """
+# Of a modeling file: its imports and its norm.
+RMS_NORM = """
 import torch
 from torch import nn
 
@@ -26,7 +27,10 @@ class RMSNorm(nn.Module):
         n = x.float()
         n = n * torch.rsqrt(n.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * n.to(x.dtype)
-
+"""
+SOURCE = (
+    RMS_NORM
+    + """
 class Mixer(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -51,6 +55,7 @@ class Layer(nn.Module):
         y = self.mixer(h)
         BODY
 """
+)
 NUMBERS = itertools.count()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -57,13 +57,6 @@ ORDERS = (
     apply_to_the_evaluating_model,
     apply_to_the_training_model,
 )
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_applied() -> Iterator[None]:
-    npu_patch.restore()
-    yield
-    npu_patch.restore()
 
 
 def made(family: str, tuning: str, npu: torch.device) -> torch.nn.Module:

@@ -24,8 +24,8 @@ from npu_patch.ops import qk_norm_rope, rms_norm, rope
 from npu_patch.ops.rope import TABLES, VARIANTS, rotate
 from npu_patch.serving.once_per_step import OncePerTensor
 from tests.support.gradients import relative_error
+from tests.support.needs_triton import needs_triton
 from tests.support.tiny_models import COMMON, FAMILIES, tiny, tiny_batch
-from tests.training.test_triton_models import needs_triton
 
 DTYPES = [torch.float32, torch.bfloat16]
 WATCHERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,6 @@ datasets = pytest.importorskip("datasets")
 COMMON: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1, "learning_rate": 1e-3}
 COMMON |= {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "gradient_checkpointing": True}
 ALLOWED = {False: 1e-5, True: 2e-2}  # of a loss near 5, in float32 and under bfloat16's autocast
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_applied() -> Iterator[None]:
-    npu_patch.restore()
-    yield
-    npu_patch.restore()
 
 
 def rows() -> Any:

@@ -9,16 +9,13 @@ import pytest
 import torch
 
 import npu_patch
-from npu_patch import simulator
 from npu_patch.kernels import launch
-from npu_patch.kernels.readiness import why_not
 from npu_patch.ops.rms_norm import GATED_VARIANTS, PLAIN_VARIANTS, unsupported_by_triton
 from tests.support.gradients import loss_and_gradients, relative_error
+from tests.support.needs_triton import needs_triton
 from tests.support.parity import assert_no_further_from_float64, why_unequal
 from tests.support.tiny_models import tiny, tiny_batch
 
-WHY_NOT = why_not() if simulator.is_active() else "the models here are for the interpreter on the simulated NPU"
-needs_triton = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 SERVED = {family: {"rms_norm", "swiglu", "qk_norm_rope", "add_rms_norm"} for family in ("qwen3", "qwen3_5")}
 
 

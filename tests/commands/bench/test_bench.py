@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-import npu_patch
-from npu_patch import simulator
 from npu_patch.commands import main
 from npu_patch.commands.console.steps import Steps
-from npu_patch.kernels import readiness
+from tests.support.needs_triton import needs_triton
 
-NO_TRITON = readiness.why_not() if simulator.is_active() else "for the interpreter on the simulated NPU"
-needs_triton = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_applied() -> Iterator[None]:
-    yield
-    assert not npu_patch.report().outcomes
-    npu_patch.restore()
+pytestmark = pytest.mark.usefixtures("leaving_nothing_applied")
 
 
 def test_on_the_simulated_npu_launches_are_counted_and_no_time_is_shown(

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,13 +27,6 @@ from tests.support.tiny_models import tiny
 
 # With norms that nothing computes, experts of their own, gated delta nets, vision, GELU.
 FAMILIES = ("qwen3_5", "qwen3_moe", "mamba2", "gemma3", "gpt_oss", "kimi_linear", "longcat_flash", "bamba", "glm4v")
-
-
-@pytest.fixture(autouse=True)
-def nothing_applied() -> Iterator[None]:
-    npu_patch.restore()
-    yield
-    npu_patch.restore()
 
 
 def told(report: Report) -> list[tuple[object, ...]]:

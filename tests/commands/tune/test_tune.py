@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,6 @@ from tests.support.tiny_models import tiny_batch
 
 USUAL = "torch, float32"
 CPU = ("--device", "cpu", "--dtype", "float32", "--samples", "5")
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_applied() -> Iterator[None]:
-    yield
-    npu_patch.restore()
 
 
 def implementation(name: str, run: Callable[[torch.Tensor], torch.Tensor]) -> Implementation:

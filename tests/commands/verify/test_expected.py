@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -12,12 +10,6 @@ from npu_patch.applying.state import patched_sites
 from npu_patch.commands.replay.recording import recorded, run_in_float64, run_original
 from npu_patch.commands.verify.expected import why_expected
 from tests.support.tiny_models import tiny, tiny_batch
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_applied() -> Iterator[None]:
-    yield
-    npu_patch.restore()
 
 
 def entries_expected(model: torch.nn.Module) -> dict[str, str]:

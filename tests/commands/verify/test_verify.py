@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import npu_patch
-from npu_patch import simulator
 from npu_patch.commands import main
-from npu_patch.kernels import readiness
 from npu_patch.serving.replacement import Unserved
+from tests.support.needs_triton import needs_triton
 from tests.support.tiny_models import tiny
 
+pytestmark = pytest.mark.usefixtures("leaving_nothing_applied")
 OP = torch.ops.npu
-NO_TRITON = readiness.why_not() if simulator.is_active() else "for the interpreter on the simulated NPU"
-needs_triton = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_applied() -> Iterator[None]:
-    yield
-    assert not npu_patch.report().outcomes
-    npu_patch.restore()
 
 
 def test_a_sound_model_is_verified(npu: torch.device, capsys: pytest.CaptureFixture[str]) -> None:

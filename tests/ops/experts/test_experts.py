@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,12 +26,6 @@ EXPERTS, CHOICES, TOKENS = 5, 2, 13
 UNSERVED = {"dbrx.DbrxExperts"}
 # Its own forward computes in float32 whatever it is given; what transformers runs by default does not.
 EAGER_IN_FLOAT32 = {"openai_privacy_filter.OpenAIPrivacyFilterExperts"}
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_applied() -> Iterator[None]:
-    yield
-    npu_patch.restore()
 
 
 def case(name: str, sides: str = "oblong", seed: int = 0, **arguments: Any) -> tuple[Any, Routing]:

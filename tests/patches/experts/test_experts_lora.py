@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,6 @@ TARGETS: dict[str, dict[str, Any]] = {
     "one expert parameter": {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]},
 }
 PRODUCTS = {"attention": (2, 2), "shared experts": (2, 2), "expert parameters": (2, 4), "one expert parameter": (2, 3)}
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_applied() -> Iterator[None]:
-    yield
-    npu_patch.restore()
 
 
 def with_lora(targets: str, family: str = "qwen3_5_moe", **overrides: Any) -> Any:

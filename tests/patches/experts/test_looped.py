@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,12 +19,6 @@ from tests.support.tiny_models import tiny, tiny_batch
 
 EXPERTS, CHOICES, HIDDEN, INNER = 5, 2, 24, 16
 IDENTITIES = 2
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_applied() -> Iterator[None]:
-    yield
-    npu_patch.restore()
 
 
 class FeedForward(torch.nn.Module):
