@@ -67,7 +67,8 @@ class PatternMask(torch.Tensor, Waiting):
     def peek(self) -> Tensor | None:
         if self.pattern is None:
             return self._built
-        return PatternMask(self.shape, self.device, self.pattern, self._build)
+        apart: Tensor = PatternMask(self.shape, self.device, self.pattern, self._build)
+        return apart
 
     def materialise(self, used_by: str) -> Tensor:
         """The mask that transformers makes. Nothing is counted: the original's attention would have had it too."""
