@@ -39,7 +39,7 @@ from npu_patch.commands.replay.recording import Call, function_of
 from npu_patch.commands.replay.snapshot import snapshot
 from npu_patch.commands.subject import models
 from npu_patch.reporting.rows import short_name
-from npu_patch.waiting.masks import plain
+from npu_patch.waiting.contract import materialised
 
 FAMILIES = ("qwen3", "qwen3_moe", "qwen3_5")
 OP_GOAL, STEP_GOAL = 0.8, 0.75
@@ -109,7 +109,7 @@ def prepared(function: Callable[..., Any], call: Call, plain_masks: bool) -> tup
     """The call, and the tensors whose gradients its backward computes."""
 
     def fresh(value: Any) -> Any:
-        return snapshot(plain(value) if plain_masks else value)
+        return snapshot(materialised(value, "the original") if plain_masks else value)
 
     args, kwargs = tree_map(fresh, (call.args, dict(call.kwargs)))
     leaves = tree_leaves((args, kwargs))

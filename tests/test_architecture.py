@@ -104,6 +104,11 @@ def test_no_arrow_runs_back_up(room: str) -> None:
     assert ROOMS[room] - {"npu_patch"} <= below
 
 
+def test_who_looks_on_knows_no_kind_of_what_waits() -> None:
+    known = {name for module, names in IMPORTS.items() if _room(module) in ("commands", "reporting") for name in names}
+    assert {name for name in known if _room(name) == "waiting"} == {"npu_patch.waiting.contract"}
+
+
 def test_every_room_has_its_floor() -> None:
     assert set(ROOMS) - {"npu_patch", "__main__"} == {room for floor in FLOORS for room in floor}
 

@@ -19,6 +19,7 @@ from npu_patch.applying.choosing import Choosing, tuning_for
 from npu_patch.applying.enabling import STILL_IN_PLACE, Enabled, choice_here, libraries_of
 from npu_patch.applying.options_kept import in_words
 from npu_patch.applying.patched_site import as_they_stand
+from npu_patch.applying.preparing import prepare
 from npu_patch.applying.request import Request
 from npu_patch.applying.state import STATE, PatchError, anything_applied
 from npu_patch.applying.telling import tell, warn_of_what_serves_nothing
@@ -106,7 +107,7 @@ def report() -> Report:
     combined = Report(device=devices.described(STATE.device_type))
     for each in STATE.reports:
         known = {id(outcome.calls) for outcome in combined.outcomes}
-        combined.outcomes += [outcome for outcome in each.outcomes if id(outcome.calls) not in known]
+        combined.outcomes += [one for one in each if one.calls.active and id(one.calls) not in known]
         combined.notes += [note for note in each.notes if note not in combined.notes]
         combined.tuning = combined.tuning or each.tuning
         combined.warnings += [warning for warning in each.warnings if warning not in combined.warnings]
@@ -164,6 +165,7 @@ def _go(walk: Walk) -> None:
         warn_of_what_serves_nothing(report, [patch for patch, _ in entries], model)
         if getattr(model, "use_kernels", False) or getattr(model, "_use_kernels", False):
             report.warnings.append("the model uses hub kernels: those stay wherever they are bound")
+    prepare(walk.request, report)
     if model is None or STATE.patched:
         STATE.registries |= walk.registries.keys
         STATE.watch_new_layers()

@@ -15,6 +15,7 @@ import torch
 from npu_patch.applying.choosing import Choosing
 from npu_patch.applying.enabling import libraries_of
 from npu_patch.applying.patched_site import PatchedSite
+from npu_patch.applying.preparing import prepare
 from npu_patch.applying.request import Request
 from npu_patch.applying.state import PatchError, anything_applied
 from npu_patch.applying.telling import warn_of_what_serves_nothing
@@ -63,6 +64,7 @@ def dry_run(
         walk.over(scope, entries)
     finally:
         binder.forget()
+    prepare(request, report, dry=True)
     if model is not None:
         warn_of_what_serves_nothing(report, [patch for patch, _ in entries], model)
     return report

@@ -11,12 +11,25 @@ import torch
 from npu_patch.applying import new_layers
 from npu_patch.applying.patched_site import PatchedSite, bound_since
 from npu_patch.numerics.findings import forget
+from npu_patch.reporting.outcome import Outcome
 from npu_patch.reporting.report import Report
 from npu_patch.sites.journal import Journal
 
 
 class PatchError(RuntimeError):
     """`apply()` could not do what was asked; nothing of that call is left applied."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model, and what a preparation did to it."""
+
+    model: weakref.ref[torch.nn.Module]
+    outcome: Outcome
+
+    def shares_layers_with(self, other: torch.nn.Module) -> bool:
+        own = self.model()
+        return own is not None and not {id(each) for each in own.modules()}.isdisjoint(map(id, other.modules()))
 
 
 @dataclass
@@ -26,6 +39,7 @@ class State:
     journal: Journal = field(default_factory=Journal)
     # By (id of the owner, name): the patches of one site, the last one around the others.
     patched: dict[tuple[int, str], list[PatchedSite]] = field(default_factory=dict)
+    prepared: dict[tuple[int, str], Prepared] = field(default_factory=dict)  # by (id of the model, preparation)
     reports: list[Report] = field(default_factory=list)
     device_type: str | None = None
     registries: set[tuple[int, str]] = field(default_factory=set)  # keys of `patched` that serve layers of any class
@@ -67,7 +81,7 @@ class State:
     def undo_to(self, mark: int) -> None:
         with self.journal.lock:
             self.journal.undo_to(mark)
-            self.reports = [each for each in self.reports if mark and any(o.calls.active for o in each.patched)]
+            self.reports = [each for each in self.reports if mark and any(o.is_in_place for o in each)]
             if not len(self.journal):
                 self.device_type = None
                 self.models.clear()

@@ -34,7 +34,8 @@ from npu_patch.serving.listeners import listener
 from npu_patch.serving.replacement import Unfused, Unserved, replacement_for
 from npu_patch.sites.names_used import names_used
 from npu_patch.sites.sites import CHECKPOINTING_LAYER, LiveModules, Site, forwards, is_checkpointing_layer
-from npu_patch.waiting.heads import NORMS, ROTATIONS, Abandoned, Deferral, DeferredHeads, RoPESite, deferring
+from npu_patch.waiting.contract import Abandoned
+from npu_patch.waiting.heads import NORMS, ROTATIONS, Deferral, DeferredHeads, RoPESite, deferring
 
 
 def find(module: ModuleType) -> Iterable[Site]:

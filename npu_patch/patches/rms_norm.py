@@ -81,7 +81,7 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
             normed = None if changed else _with_its_sum(readings.of(self), self, bound[0])
             if normed is not None:
                 return TakenOver(normed)
-            bound[0] = bound[0].tensor(changed or "")
+            bound[0] = bound[0].materialise(changed or "a norm that is not known")
         if bound is None or not are_tensors(bound):
             return Unserved("arguments that are no tensors")
         x, *gate = bound

@@ -245,7 +245,7 @@ def _attempt(trial: Trial, is_norm: IsNorm, path: Path, run: _Run) -> _Run:
             run.norm = run.norm or name
             _only_called_by(forward, path)
             normed = args[0].normalized(None, None, 0.0)
-            args = (args[0].tensor() if normed is None else normed,)
+            args = (args[0].materialise(name) if normed is None else normed,)
         path.take(f"{name}, a {cls.__name__}", args, kwargs)
         tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
         y = y + tensors[0] if tensors else y

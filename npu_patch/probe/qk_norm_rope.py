@@ -24,7 +24,8 @@ from npu_patch.numerics.room import quiet_room, random_state_kept
 from npu_patch.ops.qk_norm_rope import Heads, reference, why_not_fused
 from npu_patch.ops.readings import NotRead, RMSNormReading, RoPEReading
 from npu_patch.probe.tiny_layer import HEAD_DIM, Unobservable, arguments, build, tensors_in
-from npu_patch.waiting.heads import NORMS, Abandoned, Deferral, DeferredHeads, RoPESite, deferring
+from npu_patch.waiting.contract import Abandoned
+from npu_patch.waiting.heads import NORMS, Deferral, DeferredHeads, RoPESite, deferring
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from npu_patch.numerics.values import values
 from npu_patch.probe.unknowns import Path, Unknown
 from npu_patch.sites.names_used import names_used
 from npu_patch.sites.sites import innermost
-from npu_patch.waiting.sums import Deferred
+from npu_patch.waiting.contract import Waiting
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def is_module_class(value: Any) -> bool:
 
 def same(one: Any, other: Any) -> bool:
     """Whether two runs returned the same. What cannot be looked into is not."""
-    if type(one) is not type(other) or isinstance(one, Deferred):
+    if type(one) is not type(other) or isinstance(one, Waiting):
         return False
     if type(one) in (tuple, list):
         return len(one) == len(other) and all(map(same, one, other))

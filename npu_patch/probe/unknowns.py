@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from npu_patch.waiting.sums import Deferred
+from npu_patch.waiting.contract import Waiting
 
 MOST_PATHS = 64
 MOST_QUESTIONS = 2000  # in all runs along one path: `while not cache.done` asks for ever
@@ -72,7 +72,7 @@ def any_deferred(value: Any) -> bool:
         return any(map(any_deferred, value))
     if isinstance(value, dict):
         return any(map(any_deferred, value.values()))
-    return isinstance(value, Deferred)
+    return isinstance(value, Waiting)
 
 
 def every_path(run: Callable[[Path], T]) -> Iterator[T]:
@@ -139,7 +139,7 @@ def _comparison(sign: str) -> Callable[[Unknown, Any], bool]:
 
 def _arithmetic(name: str) -> Callable[[Unknown, Any], Any]:
     def compute(self: Unknown, other: Any) -> Any:
-        if isinstance(other, (Tensor, Deferred)):
+        if isinstance(other, (Tensor, Waiting)):
             return getattr(operator, name)(other, 1)
         self._path.take(self._text, other)
         return Unknown(self._path, f"{name}({self._text}, {other!r})")

@@ -9,13 +9,14 @@ from typing import Any
 
 from npu_patch.serving.calls import Calls
 
-PATCHED, SKIPPED, FAILED = "patched", "skipped", "failed"
+PATCHED, PREPARED, SKIPPED, FAILED = "patched", "prepared", "skipped", "failed"
 NOTHING_APPLIED = "nothing is applied"
 
 
 @dataclass
 class Outcome:
-    """One site: `patch` is the patch's name, `site` the dotted name of what was found, `status` what became of it."""
+    """One site: `patch` is the patch's name, `site` the dotted name of what was found, `status` what became of it. Or a
+    model: `patch` is the preparation's name, `site` that of the model's class, `layers` how many were changed."""
 
     patch: str
     site: str
@@ -26,6 +27,11 @@ class Outcome:
     declined: Mapping[str, str] = field(default_factory=dict)
     calls: Calls = field(default_factory=Calls)
     layers: int | None = None  # live modules of the given model that it reaches; None where no model was given
+
+    @property
+    def is_in_place(self) -> bool:
+        """Patched or prepared, and not undone since."""
+        return self.status in (PATCHED, PREPARED) and self.calls.active
 
     def describe(self, dispatch: Any) -> None:
         """Takes what serves the site and why others do not from its `Dispatch`."""
@@ -87,6 +93,10 @@ class Outcomes:
     @property
     def patched(self) -> list[Outcome]:
         return self.with_status(PATCHED)
+
+    @property
+    def prepared(self) -> list[Outcome]:
+        return self.with_status(PREPARED)
 
     @property
     def skipped(self) -> list[Outcome]:

@@ -16,7 +16,7 @@ th, td { padding: .3rem .7rem; vertical-align: top; }
 td { border-bottom: 1px solid #dde1e6; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 .what { color: #59636e; }
-.patched { background: #e6f4ea; }
+.patched, .prepared { background: #e6f4ea; }
 .skipped { background: #fff8e1; }
 .failed, .warning { background: #fde7e9; }
 .note, .warning { padding: .3rem .7rem; }

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from npu_patch.reporting.outcome import FAILED, PATCHED, SKIPPED, Outcome
+from npu_patch.reporting.outcome import FAILED, PATCHED, PREPARED, SKIPPED, Outcome
 
 MOST_ALIKE = 4  # patched classes with the same variant and implementation that get a row each
 
@@ -41,14 +41,14 @@ class Row:
 
 
 def rows(outcomes: Iterable[Outcome]) -> list[Row]:
-    """By patch, in the order of the catalogue: what is patched, then what was skipped, then what failed."""
+    """By patch, in the order of the catalogue: what is patched or prepared, then what was skipped, then what failed."""
     by_patch: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         by_patch.setdefault(outcome.patch, []).append(outcome)
     return [
         row
         for members in by_patch.values()
-        for status in (PATCHED, SKIPPED, FAILED)
+        for status in (PATCHED, PREPARED, SKIPPED, FAILED)
         for row in _rows_of([outcome for outcome in members if outcome.status == status])
     ]
 

@@ -35,6 +35,7 @@ def headline(report: Outcomes) -> str:
     if not report.outcomes:
         return f"npu_patch on {report.device}: no site was found"
     counts = f"{len(report.patched)} patched, {len(report.skipped)} skipped, {len(report.failed)} failed"
+    counts += f", {len(report.prepared)} prepared" if report.prepared else ""
     idle = sum(outcome.layers == 0 for outcome in report.patched)
     apart = f"; {idle} of the patched without a layer in this model" if idle else ""
     return f"npu_patch on {report.device}: {len(report.outcomes)} sites: {counts}{apart}"

@@ -59,6 +59,18 @@ class Journal:
             self._entries.append(Entry(lambda: None, None, None, None, lambda: _remove_identical(sequence, new)))
             sequence.insert(0, new)
 
+    def changed(self, owner: Any, name: str, change_back: Callable[[Any], None]) -> None:
+        """Notes a change of `owner` that is no rebinding, made already; `change_back(owner)` undoes it."""
+        reference = _reference(owner)
+
+        def undo() -> None:
+            present = reference()
+            if present is not None:
+                change_back(present)
+
+        with self.lock:
+            self._entries.append(Entry(lambda: None, name, None, None, undo))
+
     def holds(self, owner: Any, name: Any) -> bool:
         """Whether `name` in `owner` is bound by this journal now."""
         with self.lock:
@@ -78,7 +90,8 @@ class Journal:
                 try:
                     _undo(entry)
                 except Exception as error:
-                    errors.append(f"{entry.owner()!r}.{entry.name}: {error}")
+                    owner = entry.owner()
+                    errors.append(f"{entry.name if owner is None else f'{owner!r}.{entry.name}'}: {error}")
         if errors:
             raise RuntimeError("could not be restored: " + "; ".join(errors))
 

@@ -11,51 +11,70 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from npu_patch.ops.readings import NotRead, RMSNormReading, RoPEReading
 from npu_patch.ops.rms_norm import RMSNormVariant
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.once_per_step import version_of
+from npu_patch.waiting.contract import Abandoned, Waiting, name_of
 
 
-class Abandoned(Exception):
-    """Deferred heads were used for something other than their rotation."""
-
-
-class DeferredHeads:
+class DeferredHeads(Waiting):
     """q or k before its norm: x `[B, H, S, D]` or `[B, S, H, D]`, to be normalized over D. Not a tensor."""
 
-    __slots__ = ("eps", "norm", "variant", "version", "weight", "x")
+    __slots__ = ("deferral", "eps", "norm", "variant", "version", "weight", "x")
 
     def __init__(
-        self, norm: torch.nn.Module, x: Tensor, weight: Tensor | None, eps: float, variant: RMSNormVariant
+        self,
+        norm: torch.nn.Module,
+        x: Tensor,
+        weight: Tensor | None,
+        eps: float,
+        variant: RMSNormVariant,
+        deferral: Deferral,
     ) -> None:
         self.norm, self.x, self.weight, self.eps, self.variant = norm, x, weight, eps, variant
-        self.version = version_of(x)
+        self.version, self.deferral = version_of(x), deferral
+
+    @property
+    def settled(self) -> bool:
+        return self.deferral.over
+
+    def peek(self) -> None:
+        """It lasts for the call of its layer."""
+
+    def materialise(self, used_by: str) -> NoReturn:
+        self._abandon(f"q or k is used ({used_by}) between its norm and its rotation")
+
+    def _abandon(self, reason: str) -> NoReturn:
+        self.deferral.over = True
+        raise Abandoned(reason)
 
     def transpose(self, first: int, second: int) -> DeferredHeads:
         """Of the dimensions 1 and 2, which no norm over the last one touches."""
         if {first, second} != {1, 2} or self.x.dim() != 4:
-            raise Abandoned(f"q or k is transposed over {first} and {second} after its norm")
+            self._abandon(f"q or k is transposed over {first} and {second} after its norm")
         self.check()
-        return DeferredHeads(self.norm, self.x.transpose(1, 2), self.weight, self.eps, self.variant)
+        return DeferredHeads(self.norm, self.x.transpose(1, 2), self.weight, self.eps, self.variant, self.deferral)
 
     def check(self) -> None:
         """The norm is that of x as it was given."""
         if version_of(self.x) != self.version:
-            raise Abandoned("what q or k was normalized from is changed in place before the rotation")
+            self._abandon("what q or k was normalized from is changed in place before the rotation")
 
-    def __getattr__(self, name: str) -> Any:
-        raise Abandoned(f"q or k is used ({name}) between its norm and its rotation")
+    def __getattr__(self, name: str) -> NoReturn:
+        self.materialise(name)
 
     @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise Abandoned(f"q or k goes through {getattr(function, '__name__', function)} after its norm")
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        heads = next(each for each in tree_leaves((args, kwargs)) if isinstance(each, DeferredHeads))
+        heads._abandon(f"q or k goes through {name_of(function)} after its norm")
 
 
 Rotate = Callable[[RoPEReading, DeferredHeads, DeferredHeads, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -63,12 +82,14 @@ Rotate = Callable[[RoPEReading, DeferredHeads, DeferredHeads, Tensor, Tensor], t
 
 @dataclass
 class Deferral:
-    """One call of an attention layer: the norms of q and k that are put off, and what rotates them then."""
+    """One call of an attention layer: the norms of q and k that are put off, and what rotates them then. `over`: they
+    wait no longer."""
 
     norms: tuple[torch.nn.Module, torch.nn.Module]
     rotate: Rotate
     deferred: list[torch.nn.Module] = field(default_factory=list)
     done: bool = False
+    over: bool = False
 
     def defer(
         self, norm: torch.nn.Module, x: Tensor, weight: Tensor | None, eps: float, variant: RMSNormVariant
@@ -77,7 +98,7 @@ class Deferral:
         if x.dim() != 4 or not any(norm is each for each in self.norms) or any(norm is each for each in self.deferred):
             return None
         self.deferred.append(norm)
-        return DeferredHeads(norm, x, weight, eps, variant)
+        return DeferredHeads(norm, x, weight, eps, variant, self)
 
     @property
     def pending(self) -> bool:
@@ -104,6 +125,8 @@ def deferring(deferral: Deferral | None) -> Iterator[None]:
         yield
     finally:
         _CURRENT.deferral = outer
+        if deferral is not None:
+            deferral.over = True
 
 
 def rotate_deferred(
@@ -118,7 +141,7 @@ def rotate_deferred(
     for each in tensors:
         each.check()
     rotated = deferral.rotate(reading, *tensors, cos, sin)
-    deferral.done = True
+    deferral.done = deferral.over = True
     return rotated
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from npu_patch.ops.attention.band import Band
+from npu_patch.waiting.contract import Waiting, name_of
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,14 @@ class Pattern:
     ends: tuple[int, ...] | None = None
 
 
-class PatternMask(torch.Tensor):
-    """A bool mask `[B, 1, Sq, Skv]`, True where a query sees a key, that takes no memory until it is used."""
+class PatternMask(torch.Tensor, Waiting):
+    """A bool mask `[B, 1, Sq, Skv]`, True where a query sees a key, that takes no memory until it is used. `pattern`
+    holds as long as it is only read."""
 
     pattern: Pattern | None
     _build: Callable[[], Tensor]
     _built: Tensor | None
+    _used_by: str
 
     @staticmethod
     def __new__(
@@ -49,30 +52,36 @@ class PatternMask(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def written_out(mask: PatternMask) -> Tensor:
             mask.pattern = None  # whoever holds the tensor, or a view of it, may write to it
-            return mask.tensor()
+            return mask.materialise(name_of(func))
 
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default) and args[0].pattern is not None:
             mask = args[0]
-            return PatternMask(tuple(mask.shape), mask.device, mask.pattern, mask.tensor)
+            return PatternMask(mask.shape, mask.device, mask.pattern, lambda: mask.materialise(name_of(func)))
         args, kwargs = tree_map_only(PatternMask, written_out, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    def tensor(self) -> Tensor:
-        """The mask that transformers makes, for those who only read it."""
+    @property
+    def settled(self) -> bool:
+        return self._built is not None
+
+    def peek(self) -> Tensor | None:
+        if self.pattern is None:
+            return self._built
+        apart: Tensor = PatternMask(self.shape, self.device, self.pattern, self._build)
+        return apart
+
+    def materialise(self, used_by: str) -> Tensor:
+        """The mask that transformers makes. Nothing is counted: the original's attention would have had it too."""
         if self._built is None:
-            self._built = self._build()
+            self._built, self._used_by = self._build(), used_by
         return self._built
 
     def tolist(self) -> list[Any]:
-        return self.tensor().tolist()
+        return self.materialise("tolist").tolist()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"PatternMask({tuple(self.shape)}, {self.pattern})"
-
-
-def plain(mask: Any) -> Any:
-    """A mask without its pattern."""
-    return mask.tensor() if isinstance(mask, PatternMask) else mask
+        written_out = f", written out for {self._used_by}" if self.settled else ""
+        return f"PatternMask({tuple(self.shape)}, {self.pattern}{written_out})"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from npu_patch.ops.rms_norm import RMSNormVariant
 from npu_patch.serving.implementation import is_plain
+from npu_patch.waiting.contract import Waiting, materialised, name_of
 
 # RMSNorm(x + residual) and x + residual, for (variant, x, residual, weight, eps); or why not.
 Fuse = Callable[[RMSNormVariant, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor] | str]
@@ -35,12 +36,12 @@ class Addition:
             self.not_fused(reason)
 
 
-class Deferred:
-    """Not a tensor. `tensor(used_by)` is the one that it stands for, for something that is not a norm."""
+class Deferred(Waiting):
+    """Not a tensor; whatever is done with it is done with the one that it stands for."""
 
     __slots__ = ("__weakref__",)
 
-    def tensor(self, used_by: str = "") -> Tensor:
+    def peek(self) -> Tensor:
         raise NotImplementedError
 
     def like(self) -> Tensor:
@@ -60,30 +61,27 @@ class Deferred:
         return self.like().device
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.tensor(name), name)
+        return getattr(self.materialise(name), name)
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in ADDITIONS and len(args) == 2 and not kwargs:
             first, second = args
             return first + second if isinstance(first, Deferred) else second.__radd__(first)
-        name = getattr(function, "__name__", str(function))
-        return function(*(materialised(each, name) for each in args), **materialised(kwargs or {}, name))
+        # Not `Waiting`: a tensor that waits hears from torch what is done with it, and whether it is written to.
+        args, kwargs = materialised((args, kwargs or {}), name_of(function), Deferred)
+        return function(*args, **kwargs)
 
     def __repr__(self) -> str:
         """Of its tensor, which does not count as a use."""
-        return repr(self.copied())
-
-    def copied(self) -> Tensor:
-        """Its tensor, for one who looks on: it stays as it is."""
-        raise NotImplementedError
+        return repr(self.peek())
 
     def __add__(self, other: Any) -> Any:
-        own = self.tensor("add")
-        return own + (other if isinstance(other, DeferredBranch) else materialised(other, "add"))
+        own = self.materialise("add")
+        return own + (other if isinstance(other, DeferredBranch) else materialised(other, "add", Deferred))
 
     def __radd__(self, other: Any) -> Any:
-        return other + self.tensor("add")
+        return other + self.materialise("add")
 
 
 class DeferredBranch(Deferred):
@@ -94,19 +92,23 @@ class DeferredBranch(Deferred):
     def __init__(self, y: Tensor, addition: Addition) -> None:
         self._y, self._addition = y, addition
 
-    def tensor(self, used_by: str = "") -> Tensor:
+    @property
+    def settled(self) -> bool:
+        return self._addition.settled
+
+    def materialise(self, used_by: str) -> Tensor:
         self._addition.give_up(f"the branch is used ({used_by}) before it is added")
         return self._y
 
     def like(self) -> Tensor:
         return self._y
 
-    copied = like
+    peek = like
 
     def __add__(self, other: Any) -> Any:
-        if isinstance(other, DeferredSum) and other.is_computed:
-            other = other.tensor()
-        if self._addition.settled or not is_plain(other):
+        if isinstance(other, DeferredSum) and other.settled:
+            other = other.peek()
+        if self.settled or not is_plain(other):
             return super().__add__(other)
         if (other.shape, other.dtype, other.device) != (self.shape, self.dtype, self.device):
             return super().__add__(other)
@@ -142,16 +144,16 @@ class DeferredSum(Deferred):
     def like(self) -> Tensor:
         return self._x if self._total is None else self._total
 
-    def tensor(self, used_by: str = "") -> Tensor:
+    def materialise(self, used_by: str) -> Tensor:
         if self._total is None:
             self._become(self._residual + self._x, f"the sum is used ({used_by}) before its norm")
         return self._total
 
     @property
-    def is_computed(self) -> bool:
+    def settled(self) -> bool:
         return self._total is not None
 
-    def copied(self) -> Tensor:
+    def peek(self) -> Tensor:
         return self._residual + self._x if self._total is None else self._total
 
     def _become(self, total: Tensor, why_not_fused: str | None = None) -> None:
@@ -164,20 +166,9 @@ class DeferredSum(Deferred):
 ADDITIONS = frozenset((Tensor.add, Tensor.__add__, Tensor.__radd__))
 
 
-def materialised(value: Any, used_by: str) -> Any:
-    """`value` with the tensors that deferred ones in it stand for."""
-    if isinstance(value, Deferred):
-        return value.tensor(used_by)
-    if type(value) in (tuple, list):
-        return type(value)(materialised(each, used_by) for each in value)
-    if type(value) is dict:
-        return {key: materialised(each, used_by) for key, each in value.items()}
-    return value
-
-
 def _operator(name: str) -> Callable[..., Any]:
     def operator(self: Deferred, *others: Any) -> Any:
-        return getattr(self.tensor(name), name)(*(materialised(each, name) for each in others))
+        return getattr(self.materialise(name), name)(*materialised(others, name, Deferred))
 
     return operator
 

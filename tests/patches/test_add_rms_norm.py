@@ -488,7 +488,7 @@ def test_whatever_is_done_with_a_sum_is_done_with_its_tensor(use: Callable[[obje
 def test_looking_at_a_sum_does_not_compute_it() -> None:
     total, tensor, told = waiting()
     assert (total.shape, total.dtype, total.device) == (tensor.shape, tensor.dtype, tensor.device)
-    assert torch.equal(total.copied(), tensor)
+    assert torch.equal(total.peek(), tensor)
     assert not told
 
 

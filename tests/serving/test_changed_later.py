@@ -17,7 +17,8 @@ from npu_patch.ops.rms_norm import PLAIN_VARIANTS
 from npu_patch.reporting.report import Report
 from npu_patch.serving import changed_later
 from npu_patch.serving.in_place_flow import Source, what_becomes
-from npu_patch.waiting.heads import Abandoned, DeferredHeads
+from npu_patch.waiting.contract import Abandoned
+from npu_patch.waiting.heads import Deferral
 from tests.support.gradients import relative_error
 from tests.support.own_layers import own_modeling
 from tests.support.tiny_models import FAMILIES, tiny, tiny_batch
@@ -520,8 +521,9 @@ def test_attention_whose_result_is_changed_in_place(
 
 
 def test_heads_that_wait_for_their_rotation_notice_a_change_of_their_input() -> None:
-    x = torch.randn(2, 5, 3, WIDTH)
-    waiting = DeferredHeads(RMSNorm(WIDTH), x, None, 1e-6, PLAIN_VARIANTS[4])
+    x, norm = torch.randn(2, 5, 3, WIDTH), RMSNorm(WIDTH)
+    deferral = Deferral((norm, RMSNorm(WIDTH)), lambda *_: pytest.fail("nothing is rotated"))
+    waiting = deferral.defer(norm, x, None, 1e-6, PLAIN_VARIANTS[4])
     waiting.transpose(1, 2)
     x.mul_(2)
     with pytest.raises(Abandoned, match="changed in place"):

@@ -17,9 +17,10 @@ from npu_patch.applying.patched_site import PatchedSite
 from npu_patch.commands.replay.float64 import everything_in_float64
 from npu_patch.commands.replay.snapshot import copied_cache, is_cache, snapshot
 from npu_patch.measuring.tuning import signature_of
-from npu_patch.waiting.onlooker import lasts_for_one_call, looked_at, plain
+from npu_patch.waiting.contract import Waiting, materialised
 
 SEED = 77
+REPLAY = "a replay"  # what uses the values that wait in a recorded call
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Call:
     @property
     def is_finite(self) -> bool:
         """Attention masks may hold minus infinity; nothing may hold NaN."""
-        return not any(bool(plain(t).isnan().any()) for t in _tensors(self) if t.is_floating_point())
+        return not any(bool(materialised(t, REPLAY).isnan().any()) for t in _tensors(self) if t.is_floating_point())
 
 
 @dataclass
@@ -77,8 +78,10 @@ def _watch(
     known = recording.calls.setdefault(id(held), {})
 
     def watch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if not any(map(lasts_for_one_call, tree_leaves((args, kwargs)))):
-            call = Call(*tree_map(looked_at, (args, kwargs)))
+        waiting = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Waiting)]
+        seen = {id(each): each.peek() for each in waiting}
+        if not any(each is None for each in seen.values()):
+            call = Call(*tree_map(lambda each: seen.get(id(each), each), (args, kwargs)))
             if len(known) < recording.most and call.key not in known:
                 known[call.key] = Call(*tree_map(snapshot, (call.args, call.kwargs)))
         return originals
@@ -140,7 +143,7 @@ def timed_forms(held: PatchedSite, call: Call) -> tuple[Callable[[], None], Call
 
 def _run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ran:
     with torch.enable_grad():
-        results = tree_leaves(plain(function(*args, **kwargs)))
+        results = tree_leaves(materialised(function(*args, **kwargs), REPLAY))
         floating = [value for value in results if isinstance(value, Tensor) and value.is_floating_point()]
         found = {f"output {index}": value for index, value in enumerate(floating)}
         wanting = _wanting(args, kwargs)
@@ -150,7 +153,7 @@ def _run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
             gradients = torch.autograd.grad(followed, [value for _, value in wanting], seeds, allow_unused=True)
             pairs = zip(wanting, gradients, strict=True)
             found |= {f"gradient of {name}": gradient for (name, _), gradient in pairs if gradient is not None}
-    exact = tuple(plain(v) for v in results if not (isinstance(v, Tensor) and v.is_floating_point()))
+    exact = tuple(materialised(v, REPLAY) for v in results if not (isinstance(v, Tensor) and v.is_floating_point()))
     return Ran({name: value.detach().cpu().double() for name, value in found.items()}, exact)
 
 
@@ -188,7 +191,7 @@ def _own_cache(value: Any) -> Any:
 
 def _fresh(call: Call, plain_masks: bool = True) -> tuple[tuple[Any, ...], dict[str, Any]]:
     def fresh(value: Any) -> Any:
-        value = plain(value) if plain_masks else value
+        value = materialised(value, REPLAY) if plain_masks else value
         return snapshot(value)
 
     return tree_map(fresh, (call.args, dict(call.kwargs)))

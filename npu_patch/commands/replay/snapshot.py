@@ -9,15 +9,15 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from npu_patch.waiting.onlooker import stays_unwritten
+from npu_patch.waiting.contract import Waiting
 
 
 def snapshot(value: Any) -> Any:
     """A detached copy of a tensor or a cache, which its calls write to; everything else is itself."""
-    if stays_unwritten(value):
-        return value.detach()
+    if isinstance(value, Waiting):
+        value = value.peek()
     if isinstance(value, Tensor):
-        return detached(value)
+        return value if isinstance(value, Waiting) else detached(value)
     return copied_cache(value, detached) if is_cache(value) else value
 
 

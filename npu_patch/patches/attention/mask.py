@@ -14,7 +14,8 @@ from npu_patch.patches.attention.checked import Attend
 from npu_patch.serving.implementation import is_plain
 from npu_patch.serving.once_per_step import HOST_READS
 from npu_patch.serving.replacement import Unfused, Unserved
-from npu_patch.waiting.masks import Pattern, PatternMask, plain, read_mask_function
+from npu_patch.waiting.contract import materialised
+from npu_patch.waiting.masks import Pattern, PatternMask, read_mask_function
 
 
 def serve(original: Callable[..., Any], device_type: str, attend: Attend) -> Callable[..., Any]:
@@ -31,7 +32,7 @@ def serve(original: Callable[..., Any], device_type: str, attend: Attend) -> Cal
         others = {name: value for name, value in arguments.items() if name not in ("q_length", "q_offset")}
         pattern = _pattern(q_length=queries.length, q_offset=queries.offset, **others)
         if isinstance(pattern, Unserved):
-            made = original(**{name: plain(value) for name, value in arguments.items()})
+            made = original(**materialised(arguments, "the original"))
             # That no mask is needed is what a mask that is never written out is for: nothing fell through.
             return None if made is None else Unfused(made, pattern.reason)
         shape = (arguments["batch_size"], 1, queries.length, arguments["kv_length"])

@@ -36,7 +36,7 @@ from npu_patch.serving.changed_later import Callers
 from npu_patch.serving.dispatch import no_cases
 from npu_patch.serving.replacement import replacement_for
 from npu_patch.sites.sites import Site, forwards, innermost
-from npu_patch.waiting.masks import plain
+from npu_patch.waiting.contract import materialised
 
 OWN_NAME = "npu"
 
@@ -153,7 +153,7 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
 
     def original(*args: Any, **kwargs: Any) -> Any:
         """What falls through sees masks, not patterns."""
-        return site.original(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+        return site.original(*materialised(args, "the original"), **materialised(kwargs, "the original"))
 
     attends = door.holder is _attention_entries
     dispatch = context.dispatch(partial(checks, door.name) if attends else no_cases, CallForm.of)

@@ -15,7 +15,8 @@ from npu_patch.ops.attention.call import Attention
 from npu_patch.patches.attention.checked import Attend
 from npu_patch.serving.once_per_step import OncePerTensor
 from npu_patch.serving.replacement import Unfused, Unserved
-from npu_patch.waiting.masks import PatternMask, plain
+from npu_patch.waiting.contract import materialised
+from npu_patch.waiting.masks import PatternMask
 
 # Arguments that change the result and that the operator has nothing for.
 REFUSED = {
@@ -97,7 +98,7 @@ def serve(original: Callable[..., Any], device_type: str, attend: Attend) -> Cal
         out = attend(query, key, value, attention)
         if isinstance(out, Tensor):
             return out, None
-        mask = plain(attention_mask)
+        mask = materialised(attention_mask, "attention")
         if mask is not None and mask.is_floating_point() and s_aux is None:
             # The original would take every element but 0 for "hidden" on an NPU.
             return Unfused((_exact(query, key, value, mask, position_bias, scale, dropout), None), out)
@@ -156,7 +157,7 @@ def _dense(
     band = _band(mask, causal, wanted)
     if band is not None:
         return replace(attention, band=band)
-    mask = plain(mask)
+    mask = materialised(mask, "attention")
     if mask.dtype == torch.bool:
         hidden = _INVERTED.of((mask,), lambda: inverted(mask))
     elif mask.is_floating_point():
@@ -204,7 +205,7 @@ def _with_sinks(
     """torch's attention with one more key for each head, whose score is the sink `[N]` and whose value is zero."""
     heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    mask = plain(mask)
+    mask = materialised(mask, "attention")
     if mask is None and is_causal and queries > 1:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
     additive = query.new_zeros(1, 1, 1, 1) if position_bias is None else position_bias
