@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from npu_patch.kernels.gamma import load_gamma
+from npu_patch.kernels.load_gamma import load_gamma
 
 
 @triton.jit

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from npu_patch.kernels import launch, qk_norm_rope_backward, qk_norm_rope_forward
+from npu_patch.kernels.gamma import WEIGHT, Gamma
 from npu_patch.kernels.partial_sums import sum_rows
-from npu_patch.kernels.variants import GAMMAS
 from npu_patch.numerics.results import changeable
 from npu_patch.numerics.rotation import HALF, table_gradients
 
@@ -35,11 +35,11 @@ TILES = (FORWARD, BACKWARD, PARTIAL_FORWARD, PARTIAL_BACKWARD)
 
 @dataclass(frozen=True)
 class QKNorm:
-    """How q and k are normalized. `gamma` is a name of `kernels.variants.GAMMAS`; "none" takes no weights."""
+    """How q and k are normalized. `gamma` has a kernel; `gamma.NONE` takes no weights."""
 
     q_eps: float = 1e-6
     k_eps: float = 1e-6
-    gamma: str = "weight"
+    gamma: Gamma = WEIGHT
 
 
 def qk_norm_rope(
@@ -115,13 +115,12 @@ class _QKNormRoPE(torch.autograd.Function):
         return dq, dk, *weights, *tables, None, None
 
 
-def _normalized(x: Tensor, weight: Tensor | None, eps: float, gamma: str) -> Tensor:
+def _normalized(x: Tensor, weight: Tensor | None, eps: float, gamma: Gamma) -> Tensor:
     """In plain torch: few tables are trained."""
     x = x.float()
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    if gamma == "none":
-        return x
-    return x * {"weight": weight, "1 + weight": 1.0 + weight.float(), "rounded 1 + weight": 1.0 + weight}[gamma].float()
+    scale = gamma.value(weight)
+    return x if scale is None else x * scale.float()
 
 
 class _PackedQKNormRoPE(torch.autograd.Function):
@@ -197,7 +196,7 @@ def forward(
         norm.q_eps,
         norm.k_eps,
         num_warps=tiling.num_warps,
-        GAMMA=GAMMAS[norm.gamma],
+        GAMMA=norm.gamma.kernel,
         **tiling.constants,
     )
     return q_out, k_out
@@ -256,7 +255,7 @@ def backward(
         norm.q_eps,
         norm.k_eps,
         num_warps=tiling.num_warps,
-        GAMMA=GAMMAS[norm.gamma],
+        GAMMA=norm.gamma.kernel,
         NEEDS_Q=dq is not None,
         NEEDS_K=dk is not None,
         NEEDS_Q_WEIGHT=needs_q_weight,
@@ -266,11 +265,11 @@ def backward(
     if not needs_weights:
         return None, None
     wanted = [weight for weight, needed in ((q_weight, needs_q_weight), (k_weight, needs_k_weight)) if needed]
-    dtype = wanted[0].dtype if wanted[0].dtype == wanted[-1].dtype else torch.float32
-    sums = sum_rows(partial if len(wanted) == 2 else _half(partial, needs_q_weight), dtype)
+    rows = partial if len(wanted) == 2 else _half(partial, needs_q_weight)
+    sums = sum_rows(rows, norm.gamma.summed_in(*wanted))
     return (
-        sums[:head_dim].to(q_weight.dtype) if needs_q_weight else None,
-        sums[-head_dim:].to(k_weight.dtype) if needs_k_weight else None,
+        norm.gamma.weight_gradient(sums[:head_dim], q_weight) if needs_q_weight else None,
+        norm.gamma.weight_gradient(sums[-head_dim:], k_weight) if needs_k_weight else None,
     )
 
 
