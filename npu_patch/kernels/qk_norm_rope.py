@@ -189,10 +189,8 @@ def forward(
         q.shape[1],
         tiling.q_blocks,
         tiling.k_blocks,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *_table_strides(cos),
-        *_table_strides(sin),
+        *_strides(q, k),
+        *_table_strides(cos, sin),
         norm.q_eps,
         norm.k_eps,
         num_warps=tiling.num_warps,
@@ -224,8 +222,7 @@ def backward(
     tiling = _tiling(machine, q.shape, k.shape[2], cos.shape[-1], tile)
     needs_weights = needs_q_weight or needs_k_weight
     grid = launch.programs(machine, tiling.blocks, tile, leave_partial_sums=needs_weights)
-    head_dim = q.shape[-1]
-    partial = torch.empty(grid, 2 * head_dim, dtype=torch.float32, device=q.device) if needs_weights else None
+    partial = torch.empty(grid, 2 * q.shape[-1], dtype=torch.float32, device=q.device) if needs_weights else None
     launch.launch(
         qk_norm_rope_backward.backward,
         q.device,
@@ -244,14 +241,8 @@ def backward(
         q.shape[1],
         tiling.q_blocks,
         tiling.k_blocks,
-        *dq_out.stride()[:3],
-        *dk_out.stride()[:3],
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *((0, 0, 0) if dq is None else dq.stride()[:3]),
-        *((0, 0, 0) if dk is None else dk.stride()[:3]),
-        *_table_strides(cos),
-        *_table_strides(sin),
+        *_strides(dq_out, dk_out, q, k, dq, dk),
+        *_table_strides(cos, sin),
         norm.q_eps,
         norm.k_eps,
         num_warps=tiling.num_warps,
@@ -262,14 +253,24 @@ def backward(
         NEEDS_K_WEIGHT=needs_k_weight,
         **tiling.constants,
     )
-    if not needs_weights:
+    if partial is None:
         return None, None
-    wanted = [weight for weight, needed in ((q_weight, needs_q_weight), (k_weight, needs_k_weight)) if needed]
-    rows = partial if len(wanted) == 2 else _half(partial, needs_q_weight)
-    sums = sum_rows(rows, norm.gamma.summed_in(*wanted))
+    return _weight_gradients(
+        partial, norm.gamma, q_weight if needs_q_weight else None, k_weight if needs_k_weight else None
+    )
+
+
+def _weight_gradients(
+    partial: Tensor, gamma: Gamma, q_weight: Tensor | None, k_weight: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of those that are given, from the rows `[P, 2 D]` that programs left of gamma's gradients."""
+    wanted = [weight for weight in (q_weight, k_weight) if weight is not None]
+    rows = partial if len(wanted) == 2 else _half(partial, q_weight is not None)
+    sums = sum_rows(rows, gamma.summed_in(*wanted))
+    head_dim = partial.shape[1] // 2
     return (
-        norm.gamma.weight_gradient(sums[:head_dim], q_weight) if needs_q_weight else None,
-        norm.gamma.weight_gradient(sums[-head_dim:], k_weight) if needs_k_weight else None,
+        None if q_weight is None else gamma.weight_gradient(sums[:head_dim], q_weight),
+        None if k_weight is None else gamma.weight_gradient(sums[-head_dim:], k_weight),
     )
 
 
@@ -339,8 +340,13 @@ def _adjacent(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _table_strides(table: Tensor) -> tuple[int, int]:
-    return (table.stride(0) if table.shape[0] > 1 else 0), table.stride(1)
+def _strides(*heads: Tensor | None) -> list[int]:
+    """Those of batch, token and head of each; zeros for one that is not there."""
+    return [stride for x in heads for stride in ((0, 0, 0) if x is None else x.stride()[:3])]
+
+
+def _table_strides(*tables: Tensor) -> list[int]:
+    return [stride for x in tables for stride in (x.stride(0) if x.shape[0] > 1 else 0, x.stride(1))]
 
 
 def _half(partial: Tensor, first: bool) -> Tensor:
