@@ -4,9 +4,6 @@ q and k come as views of what the projections return (`[B, S, H, D]` of `[B, S, 
 leave as attention wants them. Every element is read once and written once; all is float32 inside and rounded once.
 The backward reads the inputs again and computes their norms anew, so nothing else is kept. The rotation is that of
 rotate-half (https://arxiv.org/abs/2104.09864), of the first elements of a head if the table is narrower than it.
-
-No patch uses `packed_qk_norm_rope`: where one projection makes q, k and v, the layer's forward splits them before
-anything that can be rebound.
 """
 
 from __future__ import annotations
@@ -60,24 +57,6 @@ def qk_norm_rope(
     return _QKNormRoPE.apply(q, k, q_weight, k_weight, cos, sin, norm, dtype)
 
 
-def packed_qk_norm_rope(
-    qkv: Tensor,
-    heads: tuple[int, int],
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    norm: QKNorm,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same from one projection `[B, S, (H + 2 K) * D]`, `heads` being (H, K), with v `[B, K, S, D]` as a view. cos
-    and sin take no gradient.
-
-    Its backward writes the gradients of q, k and v next to each other, where autograd would concatenate.
-    """
-    return _PackedQKNormRoPE.apply(qkv, heads, q_weight, k_weight, cos, sin, norm, dtype)
-
-
 class _QKNormRoPE(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -121,40 +100,6 @@ def _normalized(x: Tensor, weight: Tensor | None, eps: float, gamma: Gamma) -> T
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     scale = gamma.value(weight)
     return x if scale is None else x * scale.float()
-
-
-class _PackedQKNormRoPE(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        qkv: Tensor,
-        heads: tuple[int, int],
-        q_weight: Tensor | None,
-        k_weight: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        norm: QKNorm,
-        dtype: torch.dtype | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin)
-        ctx.heads, ctx.norm = heads, norm
-        q, k, v = _unpacked(qkv, heads)
-        q_out, k_out = forward(q, k, q_weight, k_weight, cos, sin, norm, dtype or qkv.dtype)
-        return tuple(changeable(result.transpose(1, 2)) for result in (q_out, k_out, v))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, dq_out: Tensor, dk_out: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, q_weight, k_weight, cos, sin = ctx.saved_tensors
-        needs_qkv, _, *needs_weights = ctx.needs_input_grad[:4]
-        d_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device) if needs_qkv else None
-        dq, dk, d_v = (None, None, None) if d_qkv is None else _unpacked(d_qkv, ctx.heads)
-        q, k, _ = _unpacked(qkv, ctx.heads)
-        outputs = dq_out.transpose(1, 2), dk_out.transpose(1, 2)
-        weights = backward(*outputs, q, k, q_weight, k_weight, cos, sin, ctx.norm, dq, dk, *needs_weights)
-        if d_v is not None:
-            d_v.copy_(dv.transpose(1, 2))
-        return d_qkv, None, *weights, None, None, None, None
 
 
 def forward(
@@ -352,9 +297,3 @@ def _table_strides(*tables: Tensor) -> list[int]:
 def _half(partial: Tensor, first: bool) -> Tensor:
     head_dim = partial.shape[1] // 2
     return (partial[:, :head_dim] if first else partial[:, head_dim:]).contiguous()
-
-
-def _unpacked(qkv: Tensor, heads: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    q_heads, k_heads = heads
-    by_head = qkv.unflatten(-1, (q_heads + 2 * k_heads, -1))
-    return by_head.split([q_heads, k_heads, k_heads], dim=2)

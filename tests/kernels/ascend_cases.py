@@ -23,7 +23,7 @@ from npu_patch.kernels import qk_norm_rope as qk_norm_kernels
 from npu_patch.kernels.add_rms_norm import add_rms_norm, rms_norm
 from npu_patch.kernels.gamma import ONE_PLUS_WEIGHT, WEIGHT, Gamma
 from npu_patch.kernels.gated_rms_norm import gated_rms_norm
-from npu_patch.kernels.qk_norm_rope import QKNorm, packed_qk_norm_rope, qk_norm_rope
+from npu_patch.kernels.qk_norm_rope import QKNorm, qk_norm_rope
 from npu_patch.kernels.swiglu import swiglu
 from scripts.ascend_compile import CORES, Launch, Plan, lower, plan, recorded_launches
 
@@ -61,9 +61,6 @@ def qk_norm_rope_cases(model: Model) -> None:
     weights = [empty(model.head_dim), empty(model.head_dim)]
     trace(lambda *given: qk_norm_rope(*given, *tables, norm), q, k, *weights)
     trace(lambda q, k: qk_norm_rope(q, k, *weights, *tables, norm), q, k)
-    packed = empty(1, TOKENS, (model.heads + 2 * model.kv_heads) * model.head_dim)
-    heads = model.heads, model.kv_heads
-    trace(lambda qkv, a, b: packed_qk_norm_rope(qkv, heads, a, b, *tables, norm), packed, *weights)
 
 
 def swiglu_cases(model: Model) -> None:

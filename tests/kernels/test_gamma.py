@@ -14,7 +14,7 @@ from npu_patch.kernels import head_tiles
 from npu_patch.kernels.add_rms_norm import add_rms_norm, rms_norm
 from npu_patch.kernels.gamma import GAMMAS, NONE, Gamma
 from npu_patch.kernels.gated_rms_norm import gated_rms_norm
-from npu_patch.kernels.qk_norm_rope import QKNorm, packed_qk_norm_rope, qk_norm_rope
+from npu_patch.kernels.qk_norm_rope import QKNorm, qk_norm_rope
 from npu_patch.numerics.rotation import HALF
 from npu_patch.ops.rope import TABLES, RoPEVariant
 from tests.kernels.exactness import ONE_MACHINE, assert_exact, normal
@@ -57,11 +57,6 @@ def fused_heads(q: Tensor, k: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]
     return qk_norm_rope(q, k, *weights, **ROTARY, norm=QKNorm(EPS, EPS, EXP))
 
 
-def packed_heads(q: Tensor, k: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-    packed = torch.cat((q, k, k), 2).flatten(2)
-    return packed_qk_norm_rope(packed, (q.shape[2], k.shape[2]), *weights, **ROTARY, norm=QKNorm(EPS, EPS, EXP))[:2]
-
-
 def heads_apart(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor) -> tuple[Tensor, Tensor]:
     return rotated(q, q_weight), rotated(k, k_weight)
 
@@ -80,7 +75,6 @@ KERNELS = {
         [ROWS, ROWS, (WIDTH,)],
     ),
     "qk_norm_rope": (fused_heads, heads_apart, [HEADS, KEY_HEADS, (WIDTH,), (WIDTH,)]),
-    "packed_qk_norm_rope": (packed_heads, heads_apart, [HEADS, KEY_HEADS, (WIDTH,), (WIDTH,)]),
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from npu_patch.kernels.gamma import NONE, ONE_PLUS_WEIGHT, ROUNDED_ONE_PLUS_WEIGHT, WEIGHT, Gamma
-from npu_patch.kernels.qk_norm_rope import QKNorm, packed_qk_norm_rope, qk_norm_rope
+from npu_patch.kernels.qk_norm_rope import QKNorm, qk_norm_rope
 from npu_patch.numerics.rotation import HALF
 from npu_patch.ops.rms_norm import PLAIN_VARIANTS
 from npu_patch.ops.rope import TABLES, RoPEVariant
@@ -181,20 +181,3 @@ def test_strided_inputs_and_gradients() -> None:
         return run
 
     assert_exact(strided(qk_norm_rope), strided(original), [q_gate, k, normal(16), normal(16, seed=2)])
-
-
-@ONE_MACHINE
-@pytest.mark.parametrize("needed", [(True, True, True), (True, False, False), (False, True, False)])
-def test_packed(needed: tuple[bool, ...]) -> None:
-    cos, sin = tables(1, 3, 16, torch.float32)
-
-    def reference(qkv, q_weight, k_weight):
-        q, k, v = qkv.unflatten(-1, (8, 16)).split([4, 2, 2], 2)
-        return *original(q, k, q_weight, k_weight, cos, sin, QKNorm()), v.transpose(1, 2)
-
-    assert_exact(
-        lambda qkv, a, b: packed_qk_norm_rope(qkv, (4, 2), a, b, cos, sin, QKNorm()),
-        reference,
-        [normal(2, 3, 8 * 16), normal(16, seed=3), normal(16, seed=4)],
-        needed,
-    )

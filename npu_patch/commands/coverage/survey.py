@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import multiprocessing
+import operator
 import os
 import signal
 from collections import Counter
@@ -38,14 +39,7 @@ class Tally:
         return self.served + self.skipped + self.failed
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(
-            self.patched + other.patched,
-            self.skipped + other.skipped,
-            self.failed + other.failed,
-            self.by_registry + other.by_registry,
-            self.variants + other.variants,
-            self.reasons + other.reasons,
-        )
+        return Tally(*map(operator.add, vars(self).values(), vars(other).values()))
 
     def as_dict(self) -> dict[str, Any]:
         return {**vars(self), "variants": dict(self.variants), "reasons": dict(self.reasons)}

@@ -20,6 +20,7 @@ from npu_patch.measuring.tuning import signature_of
 from npu_patch.waiting.onlooker import lasts_for_one_call, looked_at, plain
 
 SEED = 77
+MOST = 3  # calls of a site
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,8 @@ class Call:
 
 @dataclass
 class Recording:
-    """By site: one call for each set of shapes, at most `most`."""
+    """By site: one call for each set of shapes, at most `MOST`."""
 
-    most: int = 3
     calls: dict[int, dict[tuple[Any, ...], Call]] = field(default_factory=dict)
 
     def of(self, held: PatchedSite) -> list[Call]:
@@ -58,10 +58,10 @@ class Recording:
 
 @contextlib.contextmanager
 def recorded(
-    sites: list[PatchedSite], most: int = 3, *, originals: bool = False, into: Recording | None = None
+    sites: list[PatchedSite], *, originals: bool = False, into: Recording | None = None
 ) -> Iterator[Recording]:
     """`originals`: they answer the calls, for a model that a replacement breaks. `into`: a recording to go on with."""
-    recording = Recording(most) if into is None else into
+    recording = Recording() if into is None else into
     for held in sites:
         held.outcome.calls.watch = _watch(recording, held, originals)
     try:
@@ -79,7 +79,7 @@ def _watch(
     def watch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if not any(map(lasts_for_one_call, tree_leaves((args, kwargs)))):
             call = Call(*tree_map(looked_at, (args, kwargs)))
-            if len(known) < recording.most and call.key not in known:
+            if len(known) < MOST and call.key not in known:
                 known[call.key] = Call(*tree_map(snapshot, (call.args, call.kwargs)))
         return originals
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from npu_patch.commands.console.result import CommandError
+from npu_patch.commands.console.result import CommandError, named
 
 # By the names under which configurations keep them. Only those that a configuration has are set.
 SIZES: dict[str, Any] = {
@@ -64,9 +64,8 @@ def tiny_model(model_type: str, *, seed: int = 0, every_expert: bool = False) ->
             model = auto.from_config(config).float().eval()
             _shake(model)
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
         raise CommandError(
-            f"no tiny {model_type} can be built ({type(error).__name__}: {first}); give the folder of a model instead"
+            f"no tiny {model_type} can be built ({named(error)}); give the folder of a model instead"
         ) from error
     return model
 
@@ -94,8 +93,7 @@ def few_layers(model_type: str, *, seed: int = 0) -> torch.nn.Module:
             torch.manual_seed(seed)
             return auto.from_config(config, dtype=torch.bfloat16).eval()
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise CommandError(f"no {model_type} can be built ({type(error).__name__}: {first})") from error
+        raise CommandError(f"no {model_type} can be built ({named(error)})") from error
 
 
 def auto_class(config: Any) -> Any:
