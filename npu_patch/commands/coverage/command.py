@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 from npu_patch.commands.console.output_file import output_file
 from npu_patch.commands.console.result import CommandError, Result, named
 from npu_patch.commands.console.terminal import progress, table
-from npu_patch.commands.coverage.survey import PROCESSES, Family, Tally, survey
-from npu_patch.commands.coverage.totals import cell, totals
+from npu_patch.commands.coverage.survey import PROCESSES, Family, Tally, cell, survey, totals
 from npu_patch.commands.subject.families import families, family_of, model_types, without_broken_torch_npu
 
 if TYPE_CHECKING:
