@@ -30,12 +30,15 @@ class Gamma:
 
     def summed_in(self, *weights: Tensor) -> torch.dtype:
         """The dtype that sums of gamma's gradient are rounded to: the weights', unless more is to be done with them."""
-        dtypes = {weight.dtype for weight in weights}
-        return dtypes.pop() if self.derivative is None and len(dtypes) == 1 else torch.float32
+        dtype = weights[0].dtype
+        mixed = any(weight.dtype != dtype for weight in weights[1:])
+        return dtype if self.derivative is None and not mixed else torch.float32
 
     def weight_gradient(self, d_gamma: Tensor, weight: Tensor) -> Tensor:
         """The weight's gradient from gamma's, `d_gamma` in the dtype of `summed_in`."""
-        return (d_gamma if self.derivative is None else d_gamma * self.derivative(weight)).to(weight.dtype)
+        if self.derivative is not None:
+            d_gamma = d_gamma * self.derivative(weight)
+        return d_gamma if d_gamma.dtype == weight.dtype else d_gamma.to(weight.dtype)
 
 
 def widened(weight: Tensor) -> Tensor:

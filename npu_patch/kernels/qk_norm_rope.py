@@ -120,28 +120,12 @@ def forward(
     tile = FORWARD if cos.shape[-1] == q.shape[-1] else PARTIAL_FORWARD
     tiling = _tiling(machine, q.shape, k.shape[2], cos.shape[-1], tile)
     launch.launch(
-        qk_norm_rope_forward.forward,
-        q.device,
-        launch.programs(machine, tiling.blocks, tile),
-        q,
-        k,
-        q_out,
-        k_out,
-        q_weight,
-        k_weight,
-        cos,
-        sin,
-        q.shape[1],
-        tiling.q_blocks,
-        tiling.k_blocks,
-        *_strides(q, k),
-        *_table_strides(cos, sin),
-        norm.q_eps,
-        norm.k_eps,
-        num_warps=tiling.num_warps,
-        GAMMA=norm.gamma.kernel,
-        **tiling.constants,
-    )
+        qk_norm_rope_forward.forward, q.device, launch.programs(machine, tiling.blocks, tile),
+        q, k, q_out, k_out, q_weight, k_weight, cos, sin, q.shape[1], tiling.q_blocks, tiling.k_blocks,
+        *q.stride()[:3], *k.stride()[:3],
+        *_table_strides(cos), *_table_strides(sin), norm.q_eps, norm.k_eps,
+        num_warps=tiling.num_warps, GAMMA=norm.gamma.kernel, **tiling.constants,
+    )  # fmt: skip
     return q_out, k_out
 
 
@@ -169,35 +153,17 @@ def backward(
     grid = launch.programs(machine, tiling.blocks, tile, leave_partial_sums=needs_weights)
     partial = torch.empty(grid, 2 * q.shape[-1], dtype=torch.float32, device=q.device) if needs_weights else None
     launch.launch(
-        qk_norm_rope_backward.backward,
-        q.device,
-        grid,
-        dq_out,
-        dk_out,
-        q,
-        k,
-        q_weight,
-        k_weight,
-        cos,
-        sin,
-        dq,
-        dk,
-        partial,
-        q.shape[1],
-        tiling.q_blocks,
-        tiling.k_blocks,
-        *_strides(dq_out, dk_out, q, k, dq, dk),
-        *_table_strides(cos, sin),
-        norm.q_eps,
-        norm.k_eps,
-        num_warps=tiling.num_warps,
-        GAMMA=norm.gamma.kernel,
-        NEEDS_Q=dq is not None,
-        NEEDS_K=dk is not None,
-        NEEDS_Q_WEIGHT=needs_q_weight,
-        NEEDS_K_WEIGHT=needs_k_weight,
+        qk_norm_rope_backward.backward, q.device, grid,
+        dq_out, dk_out, q, k, q_weight, k_weight, cos, sin, dq, dk, partial,
+        q.shape[1], tiling.q_blocks, tiling.k_blocks,
+        *dq_out.stride()[:3], *dk_out.stride()[:3],
+        *q.stride()[:3], *k.stride()[:3],
+        *((0, 0, 0) if dq is None else dq.stride()[:3]), *((0, 0, 0) if dk is None else dk.stride()[:3]),
+        *_table_strides(cos), *_table_strides(sin), norm.q_eps, norm.k_eps,
+        num_warps=tiling.num_warps, GAMMA=norm.gamma.kernel,
+        NEEDS_Q=dq is not None, NEEDS_K=dk is not None, NEEDS_Q_WEIGHT=needs_q_weight, NEEDS_K_WEIGHT=needs_k_weight,
         **tiling.constants,
-    )
+    )  # fmt: skip
     if partial is None:
         return None, None
     return _weight_gradients(
@@ -285,13 +251,8 @@ def _adjacent(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _strides(*heads: Tensor | None) -> list[int]:
-    """Those of batch, token and head of each; zeros for one that is not there."""
-    return [stride for x in heads for stride in ((0, 0, 0) if x is None else x.stride()[:3])]
-
-
-def _table_strides(*tables: Tensor) -> list[int]:
-    return [stride for x in tables for stride in (x.stride(0) if x.shape[0] > 1 else 0, x.stride(1))]
+def _table_strides(table: Tensor) -> tuple[int, int]:
+    return (table.stride(0) if table.shape[0] > 1 else 0), table.stride(1)
 
 
 def _half(partial: Tensor, first: bool) -> Tensor:
