@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from npu_patch.commands.console import standard_output
 from npu_patch.commands.console.arguments import add_arguments
-from npu_patch.commands.console.result import CommandError, Result
+from npu_patch.commands.console.result import CommandError, Result, named
 from npu_patch.version import __version__
 
 COMMANDS = {
@@ -48,8 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CommandError as error:
         return _refused(options, str(error))
     except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        return _refused(options, f"{type(error).__name__}: {first} (--debug shows where)")
+        return _refused(options, f"{named(error)} (--debug shows where)")
     return 0 if result.fine else WRONG
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from npu_patch.kernels import launch
-from npu_patch.kernels.gamma import load_gamma
-from npu_patch.kernels.partial_sums import sum_rows
+from npu_patch.kernels.gamma import WEIGHT, Gamma
+from npu_patch.kernels.load_gamma import load_gamma
+from npu_patch.kernels.partial_sums import weight_gradient
 from npu_patch.kernels.rows import row_tiling, rows_of
-from npu_patch.kernels.variants import GAMMAS
 
 FORWARD = launch.Tile(bytes_per_element=24, elements=2048, stages=3, least_bytes=15)
 BACKWARD = launch.Tile(bytes_per_element=32, elements=4096, programs=3, stages=2, least_bytes=23)
@@ -26,16 +26,16 @@ TILES = (FORWARD, BACKWARD)
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, gamma: str = "weight"
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, gamma: Gamma = WEIGHT
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm(x + residual) and x + residual, for x and residual `[..., D]` of one dtype and weight `[D]`.
 
-    `gamma` is a name of `kernels.variants.GAMMAS`, `eps` is positive.
+    `gamma` has a kernel, `eps` is positive.
     """
     return _AddRMSNorm.apply(x, residual, weight, eps, gamma)
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, gamma: str = "weight") -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, gamma: Gamma = WEIGHT) -> Tensor:
     """RMSNorm of x `[..., D]` alone, in its dtype."""
     return _RMSNorm.apply(x, weight, eps, gamma)
 
@@ -43,7 +43,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, gamma: str = "weight"
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, gamma: str
+        ctx: FunctionCtx, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, gamma: Gamma
     ) -> tuple[Tensor, Tensor]:
         y, total = forward(x, residual, weight, eps, gamma)
         ctx.save_for_backward(total, weight)
@@ -65,7 +65,7 @@ class _AddRMSNorm(torch.autograd.Function):
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor | None, eps: float, gamma: str) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor | None, eps: float, gamma: Gamma) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.norm = eps, gamma
         return forward(x, None, weight, eps, gamma)[0]
@@ -77,7 +77,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, gamma: str
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, gamma: Gamma
 ) -> tuple[Tensor, Tensor | None]:
     rows = rows_of(x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -97,7 +97,7 @@ def forward(
         rows.stride(0),
         0 if residual_rows is None else residual_rows.stride(0),
         eps,
-        GAMMA=GAMMAS[gamma],
+        GAMMA=gamma.kernel,
         ADDS=residual is not None,
         D=rows.shape[1],
         **tiling,
@@ -111,7 +111,7 @@ def backward(
     x: Tensor,
     weight: Tensor | None,
     eps: float,
-    gamma: str,
+    gamma: Gamma,
     needs_x: bool,
     needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -135,14 +135,14 @@ def backward(
         0 if total_rows is None else total_rows.stride(0),
         rows.stride(0),
         eps,
-        GAMMA=GAMMAS[gamma],
+        GAMMA=gamma.kernel,
         ADDS=d_total is not None,
         NEEDS_X=needs_x,
         NEEDS_WEIGHT=needs_weight,
         D=rows.shape[1],
         **tiling,
     )
-    return dx, sum_rows(partial, weight.dtype) if needs_weight else None
+    return dx, weight_gradient(partial, weight, gamma) if needs_weight else None
 
 
 @triton.jit

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from npu_patch.kernels import launch
-from npu_patch.kernels.gamma import load_gamma
-from npu_patch.kernels.partial_sums import sum_rows
+from npu_patch.kernels.gamma import WEIGHT, Gamma
+from npu_patch.kernels.load_gamma import load_gamma
+from npu_patch.kernels.partial_sums import weight_gradient
 from npu_patch.kernels.rows import row_tiling, rows_of
-from npu_patch.kernels.variants import ACTIVATIONS, GAMMAS
+from npu_patch.kernels.variants import ACTIVATIONS
 
 FORWARD = launch.Tile(bytes_per_element=32, elements=4096, least_bytes=19)
 BACKWARD = launch.Tile(bytes_per_element=48, elements=4096, least_bytes=35)
@@ -25,11 +26,11 @@ TILES = (FORWARD, BACKWARD)
 
 
 def gated_rms_norm(
-    x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, activation: str = "silu", gamma: str = "weight"
+    x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, activation: str = "silu", gamma: Gamma = WEIGHT
 ) -> Tensor:
     """RMSNorm(x) * activation(gate) for x and gate `[..., D]` and weight `[D]`, in the dtype of x.
 
-    `activation` is a name of `ACTIVATIONS`, `gamma` one of `kernels.variants.GAMMAS`, `eps` positive.
+    `activation` is a name of `ACTIVATIONS`, `gamma` has a kernel, `eps` is positive.
     """
     return _GatedRMSNorm.apply(x, gate, weight, eps, activation, gamma)
 
@@ -37,7 +38,7 @@ def gated_rms_norm(
 class _GatedRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, activation: str, gamma: str
+        ctx: FunctionCtx, x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, activation: str, gamma: Gamma
     ) -> Tensor:
         ctx.save_for_backward(x, gate, weight)
         ctx.norm = eps, activation, gamma
@@ -49,7 +50,7 @@ class _GatedRMSNorm(torch.autograd.Function):
         return *backward(dy, *ctx.saved_tensors, *ctx.norm, *ctx.needs_input_grad[:3]), None, None, None
 
 
-def forward(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, activation: str, gamma: str) -> Tensor:
+def forward(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, activation: str, gamma: Gamma) -> Tensor:
     rows, gate_rows = rows_of(x), rows_of(gate)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grid, tiling = row_tiling(rows, FORWARD)
@@ -65,7 +66,7 @@ def forward(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, activati
         rows.stride(0),
         gate_rows.stride(0),
         eps,
-        GAMMA=GAMMAS[gamma],
+        GAMMA=gamma.kernel,
         SILU=ACTIVATIONS[activation],
         D=rows.shape[1],
         **tiling,
@@ -80,7 +81,7 @@ def backward(
     weight: Tensor | None,
     eps: float,
     activation: str,
-    gamma: str,
+    gamma: Gamma,
     needs_x: bool,
     needs_gate: bool,
     needs_weight: bool,
@@ -106,7 +107,7 @@ def backward(
         rows.stride(0),
         gate_rows.stride(0),
         eps,
-        GAMMA=GAMMAS[gamma],
+        GAMMA=gamma.kernel,
         SILU=ACTIVATIONS[activation],
         NEEDS_X=needs_x,
         NEEDS_GATE=needs_gate,
@@ -114,7 +115,7 @@ def backward(
         D=rows.shape[1],
         **tiling,
     )
-    return dx, d_gate, sum_rows(partial, weight.dtype) if needs_weight else None
+    return dx, d_gate, weight_gradient(partial, weight, gamma) if needs_weight else None
 
 
 @triton.jit

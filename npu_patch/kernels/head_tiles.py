@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from npu_patch.kernels.gamma import load_gamma
+from npu_patch.kernels.load_gamma import load_gamma
 
 
 @triton.jit
@@ -11,6 +11,16 @@ def first_after(blocks):
     """This program's first block of those that are dealt out after `blocks` others."""
     programs = tl.num_programs(0)
     return (tl.program_id(0) + programs - blocks % programs) % programs
+
+
+@triton.jit
+def at_token(block, length, BLOCK_T: tl.constexpr):
+    """The sequence of a block and its first token in it, for offsets; and how many tokens are left from there on."""
+    per_sequence = tl.cdiv(length, BLOCK_T)
+    sequence = tl.cast(block // per_sequence, tl.int64)
+    first = (block % per_sequence) * BLOCK_T
+    left = length - first
+    return sequence, tl.cast(first, tl.int64), left
 
 
 @triton.jit
@@ -33,6 +43,13 @@ def places(
 
 
 @triton.jit
+def load_halves(here, inside, ROTARY: tl.constexpr):
+    """float32 tiles of the first and of the second half of what is rotated."""
+    first = tl.load(here, mask=inside, other=0.0).to(tl.float32)
+    return first, tl.load(here + ROTARY // 2, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def table(
     table,
     token_stride,
@@ -47,10 +64,7 @@ def table(
     head = tl.arange(0, TABLE_HEADS)[None, :, None]
     column = tl.arange(0, HALF)[None, None, :]
     here = table + token * token_stride + head * 0 + column
-    inside = (token < left) & (head < TABLE_HEADS) & (column < ROTARY // 2)
-    first = tl.load(here, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(here + ROTARY // 2, mask=inside, other=0.0).to(tl.float32)
-    return first, second
+    return load_halves(here, (token < left) & (head < TABLE_HEADS) & (column < ROTARY // 2), ROTARY)
 
 
 @triton.jit

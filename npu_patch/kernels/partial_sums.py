@@ -8,12 +8,18 @@ import triton.language as tl
 from torch import Tensor
 
 from npu_patch.kernels import launch
+from npu_patch.kernels.gamma import Gamma
 
 # Rows and columns of a tile. A CUDA device has hundreds of rows to add: few columns make many programs, and many rows
 # at once few waits for memory.
 BLOCKS = {"cuda": (64, 16)}
 OTHER_BLOCKS = (32, 64)
 TILE = launch.Tile(bytes_per_element=16, elements=2048)
+
+
+def weight_gradient(partial: Tensor, weight: Tensor, gamma: Gamma) -> Tensor:
+    """Of a weight `[N]`, from the rows that programs left of gamma's gradient."""
+    return gamma.weight_gradient(sum_rows(partial, gamma.summed_in(weight)), weight)
 
 
 def sum_rows(partial: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,9 +4,6 @@ q and k come as views of what the projections return (`[B, S, H, D]` of `[B, S, 
 leave as attention wants them. Every element is read once and written once; all is float32 inside and rounded once.
 The backward reads the inputs again and computes their norms anew, so nothing else is kept. The rotation is that of
 rotate-half (https://arxiv.org/abs/2104.09864), of the first elements of a head if the table is narrower than it.
-
-No patch uses `packed_qk_norm_rope`: where one projection makes q, k and v, the layer's forward splits them before
-anything that can be rebound.
 """
 
 from __future__ import annotations
@@ -20,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from npu_patch.kernels import launch, qk_norm_rope_backward, qk_norm_rope_forward
+from npu_patch.kernels.gamma import WEIGHT, Gamma
 from npu_patch.kernels.partial_sums import sum_rows
-from npu_patch.kernels.variants import GAMMAS
 from npu_patch.numerics.results import changeable
 from npu_patch.numerics.rotation import HALF, table_gradients
 
@@ -35,11 +32,11 @@ TILES = (FORWARD, BACKWARD, PARTIAL_FORWARD, PARTIAL_BACKWARD)
 
 @dataclass(frozen=True)
 class QKNorm:
-    """How q and k are normalized. `gamma` is a name of `kernels.variants.GAMMAS`; "none" takes no weights."""
+    """How q and k are normalized. `gamma` has a kernel; `gamma.NONE` takes no weights."""
 
     q_eps: float = 1e-6
     k_eps: float = 1e-6
-    gamma: str = "weight"
+    gamma: Gamma = WEIGHT
 
 
 def qk_norm_rope(
@@ -58,24 +55,6 @@ def qk_norm_rope(
     that of the results, by default that of q and k.
     """
     return _QKNormRoPE.apply(q, k, q_weight, k_weight, cos, sin, norm, dtype)
-
-
-def packed_qk_norm_rope(
-    qkv: Tensor,
-    heads: tuple[int, int],
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    norm: QKNorm,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same from one projection `[B, S, (H + 2 K) * D]`, `heads` being (H, K), with v `[B, K, S, D]` as a view. cos
-    and sin take no gradient.
-
-    Its backward writes the gradients of q, k and v next to each other, where autograd would concatenate.
-    """
-    return _PackedQKNormRoPE.apply(qkv, heads, q_weight, k_weight, cos, sin, norm, dtype)
 
 
 class _QKNormRoPE(torch.autograd.Function):
@@ -115,47 +94,12 @@ class _QKNormRoPE(torch.autograd.Function):
         return dq, dk, *weights, *tables, None, None
 
 
-def _normalized(x: Tensor, weight: Tensor | None, eps: float, gamma: str) -> Tensor:
+def _normalized(x: Tensor, weight: Tensor | None, eps: float, gamma: Gamma) -> Tensor:
     """In plain torch: few tables are trained."""
     x = x.float()
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    if gamma == "none":
-        return x
-    return x * {"weight": weight, "1 + weight": 1.0 + weight.float(), "rounded 1 + weight": 1.0 + weight}[gamma].float()
-
-
-class _PackedQKNormRoPE(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        qkv: Tensor,
-        heads: tuple[int, int],
-        q_weight: Tensor | None,
-        k_weight: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        norm: QKNorm,
-        dtype: torch.dtype | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin)
-        ctx.heads, ctx.norm = heads, norm
-        q, k, v = _unpacked(qkv, heads)
-        q_out, k_out = forward(q, k, q_weight, k_weight, cos, sin, norm, dtype or qkv.dtype)
-        return tuple(changeable(result.transpose(1, 2)) for result in (q_out, k_out, v))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, dq_out: Tensor, dk_out: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, q_weight, k_weight, cos, sin = ctx.saved_tensors
-        needs_qkv, _, *needs_weights = ctx.needs_input_grad[:4]
-        d_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device) if needs_qkv else None
-        dq, dk, d_v = (None, None, None) if d_qkv is None else _unpacked(d_qkv, ctx.heads)
-        q, k, _ = _unpacked(qkv, ctx.heads)
-        outputs = dq_out.transpose(1, 2), dk_out.transpose(1, 2)
-        weights = backward(*outputs, q, k, q_weight, k_weight, cos, sin, ctx.norm, dq, dk, *needs_weights)
-        if d_v is not None:
-            d_v.copy_(dv.transpose(1, 2))
-        return d_qkv, None, *weights, None, None, None, None
+    scale = gamma.value(weight)
+    return x if scale is None else x * scale.float()
 
 
 def forward(
@@ -176,30 +120,12 @@ def forward(
     tile = FORWARD if cos.shape[-1] == q.shape[-1] else PARTIAL_FORWARD
     tiling = _tiling(machine, q.shape, k.shape[2], cos.shape[-1], tile)
     launch.launch(
-        qk_norm_rope_forward.forward,
-        q.device,
-        launch.programs(machine, tiling.blocks, tile),
-        q,
-        k,
-        q_out,
-        k_out,
-        q_weight,
-        k_weight,
-        cos,
-        sin,
-        q.shape[1],
-        tiling.q_blocks,
-        tiling.k_blocks,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *_table_strides(cos),
-        *_table_strides(sin),
-        norm.q_eps,
-        norm.k_eps,
-        num_warps=tiling.num_warps,
-        GAMMA=GAMMAS[norm.gamma],
-        **tiling.constants,
-    )
+        qk_norm_rope_forward.forward, q.device, launch.programs(machine, tiling.blocks, tile),
+        q, k, q_out, k_out, q_weight, k_weight, cos, sin, q.shape[1], tiling.q_blocks, tiling.k_blocks,
+        *q.stride()[:3], *k.stride()[:3],
+        *_table_strides(cos), *_table_strides(sin), norm.q_eps, norm.k_eps,
+        num_warps=tiling.num_warps, GAMMA=norm.gamma.kernel, **tiling.constants,
+    )  # fmt: skip
     return q_out, k_out
 
 
@@ -225,52 +151,37 @@ def backward(
     tiling = _tiling(machine, q.shape, k.shape[2], cos.shape[-1], tile)
     needs_weights = needs_q_weight or needs_k_weight
     grid = launch.programs(machine, tiling.blocks, tile, leave_partial_sums=needs_weights)
-    head_dim = q.shape[-1]
-    partial = torch.empty(grid, 2 * head_dim, dtype=torch.float32, device=q.device) if needs_weights else None
+    partial = torch.empty(grid, 2 * q.shape[-1], dtype=torch.float32, device=q.device) if needs_weights else None
     launch.launch(
-        qk_norm_rope_backward.backward,
-        q.device,
-        grid,
-        dq_out,
-        dk_out,
-        q,
-        k,
-        q_weight,
-        k_weight,
-        cos,
-        sin,
-        dq,
-        dk,
-        partial,
-        q.shape[1],
-        tiling.q_blocks,
-        tiling.k_blocks,
-        *dq_out.stride()[:3],
-        *dk_out.stride()[:3],
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *((0, 0, 0) if dq is None else dq.stride()[:3]),
-        *((0, 0, 0) if dk is None else dk.stride()[:3]),
-        *_table_strides(cos),
-        *_table_strides(sin),
-        norm.q_eps,
-        norm.k_eps,
-        num_warps=tiling.num_warps,
-        GAMMA=GAMMAS[norm.gamma],
-        NEEDS_Q=dq is not None,
-        NEEDS_K=dk is not None,
-        NEEDS_Q_WEIGHT=needs_q_weight,
-        NEEDS_K_WEIGHT=needs_k_weight,
+        qk_norm_rope_backward.backward, q.device, grid,
+        dq_out, dk_out, q, k, q_weight, k_weight, cos, sin, dq, dk, partial,
+        q.shape[1], tiling.q_blocks, tiling.k_blocks,
+        *dq_out.stride()[:3], *dk_out.stride()[:3],
+        *q.stride()[:3], *k.stride()[:3],
+        *((0, 0, 0) if dq is None else dq.stride()[:3]), *((0, 0, 0) if dk is None else dk.stride()[:3]),
+        *_table_strides(cos), *_table_strides(sin), norm.q_eps, norm.k_eps,
+        num_warps=tiling.num_warps, GAMMA=norm.gamma.kernel,
+        NEEDS_Q=dq is not None, NEEDS_K=dk is not None, NEEDS_Q_WEIGHT=needs_q_weight, NEEDS_K_WEIGHT=needs_k_weight,
         **tiling.constants,
-    )
-    if not needs_weights:
+    )  # fmt: skip
+    if partial is None:
         return None, None
-    wanted = [weight for weight, needed in ((q_weight, needs_q_weight), (k_weight, needs_k_weight)) if needed]
-    dtype = wanted[0].dtype if wanted[0].dtype == wanted[-1].dtype else torch.float32
-    sums = sum_rows(partial if len(wanted) == 2 else _half(partial, needs_q_weight), dtype)
+    return _weight_gradients(
+        partial, norm.gamma, q_weight if needs_q_weight else None, k_weight if needs_k_weight else None
+    )
+
+
+def _weight_gradients(
+    partial: Tensor, gamma: Gamma, q_weight: Tensor | None, k_weight: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of those that are given, from the rows `[P, 2 D]` that programs left of gamma's gradients."""
+    wanted = [weight for weight in (q_weight, k_weight) if weight is not None]
+    rows = partial if len(wanted) == 2 else _half(partial, q_weight is not None)
+    sums = sum_rows(rows, gamma.summed_in(*wanted))
+    head_dim = partial.shape[1] // 2
     return (
-        sums[:head_dim].to(q_weight.dtype) if needs_q_weight else None,
-        sums[-head_dim:].to(k_weight.dtype) if needs_k_weight else None,
+        None if q_weight is None else gamma.weight_gradient(sums[:head_dim], q_weight),
+        None if k_weight is None else gamma.weight_gradient(sums[-head_dim:], k_weight),
     )
 
 
@@ -347,9 +258,3 @@ def _table_strides(table: Tensor) -> tuple[int, int]:
 def _half(partial: Tensor, first: bool) -> Tensor:
     head_dim = partial.shape[1] // 2
     return (partial[:, :head_dim] if first else partial[:, head_dim:]).contiguous()
-
-
-def _unpacked(qkv: Tensor, heads: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    q_heads, k_heads = heads
-    by_head = qkv.unflatten(-1, (q_heads + 2 * k_heads, -1))
-    return by_head.split([q_heads, k_heads, k_heads], dim=2)

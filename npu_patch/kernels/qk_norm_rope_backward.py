@@ -3,112 +3,38 @@
 import triton
 import triton.language as tl
 
-from npu_patch.kernels.head_tiles import first_after, gammas, places, store_sums, table
+from npu_patch.kernels.head_tiles import at_token, first_after, gammas, load_halves, places, store_sums, table
 
 
 @triton.jit
 def backward(
-    dq_out,
-    dk_out,
-    q,
-    k,
-    q_weight,
-    k_weight,
-    cos,
-    sin,
-    dq,
-    dk,
-    partial,
-    length,
-    q_blocks,
-    k_blocks,
-    dq_out_batch,
-    dq_out_token,
-    dq_out_head,
-    dk_out_batch,
-    dk_out_token,
-    dk_out_head,
-    q_batch,
-    q_token,
-    q_head,
-    k_batch,
-    k_token,
-    k_head,
-    dq_batch,
-    dq_token,
-    dq_head,
-    dk_batch,
-    dk_token,
-    dk_head,
-    cos_batch,
-    cos_token,
-    sin_batch,
-    sin_token,
-    q_eps,
-    k_eps,
+    dq_out, dk_out, q, k, q_weight, k_weight, cos, sin, dq, dk, partial, length, q_blocks, k_blocks,
+    dq_out_batch, dq_out_token, dq_out_head,
+    dk_out_batch, dk_out_token, dk_out_head,
+    q_batch, q_token, q_head,
+    k_batch, k_token, k_head,
+    dq_batch, dq_token, dq_head,
+    dk_batch, dk_token, dk_head,
+    cos_batch, cos_token, sin_batch, sin_token, q_eps, k_eps,
     GAMMA: tl.constexpr,
-    NEEDS_Q: tl.constexpr,
-    NEEDS_K: tl.constexpr,
-    NEEDS_Q_WEIGHT: tl.constexpr,
-    NEEDS_K_WEIGHT: tl.constexpr,
-    Q_HEADS: tl.constexpr,
-    K_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    ROTARY: tl.constexpr,
-    Q_TOKENS: tl.constexpr,
-    K_TOKENS: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-    TABLE_Q: tl.constexpr,
-    TABLE_K: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    NEEDS_Q: tl.constexpr, NEEDS_K: tl.constexpr, NEEDS_Q_WEIGHT: tl.constexpr, NEEDS_K_WEIGHT: tl.constexpr,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr,
+    Q_TOKENS: tl.constexpr, K_TOKENS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    HALF: tl.constexpr, REST: tl.constexpr, TABLE_Q: tl.constexpr, TABLE_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     if NEEDS_Q or NEEDS_Q_WEIGHT:
         g1, g2, g3 = gammas(q_weight, GAMMA, HEAD_DIM, ROTARY, HALF, REST)
         sum1, sum2, sum3 = _zeros(BLOCK_Q, HALF, REST)
         for block in tl.range(tl.program_id(0), q_blocks, tl.num_programs(0), num_stages=STAGES):
             sum1, sum2, sum3 = _backward_tile(
-                dq_out,
-                q,
-                dq,
-                cos,
-                sin,
-                block,
-                length,
-                dq_out_batch,
-                dq_out_token,
-                dq_out_head,
-                q_batch,
-                q_token,
-                q_head,
-                dq_batch,
-                dq_token,
-                dq_head,
-                cos_batch,
-                cos_token,
-                sin_batch,
-                sin_token,
-                q_eps,
-                g1,
-                g2,
-                g3,
-                sum1,
-                sum2,
-                sum3,
-                GAMMA,
-                NEEDS_Q,
-                NEEDS_Q_WEIGHT,
-                Q_HEADS,
-                HEAD_DIM,
-                ROTARY,
-                Q_TOKENS,
-                BLOCK_Q,
-                HALF,
-                REST,
-                TABLE_Q,
-            )
+                dq_out, q, dq, cos, sin, block, length,
+                dq_out_batch, dq_out_token, dq_out_head,
+                q_batch, q_token, q_head,
+                dq_batch, dq_token, dq_head,
+                cos_batch, cos_token, sin_batch, sin_token,
+                q_eps, g1, g2, g3, sum1, sum2, sum3, GAMMA, NEEDS_Q, NEEDS_Q_WEIGHT,
+                Q_HEADS, HEAD_DIM, ROTARY, Q_TOKENS, BLOCK_Q, HALF, REST, TABLE_Q,
+            )  # fmt: skip
         if NEEDS_Q_WEIGHT:
             row = partial + tl.program_id(0).to(tl.int64) * (2 * HEAD_DIM)
             store_sums(row, sum1, sum2, sum3, HEAD_DIM, ROTARY, HALF, REST)
@@ -117,45 +43,14 @@ def backward(
         sum1, sum2, sum3 = _zeros(BLOCK_K, HALF, REST)
         for block in tl.range(first_after(q_blocks), k_blocks, tl.num_programs(0), num_stages=STAGES):
             sum1, sum2, sum3 = _backward_tile(
-                dk_out,
-                k,
-                dk,
-                cos,
-                sin,
-                block,
-                length,
-                dk_out_batch,
-                dk_out_token,
-                dk_out_head,
-                k_batch,
-                k_token,
-                k_head,
-                dk_batch,
-                dk_token,
-                dk_head,
-                cos_batch,
-                cos_token,
-                sin_batch,
-                sin_token,
-                k_eps,
-                g1,
-                g2,
-                g3,
-                sum1,
-                sum2,
-                sum3,
-                GAMMA,
-                NEEDS_K,
-                NEEDS_K_WEIGHT,
-                K_HEADS,
-                HEAD_DIM,
-                ROTARY,
-                K_TOKENS,
-                BLOCK_K,
-                HALF,
-                REST,
-                TABLE_K,
-            )
+                dk_out, k, dk, cos, sin, block, length,
+                dk_out_batch, dk_out_token, dk_out_head,
+                k_batch, k_token, k_head,
+                dk_batch, dk_token, dk_head,
+                cos_batch, cos_token, sin_batch, sin_token,
+                k_eps, g1, g2, g3, sum1, sum2, sum3, GAMMA, NEEDS_K, NEEDS_K_WEIGHT,
+                K_HEADS, HEAD_DIM, ROTARY, K_TOKENS, BLOCK_K, HALF, REST, TABLE_K,
+            )  # fmt: skip
         if NEEDS_K_WEIGHT:
             row = partial + tl.program_id(0).to(tl.int64) * (2 * HEAD_DIM) + HEAD_DIM
             store_sums(row, sum1, sum2, sum3, HEAD_DIM, ROTARY, HALF, REST)
@@ -163,51 +58,17 @@ def backward(
 
 @triton.jit
 def _backward_tile(
-    dy,
-    x,
-    dx,
-    cos,
-    sin,
-    block,
-    length,
-    dy_batch,
-    dy_token,
-    dy_head,
-    x_batch,
-    x_token,
-    x_head,
-    dx_batch,
-    dx_token,
-    dx_head,
-    cos_batch,
-    cos_token,
-    sin_batch,
-    sin_token,
-    eps,
-    g1,
-    g2,
-    g3,
-    sum1,
-    sum2,
-    sum3,
-    GAMMA: tl.constexpr,
-    NEEDS_X: tl.constexpr,
-    NEEDS_WEIGHT: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    ROTARY: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-    TABLE_HEADS: tl.constexpr,
-):
+    dy, x, dx, cos, sin, block, length,
+    dy_batch, dy_token, dy_head,
+    x_batch, x_token, x_head,
+    dx_batch, dx_token, dx_head,
+    cos_batch, cos_token, sin_batch, sin_token,
+    eps, g1, g2, g3, sum1, sum2, sum3, GAMMA: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_WEIGHT: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, TABLE_HEADS: tl.constexpr,
+):  # fmt: skip
     """With n = x * rstd and d = the rotation back of dy: d gamma = sum d n, dx = rstd (d gamma - n mean(d gamma n))."""
-    per_sequence = tl.cdiv(length, BLOCK_T)
-    sequence = tl.cast(block // per_sequence, tl.int64)
-    first = (block % per_sequence) * BLOCK_T
-    left = length - first
-    token = tl.cast(first, tl.int64)
+    sequence, token, left = at_token(block, length, BLOCK_T)
     cos += sequence * cos_batch + token * cos_token
     sin += sequence * sin_batch + token * sin_token
     c1, c2 = table(cos, cos_token, left, ROTARY, BLOCK_T, TABLE_HEADS, HALF)
@@ -218,11 +79,9 @@ def _backward_tile(
         dx += sequence * dx_batch + token * dx_token
     for start in range(0, HEADS, BLOCK_H):
         here, inside = places(x_token, x_head, start, left, ROTARY // 2, HEADS, BLOCK_T, BLOCK_H, HALF)
-        x1 = tl.load(x + here, mask=inside, other=0.0).to(tl.float32)
-        x2 = tl.load(x + here + ROTARY // 2, mask=inside, other=0.0).to(tl.float32)
+        x1, x2 = load_halves(x + here, inside, ROTARY)
         there, inside = places(dy_token, dy_head, start, left, ROTARY // 2, HEADS, BLOCK_T, BLOCK_H, HALF)
-        y1 = tl.load(dy + there, mask=inside, other=0.0).to(tl.float32)
-        y2 = tl.load(dy + there + ROTARY // 2, mask=inside, other=0.0).to(tl.float32)
+        y1, y2 = load_halves(dy + there, inside, ROTARY)
         d1 = y1 * c1 + y2 * s2
         d2 = y2 * c2 - y1 * s1
         squares = tl.sum(x1 * x1 + x2 * x2, 2)

@@ -8,145 +8,45 @@ after those of q, and dealt to the programs in turn: tiles of both are full, how
 import triton
 import triton.language as tl
 
-from npu_patch.kernels.head_tiles import first_after, gammas, places, table
+from npu_patch.kernels.head_tiles import at_token, first_after, gammas, load_halves, places, table
 
 
 @triton.jit
 def forward(
-    q,
-    k,
-    q_out,
-    k_out,
-    q_weight,
-    k_weight,
-    cos,
-    sin,
-    length,
-    q_blocks,
-    k_blocks,
-    q_batch,
-    q_token,
-    q_head,
-    k_batch,
-    k_token,
-    k_head,
-    cos_batch,
-    cos_token,
-    sin_batch,
-    sin_token,
-    q_eps,
-    k_eps,
+    q, k, q_out, k_out, q_weight, k_weight, cos, sin, length, q_blocks, k_blocks,
+    q_batch, q_token, q_head,
+    k_batch, k_token, k_head,
+    cos_batch, cos_token, sin_batch, sin_token, q_eps, k_eps,
     GAMMA: tl.constexpr,
-    Q_HEADS: tl.constexpr,
-    K_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    ROTARY: tl.constexpr,
-    Q_TOKENS: tl.constexpr,
-    K_TOKENS: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-    TABLE_Q: tl.constexpr,
-    TABLE_K: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr,
+    Q_TOKENS: tl.constexpr, K_TOKENS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    HALF: tl.constexpr, REST: tl.constexpr, TABLE_Q: tl.constexpr, TABLE_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     g1, g2, g3 = gammas(q_weight, GAMMA, HEAD_DIM, ROTARY, HALF, REST)
     for block in tl.range(tl.program_id(0), q_blocks, tl.num_programs(0), num_stages=STAGES):
         _forward_tile(
-            q,
-            q_out,
-            cos,
-            sin,
-            block,
-            length,
-            q_batch,
-            q_token,
-            q_head,
-            cos_batch,
-            cos_token,
-            sin_batch,
-            sin_token,
-            q_eps,
-            g1,
-            g2,
-            g3,
-            GAMMA,
-            Q_HEADS,
-            HEAD_DIM,
-            ROTARY,
-            Q_TOKENS,
-            BLOCK_Q,
-            HALF,
-            REST,
-            TABLE_Q,
-        )
+            q, q_out, cos, sin, block, length,
+            q_batch, q_token, q_head, cos_batch, cos_token, sin_batch, sin_token,
+            q_eps, g1, g2, g3, GAMMA, Q_HEADS, HEAD_DIM, ROTARY, Q_TOKENS, BLOCK_Q, HALF, REST, TABLE_Q,
+        )  # fmt: skip
     g1, g2, g3 = gammas(k_weight, GAMMA, HEAD_DIM, ROTARY, HALF, REST)
     for block in tl.range(first_after(q_blocks), k_blocks, tl.num_programs(0), num_stages=STAGES):
         _forward_tile(
-            k,
-            k_out,
-            cos,
-            sin,
-            block,
-            length,
-            k_batch,
-            k_token,
-            k_head,
-            cos_batch,
-            cos_token,
-            sin_batch,
-            sin_token,
-            k_eps,
-            g1,
-            g2,
-            g3,
-            GAMMA,
-            K_HEADS,
-            HEAD_DIM,
-            ROTARY,
-            K_TOKENS,
-            BLOCK_K,
-            HALF,
-            REST,
-            TABLE_K,
-        )
+            k, k_out, cos, sin, block, length,
+            k_batch, k_token, k_head, cos_batch, cos_token, sin_batch, sin_token,
+            k_eps, g1, g2, g3, GAMMA, K_HEADS, HEAD_DIM, ROTARY, K_TOKENS, BLOCK_K, HALF, REST, TABLE_K,
+        )  # fmt: skip
 
 
 @triton.jit
 def _forward_tile(
-    x,
-    y,
-    cos,
-    sin,
-    block,
-    length,
-    x_batch,
-    x_token,
-    x_head,
-    cos_batch,
-    cos_token,
-    sin_batch,
-    sin_token,
-    eps,
-    g1,
-    g2,
-    g3,
-    GAMMA: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    ROTARY: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-    TABLE_HEADS: tl.constexpr,
-):
-    per_sequence = tl.cdiv(length, BLOCK_T)
-    sequence = tl.cast(block // per_sequence, tl.int64)
-    first = (block % per_sequence) * BLOCK_T
-    left = length - first
-    token = tl.cast(first, tl.int64)
+    x, y, cos, sin, block, length,
+    x_batch, x_token, x_head, cos_batch, cos_token, sin_batch, sin_token,
+    eps, g1, g2, g3, GAMMA: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, TABLE_HEADS: tl.constexpr,
+):  # fmt: skip
+    sequence, token, left = at_token(block, length, BLOCK_T)
     cos += sequence * cos_batch + token * cos_token
     sin += sequence * sin_batch + token * sin_token
     c1, c2 = table(cos, cos_token, left, ROTARY, BLOCK_T, TABLE_HEADS, HALF)
@@ -155,8 +55,7 @@ def _forward_tile(
     y += (sequence * length + token) * (HEADS * HEAD_DIM)
     for start in range(0, HEADS, BLOCK_H):
         here, inside = places(x_token, x_head, start, left, ROTARY // 2, HEADS, BLOCK_T, BLOCK_H, HALF)
-        x1 = tl.load(x + here, mask=inside, other=0.0).to(tl.float32)
-        x2 = tl.load(x + here + ROTARY // 2, mask=inside, other=0.0).to(tl.float32)
+        x1, x2 = load_halves(x + here, inside, ROTARY)
         squares = tl.sum(x1 * x1 + x2 * x2, 2)
         if REST > 0:
             here3, inside3 = places(x_token, x_head, start, left, HEAD_DIM - ROTARY, HEADS, BLOCK_T, BLOCK_H, REST)

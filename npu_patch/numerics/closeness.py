@@ -27,11 +27,11 @@ def difference(observed: Any, expected: Tensor) -> float:
     return distance / (scale or 1.0)
 
 
-def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], seed: int = 90) -> list[Tensor | None]:
+def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradients of `inputs` for fixed random gradients of `outputs`."""
     if not any(output.requires_grad for output in outputs):
         return [None] * len(inputs)
-    seeds = [values(output.shape, seed + index, output.dtype) for index, output in enumerate(outputs)]
+    seeds = [values(output.shape, 90 + index, output.dtype) for index, output in enumerate(outputs)]
     return list(torch.autograd.grad(list(outputs), list(inputs), seeds, retain_graph=True, allow_unused=True))
 
 

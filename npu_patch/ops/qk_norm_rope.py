@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from npu_patch.devices import ACCELERATORS
-from npu_patch.kernels.variants import GAMMAS
 from npu_patch.numerics.rotation import HALF
 from npu_patch.numerics.values import numbers
 from npu_patch.ops.rms_norm import CASE_EPS, FLOAT_DTYPES, RMSNormVariant
@@ -44,8 +43,8 @@ def why_not_fused(norms: tuple[RMSNormVariant, RMSNormVariant], rope: RoPEVarian
         return f"the rotation is {rope.name!r}, not that of halves"
     if norms[0].gamma != norms[1].gamma:
         return f"the norms of q and k differ: {norms[0].name!r} and {norms[1].name!r}"
-    if norms[0].gamma not in GAMMAS:
-        return f"gamma is {norms[0].gamma!r}, for which there is no kernel"
+    if norms[0].gamma.kernel is None:
+        return norms[0].gamma.why_no_kernel
     if any(norm.gate is not None for norm in norms):
         return "the norms are gated"
     return None

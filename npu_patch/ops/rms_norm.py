@@ -21,7 +21,7 @@ from torch import Tensor
 
 from npu_patch.devices import ACCELERATORS
 from npu_patch.kernels import variants as of_kernels
-from npu_patch.ops.gamma import GAMMAS, NONE, gamma_of
+from npu_patch.kernels.gamma import GAMMAS, NONE, ONE_PLUS_WEIGHT, ROUNDED_ONE_PLUS_WEIGHT, WEIGHT, Gamma
 from npu_patch.serving.case import Case
 from npu_patch.serving.implementation import (
     TRITON,
@@ -50,24 +50,26 @@ OUTPUT_DTYPES: dict[str, Callable[[torch.dtype, torch.dtype], torch.dtype]] = {
 class RMSNormVariant:
     """A function that RMSNorm modules compute.
 
-    `gamma`: a name of `ops.gamma.GAMMAS`, or "none". `output`: whose dtype is returned, "input", "promoted" (of input
-    and weight) or "weight". `gate`: the activation of the gate that
-    multiplies the norm, or None.
+    `gamma`: how it uses its weight. `output`: whose dtype is returned, "input", "promoted" (of input and weight) or
+    "weight". `gate`: the activation of the gate that multiplies the norm, or None.
     `rounds_before_gate`: the norm is rounded to the input's dtype before the gate multiplies it.
     `reference(x, weight, eps)` or `reference(x, weight, eps, gate)` is the original's arithmetic in plain torch.
     """
 
     name: str
-    gamma: str
+    gamma: Gamma
     output: str
     reference: Callable[..., Tensor]
     gate: Callable[[Tensor], Tensor] | None = None
     rounds_before_gate: bool = False
 
     def __post_init__(self) -> None:
-        for what, value, accepted in (("gamma", self.gamma, (NONE, *GAMMAS)), ("output", self.output, OUTPUT_DTYPES)):
-            if value not in accepted:
-                raise ValueError(f"RMSNorm {self.name!r}: {what} is {value!r}; accepted are {', '.join(accepted)}")
+        if not isinstance(self.gamma, Gamma):
+            known = ", ".join(gamma.name for gamma in GAMMAS)
+            raise ValueError(f"RMSNorm {self.name!r}: gamma is {self.gamma!r}; accepted is a Gamma, as of {known}")
+        if self.output not in OUTPUT_DTYPES:
+            accepted = ", ".join(OUTPUT_DTYPES)
+            raise ValueError(f"RMSNorm {self.name!r}: output is {self.output!r}; accepted are {accepted}")
 
     def output_dtype(self, x: Tensor, weight: Tensor | None) -> torch.dtype:
         return x.dtype if weight is None else OUTPUT_DTYPES[self.output](x.dtype, weight.dtype)
@@ -75,7 +77,7 @@ class RMSNormVariant:
     def exact(self, x: Tensor, weight: Tensor | None, eps: float, gate: Tensor | None = None) -> Tensor:
         """The definition, which rounds nowhere: for float64."""
         y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-        gamma = gamma_of(self.gamma, weight)
+        gamma = self.gamma.value(weight)
         y = y if gamma is None else y * gamma
         return y if gate is None else y * self.gate(gate)
 
@@ -95,7 +97,7 @@ def normalize(
     `gate_in_float32` keeps a gated norm in float32 up to the last rounding; variants whose original does so are
     always computed so.
     """
-    gamma = gamma_of(variant.gamma, weight)
+    gamma = variant.gamma.value(weight)
     output_dtype = variant.output_dtype(x, weight)
     gated = variant.gate is not None
     if output_dtype != x.dtype or (gated and (gate_in_float32 or not variant.rounds_before_gate)):
@@ -123,25 +125,25 @@ def _rounded_scale(x: Tensor, weight: None, eps: float) -> Tensor:
 
 
 PLAIN_VARIANTS: tuple[RMSNormVariant, ...] = (
-    RMSNormVariant("weight", "weight", "promoted", lambda x, weight, eps: weight * _normalized(x, eps).to(x.dtype)),
+    RMSNormVariant("weight", WEIGHT, "promoted", lambda x, weight, eps: weight * _normalized(x, eps).to(x.dtype)),
     RMSNormVariant(
-        "float32 weight", "weight", "input", lambda x, weight, eps: (weight.float() * _normalized(x, eps)).to(x.dtype)
+        "float32 weight", WEIGHT, "input", lambda x, weight, eps: (weight.float() * _normalized(x, eps)).to(x.dtype)
     ),
     RMSNormVariant(
         "1 + weight",
-        "1 + weight",
+        ONE_PLUS_WEIGHT,
         "input",
         lambda x, weight, eps: (_normalized(x, eps) * (1.0 + weight.float())).to(x.dtype),
     ),
     RMSNormVariant(
         "rounded 1 + weight",
-        "rounded 1 + weight",
+        ROUNDED_ONE_PLUS_WEIGHT,
         "input",
         lambda x, weight, eps: (_normalized(x, eps) * (1.0 + weight).float()).to(x.dtype),
     ),
-    RMSNormVariant("weightless", "none", "input", lambda x, weight, eps: _normalized(x, eps).to(x.dtype)),
-    RMSNormVariant("weightless, rounded scale", "none", "input", _rounded_scale),
-    RMSNormVariant("weight, in the weight's dtype", "weight", "weight", _in_weight_dtype),
+    RMSNormVariant("weightless", NONE, "input", lambda x, weight, eps: _normalized(x, eps).to(x.dtype)),
+    RMSNormVariant("weightless, rounded scale", NONE, "input", _rounded_scale),
+    RMSNormVariant("weight, in the weight's dtype", WEIGHT, "weight", _in_weight_dtype),
 )
 
 GATE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
@@ -154,7 +156,7 @@ def _gated(name: str, activation: Callable[[Tensor], Tensor], rounds_before_gate
         return (y * activation(gate.float())).to(x.dtype)
 
     how = "weight" if rounds_before_gate else "float32 weight"
-    return RMSNormVariant(f"{how}, gated by {name}", "weight", "input", reference, activation, rounds_before_gate)
+    return RMSNormVariant(f"{how}, gated by {name}", WEIGHT, "input", reference, activation, rounds_before_gate)
 
 
 GATED_VARIANTS: tuple[RMSNormVariant, ...] = tuple(
@@ -210,8 +212,8 @@ def unsupported_by_triton(
     reason = _unsupported(variant, x, weight, eps, gate)
     if reason is not None:
         return reason
-    if variant.gamma not in of_kernels.GAMMAS:
-        return f"gamma is {variant.gamma!r}, for which there is no kernel"
+    if variant.gamma.kernel is None:
+        return variant.gamma.why_no_kernel
     if variant.gate is not None and _kernels_activation(variant) is None:
         return f"{variant.name}: there is no kernel for this gate"
     if not isinstance(eps, (int, float)) or eps <= 0:

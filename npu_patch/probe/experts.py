@@ -18,14 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npu_patch.numerics.closeness import distance
-from npu_patch.numerics.error_text import error_text
 from npu_patch.numerics.findings import unless_accident
 from npu_patch.numerics.room import quiet_room, random_state_kept
 from npu_patch.numerics.values import values
 from npu_patch.ops.experts.grouped_matmul import Weights
 from npu_patch.ops.experts.routed import Experts, reference, silu_of_halves
 from npu_patch.ops.readings import NotRead
-from npu_patch.probe.stand_in import Missing, StandIn
+from npu_patch.probe.stand_in import Missing, StandIn, problem_text
 
 # No two alike; sides are multiples of 8, which torch's grouped product needs.
 TOKENS, HIDDEN, INNER, EXPERTS, CHOICES = 7, 24, 16, 3, 2
@@ -203,11 +202,10 @@ def _observe(
         expected_trial = _trial(cls, attributes, reading.convention, dtype, scale)
         try:
             observed = forward(trial.stand_in, *trial.arguments)
-        except Missing as missing:
-            return _Not(f"it asks for {missing.name!r}", reading, missing.name not in WEIGHTS)
-        except Exception as error:
-            unless_accident(error)
-            return _Not(error_text(error), reading)
+        except (Missing, Exception) as problem:
+            unless_accident(problem)
+            asks = isinstance(problem, Missing) and problem.name not in WEIGHTS
+            return _Not(problem_text(problem), reading, under_any_convention=asks)
         try:
             expected = _formula(expected_trial, reading)
         except (Missing, Exception) as error:

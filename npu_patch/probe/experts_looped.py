@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from npu_patch.numerics.closeness import distance
-from npu_patch.numerics.error_text import error_text
 from npu_patch.numerics.findings import unless_accident
 from npu_patch.numerics.room import quiet_room, random_state_kept
 from npu_patch.numerics.values import values
 from npu_patch.ops.readings import AsNamed, NotRead
-from npu_patch.probe.stand_in import Missing, StandIn
+from npu_patch.probe.stand_in import Missing, StandIn, problem_text
 
 BATCH, LENGTH, HIDDEN, EXPERTS, CHOICES = 2, 4, 6, 3, 2
 SETTINGS = {
@@ -84,11 +83,9 @@ def read_method(cls: type, method: Callable[..., Any], attributes: Mapping[str, 
             try:
                 stand_in = StandIn(cls, _plain(attributes) | SETTINGS | {"experts": experts.functions})
                 observed = method(stand_in, tokens, indices, weights)
-            except Missing as missing:
-                return NotRead(f"it asks for {missing.name!r}")
-            except Exception as error:
-                unless_accident(error)
-                return NotRead(_short(error))
+            except (Missing, Exception) as problem:
+                unless_accident(problem)
+                return NotRead(problem_text(problem))
             expected = own_experts.sum(own_tokens, indices, own_weights)
             apart = distance(
                 [observed],
@@ -138,7 +135,7 @@ def _parts_of(cls: type, forward: Callable[..., Any], attributes: Mapping[str, A
             return NO_EXPERTS
         except (Missing, Exception) as problem:
             unless_accident(problem)
-            why = why or _short(problem)
+            why = why or problem_text(problem)
             continue
         return asked if saw_experts else NO_EXPERTS
     return NO_EXPERTS if why is None else NotRead(why)
@@ -254,9 +251,3 @@ def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value for name, value in attributes.items() if value is None or isinstance(value, (bool, int, float, str))
     }
-
-
-def _short(problem: BaseException) -> str:
-    if isinstance(problem, Missing):
-        return f"it asks for {problem.name!r}"
-    return error_text(problem)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_patch.kernels.gamma import NONE
 from npu_patch.numerics.closeness import distance
 from npu_patch.numerics.findings import unless_accident
 from npu_patch.numerics.room import quiet_room
@@ -78,7 +79,7 @@ def _read(
             continue
         configuration = {name: value for name, value in assignment.items() if value is not WEIGHT and value is not EPS}
         for variant in variants:
-            if (variant.gamma == "none") == bool(weights):
+            if (variant.gamma == NONE) == bool(weights):
                 continue
             far = _distance(cls, forward, variant, assignment)
             if far <= 1.0:
@@ -139,7 +140,7 @@ class _Search:
 
 def _distance(cls: type, forward: Callable[..., Any], variant: RMSNormVariant, assignment: Mapping[str, Any]) -> float:
     worst = 0.0
-    has_weight, gated = variant.gamma != "none", variant.gate is not None
+    has_weight, gated = variant.gamma != NONE, variant.gate is not None
     for (input_dtype, weight_dtype), scale in product(DTYPE_PAIRS if has_weight else DTYPE_PAIRS[:2], SCALES):
         observed_inputs = _inputs(input_dtype, weight_dtype, gated, scale)
         expected_inputs = _inputs(input_dtype, weight_dtype, gated, scale)

@@ -14,6 +14,8 @@ from contextvars import ContextVar
 from types import FunctionType
 from typing import Any
 
+from npu_patch.numerics.error_text import error_text
+
 LACKING = object()
 # What the instance under observation has, and the names of it that were asked for.
 _ASKED: ContextVar[tuple[Mapping[str, Any], set[str]] | None] = ContextVar("npu_patch asked for", default=None)
@@ -46,6 +48,11 @@ class Missing(BaseException):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.name = name
+
+
+def problem_text(problem: BaseException) -> str:
+    """Why a method could not be observed, for a reason."""
+    return f"it asks for {problem.name!r}" if isinstance(problem, Missing) else error_text(problem)
 
 
 class StandIn:

@@ -17,12 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npu_patch.numerics.closeness import difference, distance
-from npu_patch.numerics.error_text import error_text
 from npu_patch.numerics.findings import unless_accident
 from npu_patch.numerics.room import quiet_room
 from npu_patch.numerics.values import values
 from npu_patch.ops.readings import NotRead
-from npu_patch.probe.stand_in import Missing, StandIn
+from npu_patch.probe.stand_in import Missing, StandIn, problem_text
 
 # Of what the projections answer: limits that somebody sets lie far from 1.
 SCALES = (1.0, 100.0, 1e4)
@@ -112,14 +111,10 @@ def _read(
     except (Missing, Exception) as problem:
         unless_accident(problem)
         on_input = [call for call in calls if call.given is x]
-        return NotRead(f"its forward does more than call its parts ({_short(problem)})", notable=len(on_input) > 1)
+        return NotRead(
+            f"its forward does more than call its parts ({problem_text(problem)})", notable=len(on_input) > 1
+        )
     return _parts(x, calls, returned)
-
-
-def _short(problem: BaseException) -> str:
-    if isinstance(problem, Missing):
-        return f"it asks for {problem.name!r}"
-    return error_text(problem)
 
 
 def _parts(x: Tensor, calls: list[Call], returned: Any) -> SwiGLUReading | NotRead:

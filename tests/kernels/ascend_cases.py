@@ -21,8 +21,9 @@ from npu_patch.kernels import gated_rms_norm as gated_kernels
 from npu_patch.kernels import launch
 from npu_patch.kernels import qk_norm_rope as qk_norm_kernels
 from npu_patch.kernels.add_rms_norm import add_rms_norm, rms_norm
+from npu_patch.kernels.gamma import ONE_PLUS_WEIGHT, WEIGHT, Gamma
 from npu_patch.kernels.gated_rms_norm import gated_rms_norm
-from npu_patch.kernels.qk_norm_rope import QKNorm, packed_qk_norm_rope, qk_norm_rope
+from npu_patch.kernels.qk_norm_rope import QKNorm, qk_norm_rope
 from npu_patch.kernels.swiglu import swiglu
 from scripts.ascend_compile import CORES, Launch, Plan, lower, plan, recorded_launches
 
@@ -39,7 +40,7 @@ class Model:
     kv_heads: int
     head_dim: int
     rotary: int
-    gamma: str = "weight"
+    gamma: Gamma = WEIGHT
     delta_heads: int = 0
     delta_dim: int = 128
 
@@ -49,7 +50,7 @@ MODELS = {
     "Qwen3-8B": Model(4096, (12288,), 32, 8, 128, 128),
     "Qwen3-32B": Model(5120, (25600,), 64, 8, 128, 128),
     "Qwen3-30B-A3B": Model(2048, (768, 6144), 32, 4, 128, 128),
-    "Qwen3.5-35B-A3B": Model(2048, (512,), 16, 2, 256, 64, "1 + weight", delta_heads=32),
+    "Qwen3.5-35B-A3B": Model(2048, (512,), 16, 2, 256, 64, ONE_PLUS_WEIGHT, delta_heads=32),
 }
 
 
@@ -60,9 +61,6 @@ def qk_norm_rope_cases(model: Model) -> None:
     weights = [empty(model.head_dim), empty(model.head_dim)]
     trace(lambda *given: qk_norm_rope(*given, *tables, norm), q, k, *weights)
     trace(lambda q, k: qk_norm_rope(q, k, *weights, *tables, norm), q, k)
-    packed = empty(1, TOKENS, (model.heads + 2 * model.kv_heads) * model.head_dim)
-    heads = model.heads, model.kv_heads
-    trace(lambda qkv, a, b: packed_qk_norm_rope(qkv, heads, a, b, *tables, norm), packed, *weights)
 
 
 def swiglu_cases(model: Model) -> None:
@@ -93,14 +91,14 @@ def widest_cases() -> None:
         launch.widest_row(machine, *kernels.TILES) for kernels in (add_rms_norm_kernels, gated_kernels, qk_norm_kernels)
     )
     x, weight = empty(TOKENS, narrow), torch.empty(narrow, device="meta")
-    trace(lambda x, residual, w: add_rms_norm(x, residual, w, EPS, "1 + weight"), x, x.clone(), weight)
-    trace(lambda x, w: rms_norm(x, w, EPS, "1 + weight"), x, weight)
+    trace(lambda x, residual, w: add_rms_norm(x, residual, w, EPS, ONE_PLUS_WEIGHT), x, x.clone(), weight)
+    trace(lambda x, w: rms_norm(x, w, EPS, ONE_PLUS_WEIGHT), x, weight)
     x, weight = empty(TOKENS, wide), torch.empty(wide, device="meta")
-    trace(lambda x, gate, w: gated_rms_norm(x, gate, w, EPS, "silu", "1 + weight"), x, x.clone(), weight)
+    trace(lambda x, gate, w: gated_rms_norm(x, gate, w, EPS, "silu", ONE_PLUS_WEIGHT), x, x.clone(), weight)
     headed -= headed % 8  # a quarter of it is rotated, in halves
     for rotary in (headed, headed // 4):
         tables, weight = empty(1, TOKENS, rotary), torch.empty(headed, device="meta")
-        q, k, norm = empty(1, TOKENS, 4, headed), empty(1, TOKENS, 2, headed), QKNorm(EPS, EPS, "1 + weight")
+        q, k, norm = empty(1, TOKENS, 4, headed), empty(1, TOKENS, 2, headed), QKNorm(EPS, EPS, ONE_PLUS_WEIGHT)
         trace(lambda *given: qk_norm_rope(*given, tables, tables, norm), q, k, weight, weight.clone())  # noqa: B023
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from npu_patch.kernels.qk_norm_rope import QKNorm, packed_qk_norm_rope, qk_norm_rope
+from npu_patch.kernels.gamma import NONE, ONE_PLUS_WEIGHT, ROUNDED_ONE_PLUS_WEIGHT, WEIGHT, Gamma
+from npu_patch.kernels.qk_norm_rope import QKNorm, qk_norm_rope
 from npu_patch.numerics.rotation import HALF
 from npu_patch.ops.rms_norm import PLAIN_VARIANTS
 from npu_patch.ops.rope import TABLES, RoPEVariant
@@ -19,21 +20,17 @@ ROPE = RoPEVariant(HALF, TABLES[0])
 NORM = {variant.name: variant for variant in PLAIN_VARIANTS}["weight"]
 
 
-def gamma_of(weight: Tensor, gamma: str) -> Tensor:
-    return {"weight": weight, "1 + weight": 1 + weight.to(wide(weight)), "rounded 1 + weight": 1 + weight}[gamma]
-
-
 def wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, gamma: str) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, gamma: Gamma) -> Tensor:
     """As transformers: `weight` rounds before gamma, the others after."""
     n = x.to(wide(x))
     n = n * torch.rsqrt(n.pow(2).mean(-1, keepdim=True) + eps)
-    if gamma == "weight":
+    if gamma == WEIGHT:
         return weight * n.to(x.dtype)
-    return (n if gamma == "none" else n * gamma_of(weight, gamma)).to(x.dtype)
+    return (n if gamma == NONE else n * gamma.value(weight)).to(x.dtype)
 
 
 def original(q, k, q_weight, k_weight, cos, sin, norm):
@@ -80,20 +77,20 @@ def test_against_float64(size: tuple[int, ...], dtype: torch.dtype) -> None:
 
 @ONE_MACHINE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("gamma", ["1 + weight", "rounded 1 + weight", "none"])
-def test_every_gamma(gamma: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("gamma", [ONE_PLUS_WEIGHT, ROUNDED_ONE_PLUS_WEIGHT, NONE], ids=lambda each: each.name)
+def test_every_gamma(gamma: Gamma, dtype: torch.dtype) -> None:
     cos, sin = tables(2, 3, 16, dtype)
     norm = QKNorm(gamma=gamma)
-    weights = [] if gamma == "none" else [normal(32, dtype=dtype, seed=3) / 8, normal(32, dtype=dtype, seed=4) / 8]
+    weights = [] if gamma == NONE else [normal(32, dtype=dtype, seed=3) / 8, normal(32, dtype=dtype, seed=4) / 8]
 
     def with_weights(function):
         return lambda q, k, *w: function(q, k, *(w or (None, None)), cos.to(q.dtype), sin.to(q.dtype), norm)
 
     inputs = [normal(2, 3, 3, 32, dtype=dtype), normal(2, 3, 1, 32, dtype=dtype), *weights]
-    if gamma == "rounded 1 + weight":  # the rounding is part of it: float64 must round alike
+    if gamma == ROUNDED_ONE_PLUS_WEIGHT:  # the rounding is part of it: float64 must round alike
         reference = with_weights(
             lambda q, k, a, b, cos, sin, _: original(
-                q, k, rounded(a, dtype) - 1, rounded(b, dtype) - 1, cos, sin, QKNorm(gamma="1 + weight")
+                q, k, rounded(a, dtype) - 1, rounded(b, dtype) - 1, cos, sin, QKNorm(gamma=ONE_PLUS_WEIGHT)
             )
         )
     else:
@@ -113,7 +110,7 @@ def test_float32_weights_beside_bfloat16() -> None:
 
     def reference(q, k, q_weight, k_weight):
         def one(x, weight):
-            n = (weight * rms_norm(x, None, 1e-6, "none").to(wide(x))).to(x.dtype)
+            n = (weight * rms_norm(x, None, 1e-6, NONE).to(wide(x))).to(x.dtype)
             return ROPE.reference(n.transpose(1, 2), cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1))
 
         return one(q, q_weight), one(k, k_weight)
@@ -184,20 +181,3 @@ def test_strided_inputs_and_gradients() -> None:
         return run
 
     assert_exact(strided(qk_norm_rope), strided(original), [q_gate, k, normal(16), normal(16, seed=2)])
-
-
-@ONE_MACHINE
-@pytest.mark.parametrize("needed", [(True, True, True), (True, False, False), (False, True, False)])
-def test_packed(needed: tuple[bool, ...]) -> None:
-    cos, sin = tables(1, 3, 16, torch.float32)
-
-    def reference(qkv, q_weight, k_weight):
-        q, k, v = qkv.unflatten(-1, (8, 16)).split([4, 2, 2], 2)
-        return *original(q, k, q_weight, k_weight, cos, sin, QKNorm()), v.transpose(1, 2)
-
-    assert_exact(
-        lambda qkv, a, b: packed_qk_norm_rope(qkv, (4, 2), a, b, cos, sin, QKNorm()),
-        reference,
-        [normal(2, 3, 8 * 16), normal(16, seed=3), normal(16, seed=4)],
-        needed,
-    )

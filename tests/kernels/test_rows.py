@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npu_patch.kernels.add_rms_norm import add_rms_norm, rms_norm
+from npu_patch.kernels.gamma import NONE, ONE_PLUS_WEIGHT
 from npu_patch.kernels.gated_rms_norm import gated_rms_norm
 from npu_patch.kernels.swiglu import swiglu
 from tests.kernels.exactness import ONE_MACHINE, assert_exact, in_turn, normal
@@ -95,9 +96,9 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 def test_rms_norm_of_one_plus_weight_and_of_none() -> None:
     x, weight = normal(5, 33), normal(33, seed=3) / 8
-    ours, original = (lambda x, w: rms_norm(x, w, EPS, "1 + weight")), (lambda x, w: original_norm(x, 1 + w))
+    ours, original = (lambda x, w: rms_norm(x, w, EPS, ONE_PLUS_WEIGHT)), (lambda x, w: original_norm(x, 1 + w))
     assert_exact(ours, original, [x, weight])
-    assert_exact(lambda x: rms_norm(x, None, EPS, "none"), lambda x: original_norm(x, torch.ones(33)), [x])
+    assert_exact(lambda x: rms_norm(x, None, EPS, NONE), lambda x: original_norm(x, torch.ones(33)), [x])
 
 
 @AWKWARD

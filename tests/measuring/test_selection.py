@@ -20,6 +20,7 @@ import torch
 import npu_patch
 from npu_patch import log
 from npu_patch.applying import api as lifecycle
+from npu_patch.kernels.gamma import NONE
 from npu_patch.kernels.readiness import why_not
 from npu_patch.measuring import measure, measurements, measurer, tuning
 from npu_patch.measuring.measured_on import MeasuredOn
@@ -132,7 +133,7 @@ def test_a_kernel_that_raises_is_refused_and_named(tmp_path: Path) -> None:
     [
         (lambda dtype: swiglu.case(72, dtype), swiglu.IMPLEMENTATIONS),
         *(
-            (lambda dtype, v=variant: rms_norm.case(v, 48, dtype, None if v.gamma == "none" else dtype), None)
+            (lambda dtype, v=variant: rms_norm.case(v, 48, dtype, None if v.gamma == NONE else dtype), None)
             for variant in (*rms_norm.PLAIN_VARIANTS, *rms_norm.GATED_VARIANTS)
         ),
     ],

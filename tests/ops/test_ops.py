@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npu_patch import simulator
+from npu_patch.kernels.gamma import NONE
 from npu_patch.numerics import rotation
 from npu_patch.ops import rms_norm, rope, swiglu
 from npu_patch.serving.implementation import Implementation, choose
@@ -63,7 +64,7 @@ def test_rms_norm(variant: rms_norm.RMSNormVariant, dtypes: tuple[torch.dtype, t
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(3, 17, 88, generator=generator) * torch.tensor([1e-3, 1.0, 30.0])[:, None, None]).to(dtypes[0])
     weight = torch.randn(88, generator=generator).to(dtypes[1])
-    if variant.gamma == "none":
+    if variant.gamma == NONE:
         check_against_float64(
             lambda x: kernel(variant, x, None, 1e-6),
             lambda x: variant.reference(x, None, 1e-6),

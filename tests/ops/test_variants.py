@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 import npu_patch
+from npu_patch.kernels.gamma import NONE, WEIGHT, Gamma, widened
 from npu_patch.kernels.readiness import why_not
 from npu_patch.numerics.rotation import HALF
-from npu_patch.ops import add_rms_norm, gamma, qk_norm_rope, rms_norm
+from npu_patch.ops import add_rms_norm, qk_norm_rope, rms_norm
 from npu_patch.ops.rms_norm import GATED_VARIANTS, PLAIN_VARIANTS, RMSNormVariant
 from npu_patch.ops.rope import TABLES, RoPEVariant
 from npu_patch.patches import CATALOGUE
@@ -39,8 +40,7 @@ def exp_forward(self: torch.nn.Module, hidden_states: Tensor) -> Tensor:
 @pytest.fixture
 def exponential(monkeypatch: pytest.MonkeyPatch) -> Iterator[RMSNormVariant]:
     """A new variant, as somebody would add it: what gamma is, and the original's arithmetic."""
-    monkeypatch.setitem(gamma.GAMMAS, EXP, lambda weight: gamma._widened(weight).exp())
-    variant = RMSNormVariant(EXP, EXP, "input", exp_reference)
+    variant = RMSNormVariant(EXP, Gamma(EXP, lambda weight: widened(weight).exp()), "input", exp_reference)
     monkeypatch.setattr(probe, "PLAIN_VARIANTS", (*PLAIN_VARIANTS, variant))
     yield variant
     npu_patch.restore()
@@ -65,7 +65,7 @@ def test_a_new_gamma_is_computed_or_declined_by_every_implementation(
 
 @pytest.mark.parametrize("variant", [*PLAIN_VARIANTS, *GATED_VARIANTS], ids=lambda each: each.name)
 def test_the_definition_is_the_reference_in_float64(variant: RMSNormVariant) -> None:
-    inputs = [torch.randn(3, 8, dtype=torch.float64), None if variant.gamma == "none" else torch.randn(8).double()]
+    inputs = [torch.randn(3, 8, dtype=torch.float64), None if variant.gamma == NONE else torch.randn(8).double()]
     gate = [] if variant.gate is None else [torch.randn(3, 8, dtype=torch.float64)]
     expected = variant.reference(*inputs, 1e-6, *gate)
     assert relative_error(variant.exact(*inputs, 1e-6, *gate), expected) < NEAR
@@ -125,9 +125,9 @@ def test_a_family_with_a_new_gamma_computes_what_it_did(
     [
         (
             lambda: RMSNormVariant("odd", EXP, "input", exp_reference),
-            "gamma is 'exp\\(weight\\)'; accepted are none, w",
+            "gamma is 'exp\\(weight\\)'; accepted is a Gamma, as of none, w",
         ),
-        (lambda: RMSNormVariant("odd", "weight", "double", exp_reference), "output is 'double'; accepted are input"),
+        (lambda: RMSNormVariant("odd", WEIGHT, "double", exp_reference), "output is 'double'; accepted are input"),
         (lambda: RoPEVariant("thirds", TABLES[0]), "pairing is 'thirds'; accepted are half, interleave"),
         (lambda: RoPEVariant(HALF, TABLES[0], output="double"), "output is 'double'; accepted are input, promoted"),
     ],
@@ -138,7 +138,7 @@ def test_a_variant_that_nothing_computes_cannot_be_made(make: object, words: str
 
 
 def test_gates_without_a_kernel_are_declined_by_it() -> None:
-    variant = RMSNormVariant("tanh gate", "weight", "input", exp_reference, torch.tanh)
+    variant = RMSNormVariant("tanh gate", WEIGHT, "input", exp_reference, torch.tanh)
     x, weight = torch.randn(2, 8), torch.randn(8)
     assert rms_norm.unsupported_by_triton(variant, x, weight, 1e-6, x) == "tanh gate: there is no kernel for this gate"
 

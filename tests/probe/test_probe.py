@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from npu_patch.kernels.gamma import NONE
 from npu_patch.ops.readings import NotRead
 from npu_patch.ops.rms_norm import GATED_VARIANTS, PLAIN_VARIANTS
 from npu_patch.ops.rope import VARIANTS
@@ -72,12 +73,12 @@ def test_a_look_alike_norm_is_refused_with_a_reason(name: str) -> None:
 @pytest.mark.parametrize("variant", PLAIN_VARIANTS, ids=lambda variant: variant.name)
 def test_each_variant_is_recognised_under_any_attribute_names(variant: Any) -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
-        return variant.reference(x, None if variant.gamma == "none" else self.apple, self.pear)
+        return variant.reference(x, None if variant.gamma == NONE else self.apple, self.pear)
 
     cls = type("Anything", (nn.Module,), {"forward": forward})
     (reading,) = read_rms_norm(cls, forward, gated=False)
     assert reading.eps_name == "pear"
-    assert reading.weight_name == (None if variant.gamma == "none" else "apple")
+    assert reading.weight_name == (None if variant.gamma == NONE else "apple")
     assert (reading.variant.gamma, reading.variant.output) == (variant.gamma, variant.output)
 
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 
 import npu_patch
 from npu_patch import simulator
+from npu_patch.kernels.gamma import NONE
 from npu_patch.measuring import tuning
 from npu_patch.numerics import rotation
 from npu_patch.ops import qk_norm_rope, rms_norm, rope
@@ -231,7 +232,7 @@ def test_trained_tables_get_their_gradient_from_the_fused_kernel(
     variant = next(each for each in VARIANTS if each.pairing == rotation.HALF and each.table is TABLES[0])
     tables = [torch.randn(1, 5, 8).requires_grad_() for _ in range(2)]
     inputs = [torch.randn(2, 5, n, 12).requires_grad_() for n in (3, 1)]
-    weight = None if norm.gamma == "none" else torch.randn(12)
+    weight = None if norm.gamma == NONE else torch.randn(12)
 
     def run(implementation: Callable[..., Any], device: torch.device, leaves: list[Tensor]) -> tuple[Tensor, ...]:
         gamma = None if weight is None else weight.to(device)

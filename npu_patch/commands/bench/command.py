@@ -20,16 +20,17 @@ from npu_patch.applying.patched_site import PatchedSite
 from npu_patch.applying.state import patched_sites
 from npu_patch.commands.bench.measured import Measured
 from npu_patch.commands.console.output_file import output_file
-from npu_patch.commands.console.result import CommandError, Result
+from npu_patch.commands.console.result import CommandError, Result, named
 from npu_patch.commands.console.steps import Steps, steps
+from npu_patch.commands.console.terminal import table
 from npu_patch.commands.replay.recording import Recording, function_of, recorded, timed_forms
 from npu_patch.commands.subject import models
 from npu_patch.commands.subject.lora_step import RANK, lora_step
-from npu_patch.measuring.in_turns import Timing, in_turns
+from npu_patch.commands.subject.models import DTYPES
+from npu_patch.measuring.in_turns import Timing, in_turns, merged
 from npu_patch.reporting.rows import short_name
 from npu_patch.switches import resolve
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SIMULATED = (
     "simulated NPU: its times mean nothing and are not shown; launches and MB moved are simulated counts, which are "
     "properties of the program"
@@ -134,22 +135,20 @@ def _step(model: torch.nn.Module, batch: dict[str, torch.Tensor], device: torch.
         with lifecycle.applied(adapted, device=device.type):
             step()
 
-    named = ("step", f"LoRA, r={RANK}", _shapes(batch))
+    what = ("step", f"LoRA, r={RANK}", _shapes(batch))
     if devices.is_simulated(device.type):
-        return _measure(*named, patched, step, device, samples)
+        return _measure(*what, patched, step, device, samples)
     try:
         forms = in_blocks(adapted, step, device, samples)
     except Exception as error:
-        return Measured(*named, failure=_raises(error))
-    return Measured(*named, forms["patched"], forms["original"])
+        return Measured(*what, failure=f"raises {named(error)}")
+    return Measured(*what, forms["patched"], forms["original"])
 
 
 def in_blocks(
     adapted: torch.nn.Module, step: Callable[[], None], device: torch.device, samples: int
 ) -> dict[str, Timing]:
     """Patched and unpatched steps in turns of four: applying is no part of a step."""
-    from npu_patch.measuring.in_turns import merged
-
     parts: dict[str, list[Timing]] = {"original": [], "patched": []}
     for _ in range(max(1, samples // 4)):
         parts["original"].append(in_turns({"": step}, device, samples=4, in_a_row=False)[""])
@@ -174,12 +173,8 @@ def _measure(
             return Measured(patch, site, shapes, launches=tuple(launches), bytes=tuple(moved))
         timings = in_turns({"patched": patched, "original": original}, device, samples=samples)
     except Exception as error:
-        return Measured(patch, site, shapes, failure=_raises(error))
+        return Measured(patch, site, shapes, failure=f"raises {named(error)}")
     return Measured(patch, site, shapes, timings["patched"], timings["original"])
-
-
-def _raises(error: Exception) -> str:
-    return f"raises {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _counted(form: Callable[[], None]) -> tuple[int, int]:
@@ -193,8 +188,7 @@ def forward_backward(model: torch.nn.Module, batch: dict[str, torch.Tensor], dev
     """As in training: without a cache."""
     no_cache = {"use_cache": False} if "use_cache" in inspect.signature(type(model).forward).parameters else {}
     output = model(**{name: tensor.to(device) for name, tensor in batch.items()}, **no_cache)
-    loss = getattr(output, "loss", None)
-    (output[0].float().square().mean() if loss is None else loss).backward()
+    models.loss_of(output).backward()
     model.zero_grad(set_to_none=True)
 
 
@@ -203,8 +197,6 @@ def _shapes(batch: dict[str, torch.Tensor]) -> str:
 
 
 def _shown(content: dict[str, Any], measured: list[Measured]) -> Iterator[Any]:
-    from npu_patch.commands.console.terminal import table
-
     yield f"{content['model']} on {content['device']} ({content['chip']}), {content['dtype']}: forward and backward"
     if content["note"]:
         yield content["note"]

@@ -11,6 +11,11 @@ class CommandError(Exception):
     """The command cannot run as asked; the message names the thing, the value and what is accepted."""
 
 
+def named(error: Exception) -> str:
+    """Its type and its first line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
 @dataclass(frozen=True)
 class Result:
     """`content` is what `--json` prints, `shown()` gives what a person reads (strings and rich renderables), `fine`

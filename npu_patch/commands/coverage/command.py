@@ -14,10 +14,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from npu_patch.commands.console.output_file import output_file
-from npu_patch.commands.console.result import CommandError, Result
+from npu_patch.commands.console.result import CommandError, Result, named
 from npu_patch.commands.console.terminal import progress, table
-from npu_patch.commands.coverage.survey import PROCESSES, Family, Tally, survey
-from npu_patch.commands.coverage.totals import cell, totals
+from npu_patch.commands.coverage.survey import PROCESSES, Family, Tally, cell, survey, totals
 from npu_patch.commands.subject.families import families, family_of, model_types, without_broken_torch_npu
 
 if TYPE_CHECKING:
@@ -78,8 +77,7 @@ def _model_without_weights(model_type: str, config: Any | None) -> tuple[torch.n
             return auto_class(wanted).from_config(wanted), None
     except Exception as error:  # as many ways as there are families
         which = "the default" if config is None else "its"
-        first = (str(error).splitlines() or [""])[0]
-        return None, f"layers are not counted: no model from {which} configuration ({type(error).__name__}: {first})"
+        return None, f"layers are not counted: no model from {which} configuration ({named(error)})"
 
 
 def _matrix(options: argparse.Namespace, note: str | None) -> Result:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 
-from npu_patch.commands.coverage.survey import Family, Tally
+from npu_patch.commands.coverage.survey import Family, Tally, cell, totals
 from npu_patch.reporting.page import page, table
 
 
 def page_of_families(found: list[Family], summary: str) -> str:
-    from npu_patch.commands.coverage.totals import cell, totals
-
     patches = list(totals(found))
 
     def cells(family: Family) -> Iterable[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import multiprocessing
+import operator
 import os
 import signal
 from collections import Counter
@@ -38,14 +39,7 @@ class Tally:
         return self.served + self.skipped + self.failed
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(
-            self.patched + other.patched,
-            self.skipped + other.skipped,
-            self.failed + other.failed,
-            self.by_registry + other.by_registry,
-            self.variants + other.variants,
-            self.reasons + other.reasons,
-        )
+        return Tally(*map(operator.add, vars(self).values(), vars(other).values()))
 
     def as_dict(self) -> dict[str, Any]:
         return {**vars(self), "variants": dict(self.variants), "reasons": dict(self.reasons)}
@@ -127,3 +121,19 @@ def _add(family: Family, module: str, finding: Finding) -> None:
             tally.reasons[reason] += 1
     for patch, count in finding.customers.items():
         family.patches.setdefault(patch, Tally()).by_registry += count
+
+
+def totals(found: list[Family]) -> dict[str, Tally]:
+    """By patch, over all families, in the order of the catalogue."""
+    from npu_patch.patches import CATALOGUE
+
+    return {
+        patch.name: sum((family.patches.get(patch.name, Tally()) for family in found), Tally()) for patch in CATALOGUE
+    }
+
+
+def cell(tally: Tally | None) -> str:
+    """ "3" where all that was found is served, "3 of 4" where not."""
+    if tally is None or not tally.found:
+        return ""
+    return str(tally.served) if tally.served == tally.found else f"{tally.served} of {tally.found}"

@@ -77,21 +77,19 @@ def _switches(findings: Findings) -> list[dict[str, Any]]:
     wrong = wrong_switches(findings.environ)
     set_wrongly = {name: v for switch in SWITCHES if switch.name in wrong for name, v in _given(switch, findings)}
     resolved = resolve({}, {name: value for name, value in findings.environ.items() if name not in set_wrongly})
-    rows = [
-        {
+
+    def row(switch: Switch) -> dict[str, Any]:
+        error = wrong.get(switch.name)
+        as_set = " and ".join(f"{name}={value}" for name, value in _given(switch, findings))
+        return {
             "variable": PREFIX + switch.variable,
             "keyword": switch.name,
-            "value": resolved[switch.name],
-            "source": resolved.sources[switch.name],
+            "value": resolved[switch.name] if error is None else None,
+            "source": resolved.sources[switch.name] if error is None else as_set,
             "gates": switch.gates,
-            "error": wrong.get(switch.name),
+            "error": error,
         }
-        for switch in SWITCHES
-    ]
-    for row, switch in zip(rows, SWITCHES, strict=True):
-        if row["error"] is not None:
-            row["value"] = None
-            row["source"] = " and ".join(f"{name}={value}" for name, value in _given(switch, findings))
+
     tune = {
         "variable": TUNE,
         "keyword": None,
@@ -100,7 +98,7 @@ def _switches(findings: Findings) -> list[dict[str, Any]]:
         "gates": "the file of `tune` that apply() follows",
         "error": findings.tuning_file.error,
     }
-    return [*rows, tune]
+    return [*map(row, SWITCHES), tune]
 
 
 def _given(switch: Switch, findings: Findings) -> list[tuple[str, str]]:

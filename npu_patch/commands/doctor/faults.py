@@ -220,10 +220,6 @@ def variables_of(switch: Switch) -> list[str]:
     return [PREFIX + variable for variable in (switch.variable, *switch.aliases)]
 
 
-def _tuning_file(findings: Findings) -> str | None:
-    return findings.tuning_file.error
-
-
 def _foreign_tuning_file(findings: Findings) -> str | None:
     content = findings.tuning_file.found
     if content is None:
@@ -240,10 +236,6 @@ def _foreign_tuning_file(findings: Findings) -> str | None:
 
 def _chips(findings: Findings) -> list[str]:
     return (findings.torch_npu.found or {}).get("chips", [])
-
-
-def _times_file(findings: Findings) -> str | None:
-    return findings.times_file.error
 
 
 def _unknown_variable(findings: Findings) -> str | None:
@@ -321,7 +313,11 @@ FAULTS: tuple[Fault, ...] = (
     Fault("packages that break", _others_broken, "Reinstall them, or uninstall those that are not needed."),
     Fault("two versions in one place", _twice, "pip uninstall the package until it is gone, then install it once."),
     Fault("switch", _switch, "Correct or unset the variable."),
-    Fault("tuning file", _tuning_file, "Correct or unset the variable: until then apply() raises."),
+    Fault(
+        "tuning file",
+        lambda findings: findings.tuning_file.error,
+        "Correct or unset the variable: until then apply() raises.",
+    ),
     Fault(
         "tuning file from elsewhere",
         _foreign_tuning_file,
@@ -330,7 +326,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "file of times",
-        _times_file,
+        lambda findings: findings.times_file.error,
         "Name a file that can be written: until then each process measures Triton kernels anew.",
         serious=False,
     ),

@@ -88,7 +88,6 @@ def look(
     *,
     timeout: float,
     simulated: bool = False,
-    root: Path = Path("/"),
     done: Callable[[int], None] = lambda probes: None,
 ) -> Findings:
     """Probes the interpreter `python` in the environment `environ`; each probe has `timeout` seconds. After each,
@@ -123,7 +122,7 @@ def look(
             answers,
             device.result(),
             providers.result(),
-            find_cann(environ, root),
+            find_cann(environ),
             simulated,
             dict(environ),
             {name: future.result() for name, future in again.items()},

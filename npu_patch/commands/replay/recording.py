@@ -21,6 +21,7 @@ from npu_patch.waiting.contract import Waiting, materialised
 
 SEED = 77
 REPLAY = "a replay"  # what uses the values that wait in a recorded call
+MOST = 3  # calls of a site
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,8 @@ class Call:
 
 @dataclass
 class Recording:
-    """By site: one call for each set of shapes, at most `most`."""
+    """By site: one call for each set of shapes, at most `MOST`."""
 
-    most: int = 3
     calls: dict[int, dict[tuple[Any, ...], Call]] = field(default_factory=dict)
 
     def of(self, held: PatchedSite) -> list[Call]:
@@ -59,10 +59,10 @@ class Recording:
 
 @contextlib.contextmanager
 def recorded(
-    sites: list[PatchedSite], most: int = 3, *, originals: bool = False, into: Recording | None = None
+    sites: list[PatchedSite], *, originals: bool = False, into: Recording | None = None
 ) -> Iterator[Recording]:
     """`originals`: they answer the calls, for a model that a replacement breaks. `into`: a recording to go on with."""
-    recording = Recording(most) if into is None else into
+    recording = Recording() if into is None else into
     for held in sites:
         held.outcome.calls.watch = _watch(recording, held, originals)
     try:
@@ -82,7 +82,7 @@ def _watch(
         seen = {id(each): each.peek() for each in waiting}
         if not any(each is None for each in seen.values()):
             call = Call(*tree_map(lambda each: seen.get(id(each), each), (args, kwargs)))
-            if len(known) < recording.most and call.key not in known:
+            if len(known) < MOST and call.key not in known:
                 known[call.key] = Call(*tree_map(snapshot, (call.args, call.kwargs)))
         return originals
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from npu_patch.commands.console.result import CommandError
+from npu_patch.commands.subject.models import loss_of
 
 RANK = 16
 
@@ -28,9 +29,7 @@ def lora_step(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[torch.n
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-5)
 
     def step() -> None:
-        output = adapted(**batch)
-        loss = getattr(output, "loss", None)
-        (output[0].float().square().mean() if loss is None else loss).backward()
+        loss_of(adapted(**batch)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

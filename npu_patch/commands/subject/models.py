@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from npu_patch import devices
-from npu_patch.commands.console.result import CommandError
+from npu_patch.commands.console import arguments
+from npu_patch.commands.console.result import CommandError, named
 from npu_patch.commands.subject.families import model_types, unknown
 from npu_patch.commands.subject.tiny_model import auto_class, few_layers, tiny_model
+
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in arguments.DTYPES}
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,7 @@ def _stored(name: str) -> torch.nn.Module:
 
 
 def _unloadable(name: str, error: Exception) -> CommandError:
-    first = (str(error).splitlines() or [""])[0]
-    return CommandError(f"MODEL {name} cannot be loaded: {type(error).__name__}: {first}")
+    return CommandError(f"MODEL {name} cannot be loaded: {named(error)}")
 
 
 def batch_for(model: torch.nn.Module, *, batch: int = 2, length: int = 29, seed: int = 1) -> dict[str, Tensor]:
@@ -108,24 +110,27 @@ def batch_for(model: torch.nn.Module, *, batch: int = 2, length: int = 29, seed:
     return {"input_ids": ids} | ({"labels": ids.clone()} if "labels" in names else {})
 
 
+def loss_of(output: Any) -> Tensor:
+    """The mean square of the last hidden state, where the model gives none."""
+    loss = getattr(output, "loss", None)
+    return output[0].float().square().mean() if loss is None else loss
+
+
 def positions_of(model: torch.nn.Module) -> int:
     """How long a sequence its configuration allows for; a model without positions takes any."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 @torch.no_grad()
-def require_it_runs(model: torch.nn.Module, batch: dict[str, Tensor], named: str) -> None:
+def require_it_runs(model: torch.nn.Module, batch: dict[str, Tensor], name: str) -> None:
     """Raises `CommandError` for a model that does not run unpatched on this batch."""
     device, length = next(model.parameters()).device, batch["input_ids"].shape[1]
     try:
         model(**{name: tensor.to(device) for name, tensor in batch.items()})
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
         limit = positions_of(model)
         few = f"; its configuration allows for {limit} tokens" if length > limit else ""
-        raise CommandError(
-            f"{named} does not run unpatched on {length} tokens: {type(error).__name__}: {first}{few}"
-        ) from error
+        raise CommandError(f"{name} does not run unpatched on {length} tokens: {named(error)}{few}") from error
 
 
 def real_source_of(model: str) -> Source:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from npu_patch.commands.console.result import CommandError
+from npu_patch.commands.console.result import CommandError, named
 
 # By the names under which configurations keep them. Only those that a configuration has are set.
 SIZES: dict[str, Any] = {
@@ -64,9 +64,8 @@ def tiny_model(model_type: str, *, seed: int = 0, every_expert: bool = False) ->
             model = auto.from_config(config).float().eval()
             _shake(model)
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
         raise CommandError(
-            f"no tiny {model_type} can be built ({type(error).__name__}: {first}); give the folder of a model instead"
+            f"no tiny {model_type} can be built ({named(error)}); give the folder of a model instead"
         ) from error
     return model
 
@@ -82,11 +81,10 @@ def few_layers(model_type: str, *, seed: int = 0) -> torch.nn.Module:
 
     try:
         config = AutoConfig.for_model(model_type).get_text_config()
-        if _kinds(config) and not isinstance(getattr(type(config), "layer_types", None), property):
-            config.layer_types = _kinds(config)
-            config.num_hidden_layers = len(config.layer_types)
-        else:
-            config.num_hidden_layers = 2
+        kinds = _kinds(config)
+        if kinds:
+            config.layer_types = kinds
+        config.num_hidden_layers = len(kinds) or 2
         if config.is_encoder_decoder and config.decoder_start_token_id is None:
             config.decoder_start_token_id = SIZES["decoder_start_token_id"]
         auto = auto_class(config)
@@ -94,8 +92,7 @@ def few_layers(model_type: str, *, seed: int = 0) -> torch.nn.Module:
             torch.manual_seed(seed)
             return auto.from_config(config, dtype=torch.bfloat16).eval()
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise CommandError(f"no {model_type} can be built ({type(error).__name__}: {first})") from error
+        raise CommandError(f"no {model_type} can be built ({named(error)})") from error
 
 
 def auto_class(config: Any) -> Any:
@@ -107,6 +104,9 @@ def auto_class(config: Any) -> Any:
 
 
 def _kinds(config: Any) -> list[str]:
+    """Of its layers, where it can be told to have these; two, if they are all alike."""
+    if isinstance(getattr(type(config), "layer_types", None), property):
+        return []
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
     return kinds * 2 if len(kinds) == 1 else kinds
 
@@ -126,9 +126,8 @@ def tiny_config(model_type: str, every_expert: bool = False) -> Any:
     if "qk_rope_head_dim" in given and "head_dim" in given:  # multi-head latent attention: its rotary part
         given["head_dim"] = given["qk_rope_head_dim"]
     kinds = _kinds(default)
-    if kinds and not isinstance(getattr(type(default), "layer_types", None), property):
-        given["layer_types"] = kinds
-        given["num_hidden_layers"] = len(given["layer_types"])
+    if kinds:
+        given |= {"layer_types": kinds, "num_hidden_layers": len(kinds)}
     return type(default)(**given)
 
 

@@ -20,7 +20,7 @@ from npu_patch import devices
 from npu_patch.applying import api as lifecycle
 from npu_patch.applying.patched_site import PatchedSite
 from npu_patch.applying.state import patched_sites
-from npu_patch.commands.console.result import CommandError, Result
+from npu_patch.commands.console.result import CommandError, Result, named
 from npu_patch.commands.console.steps import Steps, steps
 from npu_patch.commands.console.terminal import table
 from npu_patch.commands.replay.bars import FLOORS, Error, relative_error, why_not, worst
@@ -36,10 +36,10 @@ from npu_patch.commands.replay.recording import (
     run_replacement,
 )
 from npu_patch.commands.subject import models
+from npu_patch.commands.subject.models import DTYPES
 from npu_patch.commands.verify.expected import why_expected
 from npu_patch.reporting.rows import short_name
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ZERO = 1e-10  # of the largest result's norm
 UNUSED = "not used by this model"
 OK, FAILED, WHOLE_MODEL = "ok", "failed", "compared within the whole model"
@@ -260,10 +260,6 @@ def _check_site(held: PatchedSite, recording: Recording, name: str, expected: st
     return check
 
 
-def named(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
 def compared(
     held: PatchedSite, call: Call, original: Ran, exact: Mapping[str, Tensor] | None = None
 ) -> list[Error] | str:
@@ -316,8 +312,7 @@ def results(model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, Tenso
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     model.zero_grad(set_to_none=True)
     output = model(**batch)
-    loss = getattr(output, "loss", None)
-    loss = output[0].float().square().mean() if loss is None else loss
+    loss = models.loss_of(output)
     loss.backward()
     gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
     found = {"loss": loss, **gradients, **_decoded(model, batch["input_ids"])}

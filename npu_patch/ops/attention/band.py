@@ -47,11 +47,11 @@ class Band:
         after = None if self.after is None or self.after >= keys - 1 - shift else self.after
         return Band(before, after, self.bottom_right)
 
-    def visible(self, queries: int, keys: int, device: torch.device | str = "cpu") -> Tensor:
-        """The bool mask [queries, keys], True where a query sees a key."""
+    def visible(self, queries: int, keys: int) -> Tensor:
+        """The bool mask [queries, keys] on the CPU, True where a query sees a key."""
         shift = keys - queries if self.bottom_right else 0
-        distance = torch.arange(keys, device=device) - torch.arange(queries, device=device)[:, None] - shift
-        seen = torch.ones(queries, keys, dtype=torch.bool, device=device)
+        distance = torch.arange(keys) - torch.arange(queries)[:, None] - shift
+        seen = torch.ones(queries, keys, dtype=torch.bool)
         if self.before is not None:
             seen &= distance >= -self.before
         if self.after is not None:

@@ -72,9 +72,7 @@ def backward(
     """Gradients of q, k, v, g, beta and initial_state, each in its dtype, of those that `needs` names."""
     needs_q, needs_k, needs_v, needs_g, needs_beta, needs_state = needs
     chunks = make_chunks(problem)
-    layout, bounds = problem.layout, problem.bounds
-    c, (key_heads, per_key) = layout.chunk, problem.heads
-    inverse = kept.inverse
+    c, inverse = problem.layout.chunk, kept.inverse
     erase = _erase(problem, chunks, inverse)
     transitions, states = _steps(problem, chunks, erase)
     if kept.entering_groups is not None:
@@ -84,27 +82,15 @@ def backward(
     written = torch.bmm(inverse, chunks.scaled_v.baddbmm_(chunks.reads[:, c:], entering))
     del chunks.scaled_v
 
-    d_out = problem.empty(len(inverse), 2 * c, problem.v.shape[-1])  # do, then Y
-    if do is None:
-        d_out[:, :c].zero_()
-    else:
-        view(problem, d_out[:, :c], do.shape[2]).copy_(layout.chunked(do))
+    d_out = _output_gradient(problem, do, len(inverse))
     d_written = torch.bmm(chunks.pairs[:, :c].mT, d_out[:, :c])
-    ends = None if d_final is None or bounds is None else _Ends(problem, chunks)
+    ends = None if d_final is None or problem.bounds is None else _Ends(problem, chunks)
     if ends is not None:
         ends.remember(states, written)
         ends.add_written_gradient(d_written, d_final)
     torch.bmm(inverse.mT, d_written, out=d_out[:, c:])
     del d_written
-    d_states = torch.empty_like(states)
-    torch.bmm(chunks.reads.mT, d_out, out=d_states[:-1].view_as(entering))
-    del chunks.reads
-    if ends is not None:
-        ends.add_state_gradient(d_states)
-    if d_final is not None and bounds is None:
-        d_states[-1, -1].copy_(d_final.flatten(0, 1))
-    else:
-        d_states[-1, -1].zero_()
+    d_states = _state_gradients(chunks, states, d_out, ends, d_final)
     scan_backward(transitions, d_states)
     d_initial = None
     if needs_state:
@@ -132,16 +118,51 @@ def backward(
     dq = dk = None
     if needs_q or needs_k:
         d_qk = local.d_qk_unnormalized()
-        dq = _tokens(problem, d_qk[:, :c], key_heads, problem.q.dtype) if needs_q else None
-        dk = _tokens(problem, d_qk[:, c:], key_heads, problem.k.dtype) if needs_k else None
+        dq = _tokens(problem, d_qk[:, :c], problem.q.shape[2], problem.q.dtype) if needs_q else None
+        dk = _tokens(problem, d_qk[:, c:], problem.k.shape[2], problem.k.dtype) if needs_k else None
         del d_qk
+    dv, d_beta = _value_gradients(problem, chunks, local, d_out[:, c:], needs_v, needs_beta)
+    return dq, dk, dv, dg, d_beta, d_initial
 
+
+def _output_gradient(problem: Problem, do: Tensor | None, chunks: int) -> Tensor:
+    """`[n, 2 C, V]`, of which the first half is that of o, and the second has room for Y."""
+    c = problem.layout.chunk
+    d_out = problem.empty(chunks, 2 * c, problem.v.shape[-1])
+    if do is None:
+        d_out[:, :c].zero_()
+    else:
+        view(problem, d_out[:, :c], do.shape[2]).copy_(problem.layout.chunked(do))
+    return d_out
+
+
+def _state_gradients(
+    chunks: Chunks, states: Tensor, d_out: Tensor, ends: _Ends | None, d_final: Tensor | None
+) -> Tensor:
+    """As `scan_backward` wants them: what each chunk adds, and what is known of the last. Frees `chunks.reads`."""
+    d_states = torch.empty_like(states)
+    torch.bmm(chunks.reads.mT, d_out, out=d_states[:-1].view(-1, *states.shape[-2:]))
+    del chunks.reads
+    if ends is not None:
+        ends.add_state_gradient(d_states)
+    if d_final is not None and ends is None:
+        d_states[-1, -1].copy_(d_final.flatten(0, 1))
+    else:
+        d_states[-1, -1].zero_()
+    return d_states
+
+
+def _value_gradients(
+    problem: Problem, chunks: Chunks, local: _Local, dy: Tensor, needs_v: bool, needs_beta: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of v and beta, from Y."""
+    if not (needs_v or needs_beta):
+        return None, None
+    c, (_, per_key), heads = problem.layout.chunk, problem.heads, problem.v.shape[2]
+    by_value = torch.empty_like(dy, memory_format=torch.contiguous_format)
     dv = d_beta = None
-    dy = d_out[:, c:]
-    by_value = torch.empty_like(dy, memory_format=torch.contiguous_format) if needs_v or needs_beta else None
     if needs_beta:
-        heads = problem.v.shape[2]
-        torch.mul(view(problem, dy, heads), layout.chunked(problem.v), out=view(problem, by_value, heads))
+        torch.mul(view(problem, dy, heads), problem.layout.chunked(problem.v), out=view(problem, by_value, heads))
         d_beta = by_value.sum(-1)
         if chunks.norm is None:
             d_beta += local.d_strength
@@ -151,8 +172,8 @@ def backward(
         d_beta = _tokens(problem, d_beta, heads, problem.beta.dtype)
     if needs_v:
         torch.mul(dy, chunks.gain[..., None], out=by_value)
-        dv = _tokens(problem, by_value, problem.v.shape[2], problem.v.dtype)
-    return dq, dk, dv, dg, d_beta, d_initial
+        dv = _tokens(problem, by_value, heads, problem.v.dtype)
+    return dv, d_beta
 
 
 class _Local:

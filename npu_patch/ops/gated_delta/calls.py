@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from npu_patch.serving.implementation import is_plain
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,19 @@ class RuleCall:
     def tensors(self) -> tuple[Tensor, ...]:
         given = (self.q, self.k, self.v, self.g, self.beta, self.initial_state, self.cu_seqlens)
         return tuple(tensor for tensor in given if tensor is not None)
+
+
+def unsupported_by_kernels(call: RuleCall) -> str | None:
+    """What neither package has a kernel for."""
+    if not all(map(is_plain, call.tensors)):
+        return "tensor subclass"
+    if call.q.dtype not in (torch.bfloat16, torch.float16) or not call.q.dtype == call.k.dtype == call.v.dtype:
+        return f"q, k and v of {call.q.dtype}, {call.k.dtype} and {call.v.dtype}: it takes one 16-bit dtype"
+    if call.q.shape[1] == 1:
+        return "a single token"
+    if call.cu_seqlens is not None and call.q.shape[0] != 1:
+        return "cumulative lengths of a batch"
+    return None
 
 
 @dataclass(frozen=True)

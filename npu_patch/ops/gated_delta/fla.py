@@ -10,12 +10,10 @@ import importlib
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from npu_patch.ops.gated_delta.calls import ConvolutionCall, RuleCall
+from npu_patch.ops.gated_delta.calls import ConvolutionCall, RuleCall, unsupported_by_kernels
 from npu_patch.ops.gated_delta.causal_conv1d import ACTIVATIONS
 from npu_patch.serving.implementation import Implementation, is_plain
 
@@ -46,26 +44,11 @@ def _missing(module: str, function: str) -> Callable[[], str | None]:
 
 
 def unsupported_rule(call: RuleCall) -> str | None:
-    if not all(map(is_plain, call.tensors)):
-        return "tensor subclass"
-    if call.q.dtype not in (torch.bfloat16, torch.float16) or not call.q.dtype == call.k.dtype == call.v.dtype:
-        return f"q, k and v of {call.q.dtype}, {call.k.dtype} and {call.v.dtype}: it takes one 16-bit dtype"
-    if call.q.shape[1] == 1:
-        return "a single token"
-    if call.k.shape[-1] > 256:
-        return f"keys of {call.k.shape[-1]}"
-    if call.cu_seqlens is not None and call.q.shape[0] != 1:
-        return "cumulative lengths of a batch"
-    return None
+    reason = unsupported_by_kernels(call)
+    return f"keys of {call.k.shape[-1]}" if reason is None and call.k.shape[-1] > 256 else reason
 
 
 def run_rule(call: RuleCall) -> tuple[Tensor, Tensor | None]:
-    packed = {}
-    if call.cu_seqlens is not None:
-        # Without its host copy, fla makes one in every layer.
-        packed = {"cu_seqlens": call.cu_seqlens}
-        if call.bounds_on_host is not None:
-            packed["cu_seqlens_cpu"] = call.bounds_on_host()
     o, final = sys.modules[RULES].chunk_gated_delta_rule(
         call.q,
         call.k,
@@ -75,9 +58,17 @@ def run_rule(call: RuleCall) -> tuple[Tensor, Tensor | None]:
         initial_state=None if call.initial_state is None else call.initial_state.float(),
         output_final_state=call.output_final_state,
         use_qk_l2norm_in_kernel=call.normalize,
-        **packed,
+        **_packed(call),
     )
     return o.to(call.q.dtype), final.float() if call.output_final_state else None
+
+
+def _packed(call: RuleCall | ConvolutionCall) -> dict[str, Tensor]:
+    """Cumulative lengths, and their copy on the host: without it, fla makes one in every layer."""
+    if call.cu_seqlens is None:
+        return {}
+    on_host = {} if call.bounds_on_host is None else {"cu_seqlens_cpu": call.bounds_on_host()}
+    return {"cu_seqlens": call.cu_seqlens, **on_host}
 
 
 def unsupported_convolution(call: ConvolutionCall) -> str | None:
@@ -94,13 +85,8 @@ def unsupported_convolution(call: ConvolutionCall) -> str | None:
 
 def run_convolution(call: ConvolutionCall) -> Tensor:
     """fla's x is `[B, T, D]`: what the model has before it transposes, so no copy is made."""
-    packed: dict[str, Any] = {}
-    if call.cu_seqlens is not None:
-        packed = {"cu_seqlens": call.cu_seqlens}
-        if call.bounds_on_host is not None:
-            packed["cu_seqlens_cpu"] = call.bounds_on_host()
     y, _ = sys.modules[CONVOLUTIONS].causal_conv1d(
-        call.x.transpose(1, 2), call.weight, call.bias, activation=call.activation, **packed
+        call.x.transpose(1, 2), call.weight, call.bias, activation=call.activation, **_packed(call)
     )
     return y.transpose(1, 2).to(call.x.dtype)
 

@@ -13,11 +13,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from npu_patch.ops.gated_delta.calls import RuleCall
-from npu_patch.serving.implementation import Implementation, is_plain
+from npu_patch.ops.gated_delta.calls import RuleCall, unsupported_by_kernels
+from npu_patch.serving.implementation import Implementation
 
 NAME = "MindSpeed chunk_gated_delta_rule"
 FUNCTION = "chunk_gated_delta_rule"
@@ -26,15 +25,8 @@ MODULES = (
     "mindspeed.core.ssm.chunk_gated_delta_rule",  # core_r0.16.0
 )
 PARAMETERS = (
-    "q",
-    "k",
-    "v",
-    "g",
-    "beta",
-    "initial_state",
-    "output_final_state",
-    "use_qk_l2norm_in_kernel",
-    "cu_seqlens",
+    *("q", "k", "v", "g", "beta"),
+    *("initial_state", "output_final_state", "use_qk_l2norm_in_kernel", "cu_seqlens"),
 )
 
 
@@ -56,17 +48,7 @@ def missing() -> str | None:
 
 
 def unsupported(call: RuleCall) -> str | None:
-    if not all(map(is_plain, call.tensors)):
-        return "tensor subclass"
-    if call.q.dtype not in (torch.bfloat16, torch.float16) or not call.q.dtype == call.k.dtype == call.v.dtype:
-        return f"q, k and v of {call.q.dtype}, {call.k.dtype} and {call.v.dtype}: it takes one 16-bit dtype"
-    if call.initial_state is not None:
-        return "an initial state"
-    if call.q.shape[1] == 1:
-        return "a single token"
-    if call.cu_seqlens is not None and call.q.shape[0] != 1:
-        return "cumulative lengths of a batch"
-    return None
+    return "an initial state" if call.initial_state is not None else unsupported_by_kernels(call)
 
 
 def run(call: RuleCall) -> tuple[Tensor, Tensor | None]:

@@ -108,12 +108,7 @@ def problem_of(
     require(pse_type in (0, 1), operator, f"pse_type {pse_type} is not simulated (0 and 1 are)")
     require(0 < keep_prob <= 1, operator, f"keep_prob must be in (0, 1], not {keep_prob}")
     require(inner_precise in (0, 1, 2), operator, f"inner_precise must be 0, 1 or 2, not {inner_precise}")
-    require(softmax_layout in ("", "TND"), operator, f'softmax_layout must be "" or "TND", not {softmax_layout!r}')
-    require(
-        softmax_layout != "TND" or input_layout == "TND",  # compared before the case is made one
-        operator,
-        f"softmax_layout=TND only supported when input_layout=TND, not {input_layout}",
-    )
+    _check_statistics(operator, softmax_layout, input_layout)
     input_layout = input_layout.upper()
     if input_layout != "TND":
         require(query_ends is None and key_ends is None, operator, f"actual_seq_qlen is for TND, not {input_layout}")
@@ -127,34 +122,37 @@ def problem_of(
     for name, tensor in (("query", query), ("key", key)):
         require(tensor.numel() > 0, operator, f"{name} must not be empty (shape {list(tensor.shape)})")
     if pse is not None:
-        queries, keys = layout.longest
-        allowed = [
-            (layout.batch, head_num, queries, keys),
-            (1, head_num, queries, keys),
-            (layout.batch, head_num, 1, keys),
-        ]
-        require(input_layout != "TND", operator, "pse in TND is not simulated")
-        require(
-            tuple(pse.shape) in allowed,
-            operator,
-            f"pse must be [B,N,Sq,Skv], [1,N,Sq,Skv] or [B,N,1,Skv], one of {[list(s) for s in allowed]}, "
-            f"not {list(pse.shape)}",
-        )
+        _check_pse(operator, pse, layout)
     if sink is not None:
         require_dtype(operator, "sink", sink, (torch.float32,))
         require(tuple(sink.shape) == (head_num,), operator, f"sink must be [N] = [{head_num}], not {list(sink.shape)}")
     hidden = hidden_by(operator, layout, atten_mask, sparse_mode, before, after)
-    return Problem(
+    zero = hidden.empty_rows_give_zero or inner_precise == 2
+    return Problem(operator, layout, hidden, scale, keep_prob, pse, pse_type == 0, sink, zero, softmax_layout == "TND")
+
+
+def _check_statistics(operator: str, softmax_layout: str, input_layout: str) -> None:
+    require(softmax_layout in ("", "TND"), operator, f'softmax_layout must be "" or "TND", not {softmax_layout!r}')
+    require(
+        softmax_layout != "TND" or input_layout == "TND",  # compared before the case is made one
         operator,
-        layout,
-        hidden,
-        scale,
-        keep_prob,
-        pse,
-        pse_type == 0,
-        sink,
-        hidden.empty_rows_give_zero or inner_precise == 2,
-        input_layout == "TND" and softmax_layout == "TND",
+        f"softmax_layout=TND only supported when input_layout=TND, not {input_layout}",
+    )
+
+
+def _check_pse(operator: str, pse: Tensor, layout: Layout) -> None:
+    queries, keys = layout.longest
+    allowed = [
+        (layout.batch, layout.query_heads, queries, keys),
+        (1, layout.query_heads, queries, keys),
+        (layout.batch, layout.query_heads, 1, keys),
+    ]
+    require(layout.name != "TND", operator, "pse in TND is not simulated")
+    require(
+        tuple(pse.shape) in allowed,
+        operator,
+        f"pse must be [B,N,Sq,Skv], [1,N,Sq,Skv] or [B,N,1,Skv], one of {[list(s) for s in allowed]}, "
+        f"not {list(pse.shape)}",
     )
 
 

@@ -50,25 +50,7 @@ def layout_of(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         require(tensor.dim() == rank, operator, f"{name} must be {rank}-D in {layout}, not {list(tensor.shape)}")
     if layout in ("BSH", "SBH"):
-        hidden = query.shape[2]
-        require(
-            query_heads > 0 and hidden % query_heads == 0,
-            operator,
-            f"head_num {query_heads} must divide the last dimension of query {list(query.shape)}",
-        )
-        head_dim = hidden // query_heads
-        if key_heads is None:
-            require(
-                key.shape[2] % head_dim == 0,
-                operator,
-                f"the last dimension of key {list(key.shape)} must be a multiple of D={head_dim}",
-            )
-            key_heads = key.shape[2] // head_dim
-        require(
-            key_heads > 0 and key.shape[2] == key_heads * head_dim and value.shape[2] % key_heads == 0,
-            operator,
-            f"key {list(key.shape)} and value {list(value.shape)} do not hold {key_heads} heads of D={head_dim}",
-        )
+        head_dim, key_heads = _heads_of_hidden(operator, query, key, value, query_heads, key_heads)
         value_dim = value.shape[2] // key_heads
         batch_at, length_at = (0, 1) if layout == "BSH" else (1, 0)
         batch, key_batch = query.shape[batch_at], key.shape[batch_at]
@@ -105,6 +87,32 @@ def layout_of(
         f"the number of query heads must be a multiple of the number of key heads, not {query_heads} and {key_heads}",
     )
     return Layout(layout, batch, query_heads, key_heads, head_dim, value_dim, *lengths)
+
+
+def _heads_of_hidden(
+    operator: str, query: Tensor, key: Tensor, value: Tensor, query_heads: int, key_heads: int | None
+) -> tuple[int, int]:
+    """D and the number of key heads, where the last dimension holds all heads."""
+    hidden = query.shape[2]
+    require(
+        query_heads > 0 and hidden % query_heads == 0,
+        operator,
+        f"head_num {query_heads} must divide the last dimension of query {list(query.shape)}",
+    )
+    head_dim = hidden // query_heads
+    if key_heads is None:
+        require(
+            key.shape[2] % head_dim == 0,
+            operator,
+            f"the last dimension of key {list(key.shape)} must be a multiple of D={head_dim}",
+        )
+        key_heads = key.shape[2] // head_dim
+    require(
+        key_heads > 0 and key.shape[2] == key_heads * head_dim and value.shape[2] % key_heads == 0,
+        operator,
+        f"key {list(key.shape)} and value {list(value.shape)} do not hold {key_heads} heads of D={head_dim}",
+    )
+    return head_dim, key_heads
 
 
 def split(tensor: Tensor, layout: str, heads: int, lengths: tuple[int, ...]) -> list[Tensor]:

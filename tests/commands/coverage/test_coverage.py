@@ -19,8 +19,7 @@ from npu_patch.applying.dry_run import dry_run
 from npu_patch.commands import main
 from npu_patch.commands.console.result import Result
 from npu_patch.commands.coverage import command as coverage
-from npu_patch.commands.coverage.survey import Tally, survey
-from npu_patch.commands.coverage.totals import cell
+from npu_patch.commands.coverage.survey import Tally, cell, survey
 from npu_patch.reporting.report import Report
 from npu_patch.sites.sites import loaded_modeling_modules, modules_of_model
 from tests.support.tiny_models import tiny
