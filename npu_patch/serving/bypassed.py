@@ -91,7 +91,8 @@ def _own(owner: Any, name: str, value: Any) -> Any:
 
 def _places(original: Any) -> Iterator[Place]:
     """Of the original, of what it wraps, and of the functions of the same files that those call."""
-    waiting, seen = [original], []
+    waiting: list[Any] = [original]
+    seen: list[Any] = []
     while waiting:
         function = waiting.pop(0)
         if not isinstance(function, FunctionType) or package(function) == "torch" or _is_in(function, seen):

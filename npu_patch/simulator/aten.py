@@ -86,14 +86,14 @@ def register() -> None:
             continue
         library.impl(name, _kernel(name, operator), "PrivateUse1", allow_override=True)
     for name in AUTOGRAD_TOO:
-        library.impl(name, _kernel(name, _operator(name)), "AutogradPrivateUse1", allow_override=True)
+        library.impl(name, _kernel(name, _known(name)), "AutogradPrivateUse1", allow_override=True)
     for name, composite in aten_formulas.COMPOSITES.items():
         library.impl(name, composite, "AutogradPrivateUse1", allow_override=True)
     for name, kernel in (aten_copies.KERNELS | aten_recurrent.KERNELS).items():
         library.impl(name, kernel, "PrivateUse1", allow_override=True)
     for name in aten_recurrent.COMPOSED:
         for key in ("PrivateUse1", "AutogradPrivateUse1"):
-            library.impl(name, aten_recurrent.composed(_operator(name)), key, allow_override=True)
+            library.impl(name, aten_recurrent.composed(_known(name)), key, allow_override=True)
 
 
 def _kernel(name: str, operator: OpOverload) -> Callable[..., Any]:
@@ -108,6 +108,13 @@ def _operator(name: str) -> OpOverload | None:
         return getattr(getattr(torch.ops.aten, packet), overload or "default")
     except AttributeError:
         return None
+
+
+def _known(name: str) -> OpOverload:
+    operator = _operator(name)
+    if operator is None:
+        raise LookupError(f"torch has no aten::{name}")
+    return operator
 
 
 def kernel_for(operator: OpOverload) -> Callable[..., Any]:
@@ -151,8 +158,7 @@ def kernel_for(operator: OpOverload) -> Callable[..., Any]:
         if has_device:
             shared.device = memory.device_index(kwargs.get("device"), shared.device)
             named.pop("pin_memory", None)
-        if shared.device is None:
-            shared.device = torch.npu.current_device()
+        shared.device = memory.or_current(shared.device)
 
         with torch._C._AutoDispatchBelowAutograd():
             if is_random:
