@@ -103,7 +103,10 @@ def _as_pse(query: Tensor, key: Tensor, bias: Tensor, layout: str) -> Tensor:
 
 def _fewer_copies_in_bsnd(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """The operator copies inputs that are not contiguous in its layout; BNSD costs a copy of the result besides."""
-    copied_in_bnsd = sum(tensor.numel() for tensor in (query, key, value) if not tensor.is_contiguous())
+    in_bnsd = [tensor for tensor in (query, key, value) if tensor.is_contiguous()]
+    if not in_bnsd:  # projections, mostly: it would copy all three, so nothing needs to be turned to know
+        return True
+    copied_in_bnsd = sum(tensor.numel() for tensor in (query, key, value)) - sum(tensor.numel() for tensor in in_bnsd)
     copied_in_bsnd = sum(t.numel() for t in (query, key, value) if not t.transpose(1, 2).is_contiguous())
     return copied_in_bsnd <= copied_in_bnsd + query.numel()
 
