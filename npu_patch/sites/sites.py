@@ -208,7 +208,7 @@ def innermost(function: Any) -> Any:
         function = inner
 
 
-def defining_class(module: torch.nn.Module) -> type:
+def defining_class(module: torch.nn.Module) -> type[torch.nn.Module]:
     """The class whose `forward` an instance runs."""
     return next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
 

@@ -196,6 +196,8 @@ def _compare(
 
 def _whole(model: torch.nn.Module, dtype: torch.dtype, found: Verified) -> Check:
     """The line of the whole model, over all seeds."""
+    if not found.errors:  # results that are NaN in float64 too, say
+        return failed(found.name, "model", type(model).__name__, "loss, gradients, decoding", "nothing to compare")
     far = worst(found.errors, dtype)
     times = statistics.geometric_mean(each.ratio(FLOORS[dtype]) for each in found.errors)
     whole = Check(
@@ -234,6 +236,7 @@ def _check_site(held: PatchedSite, recording: Recording, name: str, expected: st
     if not judged:
         check.fail("cannot be judged: it is given NaN, by something patched before it")
     for call in judged:
+        found: list[Error] | str
         try:
             original = run_original(held, call)
         except Exception as error:
@@ -326,7 +329,7 @@ def results(model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, Tenso
 
 
 @torch.no_grad()
-def _decoded(model: torch.nn.Module, ids: Tensor) -> dict[str, Tensor]:
+def _decoded(model: Any, ids: Tensor) -> dict[str, Tensor]:
     if not model.can_generate() or model.config.is_encoder_decoder:
         return {}
     output = model(input_ids=ids[:, :-2], use_cache=True)
