@@ -141,7 +141,8 @@ def _why_no_rule(function: Callable[..., Any], reason: str) -> str:
         observed = function(q, k, v, g=g, beta=beta, **_options(case, None))[0]
     except Exception:
         return f"computes no gated delta rule: {reason}"
-    expected = recurrence(*(x.double() for x in (q, k, v, g, beta)), normalize=True)[0].float()
+    q, k, v, g, beta = (x.double() for x in (q, k, v, g, beta))
+    expected = recurrence(q, k, v, g, beta, normalize=True)[0].float()
     if difference(observed, expected) > BOUNDS[torch.float32]:
         return f"computes no gated delta rule: {reason}"
     return "decays each channel of the key by its own gate (Kimi delta attention), for which there is no kernel here"
@@ -193,13 +194,10 @@ def _distance(
     return worst
 
 
-def _convolution_inputs(
-    tokens: int, bias: bool, dtype: torch.dtype, batch: int = 2, state: int = 0
-) -> tuple[list[Tensor], Tensor | None]:
-    x = values((batch, 5, tokens), 11, dtype, grad=True)
+def _convolution_inputs(tokens: int, bias: bool, dtype: torch.dtype) -> list[Tensor]:
+    x = values((2, 5, tokens), 11, dtype, grad=True)
     weight = values((5, 4), 12, dtype, grad=True)
-    given = [x, weight, values((5,), 13, dtype, grad=True)] if bias else [x, weight]
-    return given, values((batch, 5, state), 14, dtype) if state else None
+    return [x, weight, values((5,), 13, dtype, grad=True)] if bias else [x, weight]
 
 
 def _observe_activations(observe: Callable[[str | None], float]) -> tuple[str | None, ...] | NotRead:
@@ -214,7 +212,7 @@ def _observe_convolution(function: Callable[..., Any]) -> tuple[str | None, ...]
     def far(activation: str | None) -> float:
         worst = 0.0
         for tokens, bias, dtype in ((6, True, torch.float32), (2, False, torch.float32), (6, True, torch.bfloat16)):
-            inputs, _ = _convolution_inputs(tokens, bias, dtype)
+            inputs = _convolution_inputs(tokens, bias, dtype)
             x, weight, *biases = inputs
             observed = function(x, weight, biases[0] if bias else None, activation=activation)
             exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
@@ -230,7 +228,7 @@ def _observe_update(function: Callable[..., Any]) -> tuple[str | None, ...] | No
     def far(activation: str | None) -> float:
         worst = 0.0
         for tokens, bias, dtype in ((1, True, torch.float32), (3, False, torch.float32), (1, True, torch.bfloat16)):
-            inputs, state = _convolution_inputs(tokens, bias, dtype, state=4)
+            inputs, state = _convolution_inputs(tokens, bias, dtype), values((2, 5, 4), 14, dtype)
             x, weight, *biases = (tensor.detach() for tensor in inputs)
             seen = torch.cat((state, x), -1)
             observed = function(x, state, weight, biases[0] if bias else None, activation)

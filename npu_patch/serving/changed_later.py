@@ -175,8 +175,8 @@ def _joined(effects: Sequence[Effect | None]) -> Effect | None:
     known = [each for each in effects if each is not None]
     if not known or len(known) < len(effects):
         return None
-    nothing: frozenset[int | str] = frozenset()
-    return Effect(nothing.union(*(e.changes for e in known)), nothing.union(*(e.returns for e in known)))
+    changes = frozenset(key for each in known for key in each.changes)
+    return Effect(changes, frozenset(key for each in known for key in each.returns))
 
 
 def _kinds(module: torch.nn.Module | None) -> tuple[type, ...]:

@@ -142,7 +142,7 @@ def _verify(
         _compare(model, seed, exact, original, patched, found)
         model = model.to("cpu")
         progress.done()
-    return [*found.checks, _whole(model, dtype, found)], found.remarks
+    return [*found.checks, _whole(type(model).__name__, dtype, found)], found.remarks
 
 
 def _run_patched(
@@ -194,16 +194,16 @@ def _compare(
         found.fail(model, seed, f"of the patched and the unpatched model only one gives {', '.join(unlike[:3])}")
 
 
-def _whole(model: torch.nn.Module, dtype: torch.dtype, found: Verified) -> Check:
+def _whole(name: str, dtype: torch.dtype, found: Verified) -> Check:
     """The line of the whole model, over all seeds."""
     if not found.errors:  # results that are NaN in float64 too, say
-        return failed(found.name, "model", type(model).__name__, "loss, gradients, decoding", "nothing to compare")
+        return failed(found.name, "model", name, "loss, gradients, decoding", "nothing to compare")
     far = worst(found.errors, dtype)
     times = statistics.geometric_mean(each.ratio(FLOORS[dtype]) for each in found.errors)
     whole = Check(
         found.name,
         "model",
-        type(model).__name__,
+        name,
         f"loss, gradients, decoding; worst: {far.name}",
         len(found.errors),
         far.replaced,

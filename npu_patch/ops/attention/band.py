@@ -65,7 +65,12 @@ CAUSAL_TOP_LEFT = Band(after=0, bottom_right=False)
 
 def band_arguments(band: Band, device: torch.device) -> dict[str, Any]:
     """Mask arguments of npu_fusion_attention for a band that `why_no_band` accepts."""
-    arguments = {"atten_mask": None, "sparse_mode": DEFAULT_MASK, "pre_tockens": UNLIMITED, "next_tockens": UNLIMITED}
+    arguments: dict[str, Any] = {
+        "atten_mask": None,
+        "sparse_mode": DEFAULT_MASK,
+        "pre_tockens": UNLIMITED,
+        "next_tockens": UNLIMITED,
+    }
     if band.is_full:
         return arguments
     arguments["atten_mask"] = compressed_mask(device)

@@ -136,8 +136,8 @@ def _unsupported(query: Tensor, key: Tensor, value: Tensor, attention: Attention
         return f"dropout {attention.dropout}"
     if attention.sink is not None and (reason := _unsupported_sink(attention.sink, heads)):
         return reason
-    if packed:
-        return _unsupported_packing(attention)
+    if attention.ends is not None:
+        return _unsupported_packing(attention, *attention.ends)
     if attention.bias is not None and (reason := _unsupported_bias(query, key, attention.bias)):
         return reason
     return why_no_band(attention.band.within(query.shape[2], key.shape[2]), query.shape[2], key.shape[2])
@@ -149,8 +149,7 @@ def _unsupported_sink(sink: Tensor, heads: int) -> str | None:
     return None if sink.shape == (heads,) else f"attention sinks of shape {tuple(sink.shape)} for {heads} heads"
 
 
-def _unsupported_packing(attention: Attention) -> str | None:
-    queries, keys = attention.ends
+def _unsupported_packing(attention: Attention, queries: tuple[int, ...], keys: tuple[int, ...]) -> str | None:
     if attention.bias is not None or attention.hidden is not None:
         return "a bias or mask over packed sequences"
     if len(queries) > MOST_SEQUENCES:
