@@ -45,7 +45,7 @@ class Band:
         shift = keys - queries if self.bottom_right else 0
         before = None if self.before is None or self.before >= queries - 1 + shift else self.before
         after = None if self.after is None or self.after >= keys - 1 - shift else self.after
-        return Band(before, after, self.bottom_right)
+        return self if (before, after) == (self.before, self.after) else Band(before, after, self.bottom_right)
 
     def visible(self, queries: int, keys: int, device: torch.device | str = "cpu") -> Tensor:
         """The bool mask [queries, keys], True where a query sees a key."""
