@@ -37,7 +37,7 @@ class Measurer:
         """Times all that could serve the case, where times decide; else checks them."""
         every, usual, timed = _competitors(case, choice)
         measured = {each.name: self._measured(case, each, timed) for each in every}
-        if not timed or usual is None:
+        if not timed:
             return Verdict(case, None, "" if usual is None else usual.name, MappingProxyType(measured))
         winner = faster([(each.name, measured[each.name]) for each in choice.candidates], measured[usual.name])
         taken = next((each for each in choice.candidates if each.name == winner), None)
@@ -66,7 +66,7 @@ class Measurer:
 
 
 def _competitors(case: Case, choice: Choice) -> tuple[list[Alternative], Alternative | None, bool]:
-    """All that could serve the case, the usual one of them (there is one where times decide), and whether they do."""
+    """All that could serve the case, the usual one of them, and whether times decide."""
     timed = bool(choice.candidates) and not choice.forced
     usual = None if choice.chosen is None else _alternative(choice.chosen)
     if timed and usual is None:

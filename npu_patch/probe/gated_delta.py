@@ -195,9 +195,8 @@ def _distance(
 
 
 def _convolution_inputs(tokens: int, bias: bool, dtype: torch.dtype) -> list[Tensor]:
-    x = values((2, 5, tokens), 11, dtype, grad=True)
-    weight = values((5, 4), 12, dtype, grad=True)
-    return [x, weight, values((5,), 13, dtype, grad=True)] if bias else [x, weight]
+    shapes = ((2, 5, tokens), (5, 4), *([(5,)] if bias else []))
+    return [values(shape, 11 + index, dtype, grad=True) for index, shape in enumerate(shapes)]
 
 
 def _observe_activations(observe: Callable[[str | None], float]) -> tuple[str | None, ...] | NotRead:
@@ -228,8 +227,8 @@ def _observe_update(function: Callable[..., Any]) -> tuple[str | None, ...] | No
     def far(activation: str | None) -> float:
         worst = 0.0
         for tokens, bias, dtype in ((1, True, torch.float32), (3, False, torch.float32), (1, True, torch.bfloat16)):
-            inputs, state = _convolution_inputs(tokens, bias, dtype), values((2, 5, 4), 14, dtype)
-            x, weight, *biases = (tensor.detach() for tensor in inputs)
+            x, weight, *biases = (tensor.detach() for tensor in _convolution_inputs(tokens, bias, dtype))
+            state = values((2, 5, 4), 14, dtype)
             seen = torch.cat((state, x), -1)
             observed = function(x, state, weight, biases[0] if bias else None, activation)
             exact = [tensor.double() for tensor in (seen, weight, *biases)]

@@ -96,6 +96,13 @@ def register() -> None:
             library.impl(name, aten_recurrent.composed(_known(name)), key, allow_override=True)
 
 
+def _known(name: str) -> OpOverload:
+    operator = _operator(name)
+    if operator is None:
+        raise LookupError(f"torch has no aten::{name}")
+    return operator
+
+
 def _kernel(name: str, operator: OpOverload) -> Callable[..., Any]:
     formula = aten_formulas.FORMULAS.get(name)
     return aten_formulas.on_device(name, formula) if formula else kernel_for(operator)
@@ -108,13 +115,6 @@ def _operator(name: str) -> OpOverload | None:
         return getattr(getattr(torch.ops.aten, packet), overload or "default")
     except AttributeError:
         return None
-
-
-def _known(name: str) -> OpOverload:
-    operator = _operator(name)
-    if operator is None:
-        raise LookupError(f"torch has no aten::{name}")
-    return operator
 
 
 def kernel_for(operator: OpOverload) -> Callable[..., Any]:
@@ -158,7 +158,8 @@ def kernel_for(operator: OpOverload) -> Callable[..., Any]:
         if has_device:
             shared.device = memory.device_index(kwargs.get("device"), shared.device)
             named.pop("pin_memory", None)
-        shared.device = memory.or_current(shared.device)
+        if shared.device is None:
+            shared.device = torch.npu.current_device()
 
         with torch._C._AutoDispatchBelowAutograd():
             if is_random:
