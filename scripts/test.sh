@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Sets everything up, then lints, checks types and tests. Arguments are pytest's:
-# scripts/test.sh tests/test_demo.py -k png
+# Sets everything up, then lints and tests. Arguments are pytest's: scripts/test.sh tests/test_demo.py -k png
 # PYTHON, VENV and NO_VENV as in scripts/demo.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
