@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets everything up, then lints and tests. Arguments are pytest's: scripts/test.sh tests/test_demo.py -k png
+# Sets everything up, then lints and tests. Arguments are pytest's: scripts/test.sh tests/training/test_demo.py -k png
 # PYTHON, VENV and NO_VENV as in scripts/demo.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -16,7 +16,7 @@ fi
 if [[ $# == 0 ]]; then
     scripts/test_matrix.sh --ci # other versions of transformers
     # On the simulated NPU with memory that is NaN until it is written.
-    NPU_PATCH_SIMULATOR_POISON=1 "$python" -m pytest -n 2 tests/test_parity.py
+    NPU_PATCH_SIMULATOR_POISON=1 "$python" -m pytest -n 2 tests/training/test_parity.py
 fi
 # loadfile: the tests of one file share its models and its simulated device.
 exec "$python" -m pytest -n 2 --dist loadfile "$@"

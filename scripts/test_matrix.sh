@@ -10,10 +10,11 @@ cd "$root"
 VERSIONS=(4.57.6 5.2.0 5.9.0 5.12.1 5.14.1 5.15.1 5.17.0 5.20.2 5.23.0)
 # Beside the cells of the table, each of which is a training too.
 SUITE=(
-    tests/test_lifecycle.py tests/test_older_signatures.py tests/test_attention_models.py
-    tests/test_gated_delta_versions.py tests/test_experts_looped.py
-    tests/test_parity.py::test_loss_and_every_gradient_in_float32
-    tests/test_faults.py::test_a_pickled_model_goes_between_patched_and_unpatched_processes
+    tests/applying/test_lifecycle.py tests/patches/test_older_signatures.py
+    tests/patches/attention/test_attention_models.py tests/patches/gated_delta/test_gated_delta_versions.py
+    tests/patches/experts/test_looped.py
+    tests/training/test_parity.py::test_loss_and_every_gradient_in_float32
+    tests/applying/test_faults.py::test_a_pickled_model_goes_between_patched_and_unpatched_processes
 )
 AT_ONCE=2
 # Old versions are trained with the peft of their time.
@@ -53,7 +54,7 @@ choose_versions() {
 test_version() {
     local version=$1
     layered_environment "$matrix/environments/$version" "transformers==$version" ${WITH[$version]:-}
-    "$layered_python" -m tests.version_cells "$matrix/$version.json" || return 1
+    "$layered_python" -m tests.support.version_cells "$matrix/$version.json" || return 1
     "$layered_python" -m pytest -p no:cacheprovider "${SUITE[@]}"
 }
 

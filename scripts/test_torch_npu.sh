@@ -23,9 +23,11 @@ if [[ ! -f $directory/npu_patch.stamp ]]; then
 fi
 python=$directory/bin/python
 suite=(
-    tests/simulator tests/test_torch_npu_profiles.py tests/test_ops.py tests/test_attention*.py tests/test_experts*.py
-    tests/test_gated_delta*.py tests/test_causal_conv1d.py tests/test_older_signatures.py tests/test_lifecycle.py
-    tests/test_faults.py tests/test_report.py tests/test_selection.py tests/test_checkpointed_layers.py
-    tests/test_versions.py tests/test_verify.py tests/test_parity.py
+    tests/simulator tests/ops/test_ops.py tests/ops/attention tests/ops/experts tests/ops/gated_delta
+    tests/patches/attention tests/patches/experts tests/patches/gated_delta tests/patches/test_older_signatures.py
+    tests/serving/test_torch_npu_profiles.py tests/waiting/test_masks.py tests/measuring/test_selection.py
+    tests/applying/test_lifecycle.py tests/applying/test_faults.py tests/reporting/test_report.py
+    tests/training/test_checkpointed_layers.py tests/training/test_versions.py tests/training/test_parity.py
+    tests/commands/verify/test_verify.py
 )
 exec "$python" -m pytest -q -rs "${@:-${suite[@]}}"

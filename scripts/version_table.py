@@ -1,4 +1,4 @@
-"""The compatibility table in docs/versions.md, from what tests/version_cells.py found on each version.
+"""The compatibility table in docs/versions.md, from what tests/support/version_cells.py found on each version.
 
 python scripts/version_table.py FILE.json...          # writes the table: give every version's file
 python scripts/version_table.py --check FILE.json...  # says where the table differs from these versions' files
@@ -99,7 +99,7 @@ def documented() -> Found:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if the table differs")
-    parser.add_argument("files", nargs="+", type=Path, help="as written by python -m tests.version_cells")
+    parser.add_argument("files", nargs="+", type=Path, help="as written by python -m tests.support.version_cells")
     options = parser.parse_args(arguments)
     found = read_files(options.files)
     wrong = [

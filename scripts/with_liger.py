@@ -20,8 +20,8 @@ import liger_kernel.transformers as liger
 import torch
 
 import npu_patch
-from tests.gradients import loss_and_gradients, relative_error
-from tests.tiny_models import tiny, tiny_batch
+from tests.support.gradients import loss_and_gradients, relative_error
+from tests.support.tiny_models import tiny, tiny_batch
 
 CLOSE = 1e-5  # float32 against float32, beyond what Liger alone is off
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 101}

@@ -1,6 +1,7 @@
 """Starts the simulated NPU before any test imports torch, unless this machine has a real one."""
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -14,6 +15,7 @@ if simulator.real_device() is None:
 import pytest
 import torch
 
+import npu_patch
 from npu_patch.kernels import launch
 
 # Two processes of pytest-xdist whose threads wait for each other's cores are slower than two that have one each.
@@ -28,6 +30,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def npu() -> torch.device:
     """The NPU, real or simulated."""
     return torch.device("npu:0")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_applied() -> Iterator[None]:
+    """Set up before the fixtures of a test and taken down after them."""
+    yield
+    npu_patch.restore()
+
+
+@pytest.fixture
+def leaving_nothing_applied(nothing_left_applied: None) -> Iterator[None]:
+    """For what has to restore by itself."""
+    yield
+    assert not npu_patch.report().outcomes
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ import pytest
 import npu_patch
 
 PACKAGE = Path(npu_patch.__file__).parent
+TESTS = Path(__file__).parent
+OF_NO_ROOM = {"support", "training"}  # what tests share, and what concerns whole models
 # From the ground up: a room knows what stands before it, and nothing behind.
 FLOORS = (
     ("version", "log", "switches", "devices", "numerics"),
@@ -126,3 +128,27 @@ def test_what_a_room_knows_nothing_of(what: str, names: set[str], where: set[str
             if _room(module) in where and names & {name.split(".")[0] for name in imported}:
                 knowing.add(module)
     assert knowing == set(), what
+
+
+def rooms_and_tests(package: Path, tests: Path) -> tuple[set[str], set[str]]:
+    """Rooms of `package`, at any depth, without tests in the folder of the same name, and folders of `tests` that stand
+    for no room."""
+    rooms = {file.parent.relative_to(package) for file in package.rglob("__init__.py")} - {Path()}
+    tested = {each for file in tests.rglob("test_*.py") for each in file.relative_to(tests).parents}
+    folders = {file.parent.relative_to(tests) for file in tests.rglob("*.py")} - {Path()}
+    standing = {folder for folder in folders if folder.parts[0] not in OF_NO_ROOM}
+    return {str(each) for each in rooms - tested}, {str(each) for each in standing - rooms}
+
+
+def test_a_folder_of_tests_stands_for_each_room() -> None:
+    assert rooms_and_tests(PACKAGE, TESTS) == (set(), set())
+
+
+def test_a_room_without_tests_and_tests_without_a_room_are_named(tmp_path: Path) -> None:
+    package = ("ops/__init__.py", "ops/experts/__init__.py", "probe/__init__.py", "sites/__init__.py")
+    tests = ("ops/test_x.py", "probe/cases.py", "sites/journal/test_x.py", "support/y.py", "waiting/test_x.py")
+    for file in (*(Path("package", each) for each in package), *(Path("tests", each) for each in tests)):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    found = rooms_and_tests(tmp_path / "package", tmp_path / "tests")
+    assert found == ({"ops/experts", "probe"}, {"sites/journal", "waiting"})

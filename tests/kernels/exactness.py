@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.gradients import relative_error
+from tests.support.parity import NEAR, RATIO
+
 MANY = 500
 ONE_MACHINE = pytest.mark.parametrize("machine", ["exact widths, many blocks"], indirect=True)
 
@@ -25,7 +28,7 @@ def assert_exact(
     needed: Sequence[bool] | None = None,
     seed: int = 0,
 ) -> None:
-    """float32 within 1e-6 of float64; half precision no further from it than 1.1 times what `original` is.
+    """float32 within NEAR of float64; half precision no further from it than RATIO times what `original` is.
 
     A few rounded numbers say little: results of under MANY elements get 3 times.
 
@@ -40,12 +43,9 @@ def assert_exact(
     )
     for index, (got, exact, theirs) in enumerate(results):
         assert got.shape == exact.shape, f"result {index}: shape {got.shape} instead of {exact.shape}"
-        bar = (
-            1e-6
-            if inputs[0].dtype == torch.float32
-            else 1e-6 + (1.1 if exact.numel() >= MANY else 3) * relative(theirs, exact)
-        )
-        assert relative(got, exact) <= bar, f"result {index}: {relative(got, exact):.2e}, allowed {bar:.2e}"
+        error, own = relative_error(got.double(), exact), relative_error(theirs.double(), exact)
+        bar = NEAR + (0 if inputs[0].dtype == torch.float32 else (RATIO if exact.numel() >= MANY else 3) * own)
+        assert error <= bar, f"result {index}: {error:.2e}, allowed {bar:.2e}"
     for x, gradient in zip([x for x, need in zip(inputs, needed, strict=True) if need], gradients, strict=True):
         assert gradient.dtype == x.dtype
 
@@ -64,10 +64,6 @@ def run(
         used = [(y, d) for y, d in zip(outputs, directions, strict=True) if y.requires_grad]
         gradients = torch.autograd.grad([y for y, _ in used], wanted, [d for _, d in used])
     return tuple(y.detach() for y in outputs), gradients
-
-
-def relative(got: Tensor, exact: Tensor) -> float:
-    return ((got.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.torch_npu_operators import needs_operator
+from tests.support.torch_npu_operators import needs_operator
 
 pytestmark = pytest.mark.usefixtures("simulated")
 

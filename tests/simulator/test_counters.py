@@ -5,7 +5,7 @@ import torch
 import torch_npu
 
 from npu_patch import simulator
-from tests.torch_npu_operators import sdpa_operator
+from tests.support.torch_npu_operators import sdpa_operator
 
 pytestmark = pytest.mark.usefixtures("simulated")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from tests.tiny_models import tiny, tiny_batch
+from tests.support.tiny_models import tiny, tiny_batch
 
 pytestmark = pytest.mark.usefixtures("simulated")
 
