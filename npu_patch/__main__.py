@@ -6,6 +6,7 @@ from npu_patch.commands import main
 from npu_patch.commands.console import standard_output
 
 if __name__ == "__main__":
+    code: str | int | None
     try:
         code = main(sys.argv[1:])
     except SystemExit as stopped:  # --help, --version, bad usage

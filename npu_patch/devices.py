@@ -44,7 +44,9 @@ def described(device_type: str) -> str:
 def current(device_type: str) -> torch.device:
     import torch
 
-    return torch.device(device_type, None if device_type == "cpu" else _backend(device_type).current_device())
+    if device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(device_type, _backend(device_type).current_device())
 
 
 def chip(device: torch.device) -> str:
@@ -59,4 +61,5 @@ def synchronize(device: torch.device) -> None:
 
 
 def _backend(device_type: str) -> ModuleType:
-    return getattr(importlib.import_module("torch"), device_type)
+    module: ModuleType = getattr(importlib.import_module("torch"), device_type)
+    return module

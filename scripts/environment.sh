@@ -75,6 +75,13 @@ pinned() {
     sed -n "s/^ *\($1==[^ ]*\)$/\1/p" "$root/setup.cfg"
 }
 
+# Whether this environment has the module at the version of setup.cfg.
+is_pinned() {
+    local version
+    version=$("$python" -c "import importlib.metadata as m; print(m.version('$1').split('+')[0])") || return 1
+    [[ "$1==$version" == "$(pinned "$1")" ]]
+}
+
 # What is there already stays at its version.
 add_what_is_missing() {
     local module missing=() constraints

@@ -5,11 +5,14 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"
 
-prepare_environment transformers peft accelerate matplotlib rich tqdm pytest xdist ruff
+prepare_environment transformers peft accelerate matplotlib rich tqdm pytest xdist ruff mypy
 
 python_files=(setup.py npu_patch scripts tests) # not the examples in README.md, which ruff would reflow
 "$python" -m ruff check "${python_files[@]}"
 "$python" -m ruff format --check "${python_files[@]}"
+if is_pinned torch; then # the annotations of another one differ
+    "$python" -m mypy
+fi
 if [[ $# == 0 ]]; then
     scripts/test_matrix.sh --ci # other versions of transformers
     # On the simulated NPU with memory that is NaN until it is written.

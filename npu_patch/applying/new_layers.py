@@ -7,7 +7,7 @@ cannot be looked at yet is looked at when it is called.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def watcher(
     def look_at(parent: torch.nn.Module, name: str, layer: torch.nn.Module | None) -> None:
         if layer is None or torch.compiler.is_compiling() or in_quiet_room():
             return
-        sites: tuple[Hashable, ...] = ((id(defining_class(layer)), "forward"), *registries)
+        sites: tuple[tuple[int, str], ...] = ((id(defining_class(layer)), "forward"), *registries)
         for held in [held for site in sites for held in patched.get(site, ())]:
             if held.replacement.observe is not None:
                 with contextlib.suppress(Exception):

@@ -53,7 +53,7 @@ def _present(site: Site) -> Any:
     if not isinstance(site.owner, Mapping):
         return vars(site.owner).get(site.name)
     for module, name in OVERRIDES:
-        registry = getattr(sys.modules.get(module), name, None)
+        registry: Any = getattr(sys.modules.get(module), name, None)
         if getattr(registry, "_global_mapping", None) is site.owner and site.name in registry._local_mapping:
             return registry._local_mapping[site.name]
     return site.owner.get(site.name)

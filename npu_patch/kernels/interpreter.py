@@ -29,5 +29,5 @@ def round_to_nearest() -> None:
             return numpy.frombuffer(input.tobytes(), numpy.uint16).astype(numpy.uint32).reshape(input.shape) << 16
         return kept(input, input_dtype, output_dtype, rounding_mode)
 
-    convert.rounds_to_nearest = True
+    vars(convert)["rounds_to_nearest"] = True
     interpreter._convert_float = convert

@@ -62,7 +62,7 @@ class Tile:
 @functools.lru_cache
 def machine_of(device: torch.device) -> Machine:
     if device.type == "npu":
-        cores = torch.npu.get_device_properties(device).vector_core_num
+        cores = torch.get_device_module("npu").get_device_properties(device).vector_core_num
         return Machine("npu", max(1, cores), UNIFIED_BUFFER, exact_widths=True)
     if device.type == "cuda":
         return Machine("cuda", torch.cuda.get_device_properties(device).multi_processor_count)

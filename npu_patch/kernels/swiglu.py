@@ -12,9 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from npu_patch.kernels import launch
+from npu_patch.numerics.autograd import Context
 
 FORWARD = launch.Tile(bytes_per_element=24, elements=2048)
 BACKWARD = launch.Tile(bytes_per_element=40, elements=2048)
@@ -27,13 +28,13 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Context, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
         return forward(gate, up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         return backward(dy, *ctx.saved_tensors, *ctx.needs_input_grad)
 
 

@@ -79,5 +79,8 @@ def _peak(form: Callable[[], None], device: torch.device) -> int | None:
 def merged(timings: list[Timing]) -> Timing:
     """Of several turns: the medians of their numbers, the highest peak."""
     peaks = [timing.peak for timing in timings if timing.peak is not None]
-    numbers = (statistics.median(getattr(timing, name) for timing in timings) for name in ("median", "low", "high"))
-    return Timing(*numbers, max(peaks) if peaks else None)
+
+    def middle(name: str) -> float:
+        return statistics.median(getattr(timing, name) for timing in timings)
+
+    return Timing(middle("median"), middle("low"), middle("high"), max(peaks) if peaks else None)

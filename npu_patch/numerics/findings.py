@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 from weakref import WeakSet
 
 import torch
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+P = ParamSpec("P")
+Found = TypeVar("Found")
 ACCIDENTS = (MemoryError, torch.OutOfMemoryError, RecursionError, OSError)
 
 
@@ -31,7 +32,7 @@ def unless_accident(error: BaseException) -> None:
 class Findings(dict[Any, Any]):
     """A memory that `forget()` empties."""
 
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # type: ignore[assignment]  # a memory, where dict has a value
     __eq__ = object.__eq__
 
     def __init__(self, *known: Any) -> None:
@@ -47,14 +48,15 @@ def forget() -> None:
         findings.clear()
 
 
-def remembered(observe: Function) -> Function:
-    """`observe(*args)` once for the same arguments; an accident is tried again."""
+def remembered(observe: Callable[P, Found]) -> Callable[P, Found]:
+    """`observe(...)` once for the same arguments; an accident is tried again."""
     findings = Findings()
 
     @functools.wraps(observe)
-    def once(*args: Any) -> Any:
-        if args not in findings:
-            findings[args] = observe(*args)
-        return findings[args]
+    def once(*args: P.args, **named: P.kwargs) -> Found:
+        key = args, tuple(named.items())
+        if key not in findings:
+            findings[key] = observe(*args, **named)
+        return cast(Found, findings[key])
 
     return once

@@ -63,7 +63,8 @@ def _apart() -> Iterator[None]:
 
 def _without_saved_tensors_hooks() -> contextlib.AbstractContextManager[Any]:
     """Autograd calls the innermost pair alone; where hooks are refused (torch.func), it calls none."""
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    taken = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]  # torch's stub lacks it
+    if not taken():
         return contextlib.nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda saved: saved)
 

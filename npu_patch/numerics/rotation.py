@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -22,9 +23,9 @@ def rotate_pairs(x: Tensor, pairing: str) -> Tensor:
 
 def table_gradients(rotated: Sequence[tuple[Tensor, Tensor]], table: Tensor, pairing: str) -> tuple[Tensor, Tensor]:
     """Of cos and sin, both like `table`, from the gradient of each rotated tensor beside that tensor before it."""
-    d_cos = d_sin = 0.0
+    of_cos, of_sin = [], []
     for dy, x in rotated:
         dy, x = (each[..., : table.shape[-1]].to(torch.promote_types(each.dtype, torch.float32)) for each in (dy, x))
-        d_cos = d_cos + (dy * x).sum_to_size(table.shape)
-        d_sin = d_sin + (dy * rotate_pairs(x, pairing)).sum_to_size(table.shape)
-    return d_cos.to(table.dtype), d_sin.to(table.dtype)
+        of_cos.append((dy * x).sum_to_size(table.shape))
+        of_sin.append((dy * rotate_pairs(x, pairing)).sum_to_size(table.shape))
+    return reduce(torch.add, of_cos).to(table.dtype), reduce(torch.add, of_sin).to(table.dtype)

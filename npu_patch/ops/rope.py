@@ -103,18 +103,28 @@ def rotate(
     cos, sin = variant.table.widen(cos), variant.table.widen(sin)
     if variant.negated:
         sin = -sin
-    dtypes = [torch.promote_types(tensor.dtype, cos.dtype) for tensor in tensors]
     if variant.deinterleaved:
         tensors = [_deinterleave_first(tensor, cos.shape[-1]) for tensor in tensors]
+    if all([tensor.dtype == cos.dtype for tensor in tensors]):  # nothing is cast: the host's shortest way
+        return _in_pairs(kernel, variant.pairing, tensors, cos, sin)
+    dtypes = [torch.promote_types(tensor.dtype, cos.dtype) for tensor in tensors]
     rotated: list[Tensor] = []
     for dtype in dict.fromkeys(dtypes):  # one dtype, but for a caller that mixes them
         # The operator casts the tables to the dtype of the input: a float32 table beside a bfloat16 input needs the
         # input in float32, or it would lose what the original keeps.
         same = [tensor.to(dtype) for tensor, its_dtype in zip(tensors, dtypes, strict=True) if its_dtype == dtype]
-        for first, second in itertools.zip_longest(same[::2], same[1::2]):
-            rotated += _Rotate.apply(kernel, variant.pairing, cos.to(dtype), sin.to(dtype), first, second)
+        rotated += _in_pairs(kernel, variant.pairing, same, cos.to(dtype), sin.to(dtype))
     if variant.output == "input":
         rotated = [y.to(tensor.dtype) for y, tensor in zip(rotated, tensors, strict=True)]
+    return rotated
+
+
+def _in_pairs(
+    kernel: Callable[..., Tensor], pairing: str, tensors: Sequence[Tensor], cos: Tensor, sin: Tensor
+) -> list[Tensor]:
+    rotated: list[Tensor] = []
+    for first, second in itertools.zip_longest(tensors[::2], tensors[1::2]):
+        rotated += _Rotate.apply(kernel, pairing, cos, sin, first, second)
     return rotated
 
 

@@ -30,7 +30,7 @@ def read_attention(function: Callable[..., Any]) -> AsNamed | NotRead:
     with quiet_room():
         shown = Band(before=1, after=2, bottom_right=False).visible(QUERIES, KEYS).expand(BATCH, 1, -1, -1)
         causal = CAUSAL_TOP_LEFT.visible(QUERIES, KEYS)
-        cases = (
+        cases: tuple[tuple[str, Tensor | None, dict[str, Any], Tensor], ...] = (
             ("without a mask", None, {}, causal),
             ("bidirectional", None, {"is_causal": False}, FULL.visible(QUERIES, KEYS)),
             ("with a bool mask", shown, {}, shown),
@@ -98,7 +98,8 @@ def _distance(
         [values(shape, 60 + index, dtype, grad=True) for index, shape in enumerate(shapes)] for _ in range(2)
     )
     out, _ = function(module, *inputs, attention_mask=mask, dropout=0.0, scaling=SCALE, **keywords)
-    return distance([out], [_reference(*expected_inputs, seen)], inputs, expected_inputs)
+    query, key, value = expected_inputs
+    return distance([out], [_reference(query, key, value, seen)], inputs, expected_inputs)
 
 
 def _reference(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:

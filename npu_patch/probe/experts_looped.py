@@ -183,11 +183,9 @@ def _observe(
             expected = _formula(own_x, own_experts, {role: r for role, (_, r) in by_role.items()}, normalised)
             leaves = [x, *experts.matrices], [own_x, *own_experts.matrices]
             if distance([observed], [expected], *leaves) <= ALLOWED[dtype]:
-                matched = BlockReading(
-                    normalised=normalised,
-                    returns_logits=logits is not None,
-                    **{role: None for role in ROLES} | {role: Part(n, r.flat) for role, (n, r) in by_role.items()},
-                )
+                called = {role: Part(name, bool(recorder.flat)) for role, (name, recorder) in by_role.items()}
+                shared, shared_gate = called.get("shared"), called.get("shared_gate")
+                matched = BlockReading(called["router"], normalised, shared, shared_gate, logits is not None)
                 break
         readings.append(matched)
     return readings[0] if None not in readings and len(set(readings)) == 1 else None

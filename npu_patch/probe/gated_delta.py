@@ -141,7 +141,8 @@ def _why_no_rule(function: Callable[..., Any], reason: str) -> str:
         observed = function(q, k, v, g=g, beta=beta, **_options(case, None))[0]
     except Exception:
         return f"computes no gated delta rule: {reason}"
-    expected = recurrence(*(x.double() for x in (q, k, v, g, beta)), normalize=True)[0].float()
+    q, k, v, g, beta = (x.double() for x in (q, k, v, g, beta))
+    expected = recurrence(q, k, v, g, beta, normalize=True)[0].float()
     if difference(observed, expected) > BOUNDS[torch.float32]:
         return f"computes no gated delta rule: {reason}"
     return "decays each channel of the key by its own gate (Kimi delta attention), for which there is no kernel here"

@@ -140,7 +140,8 @@ def _check_convolution(implementation: Implementation, device: torch.device, kin
         return None if implementation.unsupported(call) is not None else (implementation.run(call),)
 
     def expected(bounds: Sequence[int] | None, **inputs: Tensor) -> Sequence[Tensor]:
-        return (convolution(**{"bias": None, **inputs}, activation=kind.activation, bounds=bounds),)
+        given = inputs["x"], inputs["weight"], inputs.get("bias")
+        return (convolution(*given, activation=kind.activation, bounds=bounds),)
 
     def given(rows: int) -> dict[str, Tensor]:
         channels = 64
@@ -174,7 +175,7 @@ def _compare(
     exact = expected(bounds, **exact_inputs)
     where = "" if bounds is None else " of packed sequences"
     dtype = next(iter(given.values())).dtype
-    weights = []
+    weights: list[Tensor] = []
     for name, one, other in zip(("output", "final state")[: len(exact)], observed, exact, strict=True):
         far = difference(one.detach().float().cpu(), other.detach().float())
         if not far <= ALLOWED[dtype]:

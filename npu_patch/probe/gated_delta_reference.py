@@ -31,7 +31,7 @@ def recurrence(
     g = g if g.dim() == 4 else g[..., None]
     outputs, finals = [], []
     packed = bounds is not None
-    for index, (start, end) in enumerate(itertools.pairwise(bounds if packed else (0, q.shape[1]))):
+    for index, (start, end) in enumerate(itertools.pairwise((0, q.shape[1]) if bounds is None else bounds)):
         state = initial_state[index : index + 1] if packed and initial_state is not None else initial_state
         if state is None:
             state = (k[:, 0, :, :, None] * v[:, 0, :, None]) * 0.0

@@ -36,7 +36,8 @@ class Readings(Generic[Reading]):
     def note(self, cls: type, reading: Reading, configuration: Mapping[str, Any]) -> None:
         """What was read of the class itself, of instances with this `configuration`."""
         self.names[cls] = tuple(configuration)
-        self.known[(cls, *configuration.values())] = (reading, reading)
+        kind = (cls, *configuration.values())
+        self.known[kind] = (reading, reading)
 
     def of(self, module: torch.nn.Module) -> Reading | NotRead:
         cls = type(module)

@@ -102,7 +102,7 @@ def _distance(
         call[signature.dimension] = reading.unsqueeze_dim
     if signature.sections:
         call[signature.sections] = SECTIONS
-    if with_positions:
+    if with_positions and signature.positions is not None:
         call[signature.positions] = torch.tensor([[3, 1, 0, 2, 4]] * BATCH, device="cpu")
     try:
         observed = function(**call)

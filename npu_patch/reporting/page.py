@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from html import escape
 
 from npu_patch.reporting.outcome import PATCHED, Outcomes
@@ -39,7 +40,7 @@ def page(title: str, summary: str, parts: list[str]) -> str:
     )
 
 
-def table(header: tuple[str, ...], rows_of_cells: object) -> str:
+def table(header: tuple[str, ...], rows_of_cells: Iterable[Iterable[str]]) -> str:
     """`rows_of_cells`: for each row its cells as ready HTML, `<td>` included."""
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     body = "\n".join(f"<tr>{''.join(cells)}</tr>" for cells in rows_of_cells)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dis
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -55,6 +55,11 @@ class Bypassed:
     """Everything that one original looks up."""
 
     functions: tuple[LookedUp, ...] = ()
+    _asked: tuple[tuple[Callable[[str], Any], str, Any, LookedUp], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        asked = tuple((each.namespace.get, each.name, each.own, each) for each in self.functions)
+        object.__setattr__(self, "_asked", asked)
 
     @classmethod
     def by(cls, original: Any, *also: Place) -> Bypassed:
@@ -68,8 +73,8 @@ class Bypassed:
 
     def why_not(self) -> str | None:
         """Why its replacement may not run now, if somebody bound one of them anew. Asked at every call."""
-        for each in self.functions:
-            if each.namespace.get(each.name) is not each.own and (reason := each.replaced()) is not None:
+        for look_up, name, own, each in self._asked:
+            if look_up(name) is not own and (reason := each.replaced()) is not None:
                 return reason
         return None
 
@@ -91,7 +96,8 @@ def _own(owner: Any, name: str, value: Any) -> Any:
 
 def _places(original: Any) -> Iterator[Place]:
     """Of the original, of what it wraps, and of the functions of the same files that those call."""
-    waiting, seen = [original], []
+    waiting: list[Any] = [original]
+    seen: list[Any] = []
     while waiting:
         function = waiting.pop(0)
         if not isinstance(function, FunctionType) or package(function) == "torch" or _is_in(function, seen):

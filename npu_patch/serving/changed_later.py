@@ -51,8 +51,8 @@ class Callers:
             return None
         of_layer = self.known.setdefault(layer, {}) if isinstance(layer, torch.nn.Module) else self.of_others
         ways = of_layer.setdefault(_call_in(frame), [])
-        for way, why in ways:
-            if _leads(frame, way):
+        for known, why in ways:
+            if _leads(frame, known):
                 return why
         way: list[CallIn] = []
         why = self._read(sys._getframe(2), list(given), result, way)
@@ -97,9 +97,15 @@ class Callers:
         key = (id(code), frame.f_lasti, arguments, closed_over, returned, _kinds(module))
         if key not in self._later:
             source = self._source(code)
-            calls = [] if source is None else source.calls_at(code, frame.f_lasti, frame.f_lineno)
             effects = _Effects(self, frame.f_globals, module)
-            found = [what_becomes(source, call, arguments, closed_over, returned, effects) for call in calls]
+            found = (
+                []
+                if source is None
+                else [
+                    what_becomes(source, call, arguments, closed_over, returned, effects)
+                    for call in source.calls_at(code, frame.f_lasti, frame.f_lineno)
+                ]
+            )
             lines = [each.line for each in found if each.line is not None]
             later = Later(lines[0] if lines else None, any(each.returned for each in found)) if found else None
             self._later[key] = later
@@ -166,9 +172,11 @@ class _Effects:
 
 
 def _joined(effects: Sequence[Effect | None]) -> Effect | None:
-    if not effects or None in effects:
+    known = [each for each in effects if each is not None]
+    if not known or len(known) < len(effects):
         return None
-    return Effect(*(frozenset().union(*each) for each in zip(*((e.changes, e.returns) for e in effects), strict=True)))
+    changes = frozenset(key for each in known for key in each.changes)
+    return Effect(changes, frozenset(key for each in known for key in each.returns))
 
 
 def _kinds(module: torch.nn.Module | None) -> tuple[type, ...]:
@@ -232,7 +240,8 @@ def _holds(value: Any, given: Sequence[Any]) -> bool:
     if any(value is each for each in given):
         return True
     if isinstance(value, Tensor):
-        return any(isinstance(each, Tensor) and torch._C._is_alias_of(value, each) for each in given)
+        share = torch._C._is_alias_of  # type: ignore[attr-defined]  # torch's stub lacks it
+        return any(isinstance(each, Tensor) and share(value, each) for each in given)
     if isinstance(value, dict):
         value = value.values()
     elif not isinstance(value, (tuple, list)):

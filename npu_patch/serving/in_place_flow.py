@@ -25,6 +25,7 @@ TAKE_INPLACE = (
     *("relu", "relu6", "elu", "selu", "celu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu"),
     *("rrelu", "threshold", "dropout", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d"),
 )
+TRIES: tuple[type[ast.Try], ...] = tuple(each for each in (ast.Try, getattr(ast, "TryStar", None)) if each)
 NEW_MEMORY = ("clone", "cat", "stack", "matmul", "bmm", "embedding", "linear")  # and *_like, new_*
 
 
@@ -64,9 +65,13 @@ class Source:
         if hasattr(code, "co_positions"):
             place = next(itertools.islice(code.co_positions(), instruction // 2, None), None)
             return [call for call in calls if place == self._place(call)]
-        return [call for call in calls if line is not None and call.lineno <= line - self.first + 1 <= call.end_lineno]
+        if line is None:
+            return []
+        return [call for call in calls if call.lineno <= line - self.first + 1 <= (call.end_lineno or call.lineno)]
 
-    def _place(self, node: ast.expr) -> tuple[int, int, int, int]:
+    def _place(self, node: ast.expr) -> tuple[int, int, int, int] | None:
+        if node.end_lineno is None or node.end_col_offset is None:
+            return None
         before = self.first - 1
         return (
             node.lineno + before,
@@ -107,7 +112,9 @@ def effect(source: Source, bound: bool, effect_of: EffectOf) -> Effect:
     """Of a function; `bound`: it is called without its first argument."""
     flow = _Flow(source.tree, effect_of).run()
     names = [each.arg for each in (*source.tree.args.posonlyargs, *source.tree.args.args)]
-    names_of = {name: (index, name) for index, name in enumerate(names[1:] if bound else names)}
+    names_of: dict[str, tuple[int | str, ...]] = {
+        name: (index, name) for index, name in enumerate(names[1:] if bound else names)
+    }
     names_of |= {each.arg: (each.arg,) for each in source.tree.args.kwonlyargs}
 
     def keys(objects: Objects) -> frozenset[int | str]:
@@ -171,7 +178,9 @@ class _Flow:
     def run(self) -> _Flow:
         self._ends.append(self._block(self.tree.body, _State({name: frozenset([name]) for name in self._local})))
         last, returned = _join(self._ends), self.returned
-        for nested in self._nested if last is not None else ():
+        for nested in self._nested:
+            if last is None:
+                break
             inner = last.copied()
             for each in ast.walk(nested.args):
                 if isinstance(each, ast.arg):
@@ -183,7 +192,7 @@ class _Flow:
     def _fresh(self) -> Objects:
         return frozenset([next(self._new)])
 
-    def _change(self, objects: Objects, state: _State, node: ast.AST) -> None:
+    def _change(self, objects: Objects, state: _State, node: ast.stmt | ast.expr) -> None:
         self.changed |= objects
         if self.line is None and objects & state.watched:
             self.line = node.lineno
@@ -221,8 +230,7 @@ class _Flow:
             self._added_to(node, state)
         elif isinstance(node, ast.If):
             self._value(node.test, state)
-            branches = [self._block(body, state.copied()) for body in (node.body, node.orelse)]
-            return _join(branches)
+            return _join([self._block(body, state.copied()) for body in (node.body, node.orelse)])
         elif isinstance(node, (ast.For, ast.AsyncFor, ast.While)):
             return self._loop(node, state)
         elif isinstance(node, (ast.With, ast.AsyncWith)):
@@ -233,7 +241,7 @@ class _Flow:
             return self._block(node.body, state)
         elif isinstance(node, ast.Match):
             subject = self._value(node.subject, state)
-            branches = [state]
+            branches: list[_State | None] = [state]
             for case in node.cases:
                 inner = state.copied()
                 for each in ast.walk(case.pattern):
@@ -242,9 +250,9 @@ class _Flow:
                         inner.names[name] = subject
                 branches.append(self._block(case.body, inner))
             return _join(branches)
-        elif isinstance(node, ast.Try) or type(node).__name__ == "TryStar":
+        elif isinstance(node, TRIES):
             tried = self._block(node.body, state.copied())
-            before = _join([state, tried])
+            before = state.joined([tried])
             handled = [self._block(handler.body, before.copied()) for handler in node.handlers]
             after = self._block(node.orelse, tried)
             joined = _join([after, *handled])
@@ -360,9 +368,10 @@ class _Flow:
 
     def _called(self, node: ast.Call, state: _State) -> Objects:
         function = node.func
-        method = isinstance(function, ast.Attribute) and not self._is_outside(function.value)
-        owner = self._value(function.value, state) if method else NOTHING
-        if not method and not isinstance(function, (ast.Name, ast.Attribute)):
+        attribute = function if isinstance(function, ast.Attribute) else None
+        method = attribute if attribute is not None and not self._is_outside(attribute.value) else None
+        owner = NOTHING if method is None else self._value(method.value, state)
+        if not isinstance(function, (ast.Name, ast.Attribute)):
             owner = self._value(function, state)
         given: list[tuple[int | str | None, Objects]] = []
         for index, each in enumerate(node.args):
@@ -370,17 +379,17 @@ class _Flow:
             given.append((index if known else None, self._value(each, state)))
         given += [(each.arg, self._value(each.value, state)) for each in node.keywords]
         if self.watch is not None and node is self.watch.call:
-            return self._watched(given, owner, state)
-        called = None if method else self._effect(function, state)
-        name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+            return self._watched(self.watch, given, owner, state)
+        called = None if method is not None else self._effect(function, state)
+        name = attribute.attr if attribute is not None else getattr(function, "id", "")
         if called is None:
-            own = isinstance(function, ast.Attribute) and ast.unparse(function).startswith(f"{self._self}.")
-            changed = self._value(function.value, state) if method or own else None
+            own = attribute is not None and (method is not None or ast.unparse(attribute).startswith(f"{self._self}."))
+            changed = self._value(attribute.value, state) if attribute is not None and own else None
             self._change_by_convention(node, name, changed, given, state)
         else:
             self._change(_of(given, called.changes), state, node)
-        if method and name in FILLS:
-            self._put_into(function.value, _of(given), state)
+        if method is not None and name in FILLS:
+            self._put_into(method.value, _of(given), state)
         if name in (*NEW_MEMORY, *NO_MEMORY) or name.endswith("_like") or name.startswith("new_"):
             return self._fresh()
         return self._fresh() | (owner | _of(given) if called is None else _of(given, called.returns))
@@ -393,13 +402,13 @@ class _Flow:
         held = len(known) == 1 and known[0].startswith(f"{self._self}.")
         return self.effect_of(ast.parse(known[0], mode="eval").body) if held else None
 
-    def _watched(self, given: Given, owner: Objects, state: _State) -> Objects:
+    def _watched(self, watch: _Watch, given: Given, owner: Objects, state: _State) -> Objects:
         """The call in question: what is watched, is from here on."""
         result = self._fresh()
-        found = owner | _of(given) if self.watch.arguments is None else _of(given, self.watch.arguments)
-        for name in self.watch.names:
+        found = owner | _of(given) if watch.arguments is None else _of(given, watch.arguments)
+        for name in watch.names:
             found |= state.names.get(name, NOTHING)
-        state.watched |= found | (result if self.watch.result else NOTHING)
+        state.watched |= found | (result if watch.result else NOTHING)
         return result
 
     def _change_by_convention(

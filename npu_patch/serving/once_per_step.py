@@ -7,7 +7,8 @@ finds it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,23 +22,52 @@ Value = TypeVar("Value")
 Ends = tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """`versions` of all the tensors that `value` is of, `others`: the tensors after the first."""
+
+    versions: tuple[int | None, ...]
+    others: tuple[TensorWeakRef, ...]
+    value: Any
+
+    def is_of(self, tensors: tuple[Tensor, ...], versions: tuple[int | None, ...]) -> bool:
+        if self.versions != versions:  # as many versions as tensors
+            return False
+        return all([known() is tensor for known, tensor in zip(self.others, tensors[1:], strict=True)])
+
+
 class OncePerTensor:
     """`of(tensors, make)` calls `make()` once for the same tensor objects with the same contents."""
 
     def __init__(self) -> None:
-        self._kept = WeakTensorKeyDictionary()
+        self._kept: MutableMapping[Tensor, _Kept] = WeakTensorKeyDictionary()
+        # The layers of a step ask one after the other: the dictionary's way takes the host six times as long.
+        self._last: tuple[weakref.ref[Tensor], _Kept] | None = None
 
     def of(self, tensors: tuple[Tensor, ...], make: Callable[[], Value]) -> Value:
-        versions = tuple(version_of(tensor) for tensor in tensors)
+        versions = tuple([version_of(tensor) for tensor in tensors])
         if None in versions:  # made in inference mode: a write would go unnoticed
             return made_apart(make)
-        first, *others = tensors
-        kept = self._kept.get(first)
-        if kept is not None and kept[0] == versions and all(a() is b for a, b in zip(kept[1], others, strict=True)):
-            return kept[2]
+        kept = self._found(tensors[0])
+        if kept is not None and kept.is_of(tensors, versions):
+            value: Value = kept.value
+            return value
         value = made_apart(make)
         self.keep(tensors, value)
         return value
+
+    def _found(self, first: Tensor) -> _Kept | None:
+        last = self._last
+        if last is not None and last[0]() is first:
+            return last[1]
+        kept = self._kept.get(first)
+        if kept is not None:
+            self._last = weakref.ref(first, self._gone), kept
+        return kept
+
+    def _gone(self, reference: weakref.ref[Tensor]) -> None:
+        if self._last is not None and self._last[0] is reference:
+            self._last = None
 
     def by(self, tensor: Tensor, key: Any, make: Callable[[], Value]) -> Value:
         """One value for each `key`."""
@@ -48,12 +78,13 @@ class OncePerTensor:
 
     def keep(self, tensors: tuple[Tensor, ...], value: Any) -> None:
         first, *others = tensors
-        references = [TensorWeakRef(other) for other in others]
-        self._kept[first] = (tuple(version_of(tensor) for tensor in tensors), references, value)
+        versions = tuple(version_of(tensor) for tensor in tensors)
+        kept = self._kept[first] = _Kept(versions, tuple(TensorWeakRef(other) for other in others), value)
+        self._last = weakref.ref(first, self._gone), kept
 
     def known(self, tensor: Tensor) -> Any | None:
-        kept = self._kept.get(tensor)
-        return kept[2] if kept is not None and kept[0] == (version_of(tensor),) else None
+        kept = self._found(tensor)
+        return kept.value if kept is not None and kept.is_of((tensor,), (version_of(tensor),)) else None
 
 
 def made_apart(make: Callable[[], Value]) -> Value:

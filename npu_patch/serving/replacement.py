@@ -76,13 +76,14 @@ def replacement_for(
                 result = serve(*args, **kwargs)
             except Unobserved as accident:
                 result = Unserved(str(accident))
-            if isinstance(result, Answer):
-                calls.ran -= 1
-                if not isinstance(result, TakenOver):
-                    calls.fell_through[result.reason] += 1
-        if not isinstance(result, Answer):
-            return result
-        return original(*args, **kwargs) if isinstance(result, Unserved) else result.result
+            if not isinstance(result, Answer):
+                return result
+            calls.ran -= 1
+            if isinstance(result, (Unserved, Unfused)):
+                calls.fell_through[result.reason] += 1
+        if isinstance(result, Unserved):
+            return original(*args, **kwargs)
+        return result.result if isinstance(result, (Unfused, TakenOver)) else result
 
     return replacement
 

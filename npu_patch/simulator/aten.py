@@ -59,14 +59,21 @@ def register() -> None:
             continue
         library.impl(name, _kernel(name, operator), "PrivateUse1", allow_override=True)
     for name in AUTOGRAD_TOO:
-        library.impl(name, _kernel(name, _operator(name)), "AutogradPrivateUse1", allow_override=True)
+        library.impl(name, _kernel(name, _known(name)), "AutogradPrivateUse1", allow_override=True)
     for name, composite in aten_formulas.COMPOSITES.items():
         library.impl(name, composite, "AutogradPrivateUse1", allow_override=True)
     for name, kernel in (aten_copies.KERNELS | aten_recurrent.KERNELS).items():
         library.impl(name, kernel, "PrivateUse1", allow_override=True)
     for name in aten_recurrent.COMPOSED:
         for key in ("PrivateUse1", "AutogradPrivateUse1"):
-            library.impl(name, aten_recurrent.composed(_operator(name)), key, allow_override=True)
+            library.impl(name, aten_recurrent.composed(_known(name)), key, allow_override=True)
+
+
+def _known(name: str) -> OpOverload:
+    operator = _operator(name)
+    if operator is None:
+        raise LookupError(f"torch has no aten::{name}")
+    return operator
 
 
 def _kernel(name: str, operator: OpOverload) -> Callable[..., Any]:

@@ -82,7 +82,7 @@ def _empty_like(
     target = self.device if device is None else device
     if target.type != "npu":
         return torch.empty_strided(like.size(), like.stride(), dtype=like.dtype, device=target)
-    return memory.poisoned(like.size(), like.stride(), like.dtype, memory.device_index(target, None))
+    return memory.poisoned(like.size(), like.stride(), like.dtype, memory.index_of(target))
 
 
 KERNELS = {

@@ -25,7 +25,7 @@ def install(import_torch: Callable[[], None] | None, checker: Path | None) -> No
             import torch
             import torch_npu  # torch loads it already, unless TORCH_DEVICE_BACKEND_AUTOLOAD=0
 
-        torch.npu.init()
+        torch.get_device_module("npu").init()
         # torch.npu.set_task_queue_enable() has no effect: a queue's thread would race with kernels that run at once.
         torch_npu._C._npu_set_task_queue_enable = lambda mode: None
         if checker is not None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 OPTIONS = "NPU_PATCH_SIMULATOR_OPTIONS"  # also in children/sitecustomize.py
 FOLDER = str(Path(__file__).with_name("children"))
 
 
-def let_children_simulate(options: dict[str, object] | None) -> None:
+def let_children_simulate(options: Mapping[str, object] | None) -> None:
     """Processes started from here on call `start(**options)` when they import torch; None: they do not."""
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != FOLDER]
     sys.path[:] = [path for path in sys.path if path != FOLDER]

@@ -12,7 +12,8 @@ from torch import Tensor
 CPU = torch.device("cpu")
 _storage_over = torch._C._construct_storage_from_data_pointer
 _empty_with_format = torch.ops.npu.empty_with_format.default  # torch_npu's factory beside the overridden aten ones
-_DEVICES = tuple(torch.device("npu", index) for index in range(torch.npu.device_count()))
+_npu = torch.get_device_module("npu")
+_DEVICES = tuple(torch.device("npu", index) for index in range(_npu.device_count()))
 
 
 def alias(tensor: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ def to_device(tensor: Tensor, device: int) -> Tensor:
 
 def view_of(tensor: Tensor, layout: Tensor) -> Tensor:
     """An npu tensor over the storage of `tensor`, with shape, strides, offset and dtype of the CPU tensor `layout`."""
-    result = allocate((0,), (1,), layout.dtype, tensor.device.index)
+    result = allocate(torch.Size((0,)), (1,), layout.dtype, tensor.device.index)
     return result.set_(tensor.untyped_storage(), layout.storage_offset(), layout.size(), layout.stride())
 
 
@@ -79,9 +80,16 @@ def poisoned(size: torch.Size, stride: tuple[int, ...] | None, dtype: torch.dtyp
 
 def device_index(device: torch.device | None, default: int | None) -> int | None:
     """The index of an npu device (without one: the current device); `default` for any other device."""
-    if device is None or device.type != "npu":
-        return default
-    return torch.npu.current_device() if device.index is None else device.index
+    return default if device is None or device.type != "npu" else index_of(device)
+
+
+def index_of(device: torch.device) -> int:
+    """Of an npu device; without an index it is the current one."""
+    return or_current(device.index)
+
+
+def or_current(index: int | None) -> int:
+    return _npu.current_device() if index is None else index
 
 
 def _span(size: torch.Size, stride: tuple[int, ...]) -> int:

@@ -1,10 +1,13 @@
 """Rules of the operators' documentation, checked where the real operator would fail or misbehave."""
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from .errors import Refused
 
+Value = TypeVar("Value")
 HALF = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -13,6 +16,13 @@ def require(allowed: bool, operator: str, rule: str) -> None:
     """Raise `Refused` with the operator's name and the broken rule unless `allowed`."""
     if not allowed:
         raise Refused(f"{operator}: {rule}")
+
+
+def given(value: Value | None, operator: str, rule: str) -> Value:
+    """An argument that `rule` does not allow to be left out."""
+    if value is None:
+        raise Refused(f"{operator}: {rule}")
+    return value
 
 
 def require_dtype(operator: str, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:

@@ -19,7 +19,7 @@ _default_lock = threading.Lock()
 def next_seed_and_offset(generator: torch.Generator | None, device: int) -> tuple[int, int]:
     """The state that the next draw uses; the generator moves on. `None` is the device's default generator."""
     if generator is None:
-        generator = torch.npu.default_generators[device]
+        generator = torch.get_device_module("npu").default_generators[device]
     offset = generator.get_offset()
     generator.set_offset(offset + OFFSET_STEP)
     return generator.initial_seed(), offset

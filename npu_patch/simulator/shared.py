@@ -56,7 +56,7 @@ class Shared:
                 for other, tensor in self.pairs:
                     if address and address == other:
                         return memory.view_of(tensor, value)
-            return memory.to_device(value, self.device)
+            return memory.to_device(value, memory.or_current(self.device))
         if isinstance(value, list | tuple):
             return [self.give(item) for item in value]
         return value

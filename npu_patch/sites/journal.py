@@ -53,7 +53,7 @@ class Journal:
             self._entries.append(entry)
             self._held.setdefault((id(owner), name), []).append(entry)
 
-    def insert(self, sequence: list, new: Any) -> None:
+    def insert(self, sequence: list[Any], new: Any) -> None:
         """Puts `new` first in `sequence` (an import hook in `sys.meta_path`, say) until it is undone."""
         with self.lock:
             self._entries.append(Entry(lambda: None, None, None, None, lambda: _remove_identical(sequence, new)))
@@ -160,14 +160,14 @@ def _write(owner: Any, name: Any, value: Any) -> None:
         _write_item(vars(owner), name, value)
 
 
-def _write_item(mapping: MutableMapping, name: Any, value: Any) -> None:
+def _write_item(mapping: MutableMapping[Any, Any], name: Any, value: Any) -> None:
     if value is _ABSENT:
         mapping.pop(name, None)
     else:
         mapping[name] = value
 
 
-def _remove_identical(sequence: list, item: Any) -> None:
+def _remove_identical(sequence: list[Any], item: Any) -> None:
     for index, present in enumerate(sequence):
         if present is item:
             del sequence[index]

@@ -208,7 +208,7 @@ def innermost(function: Any) -> Any:
         function = inner
 
 
-def defining_class(module: torch.nn.Module) -> type:
+def defining_class(module: torch.nn.Module) -> type[torch.nn.Module]:
     """The class whose `forward` an instance runs."""
     return next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
 
@@ -236,7 +236,7 @@ class LateImports(importlib.abc.MetaPathFinder):
 
 
 class _NotifyingLoader(importlib.abc.Loader):
-    def __init__(self, loader: Any, after_import: Callable[[ModuleType], None]) -> None:
+    def __init__(self, loader: importlib.abc.Loader, after_import: Callable[[ModuleType], None]) -> None:
         self._loader, self._after_import = loader, after_import
 
     def __getattr__(self, name: str) -> Any:
@@ -246,7 +246,9 @@ class _NotifyingLoader(importlib.abc.Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__.loader = module.__loader__ = self._loader  # inspect.getsource and pickling see no wrapper
+        module.__loader__ = self._loader  # inspect.getsource and pickling see no wrapper
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         self._after_import(module)
 

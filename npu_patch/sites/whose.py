@@ -44,7 +44,8 @@ def is_ours(value: Any) -> bool:
 
 def holds(wrapper: Any, function: Any) -> bool:
     """Whether `wrapper` keeps `function` where it can call it: in a closure, a default, a global or a partial."""
-    waiting, seen = [wrapper], []
+    waiting: list[Any] = [wrapper]
+    seen: list[Any] = []
     while waiting and len(seen) < MOST_HELD:
         value = waiting.pop()
         if value is function:

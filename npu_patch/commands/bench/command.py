@@ -204,17 +204,17 @@ def _shown(content: dict[str, Any], measured: list[Measured]) -> Iterator[Any]:
             *("patch", "site", "shapes"),
             *("launches", "launches unpatched", "MB", "MB unpatched", "fewer launches"),
         )
-        rows = [
+        rows: list[tuple[Any, ...]] = [
             (
                 each.patch,
                 each.site,
                 each.shapes,
                 *map(str, each.launches),
-                *(f"{moved / 1e6:.2f}" for moved in each.bytes),
+                *(f"{moved / 1e6:.2f}" for moved in each.bytes or ()),
                 "" if each.gain is None else f"{each.gain:.1f} x",
             )
             for each in measured
-            if each.failure is None and any(each.launches)
+            if each.failure is None and each.launches is not None and any(each.launches)
         ]
     else:
         columns = (
@@ -226,14 +226,12 @@ def _shown(content: dict[str, Any], measured: list[Measured]) -> Iterator[Any]:
                 each.patch,
                 each.site,
                 each.shapes,
-                _time(each.patched),
-                _time(each.original),
-                _peak(each.patched),
-                _peak(each.original),
-                (("green" if each.gain >= 1 else "red"), f"{each.gain:.2f} x"),
+                *map(_time, each.times),
+                *map(_peak, each.times),
+                (("green" if gain >= 1 else "red"), f"{gain:.2f} x"),
             )
             for each in measured
-            if each.failure is None
+            if each.failure is None and (gain := each.gain) is not None
         ]
     yield table("", columns, rows, numbers=columns[3:])
     for each in measured:

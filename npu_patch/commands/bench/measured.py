@@ -22,6 +22,13 @@ class Measured:
     failure: str | None = None
 
     @property
+    def times(self) -> tuple[Timing, Timing]:
+        """Patched, original."""
+        if self.patched is None or self.original is None:
+            raise ValueError(f"{self.patch} {self.site}: {self.failure or 'no times, but counts'}")
+        return self.patched, self.original
+
+    @property
     def gain(self) -> float | None:
         """How many times faster, or with how many times fewer launches, it is patched."""
         if self.patched is not None and self.original is not None:

@@ -16,12 +16,12 @@ def draw(content: dict[str, Any], measured: Sequence[Measured], path: Path) -> N
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = [each for each in measured if each.gain is not None]
-    labels = [f"{each.patch}: {each.site}\n{each.shapes[:70]}" for each in shown]
+    shown = [(each, each.gain) for each in measured if each.gain is not None]
+    labels = [f"{each.patch}: {each.site}\n{each.shapes[:70]}" for each, _ in shown]
     figure, axis = plt.subplots(figsize=(10, 1.2 + 0.5 * len(shown)))
-    colours = ["#c7000b" if each.gain >= 1 else "#9a9a9a" for each in shown]
-    bars = axis.barh(range(len(shown)), [each.gain for each in shown], color=colours)
-    axis.bar_label(bars, [f"{each.gain:.2f}" for each in shown], padding=3)
+    colours = ["#c7000b" if gain >= 1 else "#9a9a9a" for _, gain in shown]
+    bars = axis.barh(range(len(shown)), [gain for _, gain in shown], color=colours)
+    axis.bar_label(bars, [f"{gain:.2f}" for _, gain in shown], padding=3)
     axis.set_yticks(range(len(shown)), labels, fontsize=7)
     axis.invert_yaxis()
     axis.axvline(1.0, color="black", linewidth=0.8)

@@ -35,8 +35,9 @@ def kept_for_the_answer() -> Iterator[None]:
 
 def _flush() -> None:
     for stream in (sys.__stdout__, sys.__stderr__):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            stream.flush()
+        if stream is not None:
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
     ctypes.CDLL(None).fflush(None)
 
 

@@ -121,7 +121,7 @@ def _shown(content: dict[str, Any]) -> Iterator[Any]:
     if content["operators_unknown"]:
         yield f"operators: cannot be told: {content['operators_unknown']}\n"
     else:
-        rows = [
+        rows: list[tuple[Any, ...]] = [
             (name, operator["used_by"], operator["schema"] or ("red", "this torch_npu does not have it"))
             for name, operator in content["operators"].items()
         ]

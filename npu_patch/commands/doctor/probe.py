@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import sys
+from typing import Any
 
 
 def distributions():
@@ -37,10 +38,11 @@ def torch_npu(mode, *operators):
     import torch
     import torch_npu
 
-    found = {"version": torch_npu.__version__, "available": bool(torch.npu.is_available()), "chips": []}
+    npu = torch_npu.npu
+    found = {"version": torch_npu.__version__, "available": bool(npu.is_available()), "chips": []}
     found["operators"] = {name: _schema(torch, name) for name in operators}
     if found["available"]:
-        found["chips"] = [torch.npu.get_device_name(index) for index in range(torch.npu.device_count())]
+        found["chips"] = [npu.get_device_name(index) for index in range(npu.device_count())]
     return found
 
 
@@ -80,7 +82,12 @@ def providers(mode):
 
 if __name__ == "__main__":
     sys.path.pop(0)  # the folder of this file
-    probe = {"distributions": distributions, "package": package, "torch_npu": torch_npu, "providers": providers}
+    probe: dict[str, Any] = {
+        "distributions": distributions,
+        "package": package,
+        "torch_npu": torch_npu,
+        "providers": providers,
+    }
     try:
         answer = {"found": probe[sys.argv[1]](*sys.argv[2:])}
     except BaseException as error:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,11 +44,12 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def worst(errors: Iterable[Error], dtype: torch.dtype) -> Error | None:
-    return max(errors, key=lambda error: error.ratio(FLOORS[dtype]), default=None)
+def worst(errors: Sequence[Error], dtype: torch.dtype) -> Error:
+    """Of at least one."""
+    return max(errors, key=lambda error: error.ratio(FLOORS[dtype]))
 
 
-def why_not(errors: list[Error], dtype: torch.dtype) -> str | None:
+def why_not(errors: Sequence[Error], dtype: torch.dtype) -> str | None:
     """What misses the bar, where and by how much; or None."""
     if not errors:
         return "nothing to compare"

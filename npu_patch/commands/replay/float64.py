@@ -33,7 +33,7 @@ def in_float64(model: torch.nn.Module) -> torch.nn.Module:
     copied = copy.deepcopy(model).cpu().double()
     for module in copied.modules():
         config = getattr(module, "config", None)
-        if hasattr(config, "_experts_implementation_internal"):
+        if config is not None and hasattr(config, "_experts_implementation_internal"):
             config._experts_implementation_internal = "eager"
     return copied
 

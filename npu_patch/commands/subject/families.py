@@ -23,7 +23,8 @@ def without_broken_torch_npu() -> str | None:
     if "torch" in sys.modules or not installed or simulator.real_device() is not None:
         return None
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-    sys.modules["torch_npu"] = None  # transformers imports it wherever it is installed
+    # transformers imports it wherever it is installed; None is Python's word for what cannot be imported
+    sys.modules["torch_npu"] = None  # type: ignore[assignment]
     return "this machine has no CANN: shown is what a sound installation would use"
 
 

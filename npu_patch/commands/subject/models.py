@@ -102,7 +102,7 @@ def batch_for(model: torch.nn.Module, *, batch: int = 2, length: int = 29, seed:
     import inspect
 
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = getattr(model.config.get_text_config(), "vocab_size", 100)
+    vocabulary = getattr(_text_config(model), "vocab_size", 100)
     ids = torch.randint(2, vocabulary, (batch, length), generator=generator)
     names = inspect.signature(type(model).forward).parameters
     if "input_ids" not in names:
@@ -118,7 +118,12 @@ def loss_of(output: Any) -> Tensor:
 
 def positions_of(model: torch.nn.Module) -> int:
     """How long a sequence its configuration allows for; a model without positions takes any."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    return getattr(_text_config(model), "max_position_embeddings", None) or sys.maxsize
+
+
+def _text_config(model: torch.nn.Module) -> Any:
+    config: Any = model.config
+    return config.get_text_config()
 
 
 @torch.no_grad()

@@ -142,7 +142,7 @@ def _verify(
         _compare(model, seed, exact, original, patched, found)
         model = model.to("cpu")
         progress.done()
-    return [*found.checks, _whole(model, dtype, found)], found.remarks
+    return [*found.checks, _whole(type(model).__name__, dtype, found)], found.remarks
 
 
 def _run_patched(
@@ -194,14 +194,16 @@ def _compare(
         found.fail(model, seed, f"of the patched and the unpatched model only one gives {', '.join(unlike[:3])}")
 
 
-def _whole(model: torch.nn.Module, dtype: torch.dtype, found: Verified) -> Check:
+def _whole(name: str, dtype: torch.dtype, found: Verified) -> Check:
     """The line of the whole model, over all seeds."""
+    if not found.errors:  # results that are NaN in float64 too, say
+        return failed(found.name, "model", name, "loss, gradients, decoding", "nothing to compare")
     far = worst(found.errors, dtype)
     times = statistics.geometric_mean(each.ratio(FLOORS[dtype]) for each in found.errors)
     whole = Check(
         found.name,
         "model",
-        type(model).__name__,
+        name,
         f"loss, gradients, decoding; worst: {far.name}",
         len(found.errors),
         far.replaced,
@@ -234,6 +236,7 @@ def _check_site(held: PatchedSite, recording: Recording, name: str, expected: st
     if not judged:
         check.fail("cannot be judged: it is given NaN, by something patched before it")
     for call in judged:
+        found: list[Error] | str
         try:
             original = run_original(held, call)
         except Exception as error:
@@ -321,7 +324,7 @@ def results(model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, Tenso
 
 
 @torch.no_grad()
-def _decoded(model: torch.nn.Module, ids: Tensor) -> dict[str, Tensor]:
+def _decoded(model: Any, ids: Tensor) -> dict[str, Tensor]:
     if not model.can_generate() or model.config.is_encoder_decoder:
         return {}
     output = model(input_ids=ids[:, :-2], use_cache=True)

@@ -45,7 +45,7 @@ class Band:
         shift = keys - queries if self.bottom_right else 0
         before = None if self.before is None or self.before >= queries - 1 + shift else self.before
         after = None if self.after is None or self.after >= keys - 1 - shift else self.after
-        return Band(before, after, self.bottom_right)
+        return self if (before, after) == (self.before, self.after) else Band(before, after, self.bottom_right)
 
     def visible(self, queries: int, keys: int) -> Tensor:
         """The bool mask [queries, keys] on the CPU, True where a query sees a key."""
@@ -65,7 +65,12 @@ CAUSAL_TOP_LEFT = Band(after=0, bottom_right=False)
 
 def band_arguments(band: Band, device: torch.device) -> dict[str, Any]:
     """Mask arguments of npu_fusion_attention for a band that `why_no_band` accepts."""
-    arguments = {"atten_mask": None, "sparse_mode": DEFAULT_MASK, "pre_tockens": UNLIMITED, "next_tockens": UNLIMITED}
+    arguments: dict[str, Any] = {
+        "atten_mask": None,
+        "sparse_mode": DEFAULT_MASK,
+        "pre_tockens": UNLIMITED,
+        "next_tockens": UNLIMITED,
+    }
     if band.is_full:
         return arguments
     arguments["atten_mask"] = compressed_mask(device)

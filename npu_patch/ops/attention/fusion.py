@@ -103,7 +103,10 @@ def _as_pse(query: Tensor, key: Tensor, bias: Tensor, layout: str) -> Tensor:
 
 def _fewer_copies_in_bsnd(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """The operator copies inputs that are not contiguous in its layout; BNSD costs a copy of the result besides."""
-    copied_in_bnsd = sum(tensor.numel() for tensor in (query, key, value) if not tensor.is_contiguous())
+    in_bnsd = [tensor for tensor in (query, key, value) if tensor.is_contiguous()]
+    if not in_bnsd:  # projections, mostly: it would copy all three, so nothing needs to be turned to know
+        return True
+    copied_in_bnsd = sum(tensor.numel() for tensor in (query, key, value)) - sum(tensor.numel() for tensor in in_bnsd)
     copied_in_bsnd = sum(t.numel() for t in (query, key, value) if not t.transpose(1, 2).is_contiguous())
     return copied_in_bsnd <= copied_in_bnsd + query.numel()
 
@@ -133,8 +136,8 @@ def _unsupported(query: Tensor, key: Tensor, value: Tensor, attention: Attention
         return f"dropout {attention.dropout}"
     if attention.sink is not None and (reason := _unsupported_sink(attention.sink, heads)):
         return reason
-    if packed:
-        return _unsupported_packing(attention)
+    if attention.ends is not None:
+        return _unsupported_packing(attention, *attention.ends)
     if attention.bias is not None and (reason := _unsupported_bias(query, key, attention.bias)):
         return reason
     return why_no_band(attention.band.within(query.shape[2], key.shape[2]), query.shape[2], key.shape[2])
@@ -146,8 +149,7 @@ def _unsupported_sink(sink: Tensor, heads: int) -> str | None:
     return None if sink.shape == (heads,) else f"attention sinks of shape {tuple(sink.shape)} for {heads} heads"
 
 
-def _unsupported_packing(attention: Attention) -> str | None:
-    queries, keys = attention.ends
+def _unsupported_packing(attention: Attention, queries: tuple[int, ...], keys: tuple[int, ...]) -> str | None:
     if attention.bias is not None or attention.hidden is not None:
         return "a bias or mask over packed sequences"
     if len(queries) > MOST_SEQUENCES:

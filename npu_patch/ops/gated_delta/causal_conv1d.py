@@ -9,12 +9,12 @@ leave out what reaches into another sequence, keeps the memory layout of x and r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
+
+from npu_patch.numerics.autograd import Context
 
 ACTIVATIONS = (None, "silu", "swish")
 
@@ -70,7 +70,7 @@ class _PackedConv1d(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor, activated: bool
+        ctx: Context, x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor, activated: bool
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, seq_idx)
         ctx.activated = activated
@@ -79,7 +79,7 @@ class _PackedConv1d(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, seq_idx = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         d_sum = dy.to(_sum_dtype(x))
@@ -93,12 +93,9 @@ class _PackedConv1d(torch.autograd.Function):
 def _sum(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor) -> Tensor:
     """y before the activation, in float32 at least."""
     taps = weight.to(_sum_dtype(x)).unsqueeze(-1).unbind(1)  # W of [D, 1]
-    y = None
-    for lag, seen in _lagged(x, weight.shape[-1], seq_idx):
-        if y is None:
-            y = x * taps[-1] if bias is None else torch.addcmul(bias[:, None].to(taps[0].dtype), x, taps[-1])
-        else:
-            y[..., lag:].addcmul_(seen, taps[-1 - lag])
+    y = x * taps[-1] if bias is None else torch.addcmul(bias[:, None].to(taps[0].dtype), x, taps[-1])
+    for lag in range(1, min(weight.shape[-1], x.shape[-1])):
+        y[..., lag:].addcmul_(x[..., :-lag] * _same(seq_idx, lag, x.dtype), taps[-1 - lag])
     return y
 
 
@@ -121,13 +118,6 @@ def _gradients(
         missing = width - len(of_lags)  # where there are fewer tokens than weights
         d_weight = F.pad(torch.stack(of_lags[::-1], -1), (missing, 0)).to(weight.dtype)
     return None if dx is None else dx.to(x.dtype), d_weight
-
-
-def _lagged(x: Tensor, width: int, seq_idx: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Each lag j with x_{t-j} for t from j, 0 where that token is of another sequence."""
-    yield 0, x
-    for lag in range(1, min(width, x.shape[-1])):
-        yield lag, x[..., :-lag] * _same(seq_idx, lag, x.dtype)
 
 
 def _same(seq_idx: Tensor, lag: int, dtype: torch.dtype) -> Tensor:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
+from npu_patch.numerics.autograd import Context
 from npu_patch.numerics.results import changeable
 from npu_patch.ops.gated_delta import algebra
 from npu_patch.ops.gated_delta.chunks import NORM_EPS, Problem
@@ -125,7 +126,7 @@ class _ChunkGatedDeltaRule(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Context,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -149,7 +150,7 @@ class _ChunkGatedDeltaRule(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, do: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, do: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
         *arguments, inverse, entering_groups = ctx.saved_tensors
         if do is None and d_final is None:
             return (None,) * 11
@@ -208,8 +209,9 @@ def _from_states_as_tokens(
 
     def merged(tokens: Tensor, of_states: Tensor | float) -> Tensor:
         shape = (1, q.shape[1] + sequences * width, *tokens.shape[2:])
-        out = torch.full(shape, of_states, dtype=dtype, device=q.device) if isinstance(of_states, float) else None
-        if out is None:
+        if isinstance(of_states, float):
+            out = torch.full(shape, of_states, dtype=dtype, device=q.device)
+        else:
             out = torch.empty(shape, dtype=dtype, device=q.device).index_copy(1, before, of_states.to(dtype))
         return out.index_copy(1, own, tokens.to(dtype))
 

@@ -24,7 +24,7 @@ class SimulateOnImport:
             return None
         if spec.loader is not None and hasattr(spec.loader, "exec_module"):
             load = spec.loader.exec_module
-            spec.loader.exec_module = lambda module: simulate(lambda: load(module))
+            vars(spec.loader)["exec_module"] = lambda module: simulate(lambda: load(module))
         return spec
 
 

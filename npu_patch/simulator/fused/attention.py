@@ -169,8 +169,12 @@ def _forward(
         outs.append(out)
         maxima.append(maximum)
         totals.append(total)
-    statistics = [_join_statistics(problem, tensors) for tensors in (maxima, totals)]
-    return join(outs, layout.name), *statistics, query.new_empty(0, dtype=torch.float32)
+    return (
+        join(outs, layout.name),
+        _join_statistics(problem, maxima),
+        _join_statistics(problem, totals),
+        query.new_empty(0, dtype=torch.float32),
+    )
 
 
 def backward(
@@ -199,9 +203,13 @@ def backward(
     ]
     dpse = dsink = None
     if problem.pse is not None:
-        dpse = torch.stack([part.pse for part in parts]).sum_to_size(problem.pse.shape).to(problem.pse.dtype)
+        dpse = (
+            torch.stack([part.pse for part in parts if part.pse is not None])
+            .sum_to_size(problem.pse.shape)
+            .to(problem.pse.dtype)
+        )
     if problem.sink is not None:
-        dsink = torch.stack([part.sink for part in parts]).sum(0)
+        dsink = torch.stack([part.sink for part in parts if part.sink is not None]).sum(0)
     name = layout.name
     return (
         join([part.query for part in parts], name),

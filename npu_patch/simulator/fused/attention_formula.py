@@ -113,11 +113,10 @@ def attend_backward(
         heads = slice(first, first + q.shape[0])
         parts.append(_attend_backward(grad[heads], q, k, v, out[heads], maximum[heads], total[heads], some))
     dq, dk, dv, dpse, dsink = zip(*parts, strict=True)
-    dk, dv = torch.cat(dk, 0), torch.cat(dv, 0)
     return Gradients(
         torch.cat(dq, 0).to(query.dtype),
-        dk.unflatten(0, (-1, group)).sum(1).to(key.dtype),
-        dv.unflatten(0, (-1, group)).sum(1).to(value.dtype),
+        torch.cat(dk, 0).unflatten(0, (-1, group)).sum(1).to(key.dtype),
+        torch.cat(dv, 0).unflatten(0, (-1, group)).sum(1).to(value.dtype),
         None if dpse[0] is None else torch.cat(dpse, 0),
         None if dsink[0] is None else torch.cat(dsink, 0),
     )

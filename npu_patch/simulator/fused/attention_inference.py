@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..refusal import HALF, require, require_contiguous, require_dtype, require_same_dtype
+from ..refusal import HALF, given, require, require_contiguous, require_dtype, require_same_dtype
 from .attention_formula import Scores, attend
 from .attention_layout import Layout, join, layout_of, split
 from .attention_mask import COMPRESSED, SPARSE_MODES, UNLIMITED, outside_band, upper_triangle
@@ -62,7 +62,7 @@ def infer(call: Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor
     key_heads = call.key_heads or call.heads
     if call.block_table is not None:
         require(layout_in != "TND", name, "block_table with TND is not simulated")
-        key, value = (_unpaged(call, cache, key_heads, layout_in) for cache in (key, value))
+        key, value = (_unpaged(call, call.block_table, cache, key_heads, layout_in) for cache in (key, value))
     ends = (call.query_lengths, call.key_lengths) if layout_in == "TND" else (None, None)
     layout = layout_of(name, layout_in, query, key, value, call.heads, *ends, key_heads=key_heads)
     _check_limits(call, layout, key_heads)
@@ -199,20 +199,20 @@ def _bias(call: Call, layout: Layout, dtype: torch.dtype, index: int, rows: int,
     return bias[index if bias.shape[0] > 1 else 0][:, :rows, :columns]
 
 
-def _unpaged(call: Call, cache: Tensor, key_heads: int, layout: str) -> Tensor:
+def _unpaged(call: Call, table: Tensor, cache: Tensor, key_heads: int, layout: str) -> Tensor:
     """The pages of each entry of the batch as one tensor in `layout`, up to the longest; cache is
     [blocks, block_size, H] or [blocks, N, block_size, D]."""
-    name, table, size = call.operator, call.block_table, call.block_size
+    name, size = call.operator, call.block_size
     require_dtype(name, "block_table", table, (torch.int32,))
     require(size % 16 == 0 and 16 <= size <= 512, name, f"block_size must be a multiple of 16 up to 512, not {size}")
-    require(call.key_lengths is not None, name, "block_table needs actual_seq_lengths_kv")
+    lengths = given(call.key_lengths, name, "block_table needs actual_seq_lengths_kv")
     require(cache.dim() in (3, 4), name, f"a paged cache must be 3-D or 4-D, not {list(cache.shape)}")
     pages = cache if cache.dim() == 3 else cache.transpose(1, 2).flatten(2)
     require(pages.shape[1] == size, name, f"the cache {list(cache.shape)} must have blocks of block_size {size}")
-    longest = max(int(length) for length in call.key_lengths)
+    longest = max(int(length) for length in lengths)
     rows = []
     for index in range(table.shape[0]):
-        length = _length(call, "actual_seq_lengths_kv", call.key_lengths, index, table.shape[1] * size)
+        length = _length(call, "actual_seq_lengths_kv", lengths, index, table.shape[1] * size)
         used = table[index, : -(-length // size)].long()
         require(
             bool(((used >= 0) & (used < pages.shape[0])).all()),

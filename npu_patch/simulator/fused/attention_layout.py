@@ -141,8 +141,8 @@ def join(sequences: list[Tensor], layout: str) -> Tensor:
 def _packed(operator: str, which: str, tensor: Tensor, ends: Sequence[int] | None) -> tuple[int, ...]:
     """Lengths of the packed sequences from their cumulative ends."""
     argument = f"actual_seq_{which}"
-    require(ends is not None and len(ends) > 0, operator, f"TND needs {argument}")
-    ends = [int(end) for end in ends]
+    ends = [int(end) for end in ends or ()]
+    require(len(ends) > 0, operator, f"TND needs {argument}")
     lengths = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     require(
         all(length >= 0 for length in lengths),

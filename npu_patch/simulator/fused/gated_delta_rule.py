@@ -6,10 +6,12 @@ warns in backward and the gradient is undefined.
     S_t = exp(g_t) * S_{t-1} @ (I - beta_t k_t k_t^T) + beta_t v_t k_t^T;    o_t = S_t @ (scale * q_t)
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..refusal import require, require_contiguous, require_dtype
+from ..refusal import given, require, require_contiguous, require_dtype
 from .kernel import Kernel
 
 BF16 = (torch.bfloat16,)
@@ -36,9 +38,10 @@ def npu_chunk_gated_delta_rule(
     int32 [B], the lengths themselves, on the device. All are needed, except g. Contiguous. Nk divides Nv.
     """
     name = "npu_chunk_gated_delta_rule"
-    needed = {"beta": beta, "initial_state": initial_state, "actual_seq_lengths": actual_seq_lengths, "scale": scale}
-    for argument, given in needed.items():
-        require(given is not None, name, f"{argument} is needed")
+    beta = given(beta, name, "beta is needed")
+    initial_state = given(initial_state, name, "initial_state is needed")
+    actual_seq_lengths = given(actual_seq_lengths, name, "actual_seq_lengths is needed")
+    scale = given(scale, name, "scale is needed")
     _check(name, query, key, value, beta, g, initial_state)
     _check_lengths(name, actual_seq_lengths, query.shape[0])
     require(
@@ -83,9 +86,10 @@ def npu_recurrent_gated_delta_rule(
     accepted one (num_accepted_tokens, int32 [B]). Returns out [T, Nv, Dv].
     """
     name = "npu_recurrent_gated_delta_rule"
-    needed = {"beta": beta, "scale": scale, "actual_seq_lengths": actual_seq_lengths}
-    for argument, given in {**needed, "ssm_state_indices": ssm_state_indices}.items():
-        require(given is not None, name, f"{argument} is needed")
+    beta = given(beta, name, "beta is needed")
+    scale = given(scale, name, "scale is needed")
+    actual_seq_lengths = given(actual_seq_lengths, name, "actual_seq_lengths is needed")
+    ssm_state_indices = given(ssm_state_indices, name, "ssm_state_indices is needed")
     require(gk is None, name, "gk is not simulated")
     _check(name, query, key, value, beta, g, state)
     _check_lengths(name, actual_seq_lengths, query.shape[0])
@@ -110,7 +114,7 @@ def npu_recurrent_gated_delta_rule(
 
 
 def npu_recurrent_gated_delta_rule_functional(
-    query: Tensor, key: Tensor, value: Tensor, state: Tensor, **options: Tensor | float | None
+    query: Tensor, key: Tensor, value: Tensor, state: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """npu_recurrent_gated_delta_rule on a copy of the states: out and the states."""
     states = state.clone()
@@ -160,11 +164,11 @@ def _check(name: str, query: Tensor, key: Tensor, value: Tensor, beta: Tensor, g
         name,
         f"Dk and Dv must be at most {WIDEST_HEAD}, not {key_width} and {width}",
     )
-    for argument, tensor in {"beta": beta, "g": g}.items():
+    for argument, tensor in (("beta", beta), *([] if g is None else [("g", g)])):
         require(
-            tensor is None or tuple(tensor.shape) == (tokens, heads),
+            tuple(tensor.shape) == (tokens, heads),
             name,
-            f"{argument} must be [T, Nv] = {[tokens, heads]}, not {None if tensor is None else list(tensor.shape)}",
+            f"{argument} must be [T, Nv] = {[tokens, heads]}, not {list(tensor.shape)}",
         )
     require(
         tuple(state.shape[1:]) == (heads, width, key_width),

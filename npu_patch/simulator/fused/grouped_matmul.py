@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..refusal import FLOATS, require, require_dtype, require_same_dtype, short
+from ..refusal import FLOATS, given, require, require_dtype, require_same_dtype, short
 from .companions import SCALAR_TYPES
 from .kernel import Kernel
 
@@ -63,10 +63,10 @@ def npu_grouped_matmul(
         require(group_list is None, NAME, "group_type -1 takes no group_list")
         return _ungrouped(x, weight, bias)
     require(split in (2, 3), NAME, f"group_type {group_type} needs split_item 2 or 3, not {split_item}")
-    ends = None if group_list is None else _ends(group_list, group_list_type or 0)
+    several = None if group_list is None else _ends(group_list, group_list_type or 0)
     if group_type == 0 and len(x) > 1:
-        return [_joined(x, weight, bias, ends)]
-    require(ends is not None, NAME, f"group_type {group_type} with one x needs group_list")
+        return [_joined(x, weight, bias, several)]
+    ends = given(several, NAME, f"group_type {group_type} with one x needs group_list")
     return [_by_columns(x, weight, bias, ends) if group_type == 2 else _by_rows(x, weight, bias, ends)]
 
 
@@ -241,7 +241,7 @@ def _is_transposed(weight: Tensor) -> bool:
 def _biases(bias: list[Tensor] | None, groups: int) -> list[Tensor | None]:
     if not bias:
         return [None] * groups
-    biases = list(bias[0].unbind(0)) if len(bias) == 1 and bias[0].dim() == 2 else list(bias)
+    biases: list[Tensor | None] = list(bias[0].unbind(0)) if len(bias) == 1 and bias[0].dim() == 2 else list(bias)
     require(len(biases) == groups, NAME, f"bias must be one for each of {groups} weights, not {len(biases)}")
     return biases
 

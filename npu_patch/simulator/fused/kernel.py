@@ -71,7 +71,7 @@ def npu_kernel(name: str, kernel: Kernel) -> Callable[..., Any]:
             value = values[position[argument]]
             extra[f"{argument}_requires_grad"] = value is not None and value.requires_grad
         if kernel.draws:
-            extra["draw"] = lambda: rng.next_seed_and_offset(None, aliases.device)
+            extra["draw"] = lambda: rng.next_seed_and_offset(None, memory.or_current(aliases.device))
         with torch._C._AutoDispatchBelowAutograd():
             if wrong.is_any(packet):
                 result = wrong.spoiled(
@@ -143,7 +143,7 @@ class _Aliases:
                 if value is over:
                     return tensor
             # torch_npu allocates results by their sizes: a formula's strides are those of whatever it computed with.
-            return memory.to_device(value.contiguous(), self.device)
+            return memory.to_device(value.contiguous(), memory.or_current(self.device))
         if isinstance(value, OnHost):
             return value.tensor
         if isinstance(value, tuple):

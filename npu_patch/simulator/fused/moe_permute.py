@@ -6,7 +6,7 @@ Source: torch_npu's operator documentation and the CANN kernels (ops-transformer
 import torch
 from torch import Tensor
 
-from ..refusal import FLOATS, require, require_dtype, short
+from ..refusal import FLOATS, given, require, require_dtype, short
 from .kernel import Kernel
 
 MOST_EXPERTS_PER_TOKEN = 512
@@ -131,11 +131,11 @@ def npu_moe_token_unpermute_grad_v2(
     if probs is None:
         d_permuted[rows] = grad[kept].to(permuted_tokens_dtype)
         return d_permuted, None
-    require(permuted_tokens is not None, name, "probs need permuted_tokens")
+    permuted = given(permuted_tokens, name, "probs need permuted_tokens")
     tokens, topk = probs.shape
     spread = (grad[:, None, :] * probs.float()[..., None]).reshape(tokens * topk, width)
     d_permuted[rows] = spread[kept].to(permuted_tokens_dtype)
-    gathered = _gather(permuted_tokens, sorted_indices).float().view(tokens, topk, width)
+    gathered = _gather(permuted, sorted_indices).float().view(tokens, topk, width)
     return d_permuted, (gathered * grad[:, None, :]).sum(-1).to(probs.dtype)
 
 

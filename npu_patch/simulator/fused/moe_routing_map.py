@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..refusal import FLOATS, require, require_dtype
+from ..refusal import FLOATS, given, require, require_dtype
 from .kernel import Kernel
 
 MAPS = (torch.bool, torch.int8)
@@ -61,12 +61,12 @@ def npu_moe_token_permute_with_routing_map_grad(
     d_probs = None if probs_grad is None else torch.zeros((tokens_num, experts_num), dtype=probs_grad.dtype)
     if drop_and_pad:
         d_tokens = torch.zeros((tokens_num, grad.shape[1])).index_add(0, where, grad.float())
-        if probs_grad is not None:
+        if probs_grad is not None and d_probs is not None:
             experts = torch.arange(experts_num).repeat_interleave(len(where) // experts_num)
             d_probs[where, experts] = probs_grad
         return d_tokens.to(grad.dtype), d_probs
     d_tokens = grad[where].float().view(tokens_num, -1, grad.shape[1]).sum(1)
-    if probs_grad is not None:
+    if probs_grad is not None and d_probs is not None:
         d_probs[routing_map.bool()] = probs_grad[where]
     return d_tokens.to(grad.dtype), d_probs
 
@@ -103,9 +103,10 @@ def unpermute(
     )
     if routing_map is not None:
         _check_map(name, routing_map, probs, restore_shape[0])
-    require(routing_map is not None or probs is None, name, "probs need routing_map")
     rows, where = permuted_tokens.float(), sorted_indices.long()
-    weights = None if probs is None else _weights(name, probs, routing_map, where, drop_and_pad)
+    weights = None
+    if probs is not None:
+        weights = _weights(name, probs, given(routing_map, name, "probs need routing_map"), where, drop_and_pad)
     if drop_and_pad:
         if weights is not None:
             rows = rows * weights.float()[:, None]
@@ -146,10 +147,11 @@ def npu_moe_token_unpermute_with_routing_map_grad(
     spread = grad[tokens]
     d_probs = None
     if probs is not None:
-        require(permuted_tokens is not None and routing_map is not None, name, "probs need permuted_tokens and a map")
-        experts = rows // (len(rows) // probs.shape[1]) if drop_and_pad else routing_map.bool().nonzero()[:, 1]
+        shown = given(routing_map, name, "probs need permuted_tokens and a map")
+        permuted = given(permuted_tokens, name, "probs need permuted_tokens and a map")
+        experts = rows // (len(rows) // probs.shape[1]) if drop_and_pad else shown.bool().nonzero()[:, 1]
         d_probs = torch.zeros(probs.shape, dtype=unpermuted_tokens_grad.dtype)
-        products = (spread * permuted_tokens.float()[rows]).sum(-1)
+        products = (spread * permuted.float()[rows]).sum(-1)
         d_probs[tokens, experts] = products.to(d_probs.dtype)
         spread = spread * probs.float()[tokens, experts][:, None]
     d_permuted = torch.empty((len(rows), grad.shape[1]), dtype=unpermuted_tokens_grad.dtype)

@@ -7,7 +7,7 @@ rope_rotate_half_tiling.cpp, CheckBnsdBlockSkip; rope_half_grad_tiling.cpp, Rope
 import torch
 from torch import Tensor
 
-from ..refusal import FLOATS, require, require_dtype, require_same_dtype
+from ..refusal import FLOATS, given, require, require_dtype, require_same_dtype
 from .kernel import Kernel
 
 # Ascend910B3, the SoC that cann_stub.c names: 20 cube cores with two vector cores each.
@@ -68,9 +68,8 @@ def npu_rotary_mul_backward(
     layout = _check(name, input, r1, r2, rotary_mode)
     batch, heads = _batch_and_heads(layout, input)
     if rotary_mode == "half":
-        found = backward_layout(input, r1)
-        require(
-            found is not None,
+        found = given(
+            backward_layout(input, r1),
             name,
             f"r1 {list(r1.shape)} fits no layout of input {list(input.shape)} in backward: BNSD with cos [B,1,S,D] "
             "needs B < S",
@@ -125,9 +124,8 @@ def _check(name: str, input: Tensor, r1: Tensor, r2: Tensor, mode: str) -> str:
         tables = {"x1": TND_LAYOUTS["x1"]} if mode == "interleave" else TND_LAYOUTS
     else:
         tables = INTERLEAVE_LAYOUTS if mode == "interleave" else HALF_LAYOUTS
-    layout = _layout(input, r1, tuple(tables))
-    require(
-        layout is not None,
+    layout = given(
+        _layout(input, r1, tuple(tables)),
         name,
         f"r1 {list(r1.shape)} fits no supported layout of input {list(input.shape)} in {mode} mode: "
         + "; ".join(tables.values()),
