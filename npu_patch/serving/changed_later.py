@@ -28,17 +28,17 @@ CALLS_OF_MODULES = (torch.nn.Module._call_impl.__code__, torch.nn.Module._wrappe
 NO_MODELS = frozenset(("npu_patch", *sys.stdlib_module_names))
 COMPUTE_ANEW = (torch.nn.Linear, torch.nn.Embedding, torch.nn.LayerNorm, torch.nn.modules.conv._ConvNd)
 DEEPEST = 3  # of calls within calls that are looked into
-CallIn = tuple[int, int]  # the id of a code, and which of its instructions calls
-Ways = dict[CallIn, list[tuple[tuple[CallIn, ...], "str | None"]]]  # by their first call
+Way = tuple[tuple[CodeType, int], ...]  # from the inside out, each frame's code, and which of its instructions calls
+Ways = list[tuple[Way, "str | None"]]
 
 
 @dataclass
 class Callers:
     """Of the layers of one class, by layer and by the way that led to it, as far outwards as it was read: why what it
-    is given must be kept, or None. Codes are held, for their ids are the keys."""
+    is given must be kept, or None. Codes are held, for their ids are keys."""
 
     known: WeakKeyDictionary[torch.nn.Module, Ways] = field(default_factory=WeakKeyDictionary)
-    of_others: Ways = field(default_factory=dict)  # what passes for a layer
+    of_others: Ways = field(default_factory=list)  # what passes for a layer
     sources: dict[int, tuple[CodeType, Source | None]] = field(default_factory=dict)
     effects: dict[Any, Effect | None] = field(default_factory=dict)
     _later: dict[Any, Later | None] = field(default_factory=dict)
@@ -46,22 +46,23 @@ class Callers:
     def why_changed_later(self, layer: Any, given: Iterable[Any], result: bool = False) -> str | None:
         """Of what is `given` to the call that two frames from here answer, or of its `result`. `layer`: whose call it
         is; its callers are always asked for the same."""
-        frame = _next_caller(sys._getframe(2))
-        if frame is None:
-            return None
-        of_layer = self.known.setdefault(layer, {}) if isinstance(layer, torch.nn.Module) else self.of_others
-        ways = of_layer.setdefault(_call_in(frame), [])
-        for known, why in ways:
-            if _leads(frame, known):
+        frame = sys._getframe(2)
+        ways = self.of_others
+        if isinstance(layer, torch.nn.Module):
+            known = self.known.get(layer)
+            ways = self.known.setdefault(layer, []) if known is None else known
+        for way, why in ways:
+            if _leads(frame, way):
                 return why
-        way: list[CallIn] = []
-        why = self._read(sys._getframe(2), list(given), result, way)
-        ways.append((tuple(way), why))
+        why, last = self._read(frame, list(given), result)
+        ways.append((_way(frame, last), why))
         return why
 
-    def _read(self, frame: FrameType | None, given: Sequence[Any], returned: bool, way: list[CallIn]) -> str | None:
-        """Outwards: from call to call, as long as the caller has what is given, as an argument or as a result. Each is
-        noted in `way`."""
+    def _read(
+        self, frame: FrameType | None, given: Sequence[Any], returned: bool
+    ) -> tuple[str | None, FrameType | None]:
+        """Outwards: from call to call, as long as the caller has what is given, as an argument or as a result. With the
+        last frame that was looked at, None for all of them."""
         closed_over: tuple[str, ...] = ()
         while True:
             between: list[FrameType] = []
@@ -69,19 +70,18 @@ class Callers:
                 between.append(frame)
                 frame = frame.f_back
             if frame is None:
-                return None
+                return None, None
             self._source(frame.f_code)  # holds the code
-            way.append(_call_in(frame))
             arguments = _arguments_with(between, given) if given else ()
             if arguments == () and not returned and not closed_over:
-                return None
+                return None, frame
             later = self._what_becomes(frame, arguments, closed_over, returned)
             if later is None:
-                return f"what {_name(frame.f_code)} does with it afterwards cannot be read"
+                return f"what {_name(frame.f_code)} does with it afterwards cannot be read", frame
             if later.line is not None:
-                return f"{_name(frame.f_code)} changes it in place afterwards, in line {later.line}"
+                return f"{_name(frame.f_code)} changes it in place afterwards, in line {later.line}", frame
             if not _is_in_module(frame):
-                return None  # the training script
+                return None, frame  # the training script
             returned, closed_over = later.returned, frame.f_code.co_freevars
             frame = frame.f_back
 
@@ -184,23 +184,21 @@ def _kinds(module: torch.nn.Module | None) -> tuple[type, ...]:
     return () if module is None else (type(module), *map(type, module.children()))
 
 
-def _call_in(frame: FrameType) -> CallIn:
-    return id(frame.f_code), frame.f_lasti
+def _way(frame: FrameType | None, last: FrameType | None) -> Way:
+    way = []
+    while frame is not None:
+        way.append((frame.f_code, frame.f_lasti))
+        frame = None if frame is last else frame.f_back
+    return tuple(way)
 
 
-def _next_caller(frame: FrameType | None) -> FrameType | None:
-    """From `frame` outwards."""
-    while frame is not None and not _is_caller(frame):
-        frame = frame.f_back
-    return frame
-
-
-def _leads(frame: FrameType | None, way: Sequence[CallIn]) -> bool:
-    """Whether the callers from `frame` outwards are those of `way`, as far as that goes."""
-    for call in way:
-        if frame is None or _call_in(frame) != call:
+def _leads(frame: FrameType | None, way: Way) -> bool:
+    """Whether the frames from `frame` outwards are those of `way`, as far as that goes. Asked in every call of a layer:
+    nothing is looked up."""
+    for code, at in way:
+        if frame is None or frame.f_code is not code or frame.f_lasti != at:
             return False
-        frame = _next_caller(frame.f_back) if len(way) > 1 else None
+        frame = frame.f_back
     return True
 
 
