@@ -363,7 +363,10 @@ def test_an_interruption_ends_the_probes(tmp_path: Path, real: None) -> None:
     python = environment(tmp_path / "venv", HEALTHY | {"peft": ("1.0", source)})
     started = time.monotonic()
     doctor = subprocess.Popen(
-        [sys.executable, "-m", "npu_patch", "doctor", "--python", python], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "npu_patch", "doctor", "--python", python],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's job ignores it
     )
     while not mark.exists() and time.monotonic() < started + 60:
         time.sleep(0.05)
