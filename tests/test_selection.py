@@ -35,7 +35,7 @@ from tests.tiny_models import tiny, tiny_batch
 
 CPU = torch.device("cpu")
 HERE = MeasuredOn("made up", {"torch": "1", "triton": "2"})
-USUAL = choose(rms_norm.IMPLEMENTATIONS, "cpu").chosen
+USUAL = choose(rms_norm.RMS_NORM.implementations, "cpu").chosen
 CASE = rms_norm.case(rms_norm.PLAIN_VARIANTS[0], 24, torch.float32, torch.float32)
 
 
@@ -129,7 +129,7 @@ def test_a_kernel_that_raises_is_refused_and_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("case", "implementations"),
     [
-        (lambda dtype: swiglu.case(72, dtype), swiglu.IMPLEMENTATIONS),
+        (lambda dtype: swiglu.case(72, dtype), swiglu.SWIGLU.implementations),
         *(
             (lambda dtype, v=variant: rms_norm.case(v, 48, dtype, None if v.gamma == "none" else dtype), None)
             for variant in (*rms_norm.PLAIN_VARIANTS, *rms_norm.GATED_VARIANTS)
@@ -137,7 +137,7 @@ def test_a_kernel_that_raises_is_refused_and_named(tmp_path: Path) -> None:
     ],
 )
 def test_the_usual_implementations_pass_every_case(case: Any, implementations: Any, dtype: torch.dtype) -> None:
-    usual = choose(implementations or rms_norm.IMPLEMENTATIONS, "cpu").chosen
+    usual = choose(implementations or rms_norm.RMS_NORM.implementations, "cpu").chosen
     found = measure.measure(case(dtype), case_of_op.Alternative(usual.name, usual.run), CPU, lambda function: 1.0)
     assert (found.wrong, found.seconds) == (None, 1.0)
 
@@ -180,9 +180,9 @@ def test_times_of_another_device_or_version_are_ignored(
         "[]",
         "null",
         json.dumps({"format": 1, "chip": "made up", "versions": dict(HERE.versions)}),
-        json.dumps({"format": 1, **dataclasses.asdict(HERE), "measured": {CASE.key: {"fake": {"seconds": -1}}}}),
+        json.dumps({"format": 1, **dataclasses.asdict(HERE), "measured": {CASE.title: {"fake": {"seconds": -1}}}}),
         json.dumps(
-            {"format": 1, **dataclasses.asdict(HERE), "measured": {CASE.key: {"fake": {"wrong": 1, "seconds": 1}}}}
+            {"format": 1, **dataclasses.asdict(HERE), "measured": {CASE.title: {"fake": {"wrong": 1, "seconds": 1}}}}
         ),
     ],
 )
@@ -217,7 +217,9 @@ def test_the_usual_place_of_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Kernels]:
     found = Kernels()
-    patch = dataclasses.replace(rms_norm_patch.PATCH, implementations=found.implementations)
+    patch = dataclasses.replace(
+        rms_norm_patch.PATCH, op=dataclasses.replace(rms_norm.RMS_NORM, implementations=found.implementations)
+    )
     monkeypatch.setattr(lifecycle, "CATALOGUE", (patch,))
     monkeypatch.setattr(measurer, "stopwatch", lambda device: found.stopwatch)
     monkeypatch.setenv("TWINKLE_NPU_TRITON_CACHE", str(tmp_path / "times.json"))

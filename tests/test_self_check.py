@@ -216,7 +216,7 @@ def test_each_size_is_checked_once_however_many_layers(npu: torch.device, monkey
     real = measurer.check
 
     def check(case: measure.Case, *others: Any) -> Measured:
-        ran.append(case.key)
+        ran.append(case.title)
         return real(case, *others)
 
     monkeypatch.setattr(measurer, "check", check)
@@ -314,7 +314,7 @@ def test_a_bar_is_shown_on_the_first_rank_once_it_takes_a_while(
 
 # Optional kernels go through the same check. On the CPU, with kernels that are made up.
 
-USUAL = choose(rms_norm.IMPLEMENTATIONS, "cpu").chosen
+USUAL = choose(rms_norm.RMS_NORM.implementations, "cpu").chosen
 
 
 def times(name: str, factor: float, optional: bool) -> Implementation:
@@ -338,7 +338,9 @@ def test_an_asked_for_kernel_that_is_wrong_leaves_the_call_to_the_next(
     fake: float, usual: float, triton: bool | str, ran: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     implementations = times("fake", fake, True), times("usual", usual, False)
-    patch = dataclasses.replace(rms_norm_patch.PATCH, implementations=implementations)
+    patch = dataclasses.replace(
+        rms_norm_patch.PATCH, op=dataclasses.replace(rms_norm.RMS_NORM, implementations=implementations)
+    )
     monkeypatch.setattr(lifecycle, "CATALOGUE", (patch,))
     monkeypatch.setattr(measurer, "stopwatch", lambda device: lambda function: 1.0)
     monkeypatch.setattr(measure, "ELEMENTS", 256)

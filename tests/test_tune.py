@@ -19,6 +19,7 @@ from npu_patch.commands.tune import command as tune
 from npu_patch.measuring import tuning
 from npu_patch.measuring.in_turns import Timing
 from npu_patch.measuring.measured_on import here
+from npu_patch.ops.swiglu import SWIGLU
 from npu_patch.patches import CATALOGUE, swiglu
 from npu_patch.serving.implementation import Implementation
 from tests.gradients import loss_and_gradients, relative_error
@@ -62,7 +63,7 @@ def offered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Offers further implementations of SwiGLU, and takes the times from a table instead of a clock."""
 
     def offer(times: Mapping[str, float | tuple[float, float, float]], *more: Implementation) -> None:
-        patch = replace(swiglu.PATCH, implementations=(*swiglu.PATCH.implementations, *more))
+        patch = replace(swiglu.PATCH, op=replace(SWIGLU, implementations=(*SWIGLU.implementations, *more)))
         catalogue = tuple(patch if each.name == "swiglu" else each for each in CATALOGUE)
         monkeypatch.setattr("npu_patch.commands.tune.command.CATALOGUE", catalogue)
         monkeypatch.setattr("npu_patch.applying.api.CATALOGUE", catalogue)

@@ -51,8 +51,8 @@ class Choosing:
         """The replacement, with the choices of the tuning file."""
         patch, choice = entry
         others = {
-            each.name: patch.replace(site, replace(context, implementation=each, choice=None))
-            for each in patch.implementations
+            each.name: patch.replace(site, replace(context, choice=Choice(each, {})))
+            for each in patch.op.implementations
             if each.name in choices.values()
             and each.name not in _absent(choice)
             and (each is not choice.chosen or choice.candidates)  # the usual one, unless that may be a Triton kernel
@@ -78,7 +78,7 @@ def tuning_for(catalogue: Iterable[Patch], request: Request, report: Report) -> 
     if tuning.refused is not None:
         report.warnings.append(f"the tuning file {path} is not used: {tuning.refused}")
         return Tuning()
-    by_name = {(patch.name, each.name): each for patch in catalogue for each in patch.implementations}
+    by_name = {(patch.name, each.name): each for patch in catalogue for each in patch.op.implementations}
     for patch, name in sorted(tuning.choices):
         absent = by_name[patch, name].missing()
         if absent is not None:
@@ -89,4 +89,4 @@ def tuning_for(catalogue: Iterable[Patch], request: Request, report: Report) -> 
 
 def _choices(patch: Patch, device_type: str) -> list[str]:
     """What a tuning file may choose for it."""
-    return [each.name for each in patch.implementations if patch.tunable and device_type in each.device_types]
+    return [each.name for each in patch.op.implementations if patch.tunable and device_type in each.device_types]

@@ -46,11 +46,11 @@ class Measurer:
     def knows(self, case: Case, choice: Choice) -> bool:
         """Whether nothing has to run for `judge`."""
         every, _, timed = _competitors(case, choice)
-        known = [self.kept.of(case.key, each.name) for each in every]
+        known = [self.kept.of(case.title, each.name) for each in every]
         return not any(each is None or (timed and each == Measured()) for each in known)
 
     def _measured(self, case: Case, alternative: Alternative, timed: bool) -> Measured:
-        found = self.kept.of(case.key, alternative.name)
+        found = self.kept.of(case.title, alternative.name)
         if found is None or (timed and found == Measured()):
             if timed:
                 found = measure(case, alternative, self.device, self.stopwatch)
@@ -61,7 +61,7 @@ class Measurer:
             elif found.wrong is not None and self._lost:
                 found = Measured(DEVICE_LOST)
             if found.wrong not in ACCIDENTS:
-                self.kept.keep(case.key, alternative.name, found)
+                self.kept.keep(case.title, alternative.name, found)
         return found
 
 
@@ -72,7 +72,7 @@ def _competitors(case: Case, choice: Choice) -> tuple[list[Alternative], Alterna
     if timed and usual is None:
         usual = case.original
         if usual is None:
-            raise ValueError(f"{case.key}: no implementation and no original to compare {choice.candidates} with")
+            raise ValueError(f"{case.title}: no implementation and no original to compare {choice.candidates} with")
     return [*map(_alternative, choice.candidates), *([] if usual is None else [usual])], usual, timed
 
 

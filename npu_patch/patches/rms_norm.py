@@ -11,7 +11,7 @@ Delete     when transformers' kernel mapping has an NPU entry for every norm var
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from npu_patch.ops.readings import NotRead, RMSNormReading
-from npu_patch.ops.rms_norm import HALF_DTYPES, IMPLEMENTATIONS, RMSNormVariant, case
+from npu_patch.ops.rms_norm import HALF_DTYPES, RMS_NORM, case
 from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.probe.readings import Readings
 from npu_patch.probe.rms_norm import read_rms_norm
@@ -71,7 +71,7 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
         readings.note(cls, reading, configuration | reading.configuration)
     calls, callers = Calls(), Callers()
     device_type, in_float32 = context.device_type, context.switches["gated_rmsnorm_fp32"]
-    dispatch = context.dispatch(lambda live: _cases(cls, readings, live), _key_of)
+    dispatch = context.dispatch(lambda live: _cases(cls, readings, live))
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         bound = bind(names, args, kwargs)
@@ -106,11 +106,11 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
         if kept and changed:
             calls.declined["the input itself"] = f"a copy is kept: {changed}"
             x, *gate = (tensor.clone() for tensor in (x, *gate))
-        call = (reading.variant, x, weight, eps, *gate)
+        call = (reading.variant, x, weight, eps, gate[0] if gate else None, in_float32)
         serving = dispatch.serving(calls, *call)
         if isinstance(serving, str):
             return Unserved(serving)
-        return serving.run(*call, gate_in_float32=in_float32)
+        return serving.run(*call)
 
     live = [each for each in map(readings.of, context.live_modules(cls)) if isinstance(each, RMSNormReading)]
     variants = dict.fromkeys(reading.variant.name for reading in live or found)
@@ -142,28 +142,14 @@ def _is_kept_by_the_original(x: Tensor, weight: Tensor | None, *gate: Tensor) ->
     return any(tensor is not None and tensor.requires_grad for tensor in (x, weight, *gate))
 
 
-def _key_of(variant: RMSNormVariant, x: Tensor, weight: Tensor | None, eps: float, *gate: Tensor) -> Hashable:
-    return _key(variant, x.shape[-1], x.dtype, weight)
-
-
-def _key(variant: RMSNormVariant, width: int, dtype: torch.dtype, weight: Tensor | None) -> Hashable:
-    return variant.name, width, dtype, None if weight is None else weight.dtype
-
-
-def _cases(cls: type, readings: Readings[RMSNormReading], live: LiveModules) -> Iterator[tuple[Hashable, Case]]:
+def _cases(cls: type, readings: Readings[RMSNormReading], live: LiveModules) -> Iterator[Case]:
     """Of the layers whose weight says how wide they are, in the model's dtype."""
     for module in live.of(cls):
         reading = readings.of(module)
         named = isinstance(reading, RMSNormReading) and reading.weight_name
         weight = getattr(module, reading.weight_name) if named else None
         if weight is not None:
-            width = weight.shape[-1]
-            yield (
-                _key(reading.variant, width, live.dtype, weight),
-                case(reading.variant, width, live.dtype, weight.dtype),
-            )
+            yield case(reading.variant, weight.shape[-1], live.dtype, weight.dtype)
 
 
-PATCH = Patch(
-    "rms_norm", "rms_norm", IMPLEMENTATIONS, find, replace, options=("gated_rmsnorm_fp32",), called=("rmsnorm",)
-)
+PATCH = Patch("rms_norm", "rms_norm", RMS_NORM, find, replace, options=("gated_rmsnorm_fp32",), called=("rmsnorm",))

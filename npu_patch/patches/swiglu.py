@@ -22,7 +22,7 @@ from torch import Tensor
 
 from npu_patch.ops.readings import NotRead
 from npu_patch.ops.recomputed import recomputed
-from npu_patch.ops.swiglu import IMPLEMENTATIONS, case, kept_for_the_backward
+from npu_patch.ops.swiglu import SWIGLU, case, kept_for_the_backward
 from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.probe.readings import Readings, in_mode, kind_of
 from npu_patch.probe.swiglu import SwiGLUReading, computes_silu, read_swiglu
@@ -69,7 +69,7 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
     readings: Readings[SwiGLUReading] = Readings(read)
     readings.note(cls, found, {})
     calls, device_type, recompute = Calls(), context.device_type, context.switches["swiglu_recompute"]
-    dispatch = context.dispatch(lambda live: _cases(cls, found, live), _key_of)
+    dispatch = context.dispatch(lambda live: _cases(cls, found, live))
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
         bound = tensors_on(device_type, names, args, kwargs)
@@ -109,16 +109,12 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
     return Replacement(function, found.name, calls, dispatch=dispatch, observe=observe)
 
 
-def _key_of(gate: Tensor, up: Tensor | None = None) -> Hashable:
-    return gate.shape[-1], gate.dtype
-
-
-def _cases(cls: type, found: SwiGLUReading, live: LiveModules) -> Iterator[tuple[Hashable, Case]]:
+def _cases(cls: type, found: SwiGLUReading, live: LiveModules) -> Iterator[Case]:
     """Of the layers whose projections say how wide they are, in the model's dtype."""
     for module in live.of(cls):
         width = getattr(getattr(module, found.gate, None), "out_features", None)
         if isinstance(width, int):
-            yield (width, live.dtype), case(width, live.dtype, in_one=found.up is None)
+            yield case(width, live.dtype, in_one=found.up is None)
 
 
 class Activations:
@@ -162,4 +158,4 @@ class Activations:
         return getattr(activation, "__name__", type(activation).__name__)
 
 
-PATCH = Patch("swiglu", "swiglu", IMPLEMENTATIONS, find, replace, options=("swiglu_recompute",), called=("mlp",))
+PATCH = Patch("swiglu", "swiglu", SWIGLU, find, replace, options=("swiglu_recompute",), called=("mlp",))

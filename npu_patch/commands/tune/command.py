@@ -31,6 +31,7 @@ from npu_patch.patches import CATALOGUE
 from npu_patch.patches.patch import Context, Replacement
 from npu_patch.reporting.rows import short_name
 from npu_patch.serving.calls import Calls
+from npu_patch.serving.implementation import Choice
 from npu_patch.switches import TUNE, resolve
 
 DECLINES = "does not take it: "
@@ -107,11 +108,11 @@ def _tune(
 def alternatives(held: PatchedSite, patch: Any, device_type: str, switches: Any) -> dict[str, Replacement]:
     """By the implementation's name, what would stand at the site with each that this machine has."""
     found = {held.outcome.implementation: held.replacement}
-    for each in patch.implementations:
+    for each in patch.op.implementations:
         if each.optional and devices.is_simulated(device_type):
             continue  # in triton's interpreter: minutes for times that mean nothing
         if each.name not in found and device_type in each.device_types and each.missing() is None:
-            other = patch.replace(held.site, Context(device_type, each, switches))
+            other = patch.replace(held.site, Context(patch.op, Choice(each, {}), device_type, switches))
             if isinstance(other, Replacement):
                 found[each.name] = other
     return found

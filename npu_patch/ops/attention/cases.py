@@ -18,6 +18,7 @@ from npu_patch.numerics.values import values
 from npu_patch.ops.attention import decode as attention_decode
 from npu_patch.ops.attention.band import CAUSAL_TOP_LEFT, Band, nothing_kept
 from npu_patch.ops.attention.call import Attention
+from npu_patch.ops.attention.op import ATTENTION, SINGLE, SINGLE_MASKED
 from npu_patch.serving.case import ALLOWED_OF_PRODUCTS, Case
 from npu_patch.serving.implementation import dtype_name
 
@@ -25,13 +26,11 @@ SQUARE, MANY_KEYS, CACHES = (132,), (700,), (40, 700, 1100)
 FEW_QUERIES = 20
 WIDEST = 2048  # of all heads together: more of them compute the same
 WINDOW = 50
-SINGLE, SINGLE_MASKED = "single query", "single query, masked"
-Run = Callable[[Tensor, Tensor, Tensor, Attention], Tensor]
 
 
 @dataclass(frozen=True)
-class CallForm:
-    """What a verdict holds for. `shared`: how many query heads share a key head."""
+class _Form:
+    """`shared`: how many query heads share a key head."""
 
     mask: str
     sinks: bool
@@ -44,29 +43,6 @@ class CallForm:
     def is_single(self) -> bool:
         """Whether it is the inference operator's."""
         return self.mask in (SINGLE, SINGLE_MASKED)
-
-    @classmethod
-    def of(cls, query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> CallForm:
-        heads, widths = query.shape[1] // key.shape[1], (query.shape[-1], value.shape[-1])
-        return cls(_mask(query, key, value, attention), attention.sink is not None, heads, *widths, query.dtype)
-
-
-def _mask(query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> str:
-    if attention.ends is not None:
-        return "packed"
-    if attention_decode.serves(query, key, value, attention):
-        return SINGLE if attention.hidden is None else SINGLE_MASKED
-    if attention.bias is not None:
-        return "bias"
-    if attention.hidden is not None:
-        return "mask"
-    band = attention.band.within(query.shape[2], key.shape[2])
-    if band.is_full:
-        return "full"
-    if band.is_causal:
-        square = query.shape[2] == key.shape[2]
-        return "causal" if square or not band.bottom_right else "causal to the last key"
-    return "window"
 
 
 # By form: at how many keys, how many queries (None: as many), and what is asked for, given the masks of those sizes.
@@ -86,19 +62,16 @@ _WITH_SINKS = ("causal", "window", "packed", "mask")
 _SAMPLES = 2
 
 
-def cases(
-    heads: int, key_heads: int, head_dim: int, value_dim: int, dtype: torch.dtype, sinks: bool
-) -> Iterator[tuple[CallForm, Case]]:
+def cases(heads: int, key_heads: int, head_dim: int, value_dim: int, dtype: torch.dtype, sinks: bool) -> Iterator[Case]:
     """Of one kind of layer. `sinks`: it has them."""
     shared = heads // key_heads
     key_heads = max(1, min(key_heads, WIDEST // (shared * head_dim)))
     for mask in _FORMS:
         for with_sinks in {False, sinks and mask in _WITH_SINKS}:
-            form = CallForm(mask, with_sinks, shared, head_dim, value_dim, dtype)
-            yield form, _case(form, key_heads)
+            yield _case(_Form(mask, with_sinks, shared, head_dim, value_dim, dtype), key_heads)
 
 
-def _case(form: CallForm, key_heads: int) -> Case:
+def _case(form: _Form, key_heads: int) -> Case:
     lengths, few, ask = _FORMS[form.mask]
     heads, packed, single = key_heads * form.shared, form.mask == "packed", form.is_single
     samples = _SAMPLES if single or form.mask in ("mask", "bias") else 1
@@ -122,56 +95,22 @@ def _case(form: CallForm, key_heads: int) -> Case:
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         return query, *(tensor.contiguous() if single else tensor for tensor in (key, value)), attention
 
-    def call(run: Run, *tensors: Tensor) -> Tensor:
+    def call(function: Callable[..., Any], *tensors: Tensor) -> Any:
         with nothing_kept():
-            return run(*asked(*tensors))
-
-    def why_not(unsupported: Callable[..., str | None], *tensors: Tensor) -> str | None:
-        given = asked(*tensors)
-        if single and not attention_decode.serves(*given):
-            return "served as other queries are"
-        return unsupported(*given)
+            return function(*asked(*tensors))
 
     named = f"{form.mask} by {attention_decode.OPERATOR.name}" if single else form.mask
     sinks, precision = ", sinks" if form.sinks else "", dtype_name(form.dtype)
     widths = str(form.head_dim) if form.value_dim == form.head_dim else f"{form.head_dim} and {form.value_dim}"
     return Case(
-        "attention",
+        ATTENTION,
         f"{named}{sinks}, {heads} and {key_heads} heads of {widths} {precision}",
         inputs,
         call,
-        lambda *tensors: definition(*asked(*tensors)),
         tokens=lengths,
         allowed=ALLOWED_OF_PRODUCTS,
         differentiated=not single,
-        why_not=why_not,
     )
-
-
-def definition(query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> Tensor:
-    """`[B, Sq, N, Dv]`, packed `[T, N, Dv]`, in plain torch."""
-    packed = attention.ends is not None
-    if packed:
-        query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
-    queries, keys, key_heads = query.shape[2], key.shape[2], key.shape[1]
-    grouped = query.unflatten(1, (key_heads, -1)).flatten(2, 3)  # heads that share a key head, one below the other
-    scores = attention.scale * (grouped @ key.mT).view(*query.shape[:3], keys)
-    if attention.bias is not None:
-        scores = scores + attention.bias
-    seen = attention.band.visible(queries, keys)
-    if packed:
-        sequence = torch.bucketize(torch.arange(keys), torch.tensor(attention.ends[1]), right=True)
-        seen = seen & (sequence[:, None] == sequence)
-    if attention.hidden is not None:
-        seen = seen & ~attention.hidden
-    scores = scores.masked_fill(~seen, float("-inf"))
-    if attention.sink is not None:
-        column = attention.sink.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        weights = torch.cat((scores, column), -1).softmax(-1)[..., :-1]
-    else:
-        weights = scores.softmax(-1)
-    out = (weights.view(*grouped.shape[:3], keys) @ value).view(*query.shape[:3], -1).transpose(1, 2)
-    return out[0] if packed else out
 
 
 def _hidden(queries: int, keys: int) -> Tensor:

@@ -21,8 +21,7 @@ from typing import Any
 
 import torch
 
-from npu_patch.ops.attention.cases import CallForm
-from npu_patch.ops.attention.fusion import IMPLEMENTATIONS
+from npu_patch.ops.attention.op import ATTENTION
 from npu_patch.ops.readings import AsNamed, NotRead
 from npu_patch.patches.attention import flash as attention_flash
 from npu_patch.patches.attention import mask as attention_mask
@@ -156,7 +155,7 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
         return site.original(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
 
     attends = door.holder is _attention_entries
-    dispatch = context.dispatch(partial(checks, door.name) if attends else no_cases, CallForm.of)
+    dispatch = context.dispatch(partial(checks, door.name) if attends else no_cases)
     serve = door.serve(site.original, context.device_type, Attend(dispatch, calls))
     if attends:
         serve = _with_a_result_to_change(serve, calls)
@@ -198,4 +197,4 @@ def customers(module: ModuleType) -> Iterable[type]:
             yield site.owner
 
 
-PATCH = Patch("attention", "sdpa", IMPLEMENTATIONS, find, replace, registered, customers=customers)
+PATCH = Patch("attention", "sdpa", ATTENTION, find, replace, registered, customers=customers)

@@ -21,7 +21,7 @@ from torch import Tensor
 from npu_patch.ops.experts.grouped_matmul import Weights
 from npu_patch.ops.experts.routed import Experts
 from npu_patch.ops.readings import NotRead
-from npu_patch.patches.experts.checked import checks, key_of, route
+from npu_patch.patches.experts.checked import checks, route
 from npu_patch.patches.patch import Context, Replacement
 from npu_patch.patches.swiglu import Activations
 from npu_patch.probe.experts_looped import BlockReading, chosen, read_block, read_method
@@ -65,7 +65,7 @@ def _replace_method(site: Site, context: Context) -> Replacement | NotRead:
     if isinstance(reading, NotRead):
         return reading
     calls, layers = Calls(), FeedForwards()
-    dispatch = context.dispatch(lambda live: checks(map(layers.experts_if_plain, live.of(site.owner))), key_of)
+    dispatch = context.dispatch(lambda live: checks(map(layers.experts_if_plain, live.of(site.owner))))
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
         bound = tensors_on(context.device_type, names, args, kwargs)
@@ -92,7 +92,7 @@ def _replace_forward(site: Site, context: Context) -> Replacement | NotRead:
     for module in context.live_modules(cls):
         readings.of(module)
     calls, layers = Calls(), FeedForwards()
-    dispatch = context.dispatch(lambda live: checks(map(layers.experts_if_plain, live.of(cls))), key_of)
+    dispatch = context.dispatch(lambda live: checks(map(layers.experts_if_plain, live.of(cls))))
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         bound = bind(names, args, kwargs)

@@ -16,7 +16,7 @@ from torch import Tensor
 from npu_patch.ops.experts.grouped_matmul import Weights
 from npu_patch.ops.experts.routed import Experts
 from npu_patch.ops.readings import NotRead
-from npu_patch.patches.experts.checked import checks, key_of, route
+from npu_patch.patches.experts.checked import checks, route
 from npu_patch.patches.patch import Context, Replacement
 from npu_patch.probe.experts import SETTINGS, WEIGHTS, ExpertsReading, gate_of, read_experts, undeclared_conventions
 from npu_patch.probe.readings import Readings
@@ -60,7 +60,7 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
             reading = readings.of(module)
             yield None if isinstance(reading, NotRead) else experts_of(module, reading)
 
-    dispatch = context.dispatch(lambda live: checks(live_experts(live)), key_of)
+    dispatch = context.dispatch(lambda live: checks(live_experts(live)))
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
         bound = tensors_on(context.device_type, names, args, kwargs)

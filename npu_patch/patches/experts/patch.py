@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_patch.ops.experts.routed import IMPLEMENTATIONS, Experts, silu_of_halves
+from npu_patch.ops.experts.routed import EXPERTS, Experts, silu_of_halves
 from npu_patch.ops.readings import NotRead
 from npu_patch.patches.experts import looped as experts_looped
 from npu_patch.patches.experts import packed as experts_packed
-from npu_patch.patches.experts.checked import checks, key_of, route
+from npu_patch.patches.experts.checked import checks, route
 from npu_patch.patches.experts.packed import experts_of, listener_in
 from npu_patch.patches.patch import Context, Patch, Replacement, layers_of_class
 from npu_patch.probe.experts import SETTINGS, Convention, ExpertsReading, declared, read_experts
@@ -83,7 +83,7 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
                 reading = READINGS.of(module)
                 yield None if isinstance(reading, NotRead) else experts_of(module, reading)
 
-    dispatch = context.dispatch(lambda live: checks(live_experts(live)), key_of)
+    dispatch = context.dispatch(lambda live: checks(live_experts(live)))
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
         bound = tensors_on(context.device_type, ARGUMENTS, args, kwargs)
@@ -169,5 +169,5 @@ def customers(module: ModuleType) -> Iterable[type]:
 
 READINGS: Readings[ExpertsReading] = Readings(_read, SETTINGS)
 PATCH = Patch(
-    "experts", "moe_patch", IMPLEMENTATIONS, find, replace, registered, in_layer, layers, customers, called=("experts",)
+    "experts", "moe_patch", EXPERTS, find, replace, registered, in_layer, layers, customers, called=("experts",)
 )
