@@ -20,6 +20,7 @@ import torch
 import npu_patch
 from npu_patch import log
 from npu_patch.applying import api as lifecycle
+from npu_patch.applying.state import patched_sites
 from npu_patch.kernels.readiness import why_not
 from npu_patch.measuring import measure, measurements, measurer, tuning
 from npu_patch.measuring.measured_on import MeasuredOn
@@ -329,9 +330,10 @@ def test_a_tuning_file_wins_over_auto(
 ) -> None:
     kernels.fake_ms = 1.0 if auto == "fake" else 5.0
     model = tiny("qwen3")
-    seen: set[tuning.Signature] = set()
+    seen = tuning.Forced(None)
     with npu_patch.applied(model, device="cpu") as report:
-        qwen3(report).calls.watch = lambda args, kwargs: seen.add(tuning.signature_of(args, kwargs))
+        (held,) = [each for each in patched_sites(report) if each.outcome is qwen3(report)]
+        held.replacement.dispatch.tuned = seen
         loss_and_gradients(model, tiny_batch())
         assert set(qwen3(report).calls.ran_by) == {auto}
     file = tmp_path / "tuned.json"

@@ -358,12 +358,12 @@ def test_an_operator_that_a_tuning_file_chooses_is_checked_too(
 ) -> None:
     from npu_patch.measuring import tuning
 
-    model, batch, seen = tiny("qwen3").to(npu), on_npu(), set()
+    model, batch, seen = tiny("qwen3").to(npu), on_npu(), tuning.Forced(None)
     original = loss_and_gradients(model, batch)
     with npu_patch.applied(model, self_check=False, triton=True) as report:
-        (outcome,) = (each for each in report.patched if each.site.endswith("Qwen3RMSNorm.forward"))
-        outcome.calls.watch = lambda args, kwargs: seen.add(tuning.signature_of(args, kwargs))
-        site, variant = outcome.site, outcome.variant
+        (held,) = (each for each in patched_sites(report) if each.outcome.site.endswith("Qwen3RMSNorm.forward"))
+        held.replacement.dispatch.tuned = seen
+        site, variant = held.outcome.site, held.outcome.variant
         loss_and_gradients(model, batch)
     file = tmp_path / "tuned.json"
     chosen = [tuning.Decision("rms_norm", site, variant, each, "torch_npu.npu_rms_norm") for each in seen]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from npu_patch.applying.enabling import Enabled
 from npu_patch.applying.request import Request
 from npu_patch.measuring.self_check import Decisions
-from npu_patch.measuring.tuning import ORIGINAL, Signature, Tuning, read, tuned
+from npu_patch.measuring.tuning import ORIGINAL, Tuning, read
 from npu_patch.ops.readings import NotRead
 from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.reporting.outcome import TuningFile
 from npu_patch.reporting.report import Report
-from npu_patch.serving.implementation import Choice
+from npu_patch.serving.dispatch import TUNED_TO_ORIGINAL
+from npu_patch.serving.implementation import Choice, Implementation
+from npu_patch.serving.signature import Signature
 from npu_patch.sites.sites import Site
 
 TUNED_ORIGINAL = "tuned: the original is the fastest for every shape that was measured"
@@ -33,35 +35,23 @@ class Choosing:
         decision = patch.replace(site, context)
         if isinstance(decision, NotRead):
             return decision
-        self.decisions.add(decision.dispatch, context.live)
-        choices = self.tuning.of(patch.name, site.label, decision.variant) if patch.tunable else {}
-        if choices and set(choices.values()) == {ORIGINAL}:
+        names = self.tuning.of(patch.name, site.label, decision.variant) if patch.tunable else {}
+        if names and set(names.values()) == {ORIGINAL}:
             decision.calls.deactivate()
             return LEFT_AS_TUNED
-        return self._tuned(site, entry, decision, choices, context) if choices else decision
+        if names and decision.dispatch is not None:
+            decision.dispatch.tuned = _decided(names, entry)
+        self.decisions.add(decision.dispatch, context.live)
+        return decision
 
-    def _tuned(
-        self,
-        site: Site,
-        entry: Enabled,
-        replacement: Replacement,
-        choices: Mapping[Signature, str],
-        context: Context,
-    ) -> Replacement:
-        """The replacement, with the choices of the tuning file."""
-        patch, choice = entry
-        others = {
-            each.name: patch.replace(site, replace(context, choice=Choice(each, {})))
-            for each in patch.op.implementations
-            if each.name in choices.values()
-            and each.name not in _absent(choice)
-            and (each is not choice.chosen or choice.candidates)  # the usual one, unless that may be a Triton kernel
-        }
-        for other in others.values():
-            self.decisions.add(getattr(other, "dispatch", None), context.live)
-        ways = {name: (other.function, other.calls) for name, other in others.items() if isinstance(other, Replacement)}
-        function = tuned(replacement.function, site.original, replacement.calls, choices, ways)
-        return replace(replacement, function=function)
+
+def _decided(names: Mapping[Signature, str], entry: Enabled) -> dict[Signature, Implementation | str | None]:
+    """What a file's choices, by name, are on this machine."""
+    absent = _absent(entry.choice)
+    found: dict[str, Implementation | str] = {
+        each.name: each for each in entry.patch.op.implementations if each.name not in absent
+    }
+    return {signature: (found | {ORIGINAL: TUNED_TO_ORIGINAL}).get(name) for signature, name in names.items()}
 
 
 def _absent(choice: Choice) -> set[str]:

@@ -4,6 +4,7 @@
     measured   an optional one (a Triton kernel) for the sizes at which it was faster, or wherever it can, if forced
     checked    none that was found wrong on this device for such a call: the next one, or the original
     proven     several providers in order, each of which has to prove itself before its first use
+    tuned      for the shapes in a tuning file what that says, before all else
 
 What may depend on a call is its key, the sizes and dtypes that decide; what was never measured is served as usual.
 """
@@ -21,10 +22,12 @@ from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import ACCIDENTS, Case, Measured
 from npu_patch.serving.implementation import Call, Choice, Implementation, Result
 from npu_patch.serving.op import Op
+from npu_patch.serving.signature import Signature, signature_of
 from npu_patch.sites.sites import LiveModules
 
 NO_MODEL = "no model was given: nothing was measured yet"
 NO_LAYERS = "nothing was measured: the given model has no such layer"
+TUNED_TO_ORIGINAL = "tuned: the original is the fastest for these shapes"
 
 
 def no_cases(live: LiveModules) -> Iterable[Case[Call, Result]]:
@@ -59,7 +62,8 @@ class Verdict(Generic[Call, Result]):
 class Dispatch(Generic[Call, Result]):
     """Of one site. `cases(live)` yields what to measure for a model's layers, `verdicts` are those that were, by key;
     `asked` whether a model was ever looked at. `wrong`: of implementations that were found wrong, by name and key, how
-    far. `unproven(implementation, *call)`: why one has not proved itself for such a call, if it has to."""
+    far. `unproven(implementation, *call)`: why one has not proved itself for such a call, if it has to. `tuned`: by the
+    signature of a call, its implementation, or why it is the original's, or None where it is served as usual."""
 
     op: Op[Call, Result]
     choice: Choice[Call, Result]
@@ -69,6 +73,7 @@ class Dispatch(Generic[Call, Result]):
     verdicts: Mapping[Hashable, Verdict[Call, Result]] = field(default_factory=dict)
     wrong: Mapping[tuple[str, Hashable], str] = field(default_factory=dict)
     asked: bool = False
+    tuned: Mapping[Signature, Implementation[Call, Result] | str | None] = field(default_factory=dict)
 
     @property
     def timed(self) -> bool:
@@ -84,10 +89,10 @@ class Dispatch(Generic[Call, Result]):
 
         def serving(self, calls, *call):
             usual = self.choice.chosen
-            if usual is not None and not self.choice.candidates and not self.wrong and self.unproven is None:
-                reason = usual.unsupported(*call)
-                return usual if reason is None else reason
-            return self._first_of_several(calls, call)
+            if usual is None or self.choice.candidates or self.wrong or self.unproven is not None or self.tuned:
+                return self._first_of_several(calls, call)
+            reason = usual.unsupported(*call)
+            return usual if reason is None else reason
 
     def _first_of_several(self, calls: Calls, call: tuple[Any, ...]) -> Implementation[Call, Result] | str:
         op: Op[..., Result] = self.op
@@ -95,14 +100,20 @@ class Dispatch(Generic[Call, Result]):
         usual, key = self.choice.chosen, op.key(*call)
         counted = not torch.compiler.is_compiling()
         order = self._preferred(key) if usual is None else (*self._preferred(key), usual)
+        if counted and self.tuned and (signature := signature_of(*call)) in self.tuned:
+            calls.tuned += 1
+            decided = self.tuned[signature]
+            if isinstance(decided, str):
+                return decided
+            order = order if decided is None else (decided,)
         reason = "no implementation"
         for implementation in order:
-            why = self.why_wrong(implementation.name, key) if self.wrong else None
-            why = why or implementation.unsupported(*call)
+            unsupported: Callable[..., str | None] = implementation.unsupported
+            why = (self.why_wrong(implementation.name, key) if self.wrong else None) or unsupported(*call)
             if why is None and unproven is not None and implementation is not usual:
                 why = unproven(implementation, *call)
             if why is None:
-                if counted and (self.choice.candidates or unproven is not None):
+                if counted and (self.choice.candidates or unproven is not None or implementation is not usual):
                     calls.ran_by[implementation.name] += 1
                 return implementation
             reason = why
@@ -122,6 +133,13 @@ class Dispatch(Generic[Call, Result]):
             return self.choice.candidates
         verdict = self.verdicts.get(key)
         return () if verdict is None or verdict.taken is None else (verdict.taken,)
+
+    @property
+    def tuned_to(self) -> tuple[Implementation[Call, Result], ...]:
+        """Those that a tuning file chooses, beside what the choice has."""
+        others = [each for each in self.tuned.values() if isinstance(each, Implementation)]
+        known = (self.choice.chosen, *self.choice.candidates)
+        return tuple({each.name: each for each in others if each not in known}.values())
 
     def undecided(self, live: LiveModules, checked: bool) -> dict[Hashable, Case[Call, Result]]:
         """The cases of `live` that a decision still waits for, by key. `checked`: implementations are, where no times

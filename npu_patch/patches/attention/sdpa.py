@@ -13,6 +13,7 @@ from torch import Tensor
 from npu_patch.ops.attention.band import CAUSAL_TOP_LEFT, FULL, Band, in_operator_shape, inverted
 from npu_patch.ops.attention.call import Attention
 from npu_patch.patches.attention.checked import Attend
+from npu_patch.serving.dispatch import TUNED_TO_ORIGINAL
 from npu_patch.serving.once_per_step import OncePerTensor
 from npu_patch.serving.replacement import Unfused, Unserved
 from npu_patch.waiting.masks import PatternMask, plain
@@ -82,8 +83,11 @@ def serve(original: Callable[..., Any], device_type: str, attend: Attend) -> Cal
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if isinstance(attention_mask, PatternMask):
             packed = _packed(query, key, value, attention_mask, scale, dropout, s_aux, position_bias)
-            if packed is not None and isinstance(out := attend(*packed), Tensor):
+            out = None if packed is None else attend(*packed)
+            if isinstance(out, Tensor):
                 return out.unflatten(0, (query.shape[0], query.shape[2])), None
+            if out == TUNED_TO_ORIGINAL:
+                return Unserved(out)
         is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         causal = query.shape[2] > 1 and attention_mask is None and bool(is_causal)
         decodes = query.shape[2] == 1 < key.shape[2] and bool(is_causal)
