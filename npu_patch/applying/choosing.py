@@ -32,7 +32,8 @@ class Choosing:
     def at(self, site: Site, entry: Enabled, context: Context) -> Replacement | NotRead:
         """What `entry.patch` puts there, or why nothing."""
         patch = entry.patch
-        decision = patch.replace(site, context)
+        reading = patch.read(site)
+        decision = reading if isinstance(reading, NotRead) else patch.bind(site, reading, context)
         if isinstance(decision, NotRead):
             return decision
         names = self.tuning.of(patch.name, site.label, decision.variant) if patch.tunable else {}

@@ -56,13 +56,17 @@ def find(module: ModuleType) -> Iterable[Site]:
         yield Site(cls, "forward", vars(cls)["forward"])
 
 
-def replace(site: Site, context: Context) -> Replacement | NotRead:
-    cls, original = site.owner, site.original
-    if is_checkpointing_layer(cls):
+def read_site(site: Site) -> Sequence[AddRMSNormReading] | NotRead:
+    """Of each layer that was observed to call the mixer."""
+    if is_checkpointing_layer(site.owner):
         return NotRead(CHECKPOINTING_LAYER, notable=False)
-    readings = [each for each in _READINGS[cls] if isinstance(each, AddRMSNormReading)]
-    if not readings:
-        return NotRead("; ".join(each.reason for each in _READINGS[cls]))
+    found = _READINGS[site.owner]
+    readings = [each for each in found if isinstance(each, AddRMSNormReading)]
+    return readings or NotRead("; ".join(each.reason for each in found if isinstance(each, NotRead)))
+
+
+def bind_site(site: Site, readings: Sequence[AddRMSNormReading], context: Context) -> Replacement:
+    original = site.original
     calls, device_type, callers = Calls(), context.device_type, Callers(readings)
     dispatch = context.dispatch(lambda live: _cases(readings, live, context))
 
@@ -207,4 +211,6 @@ def _cases(readings: Sequence[AddRMSNormReading], live: LiveModules, context: Co
                     yield case(found.variant, weight.shape[-1], live.dtype, weight.dtype, original)
 
 
-PATCH = Patch("add_rms_norm", "triton", ADD_RMS_NORM, find, replace, tunable=False, needs=("rms_norm",), around=True)
+PATCH = Patch(
+    "add_rms_norm", "triton", ADD_RMS_NORM, find, read_site, bind_site, tunable=False, needs=("rms_norm",), around=True
+)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Generic
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -19,12 +19,13 @@ from npu_patch.sites.sites import LiveModules, Site
 from npu_patch.switches import Switches
 from npu_patch.waiting.heads import Participant
 
+Reading = TypeVar("Reading")
 NOT_FASTER = "no kernel was measured to be faster"
 
 
 @dataclass(frozen=True)
 class Context(Generic[Call, Result]):
-    """What a patch knows when it decides on a site.
+    """What a patch knows when it makes a replacement.
 
     `op`: the patch's, with the `choice` among its implementations. `live` holds the given model's modules; None where
     none was given.
@@ -90,13 +91,14 @@ def layers_of_class(site: Site, context: Context[..., Any]) -> int | None:
 
 
 @dataclass(frozen=True)
-class Patch(Generic[Call, Result]):
+class Patch(Generic[Reading, Call, Result]):
     """One entry of the catalogue.
 
     `find(module)` yields the sites to look at in a modeling module, `registered()` those in transformers' registries,
-    `in_layer(layer)` those on one live module of the given model. `replace(site, context)` observes one and decides,
-    with the first implementation of `op` that serves the device. `layers(site, context)` is how many layers of
-    the given model the site reaches. `customers(module)` are the classes of a modeling module that look up at call time
+    `in_layer(layer)` those on one live module of the given model. `read(site)` observes what its original computes, and
+    writes and makes nothing; `bind(site, reading, context)` makes what takes its place, with a dispatch among the
+    implementations of `op`, or says why the given model is to have none. `layers(site, context)` is how many of its
+    layers the site reaches. `customers(module)` are the classes of a modeling module that look up at call time
     what `registered()` replaces. `tunable`: a tuning file may choose another implementation of `op`, or the original.
     `options`: switches that its replacements are made with, beside its own and that of Triton kernels.
     `libraries`: packages or modules beside modeling code, by dotted names, that `find` is given the modules of too,
@@ -112,7 +114,8 @@ class Patch(Generic[Call, Result]):
     switch: str
     op: Op[Call, Result]
     find: Callable[[ModuleType], Iterable[Site]]
-    replace: Callable[[Site, Context[Call, Result]], Replacement | NotRead]
+    read: Callable[[Site], Reading | NotRead]
+    bind: Callable[[Site, Reading, Context[Call, Result]], Replacement | NotRead]
     registered: Callable[[], Iterable[Site]] = tuple
     in_layer: Callable[[torch.nn.Module], Iterable[Site]] = _nothing_in
     layers: Callable[[Site, Context[Call, Result]], int | None] = layers_of_class

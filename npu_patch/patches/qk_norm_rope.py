@@ -45,18 +45,19 @@ def find(module: ModuleType) -> Iterable[Site]:
             yield site
 
 
-def replace(site: Site, context: Context) -> Replacement | NotRead:
-    cls, original = site.owner, site.original
-    if is_checkpointing_layer(cls):
+def read_site(site: Site) -> QKNormRoPEReading | NotRead:
+    if is_checkpointing_layer(site.owner):
         return NotRead(CHECKPOINTING_LAYER, notable=False)
-    rotations = _rotations(original)
+    rotations = _rotations(site.original)
     if len(rotations) != 1:
         return NotRead(f"it rotates by {len(rotations)} functions", notable=False)
-    found = read_qk_norm_rope(cls, rotations[0])
-    if isinstance(found, NotRead):
-        return found
-    calls, device_type = Calls(), context.device_type
-    dispatch = context.dispatch(lambda live: _cases(cls, found, rotations[0], live, context))
+    return read_qk_norm_rope(site.owner, rotations[0])
+
+
+def bind_site(site: Site, found: QKNormRoPEReading, context: Context) -> Replacement:
+    original, calls, device_type = site.original, Calls(), context.device_type
+    (rotation,) = _rotations(original)
+    dispatch = context.dispatch(lambda live: _cases(site.owner, found, rotation, live, context))
 
     def rotate(
         reading: RoPEReading, q: DeferredHeads, k: DeferredHeads, cos: Tensor, sin: Tensor
@@ -150,4 +151,6 @@ def _rotations(forward: Any) -> list[RoPESite]:
     return [site for site in found if site is not None]
 
 
-PATCH = Patch("qk_norm_rope", "triton", QK_NORM_ROPE, find, replace, tunable=False, needs=("rms_norm", "rope"))
+PATCH = Patch(
+    "qk_norm_rope", "triton", QK_NORM_ROPE, find, read_site, bind_site, tunable=False, needs=("rms_norm", "rope")
+)

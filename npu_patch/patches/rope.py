@@ -38,12 +38,13 @@ def find(module: ModuleType) -> Iterable[Site]:
             yield site
 
 
-def replace(site: Site, context: Context) -> Replacement | NotRead:
-    original = site.original
-    reading = read_rope(unwrapped(original))
-    if isinstance(reading, NotRead):
-        return reading.notable_if("rotary" in site.name)
-    signature, variant = reading.signature, reading.variant
+def read_site(site: Site) -> RoPEReading | NotRead:
+    reading = read_rope(unwrapped(site.original))
+    return reading.notable_if("rotary" in site.name) if isinstance(reading, NotRead) else reading
+
+
+def bind_site(site: Site, reading: RoPEReading, context: Context) -> Replacement:
+    original, signature, variant = site.original, reading.signature, reading.variant
     calls, device_type = Calls(), context.device_type
     dispatch = context.dispatch(lambda live: _cases(site, reading, live))
 
@@ -92,4 +93,4 @@ def _cases(site: Site, reading: RoPEReading, live: LiveModules) -> Iterator[Case
             yield case(reading.variant, max(sizes.heads, sizes.key_heads), head_dim, sizes.rotary, dtype)
 
 
-PATCH = Patch("rope", "rope", ROPE, find, replace, called=("rotary_pos_emb",))
+PATCH = Patch("rope", "rope", ROPE, find, read_site, bind_site, called=("rotary_pos_emb",))

@@ -49,14 +49,14 @@ def find(module: ModuleType) -> Iterable[Site]:
             yield site
 
 
-def replace(site: Site, context: Context) -> Replacement | NotRead:
-    cls, original = site.owner, site.original
-    if is_checkpointing_layer(cls):
+def read_site(site: Site) -> SwiGLUReading | NotRead:
+    if is_checkpointing_layer(site.owner):
         return NotRead(CHECKPOINTING_LAYER, notable=False)
-    names = parameter_names(original)
-    found = read_swiglu(cls, original)
-    if isinstance(found, NotRead):
-        return found
+    return read_swiglu(site.owner, site.original)
+
+
+def bind_site(site: Site, found: SwiGLUReading, context: Context) -> Replacement | NotRead:
+    cls, original, names = site.owner, site.original, parameter_names(site.original)
     activations = Activations(found.activation)
     live = context.live_modules(cls)
     if live and not any([activations.is_silu(module) for module in live]):
@@ -158,4 +158,4 @@ class Activations:
         return getattr(activation, "__name__", type(activation).__name__)
 
 
-PATCH = Patch("swiglu", "swiglu", SWIGLU, find, replace, options=("swiglu_recompute",), called=("mlp",))
+PATCH = Patch("swiglu", "swiglu", SWIGLU, find, read_site, bind_site, options=("swiglu_recompute",), called=("mlp",))

@@ -8,7 +8,7 @@ was seen to forget its mask (https://github.com/vllm-project/vllm-ascend/issues/
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,23 +26,6 @@ SQUARE, MANY_KEYS, CACHES = (132,), (700,), (40, 700, 1100)
 FEW_QUERIES = 20
 WIDEST = 2048  # of all heads together: more of them compute the same
 WINDOW = 50
-
-
-@dataclass(frozen=True)
-class _Form:
-    """`shared`: how many query heads share a key head."""
-
-    mask: str
-    sinks: bool
-    shared: int
-    head_dim: int
-    value_dim: int
-    dtype: torch.dtype
-
-    @property
-    def is_single(self) -> bool:
-        """Whether it is the inference operator's."""
-        return self.mask in (SINGLE, SINGLE_MASKED)
 
 
 # By form: at how many keys, how many queries (None: as many), and what is asked for, given the masks of those sizes.
@@ -66,30 +49,31 @@ def cases(heads: int, key_heads: int, head_dim: int, value_dim: int, dtype: torc
     """Of one kind of layer. `sinks`: it has them."""
     shared = heads // key_heads
     key_heads = max(1, min(key_heads, WIDEST // (shared * head_dim)))
-    for mask in _FORMS:
-        for with_sinks in {False, sinks and mask in _WITH_SINKS}:
-            yield _case(_Form(mask, with_sinks, shared, head_dim, value_dim, dtype), key_heads)
+    for form in _FORMS:
+        for with_sinks in {False, sinks and form in _WITH_SINKS}:
+            yield _case(form, (shared * key_heads, key_heads), (head_dim, value_dim), dtype, with_sinks)
 
 
-def _case(form: _Form, key_heads: int) -> Case:
-    lengths, few, ask = _FORMS[form.mask]
-    heads, packed, single = key_heads * form.shared, form.mask == "packed", form.is_single
-    samples = _SAMPLES if single or form.mask in ("mask", "bias") else 1
+def _case(form: str, all_heads: tuple[int, int], widths: tuple[int, int], dtype: torch.dtype, sinks: bool) -> Case:
+    lengths, few, ask = _FORMS[form]
+    (heads, key_heads), (head_dim, value_dim) = all_heads, widths
+    packed, single = form == "packed", form in (SINGLE, SINGLE_MASKED)
+    samples = _SAMPLES if single or form in ("mask", "bias") else 1
 
     def inputs(keys: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         queries = few or keys
-        shapes = [(queries, heads, form.head_dim), (keys, key_heads, form.head_dim), (keys, key_heads, form.value_dim)]
-        sink = [((heads,), form.dtype)] if form.sinks else []
-        if form.mask == "bias":
-            sink.append(((1, heads, queries, keys), form.dtype))
-        return [((samples, *shape), form.dtype) for shape in shapes] + sink
+        shapes = [(queries, heads, head_dim), (keys, key_heads, head_dim), (keys, key_heads, value_dim)]
+        sink = [((heads,), dtype)] if sinks else []
+        if form == "bias":
+            sink.append(((1, heads, queries, keys), dtype))
+        return [((samples, *shape), dtype) for shape in shapes] + sink
 
     def asked(query: Tensor, key: Tensor, value: Tensor, *others: Tensor) -> tuple[Any, ...]:
         """As models have them: `[B, N, S, D]`, `[B, S, N, D]` in memory but in a cache."""
         queries, keys = query.shape[1], key.shape[1]
         hidden = _hidden(queries, keys).to(query.device)
-        attention = ask(form.head_dim**-0.5, hidden, others[-1] if others else hidden)
-        attention = replace(attention, sink=others[0] if form.sinks else None)
+        attention = ask(head_dim**-0.5, hidden, others[-1] if others else hidden)
+        attention = replace(attention, sink=others[0] if sinks else None)
         if packed:
             return *(tensor.flatten(0, 1) for tensor in (query, key, value)), attention
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
@@ -99,12 +83,12 @@ def _case(form: _Form, key_heads: int) -> Case:
         with nothing_kept():
             return function(*asked(*tensors))
 
-    named = f"{form.mask} by {attention_decode.OPERATOR.name}" if single else form.mask
-    sinks, precision = ", sinks" if form.sinks else "", dtype_name(form.dtype)
-    widths = str(form.head_dim) if form.value_dim == form.head_dim else f"{form.head_dim} and {form.value_dim}"
+    named = f"{form} by {attention_decode.OPERATOR.name}" if single else form
+    and_sinks, precision = ", sinks" if sinks else "", dtype_name(dtype)
+    width = str(head_dim) if value_dim == head_dim else f"{head_dim} and {value_dim}"
     return Case(
         ATTENTION,
-        f"{named}{sinks}, {heads} and {key_heads} heads of {widths} {precision}",
+        f"{named}{and_sinks}, {heads} and {key_heads} heads of {width} {precision}",
         inputs,
         call,
         tokens=lengths,

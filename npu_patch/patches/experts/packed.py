@@ -38,18 +38,21 @@ def find(module: ModuleType) -> Iterable[Site]:
             yield site
 
 
-def replace(site: Site, context: Context) -> Replacement | NotRead:
-    cls, original = site.owner, site.original
-    names = parameter_names(original) or ()
+def read_site(site: Site) -> ExpertsReading | NotRead:
+    names = parameter_names(site.original) or ()
+    if len(names) != 3:
+        return NotRead(f"its {len(names)} arguments are not tokens, indices and router weights")
+    found = read_experts(site.owner, site.original, TYPICAL, undeclared_conventions())
+    return found.notable_if(_is_called_experts(site.owner)) if isinstance(found, NotRead) else found
+
+
+def bind_site(site: Site, context: Context) -> Replacement:
+    """Each layer is read as its settings are."""
+    cls, original, names = site.owner, site.original, parameter_names(site.original)
 
     def read(its_class: type, attributes: Mapping[str, Any]) -> ExpertsReading | NotRead:
         return read_experts(its_class, original, attributes, undeclared_conventions())
 
-    if len(names) != 3:
-        return NotRead(f"its {len(names)} arguments are not tokens, indices and router weights")
-    found = read(cls, TYPICAL)
-    if isinstance(found, NotRead):
-        return found.notable_if(_is_called_experts(cls))
     readings: Readings[ExpertsReading] = Readings(read, SETTINGS)
     for module in context.live_modules(cls):
         readings.of(module)

@@ -62,16 +62,30 @@ def in_layer(layer: torch.nn.Module) -> Iterable[Site]:
         yield Site(layer, "forward", None, f"{type(layer).__module__}.{type(layer).__qualname__}")
 
 
-def replace(site: Site, context: Context) -> Replacement | NotRead:
+def read_site(site: Site) -> Any:
+    """A reading of the kind of site that it is, or NotRead."""
     if isinstance(site.owner, torch.nn.Module):
         return NotRead(_why_unserved(site.owner) or "")
     if isinstance(site.owner, type):
-        return (experts_looped if experts_looped.is_block(site) else experts_packed).replace(site, context)
+        return (experts_looped if experts_looped.is_block(site) else experts_packed).read_site(site)
     flags = {"_is_expert_parallel": False, "act_fn": torch.nn.functional.silu, "is_transposed": False}
     flags |= {"has_bias": False, "has_gate": True, "has_post_expert_norm": False, "is_concatenated": True}
     observed = read_experts(_StandardExperts, site.original, flags, [Convention()])
     if isinstance(observed, NotRead):
         return NotRead(f"what is registered there computes something else: {observed.reason}")
+    return observed
+
+
+def bind_site(site: Site, reading: Any, context: Context) -> Replacement | NotRead:
+    if not isinstance(site.owner, type):
+        return _bind_entry(site, context)
+    if experts_looped.is_block(site):
+        return experts_looped.bind_site(site, reading, context)
+    return experts_packed.bind_site(site, context)
+
+
+def _bind_entry(site: Site, context: Context) -> Replacement:
+    """Of the registry."""
     for module in context.live or ():
         if _looks_up(type(module), site.owner):
             READINGS.of(module)
@@ -169,5 +183,15 @@ def customers(module: ModuleType) -> Iterable[type]:
 
 READINGS: Readings[ExpertsReading] = Readings(_read, SETTINGS)
 PATCH = Patch(
-    "experts", "moe_patch", EXPERTS, find, replace, registered, in_layer, layers, customers, called=("experts",)
+    "experts",
+    "moe_patch",
+    EXPERTS,
+    find,
+    read_site,
+    bind_site,
+    registered,
+    in_layer,
+    layers,
+    customers,
+    called=("experts",),
 )

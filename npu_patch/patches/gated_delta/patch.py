@@ -24,7 +24,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from npu_patch.ops.gated_delta.op import CAUSAL_CONV1D, CAUSAL_CONV1D_UPDATE, GATED_DELTA_RULE
-from npu_patch.ops.readings import NotRead
+from npu_patch.ops.readings import AsNamed, NotRead
 from npu_patch.patches.gated_delta import inline_convolution as door
 from npu_patch.patches.gated_delta import packing
 from npu_patch.patches.gated_delta.serve import serve
@@ -85,15 +85,23 @@ def _is_replaced(value: Any) -> bool:
     return calls is not None and calls.active
 
 
-def replace(site: Site, context: Context) -> Replacement | NotRead:
+def read_site(site: Site) -> Reading | AsNamed | NotRead:
     if site.name == "forward":
-        return packing.watch(site)
+        return packing.WATCHED
     if isinstance(site.owner, type):
-        return _open_door(site, context)
+        return door.read(site.owner, site.name)
     function = innermost(unwrapped(site.original))
     reading = _published(function) or read(site.original, function)
     if isinstance(reading, NotRead):
         return reading.notable_if("delta" in site.name or "conv1d" in site.name)
+    return reading
+
+
+def bind_site(site: Site, reading: Reading | AsNamed, context: Context) -> Replacement:
+    if isinstance(reading, AsNamed):
+        return packing.watch(site)
+    if isinstance(site.owner, type):
+        return _open_door(site, reading, context)
     calls = Calls()
     served = serve(reading, _dispatch(reading, context), context.device_type, calls)
     replacement = replacement_for(site.original, calls, served, named_after=unwrapped(site.original))
@@ -102,10 +110,7 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
     return Replacement(replacement, _variant(reading), calls, choice)
 
 
-def _open_door(site: Site, context: Context) -> Replacement | NotRead:
-    reading = door.read(site.owner, site.name)
-    if isinstance(reading, NotRead):
-        return reading
+def _open_door(site: Site, reading: Reading, context: Context) -> Replacement:
     calls = Calls()
     served = serve(reading, _dispatch(reading, context), context.device_type, calls, door.why_inline)
     bypassed = Bypassed.by(door.inline, CONVOLVED, MODULE_CALL)
@@ -160,7 +165,8 @@ PATCH = Patch(
     "fla",
     GATED_DELTA_RULE,
     find,
-    replace,
+    read_site,
+    bind_site,
     in_layer=in_layer,
     layers=layers,
     tunable=False,
