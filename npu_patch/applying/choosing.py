@@ -14,7 +14,7 @@ from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.reporting.outcome import TuningFile
 from npu_patch.reporting.report import Report
 from npu_patch.serving.dispatch import TUNED_TO_ORIGINAL
-from npu_patch.serving.implementation import Choice, Implementation
+from npu_patch.serving.implementation import Implementation
 from npu_patch.serving.signature import Signature
 from npu_patch.sites.sites import Site
 
@@ -47,17 +47,11 @@ class Choosing:
 
 
 def _decided(names: Mapping[Signature, str], entry: Enabled) -> dict[Signature, Implementation | str | None]:
-    """What a file's choices, by name, are on this machine."""
-    absent = _absent(entry.choice)
-    found: dict[str, Implementation | str] = {
-        each.name: each for each in entry.patch.op.implementations if each.name not in absent
-    }
-    return {signature: (found | {ORIGINAL: TUNED_TO_ORIGINAL}).get(name) for signature, name in names.items()}
-
-
-def _absent(choice: Choice) -> set[str]:
-    """Implementations that this machine or device cannot run."""
-    return {name for name, why in choice.declined.items() if not why.endswith("comes first")}
+    """What a file's choices, by name, are here: None for one that this machine or device cannot run."""
+    absent = {name for name, why in entry.choice.declined.items() if not why.endswith("comes first")}
+    found: dict[str, Implementation | str] = {each.name: each for each in entry.patch.op.implementations}
+    found[ORIGINAL] = TUNED_TO_ORIGINAL
+    return {signature: None if name in absent else found[name] for signature, name in names.items()}
 
 
 def tuning_for(catalogue: Iterable[Patch], request: Request, report: Report) -> Tuning:

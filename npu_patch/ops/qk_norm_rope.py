@@ -19,7 +19,7 @@ from npu_patch.kernels.variants import GAMMAS
 from npu_patch.numerics.rotation import HALF
 from npu_patch.numerics.values import numbers
 from npu_patch.ops.rms_norm import CASE_EPS, FLOAT_DTYPES, RMSNormVariant
-from npu_patch.ops.rope import RoPEVariant
+from npu_patch.ops.rope import RoPEVariant, rotary_dim
 from npu_patch.serving.case import Alternative, Case
 from npu_patch.serving.implementation import TRITON, Implementation, dtype_name, is_plain, layout, needs_triton
 from npu_patch.serving.op import Op
@@ -85,13 +85,8 @@ def _too_wide(x: Tensor) -> str | None:
     return launch.why_too_wide(x.device, x.shape[-1], *qk_norm_rope.TILES)
 
 
-def rotary_width(cos: Tensor, rope: RoPEVariant) -> int:
-    """How many elements of a head a table rotates."""
-    return 2 * cos.shape[-1] // rope.table.width(2)
-
-
 def _tables_unsupported(x: Tensor, cos: Tensor, sin: Tensor, rope: RoPEVariant) -> str | None:
-    width = rotary_width(cos, rope)
+    width = rotary_dim(cos, rope)
     fits = cos.shape == sin.shape and cos.dim() == 3 and cos.shape[0] in (1, x.shape[0]) and cos.shape[1] == x.shape[1]
     if not fits or width > x.shape[-1] or width % 2 or width == 0:
         return f"tables of another shape: {layout(cos)}, for heads of {layout(x)}"
@@ -127,7 +122,7 @@ def _exact(q: Heads, k: Heads, cos: Tensor, sin: Tensor, rope: RoPEVariant) -> t
 def _key(q: Heads, k: Heads, cos: Tensor, sin: Tensor, rope: RoPEVariant) -> Hashable:
     """What decides the time of a call, but for the number of tokens: tiles follow how much of a head is rotated."""
     weight_dtype = None if q.weight is None else q.weight.dtype
-    return q.x.shape[2], k.x.shape[2], q.x.shape[3], rotary_width(cos, rope), q.x.dtype, weight_dtype
+    return q.x.shape[2], k.x.shape[2], q.x.shape[3], rotary_dim(cos, rope), q.x.dtype, weight_dtype
 
 
 # A call is q, k, cos, sin and the rotation, for q `[B, H, S, D]` and k `[B, K, S, D]`. cos and sin are `[B or 1, S, R]`

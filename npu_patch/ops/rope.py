@@ -233,7 +233,7 @@ def _unsupported_anywhere(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, v
             return "tensor subclass"
         if x.device != cos.device or x.dtype not in FLOAT_DTYPES or x.numel() == 0:
             return f"{x.dtype}, {layout(x)}, on {x.device.type}"
-    width = _rotary_dim(cos, variant)
+    width = rotary_dim(cos, variant)
     for x in tensors:
         if cos.shape != sin.shape or cos.dim() != x.dim() or x.dim() not in (3, 4) or width > x.shape[-1] or width % 2:
             return f"tables of another shape: {layout(cos)}, for an input of {layout(x)}"
@@ -246,8 +246,8 @@ def _unsupported_on_npu(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, var
     reason = _unsupported_anywhere(tensors, cos, sin, variant)
     if reason is not None:
         return reason
-    if _rotary_dim(cos, variant) >= 896:
-        return f"{_rotary_dim(cos, variant)} rotated dimensions, the operator takes fewer than 896"
+    if rotary_dim(cos, variant) >= 896:
+        return f"{rotary_dim(cos, variant)} rotated dimensions, the operator takes fewer than 896"
     for x in tensors:
         batch, table_batch = (x.shape[0], cos.shape[0]) if x.dim() == 4 else (1, 1)
         heads = _heads(x, cos)
@@ -268,7 +268,8 @@ def _heads(x: Tensor, cos: Tensor) -> int | None:
     return None
 
 
-def _rotary_dim(cos: Tensor, variant: RoPEVariant) -> int:
+def rotary_dim(cos: Tensor, variant: RoPEVariant) -> int:
+    """How many elements of a head a table rotates."""
     return cos.shape[-1] * 2 if variant.table.width(2) == 1 else cos.shape[-1]
 
 
@@ -280,7 +281,7 @@ def _key(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, variant: RoPEVaria
     """How wide a head is, how much of it is rotated, in which dtype. q and k are as wide as each other: the tables
     are."""
     x = tensors[0]
-    return x.shape[-1], _rotary_dim(cos, variant), torch.promote_types(x.dtype, cos.dtype)
+    return x.shape[-1], rotary_dim(cos, variant), torch.promote_types(x.dtype, cos.dtype)
 
 
 ROPE: Op[[Sequence[Tensor], Tensor, Tensor, RoPEVariant], list[Tensor]] = Op(

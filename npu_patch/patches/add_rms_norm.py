@@ -35,7 +35,7 @@ from npu_patch.serving.case import Alternative, Case
 from npu_patch.serving.implementation import choose, is_plain
 from npu_patch.serving.listeners import listener
 from npu_patch.serving.replacement import TakenOver, Unfused, Unserved, replacement_for
-from npu_patch.sites.sites import CHECKPOINTING_LAYER, LiveModules, Site, forwards, innermost, is_checkpointing_layer
+from npu_patch.sites.sites import LiveModules, Site, forwards, innermost, is_checkpointing_layer
 from npu_patch.waiting.heads import NORMS
 from npu_patch.waiting.sums import Addition, DeferredBranch
 
@@ -50,7 +50,8 @@ def find(module: ModuleType) -> Iterable[Site]:
     found: dict[type, list[AddRMSNormReading | NotRead]] = {}
     for site in forwards(module):
         for mixer, reading in read_add_rms_norm(site.owner, _is_served):
-            found.setdefault(mixer, []).append(reading)
+            if not is_checkpointing_layer(mixer):
+                found.setdefault(mixer, []).append(reading)
     for cls, readings in found.items():
         _READINGS[cls] = readings
         yield Site(cls, "forward", vars(cls)["forward"])
@@ -58,8 +59,6 @@ def find(module: ModuleType) -> Iterable[Site]:
 
 def read_site(site: Site) -> Sequence[AddRMSNormReading] | NotRead:
     """Of each layer that was observed to call the mixer."""
-    if is_checkpointing_layer(site.owner):
-        return NotRead(CHECKPOINTING_LAYER, notable=False)
     found = _READINGS[site.owner]
     readings = [each for each in found if isinstance(each, AddRMSNormReading)]
     return readings or NotRead("; ".join(each.reason for each in found if isinstance(each, NotRead)))

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_patch.ops.qk_norm_rope import QK_NORM_ROPE, Heads, case, one_after_the_other, rotary_width
+from npu_patch.ops.qk_norm_rope import QK_NORM_ROPE, Heads, case, one_after_the_other
 from npu_patch.ops.readings import NotRead, RMSNormReading, RoPEReading
 from npu_patch.ops.rms_norm import RMS_NORM
-from npu_patch.ops.rope import ROPE
+from npu_patch.ops.rope import ROPE, rotary_dim
 from npu_patch.patches.head_sizes import rotary_widths
 from npu_patch.patches.patch import NOT_FASTER, Context, Patch, Replacement
 from npu_patch.probe.qk_norm_rope import QKNormRoPEReading, read_qk_norm_rope
@@ -33,21 +33,19 @@ from npu_patch.serving.implementation import choose
 from npu_patch.serving.listeners import listener
 from npu_patch.serving.replacement import Unfused, Unserved, replacement_for
 from npu_patch.sites.names_used import names_used
-from npu_patch.sites.sites import CHECKPOINTING_LAYER, LiveModules, Site, forwards, is_checkpointing_layer
+from npu_patch.sites.sites import LiveModules, Site, rebindable_forwards
 from npu_patch.waiting.heads import NORMS, ROTATIONS, Abandoned, Deferral, DeferredHeads, RoPESite, deferring
 
 
 def find(module: ModuleType) -> Iterable[Site]:
     """Forwards that look up one rotary function of their module, among those that the patch of RoPE serves."""
     names = {name for name, value in vars(module).items() if _rotation(value) is not None}
-    for site in forwards(module) if names else ():
+    for site in rebindable_forwards(module) if names else ():
         if names & names_used(site.original):
             yield site
 
 
 def read_site(site: Site) -> QKNormRoPEReading | NotRead:
-    if is_checkpointing_layer(site.owner):
-        return NotRead(CHECKPOINTING_LAYER, notable=False)
     rotations = _rotations(site.original)
     if len(rotations) != 1:
         return NotRead(f"it rotates by {len(rotations)} functions", notable=False)
@@ -63,7 +61,7 @@ def bind_site(site: Site, found: QKNormRoPEReading, context: Context) -> Replace
         reading: RoPEReading, q: DeferredHeads, k: DeferredHeads, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor]:
         q_heads, k_heads = (Heads(each.x.transpose(1, 2), each.weight, each.eps, each.variant) for each in (q, k))
-        if not reading.partial and rotary_width(cos, reading.variant) != q.x.shape[-1]:
+        if not reading.partial and rotary_dim(cos, reading.variant) != q.x.shape[-1]:
             raise Abandoned("tables narrower than the head")
         call = (q_heads, k_heads, cos, sin, reading.variant)
         serving = dispatch.serving(calls, *call)

@@ -30,14 +30,7 @@ from npu_patch.serving.changed_later import Callers
 from npu_patch.serving.dispatch import Dispatch
 from npu_patch.serving.listeners import listener_among, listener_to_all
 from npu_patch.serving.replacement import TakenOver, Unserved, are_tensors, bind, replacement_for
-from npu_patch.sites.sites import (
-    CHECKPOINTING_LAYER,
-    LiveModules,
-    Site,
-    forwards,
-    is_checkpointing_layer,
-    parameter_names,
-)
+from npu_patch.sites.sites import LiveModules, Site, parameter_names, rebindable_forwards
 from npu_patch.waiting import heads as deferred_norm
 from npu_patch.waiting.sums import DeferredSum
 
@@ -46,7 +39,7 @@ NOT_KNOWN = NotRead("this instance computes no known RMSNorm")
 
 def find(module: ModuleType) -> Iterable[Site]:
     """Forwards of one tensor, or of a tensor and its gate."""
-    for site in forwards(module):
+    for site in rebindable_forwards(module):
         names = parameter_names(site.original)
         if names is not None and len(names) in (1, 2):
             yield site
@@ -54,8 +47,6 @@ def find(module: ModuleType) -> Iterable[Site]:
 
 def read_site(site: Site) -> Sequence[RMSNormReading] | NotRead:
     """Of each configuration that its code was observed to ask for."""
-    if is_checkpointing_layer(site.owner):
-        return NotRead(CHECKPOINTING_LAYER, notable=False)
     return read_rms_norm(site.owner, site.original, _is_gated(site))
 
 

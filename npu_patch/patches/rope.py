@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from npu_patch.ops.readings import NotRead, RoPEReading
-from npu_patch.ops.rope import ROPE, case, mix_sections
+from npu_patch.ops.rope import ROPE, case, mix_sections, rotary_dim
 from npu_patch.patches.head_sizes import head_sizes
 from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.probe.rope import read_rope
@@ -72,7 +72,7 @@ def bind_site(site: Site, reading: RoPEReading, context: Context) -> Replacement
         serving = dispatch.serving(calls, tensors, cos, sin, variant)
         if isinstance(serving, str):
             return Unserved(serving)
-        if not reading.partial and any(2 * cos.shape[-1] // variant.table.width(2) != x.shape[-1] for x in tensors):
+        if not reading.partial and any(rotary_dim(cos, variant) != x.shape[-1] for x in tensors):
             return Unserved("tables narrower than the head")
         rotated = serving.run(tensors, cos, sin, variant)
         return rotated[0] if len(tensors) == 1 else tuple(rotated)

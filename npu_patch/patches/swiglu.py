@@ -31,27 +31,18 @@ from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import Case
 from npu_patch.serving.listeners import listener
 from npu_patch.serving.replacement import Unfused, Unserved, replacement_for, tensors_on
-from npu_patch.sites.sites import (
-    CHECKPOINTING_LAYER,
-    LiveModules,
-    Site,
-    forwards,
-    is_checkpointing_layer,
-    parameter_names,
-)
+from npu_patch.sites.sites import LiveModules, Site, parameter_names, rebindable_forwards
 
 
 def find(module: ModuleType) -> Iterable[Site]:
     """Forwards of one tensor."""
-    for site in forwards(module):
+    for site in rebindable_forwards(module):
         names = parameter_names(site.original)
         if names is not None and len(names) == 1:
             yield site
 
 
 def read_site(site: Site) -> SwiGLUReading | NotRead:
-    if is_checkpointing_layer(site.owner):
-        return NotRead(CHECKPOINTING_LAYER, notable=False)
     return read_swiglu(site.owner, site.original)
 
 

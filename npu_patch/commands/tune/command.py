@@ -36,7 +36,6 @@ from npu_patch.switches import TUNE, resolve
 
 DECLINES = "does not take it: "
 FEWEST = 5  # samples that have quartiles
-Timer = Callable[[Mapping[str, Callable[[], None]], torch.device, int], Mapping[str, Timing]]
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,6 @@ def decide(
     device: torch.device,
     samples: int,
     dtype: torch.dtype,
-    timer: Timer | None = None,
 ) -> Decision | None:
     """The fastest way that is right, for this call; None for a call without a floating result."""
     original = run_original(held, call)
@@ -149,7 +147,7 @@ def decide(
             else:
                 refused[name] = wrong
         forms.setdefault(ORIGINAL, lambda: None)
-        times = (timer or _times)(forms, device, samples) if len(forms) > 1 else {}
+        times = _times(forms, device, samples) if len(forms) > 1 else {}
     finally:
         dispatch.tuned = {}
     medians = {name: timing.median for name, timing in times.items()}
