@@ -71,13 +71,9 @@ def write(path: str | os.PathLike[str], device_type: str, decisions: Iterable[De
     content = {
         "format": FORMAT,
         **asdict(here(torch.device(device_type))),
-        "decisions": [_as_dict(each) for each in decisions],
+        "decisions": [{**vars(each), "signature": signature_for_json(each.signature)} for each in decisions],
     }
     write_atomically(path, json.dumps(content, indent=1) + "\n")
-
-
-def _as_dict(decision: Decision) -> dict[str, Any]:
-    return {**vars(decision), "signature": signature_for_json(decision.signature)}
 
 
 def signature_for_json(signature: Signature) -> list[list[Any]]:

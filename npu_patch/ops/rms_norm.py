@@ -254,20 +254,13 @@ def _key(variant: RMSNormVariant, x: Tensor, weight: Tensor | None, *_: Any) -> 
     return variant.name, x.shape[-1], x.dtype, None if weight is None else weight.dtype
 
 
+_by_npu, _by_torch = partial(normalize, _npu_rms_norm), partial(normalize, _torch_rms_norm)
 RMS_NORM: Op[[RMSNormVariant, Tensor, Tensor | None, float, Tensor | None, bool], Tensor] = Op(
     "rms_norm",
     (
         Implementation(TRITON, ACCELERATORS, _triton_rms_norm, unsupported_by_triton, needs_triton, optional=True),
-        Implementation(
-            "torch_npu.npu_rms_norm",
-            ("npu",),
-            partial(normalize, _npu_rms_norm),
-            _unsupported,
-            needs_operators(NPU_RMS_NORM),
-        ),
-        Implementation(
-            "torch.nn.functional.rms_norm", ("cuda", "cpu"), partial(normalize, _torch_rms_norm), _unsupported
-        ),
+        Implementation("torch_npu.npu_rms_norm", ("npu",), _by_npu, _unsupported, needs_operators(NPU_RMS_NORM)),
+        Implementation("torch.nn.functional.rms_norm", ("cuda", "cpu"), _by_torch, _unsupported),
     ),
     _key,
     RMSNormVariant.exact,

@@ -284,17 +284,14 @@ def _key(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, variant: RoPEVaria
     return x.shape[-1], rotary_dim(cos, variant), torch.promote_types(x.dtype, cos.dtype)
 
 
+_by_npu, _by_torch = partial(rotate, _npu_rotary_mul), partial(rotate, _torch_rotary_mul)
 ROPE: Op[[Sequence[Tensor], Tensor, Tensor, RoPEVariant], list[Tensor]] = Op(
     "rope",
     (
         Implementation(
-            "torch_npu.npu_rotary_mul",
-            ("npu",),
-            partial(rotate, _npu_rotary_mul),
-            _unsupported_on_npu,
-            needs_operators(NPU_ROTARY_MUL),
+            "torch_npu.npu_rotary_mul", ("npu",), _by_npu, _unsupported_on_npu, needs_operators(NPU_ROTARY_MUL)
         ),
-        Implementation("torch, float32", ("cuda", "cpu"), partial(rotate, _torch_rotary_mul), _unsupported_anywhere),
+        Implementation("torch, float32", ("cuda", "cpu"), _by_torch, _unsupported_anywhere),
     ),
     _key,
     _exact,

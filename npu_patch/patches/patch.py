@@ -77,14 +77,6 @@ class Replacement:
     definition: Callable[..., Callable[..., Any]] | None = None
 
 
-def _nothing_in(layer: torch.nn.Module) -> Iterable[Site]:
-    return ()
-
-
-def _no_customers(module: ModuleType) -> Iterable[type]:
-    return ()
-
-
 def layers_of_class(site: Site, context: Context[..., Any]) -> int | None:
     """How many layers of the given model a site of a class reaches; None for other sites and without a model."""
     return len(context.live_modules(site.owner)) if isinstance(site.owner, type) and context.live else None
@@ -117,9 +109,9 @@ class Patch(Generic[Reading, Call, Result]):
     read: Callable[[Site], Reading | NotRead]
     bind: Callable[[Site, Reading, Context[Call, Result]], Replacement | NotRead]
     registered: Callable[[], Iterable[Site]] = tuple
-    in_layer: Callable[[torch.nn.Module], Iterable[Site]] = _nothing_in
+    in_layer: Callable[[torch.nn.Module], Iterable[Site]] = lambda layer: ()
     layers: Callable[[Site, Context[Call, Result]], int | None] = layers_of_class
-    customers: Callable[[ModuleType], Iterable[type]] = _no_customers
+    customers: Callable[[ModuleType], Iterable[type]] = lambda module: ()
     tunable: bool = True
     options: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()

@@ -192,18 +192,9 @@ class ExpertsForm:
         elements = up.width_in * up.width_out * ups
         if elements > MOST_ELEMENTS:
             inner = max(STEP, MOST_ELEMENTS * inner // elements // STEP * STEP)
-        return cls(
-            up.width_in,
-            up.width_out * inner // down.width_in,
-            inner,
-            ups,
-            first.dim() == 3,
-            up.transposed,
-            first.is_contiguous(),
-            up.bias is not None,
-            experts.gate is not None,
-            first.dtype,
-        )
+        layout = first.dim() == 3, up.transposed, first.is_contiguous(), up.bias is not None
+        narrowed = up.width_out * inner // down.width_in, inner
+        return cls(up.width_in, *narrowed, ups, *layout, experts.gate is not None, first.dtype)
 
 
 def _key(tokens: Tensor, indices: Tensor, router_weights: Tensor, experts: Experts) -> ExpertsForm:

@@ -22,5 +22,4 @@ def route(
 
 
 def checks(layers: Iterable[Experts | None]) -> Iterator[Case]:
-    """Of live layers."""
     return (case(experts) for experts in layers if experts is not None)

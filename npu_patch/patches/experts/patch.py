@@ -182,16 +182,7 @@ def customers(module: ModuleType) -> Iterable[type]:
 
 
 READINGS: Readings[ExpertsReading] = Readings(_read, SETTINGS)
+NAMED = ("experts",)
 PATCH = Patch(
-    "experts",
-    "moe_patch",
-    EXPERTS,
-    find,
-    read_site,
-    bind_site,
-    registered,
-    in_layer,
-    layers,
-    customers,
-    called=("experts",),
+    "experts", "moe_patch", EXPERTS, find, read_site, bind_site, registered, in_layer, layers, customers, called=NAMED
 )
