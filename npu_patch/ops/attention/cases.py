@@ -1,8 +1,7 @@
-"""What of the attention operators is checked on a device before they serve a model, and for which calls that holds.
+"""What of the attention operators is checked on a device before they serve a model: each form of a call.
 
-A form is what the kernels have paths of their own for: each kind of mask, packed sequences, a bias, single queries with
-a cache. Lengths cross the blocks of the kernels: 128 queries, and for single queries 512 keys, beyond which an operator
-was seen to forget its mask (https://github.com/vllm-project/vllm-ascend/issues/15503).
+Lengths cross the blocks of the kernels: 128 queries, and for single queries 512 keys, beyond which an operator was seen
+to forget its mask (https://github.com/vllm-project/vllm-ascend/issues/15503).
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ SQUARE, MANY_KEYS, CACHES = (132,), (700,), (40, 700, 1100)
 FEW_QUERIES = 20
 WIDEST = 2048  # of all heads together: more of them compute the same
 WINDOW = 50
-
 
 # By form: at how many keys, how many queries (None: as many), and what is asked for, given the masks of those sizes.
 _Ask = Callable[[float, Tensor, Tensor], Attention]

@@ -1,7 +1,5 @@
-"""The attention op: who computes it, what of a call may decide that, and its definition.
-
-What a call is to the kernels is its form, which they have paths of their own for: each kind of mask, packed sequences,
-a bias, single queries with a cache.
+"""The attention op: who computes it, its definition, and the form of a call, for each of which kernels have a path:
+each kind of mask, packed sequences, a bias, single queries with a cache.
 """
 
 from __future__ import annotations
