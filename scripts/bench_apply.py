@@ -133,7 +133,7 @@ def _make_up_kernels() -> None:
 
         return seconds
 
-    usual = {patch.name: _usual(patch.implementations) for patch in lifecycle.CATALOGUE}
+    usual = {patch.name: _usual(patch.op.implementations) for patch in lifecycle.CATALOGUE}
     norm, rope = usual["rms_norm"], usual["rope"]
     fused = {
         "qk_norm_rope": qk_norm_rope.one_after_the_other(norm.run, rope.run),
@@ -143,11 +143,11 @@ def _make_up_kernels() -> None:
     def with_kernel(patch: Patch) -> Patch:
         if patch.name in fused:
             kernel = dataclasses.replace(norm, name="made up", optional=True, run=fused[patch.name], unsupported=_never)
-            return dataclasses.replace(patch, implementations=(kernel,))
-        if not any(each.optional for each in patch.implementations):
+            return _of(patch, kernel)
+        if not any(each.optional for each in patch.op.implementations):
             return patch
         kernel = dataclasses.replace(usual[patch.name], name="made up", optional=True)
-        return dataclasses.replace(patch, implementations=(kernel, usual[patch.name]))
+        return _of(patch, kernel, usual[patch.name])
 
     catalogue = [with_kernel(patch) for patch in lifecycle.CATALOGUE]
     lifecycle.CATALOGUE = tuple(catalogue)
@@ -158,6 +158,10 @@ def _make_up_kernels() -> None:
 
 def _usual(implementations: Sequence[Implementation]) -> Implementation | None:
     return next((each for each in implementations if not each.optional and "npu" in each.device_types), None)
+
+
+def _of(patch: Patch, *implementations: Implementation) -> Patch:
+    return dataclasses.replace(patch, op=dataclasses.replace(patch.op, implementations=implementations))
 
 
 def _never(*call: Any) -> None:

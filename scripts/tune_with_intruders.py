@@ -29,8 +29,8 @@ from npu_patch.serving.implementation import Implementation
 
 INTRUDER = "fast and wrong"
 WRONG = {
-    "rms_norm": lambda variant, x, *rest, gate_in_float32: x * 1.0,
-    "rope": lambda x, cos, sin, pairing: x * 1.0,
+    "rms_norm": lambda variant, x, *rest: x * 1.0,
+    "rope": lambda tensors, *rest: [x * 1.0 for x in tensors],
     "swiglu": lambda gate, up=None: (gate if up is not None else gate.chunk(2, -1)[0]) * 1.0,
 }
 
@@ -39,7 +39,9 @@ WRONG = {
 def intruders() -> Iterator[None]:
     """Offers the wrong implementations to `tune`."""
     with_intruders = tuple(
-        replace(patch, implementations=(*patch.implementations, _intruder(patch))) if patch.name in WRONG else patch
+        replace(patch, op=replace(patch.op, implementations=(*patch.op.implementations, _intruder(patch))))
+        if patch.name in WRONG
+        else patch
         for patch in CATALOGUE
     )
     with mock.patch("npu_patch.commands.tune.command.CATALOGUE", with_intruders):
@@ -47,7 +49,7 @@ def intruders() -> Iterator[None]:
 
 
 def _intruder(patch: Any) -> Implementation:
-    takes = patch.implementations[-1].unsupported
+    takes = patch.op.implementations[-1].unsupported
     return Implementation(INTRUDER, ("npu", "cuda", "cpu"), WRONG[patch.name], takes)
 
 

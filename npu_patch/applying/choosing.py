@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from npu_patch.applying.enabling import Enabled
 from npu_patch.applying.request import Request
 from npu_patch.measuring.self_check import Decisions
-from npu_patch.measuring.tuning import ORIGINAL, Signature, Tuning, read, tuned
+from npu_patch.measuring.tuning import ORIGINAL, Tuning, read
 from npu_patch.ops.readings import NotRead
 from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.reporting.outcome import TuningFile
 from npu_patch.reporting.report import Report
-from npu_patch.serving.implementation import Choice
+from npu_patch.serving.dispatch import TUNED_TO_ORIGINAL
+from npu_patch.serving.implementation import Implementation
+from npu_patch.serving.signature import Signature
 from npu_patch.sites.sites import Site
 
 TUNED_ORIGINAL = "tuned: the original is the fastest for every shape that was measured"
@@ -30,43 +32,26 @@ class Choosing:
     def at(self, site: Site, entry: Enabled, context: Context) -> Replacement | NotRead:
         """What `entry.patch` puts there, or why nothing."""
         patch = entry.patch
-        decision = patch.replace(site, context)
+        reading = patch.read(site)
+        decision = reading if isinstance(reading, NotRead) else patch.bind(site, reading, context)
         if isinstance(decision, NotRead):
             return decision
-        self.decisions.add(decision.dispatch, context.live)
-        choices = self.tuning.of(patch.name, site.label, decision.variant) if patch.tunable else {}
-        if choices and set(choices.values()) == {ORIGINAL}:
+        names = self.tuning.of(patch.name, site.label, decision.variant) if patch.tunable else {}
+        if names and set(names.values()) == {ORIGINAL}:
             decision.calls.deactivate()
             return LEFT_AS_TUNED
-        return self._tuned(site, entry, decision, choices, context) if choices else decision
-
-    def _tuned(
-        self,
-        site: Site,
-        entry: Enabled,
-        replacement: Replacement,
-        choices: Mapping[Signature, str],
-        context: Context,
-    ) -> Replacement:
-        """The replacement, with the choices of the tuning file."""
-        patch, choice = entry
-        others = {
-            each.name: patch.replace(site, replace(context, implementation=each, choice=None))
-            for each in patch.implementations
-            if each.name in choices.values()
-            and each.name not in _absent(choice)
-            and (each is not choice.chosen or choice.candidates)  # the usual one, unless that may be a Triton kernel
-        }
-        for other in others.values():
-            self.decisions.add(getattr(other, "dispatch", None), context.live)
-        ways = {name: (other.function, other.calls) for name, other in others.items() if isinstance(other, Replacement)}
-        function = tuned(replacement.function, site.original, replacement.calls, choices, ways)
-        return replace(replacement, function=function)
+        if names and decision.dispatch is not None:
+            decision.dispatch.tuned = _decided(names, entry)
+        self.decisions.add(decision.dispatch, context.live)
+        return decision
 
 
-def _absent(choice: Choice) -> set[str]:
-    """Implementations that this machine or device cannot run."""
-    return {name for name, why in choice.declined.items() if not why.endswith("comes first")}
+def _decided(names: Mapping[Signature, str], entry: Enabled) -> dict[Signature, Implementation | str | None]:
+    """What a file's choices, by name, are here: None for one that this machine or device cannot run."""
+    absent = {name for name, why in entry.choice.declined.items() if not why.endswith("comes first")}
+    found: dict[str, Implementation | str] = {each.name: each for each in entry.patch.op.implementations}
+    found[ORIGINAL] = TUNED_TO_ORIGINAL
+    return {signature: None if name in absent else found[name] for signature, name in names.items()}
 
 
 def tuning_for(catalogue: Iterable[Patch], request: Request, report: Report) -> Tuning:
@@ -78,7 +63,7 @@ def tuning_for(catalogue: Iterable[Patch], request: Request, report: Report) -> 
     if tuning.refused is not None:
         report.warnings.append(f"the tuning file {path} is not used: {tuning.refused}")
         return Tuning()
-    by_name = {(patch.name, each.name): each for patch in catalogue for each in patch.implementations}
+    by_name = {(patch.name, each.name): each for patch in catalogue for each in patch.op.implementations}
     for patch, name in sorted(tuning.choices):
         absent = by_name[patch, name].missing()
         if absent is not None:
@@ -89,4 +74,4 @@ def tuning_for(catalogue: Iterable[Patch], request: Request, report: Report) -> 
 
 def _choices(patch: Patch, device_type: str) -> list[str]:
     """What a tuning file may choose for it."""
-    return [each.name for each in patch.implementations if patch.tunable and device_type in each.device_types]
+    return [each.name for each in patch.op.implementations if patch.tunable and device_type in each.device_types]

@@ -72,15 +72,15 @@ def dry_run(
 
 def choice_if_sound(request: Request, report: Report, patch: Patch) -> Choice:
     """What is chosen here, or what would be if nothing were missing."""
-    choice = choose(patch.implementations, request.device_type, *request.triton)
+    choice = choose(patch.op.implementations, request.device_type, *request.triton)
     if choice.candidates and not choice.forced:
         unmeasured = {each.name: "a dry run measures nothing" for each in choice.candidates}
         choice = Choice(choice.chosen, choice.declined | unmeasured)
     if choice.chosen is not None:
         return choice
-    usual = [each for each in patch.implementations if not each.optional]
+    usual = [each for each in patch.op.implementations if not each.optional]
     if not usual and request.switches["triton"] is True:
-        kernels = tuple(each for each in patch.implementations if request.device_type in each.device_types)
+        kernels = tuple(each for each in patch.op.implementations if request.device_type in each.device_types)
         return Choice(None, {}, kernels, forced=True)
     serving = [each for each in usual if request.device_type in each.device_types]
     chosen = serving[0] if serving else None

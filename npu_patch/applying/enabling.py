@@ -35,7 +35,7 @@ def enabled(
             else:
                 report.notes.append(off)
         elif choice.chosen is None and not choice.candidates:
-            usual = [each for each in patch.implementations if not each.optional]
+            usual = [each for each in patch.op.implementations if not each.optional]
             served = any(request.device_type in each.device_types for each in usual)
             if usual or request.switches["triton"] is False:  # else the line about Triton kernels says why
                 (report.warnings if served else report.notes).append(f"{patch.name}: {choice.why_none()}")
@@ -50,7 +50,7 @@ def libraries_of(entries: Iterable[Enabled]) -> tuple[str, ...]:
 
 def choice_here(request: Request, report: Report, patch: Patch) -> Choice:
     """Of the implementations that this machine has."""
-    choice = choose(patch.implementations, request.device_type, *request.triton)
+    choice = choose(patch.op.implementations, request.device_type, *request.triton)
     if request.switches["triton"] is not False and request.switches[patch.switch]:
         _note_triton(request, report, patch, choice)
     return choice
@@ -60,7 +60,7 @@ def _note_triton(request: Request, report: Report, patch: Patch, choice: Choice)
     """Why no Triton kernel can be taken, once for all patches; a warning where they were asked for."""
     asked = request.switches["triton"] is True
     lines = report.warnings if asked else report.notes
-    for each in patch.implementations:
+    for each in patch.op.implementations:
         if not each.optional or request.device_type not in each.device_types:
             continue
         reason = choice.declined.get(each.name) or (NO_MODEL if not asked and request.model is None else None)

@@ -25,7 +25,7 @@ class Kept:
 
 def kept_at(held: PatchedSite, patch: Patch, asked: Switches) -> Iterator[Kept]:
     """Each option that is another now than when the site was patched."""
-    names = [*patch.options, *(["triton"] if any(each.optional for each in patch.implementations) else [])]
+    names = [*patch.options, *(["triton"] if any(each.optional for each in patch.op.implementations) else [])]
     for name in names:
         if held.switches[name] != asked[name]:
             yield Kept(patch.name, name, held.switches[name], asked[name], asked.sources[name])

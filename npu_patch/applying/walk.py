@@ -42,7 +42,7 @@ class Walk:
     def over(self, scope: Scope, entries: Sequence[Enabled]) -> None:
         for entry in entries:
             patch, choice = entry
-            context = Context(self.request.device_type, choice.chosen, self.request.switches, scope.live, choice)
+            context = Context(patch.op, choice, self.request.device_type, self.request.switches, scope.live)
             for site in self._found(patch, scope):
                 self._visit(entry, site, context)
         known = {each.site for each in self.report} | {held.site.label for held in self.binder.in_place()}

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from npu_patch.numerics.closeness import difference
 from npu_patch.numerics.room import quiet_room
@@ -87,18 +88,18 @@ def _why_wrong(case: Case, alternative: Alternative, device: torch.device, token
     leaves = [each.to(device).requires_grad_(case.differentiated) for each in given]
     exact_leaves = [each.double().requires_grad_(case.differentiated) for each in given]
     with torch.set_grad_enabled(case.differentiated):
-        asked = None if alternative.unsupported is None else case.why_not
-        if asked is not None and asked(alternative.unsupported, *leaves) is not None:
+        if alternative.unsupported is not None and case.call(alternative.unsupported, *leaves) is not None:
             return None  # the model's call does not reach it either
-        output = case.call(alternative.run, *leaves)
-        exact = case.definition(*exact_leaves)
+        outputs = _tensors(case.call(alternative.run, *leaves))
+        exact = _tensors(case.definition(*exact_leaves))
     half = [dtype for _, dtype in kinds if dtype != torch.float32]
     allowed = case.allowed[half[0] if half else torch.float32]
-    results = [("the output", output, exact, allowed)]
+    names = ["the output"] if len(exact) == 1 else [f"output {index}" for index in range(len(exact))]
+    results = [(*each, allowed) for each in zip(names, outputs, exact, strict=True)]
     if case.differentiated:
-        weights = numbers(exact.shape, 90, output.dtype)
-        found = torch.autograd.grad(output, leaves, weights.to(device))
-        exact_found = torch.autograd.grad(exact, exact_leaves, weights.double())
+        weights = [numbers(each.shape, 90 + index, outputs[index].dtype) for index, each in enumerate(exact)]
+        found = torch.autograd.grad(outputs, leaves, [each.to(device) for each in weights])
+        exact_found = torch.autograd.grad(exact, exact_leaves, [each.double() for each in weights])
         for index, (one, other) in enumerate(zip(found, exact_found, strict=True)):
             results.append((f"the gradient of input {index}", one, other, GRADIENTS * allowed))
     for name, one, other, bar in results:
@@ -108,13 +109,17 @@ def _why_wrong(case: Case, alternative: Alternative, device: torch.device, token
     return None
 
 
+def _tensors(result: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return (result,) if isinstance(result, Tensor) else result
+
+
 def _median_time(case: Case, alternative: Alternative, device: torch.device, stopwatch: Stopwatch) -> float:
     kinds = case.inputs(_timed_tokens(case))
     leaves = [torch.ones(shape, dtype=dtype, device=device).requires_grad_() for shape, dtype in kinds]
-    gradient = torch.ones_like(case.call(alternative.run, *leaves))
+    gradients = [torch.ones_like(each) for each in _tensors(case.call(alternative.run, *leaves))]
 
     def forward_and_backward() -> None:
-        torch.autograd.grad(case.call(alternative.run, *leaves), leaves, gradient)
+        torch.autograd.grad(_tensors(case.call(alternative.run, *leaves)), leaves, gradients)
 
     forward_and_backward()  # compiles, if it is a kernel that must be
     enough = time.perf_counter() + ENOUGH_S

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -33,24 +34,26 @@ class Measurer:
         kept = Measurements.read(Path(path) if path else default_path(measured_on), measured_on)
         return cls(device, kept, stopwatch(device))
 
-    def judge(self, case: Case, choice: Choice) -> Verdict:
-        """Times all that could serve the case, where times decide; else checks them."""
+    def judge(self, case: Case, choice: Choice, others: Sequence[Implementation] = ()) -> Verdict:
+        """Times all that could serve the case, where times decide; else checks them. `others` are checked only."""
         every, usual, timed = _competitors(case, choice)
         measured = {each.name: self._measured(case, each, timed) for each in every}
+        measured |= {each.name: self._measured(case, _alternative(each), False) for each in others}
         if not timed:
             return Verdict(case, None, "" if usual is None else usual.name, MappingProxyType(measured))
         winner = faster([(each.name, measured[each.name]) for each in choice.candidates], measured[usual.name])
         taken = next((each for each in choice.candidates if each.name == winner), None)
         return Verdict(case, taken, usual.name, MappingProxyType(measured))
 
-    def knows(self, case: Case, choice: Choice) -> bool:
+    def knows(self, case: Case, choice: Choice, others: Sequence[Implementation] = ()) -> bool:
         """Whether nothing has to run for `judge`."""
         every, _, timed = _competitors(case, choice)
-        known = [self.kept.of(case.key, each.name) for each in every]
-        return not any(each is None or (timed and each == Measured()) for each in known)
+        known = [self.kept.of(case.title, each.name) for each in every]
+        known_others = [self.kept.of(case.title, each.name) for each in others]
+        return None not in known_others and not any(each is None or (timed and each == Measured()) for each in known)
 
     def _measured(self, case: Case, alternative: Alternative, timed: bool) -> Measured:
-        found = self.kept.of(case.key, alternative.name)
+        found = self.kept.of(case.title, alternative.name)
         if found is None or (timed and found == Measured()):
             if timed:
                 found = measure(case, alternative, self.device, self.stopwatch)
@@ -61,7 +64,7 @@ class Measurer:
             elif found.wrong is not None and self._lost:
                 found = Measured(DEVICE_LOST)
             if found.wrong not in ACCIDENTS:
-                self.kept.keep(case.key, alternative.name, found)
+                self.kept.keep(case.title, alternative.name, found)
         return found
 
 
@@ -72,7 +75,7 @@ def _competitors(case: Case, choice: Choice) -> tuple[list[Alternative], Alterna
     if timed and usual is None:
         usual = case.original
         if usual is None:
-            raise ValueError(f"{case.key}: no implementation and no original to compare {choice.candidates} with")
+            raise ValueError(f"{case.title}: no implementation and no original to compare {choice.candidates} with")
     return [*map(_alternative, choice.candidates), *([] if usual is None else [usual])], usual, timed
 
 

@@ -89,8 +89,9 @@ class Decisions:
             for dispatch, cases in self.waiting:
                 verdicts: dict[Hashable, Verdict] = {}
                 for key, case in cases.items():
-                    if time.monotonic() < deadline or measurer.knows(case, dispatch.choice):
-                        verdicts[key] = measurer.judge(case, dispatch.choice)
+                    competitors = case, dispatch.choice, dispatch.tuned_to
+                    if time.monotonic() < deadline or measurer.knows(*competitors):
+                        verdicts[key] = measurer.judge(*competitors)
                     done()
                 left += len(cases) - len(verdicts)
                 journal.rebind(dispatch, "verdicts", {**dispatch.verdicts, **verdicts})

@@ -2,38 +2,38 @@
 
     TWINKLE_NPU_TUNE=tuned.json python train.py
 
-A call whose shapes are in the file goes where the file says, another one where it went anyway; a site whose every
-measured shape was fastest as the original is not rebound. Times hold for one chip and one set of versions: a file from
-another is refused, with the reason.
+A call of an op whose shapes are in the file goes where the file says (`Dispatch.tuned`), another one where it went
+anyway; a site whose every measured shape was fastest as the original is not rebound. Times hold for one chip and one
+set of versions: a file from another is refused, with the reason.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from npu_patch.measuring.atomic_file import write_atomically
 from npu_patch.measuring.measured_on import here
-from npu_patch.serving.calls import Calls
+from npu_patch.serving.implementation import Implementation
+from npu_patch.serving.signature import Signature, signature_of
 
-FORMAT = 3
+FORMAT = 4
 ORIGINAL = "original"
-Signature = tuple[tuple[torch.dtype | str, tuple[int, ...]], ...]
+__all__ = ["Decision", "Forced", "Signature", "Tuning", "read", "signature_for_json", "signature_of", "write"]
+Decided = Implementation[..., Any] | str | None
 DTYPES = {str(each): each for each in vars(torch).values() if isinstance(each, torch.dtype)}
 
 
 @dataclass(frozen=True)
 class Decision:
-    """For calls of one signature at one site: `choice` is an implementation's name or "original". For people: the times
-    in ms (medians, and their quartiles), what was refused as wrong, and what declined these shapes."""
+    """For an op's calls of one signature at one site: `choice` is an implementation's name or "original". For people:
+    the times in ms (medians, and their quartiles), what was refused as wrong, and what declined these shapes."""
 
     patch: str
     site: str
@@ -71,13 +71,9 @@ def write(path: str | os.PathLike[str], device_type: str, decisions: Iterable[De
     content = {
         "format": FORMAT,
         **asdict(here(torch.device(device_type))),
-        "decisions": [_as_dict(each) for each in decisions],
+        "decisions": [{**vars(each), "signature": signature_for_json(each.signature)} for each in decisions],
     }
     write_atomically(path, json.dumps(content, indent=1) + "\n")
-
-
-def _as_dict(decision: Decision) -> dict[str, Any]:
-    return {**vars(decision), "signature": signature_for_json(decision.signature)}
 
 
 def signature_for_json(signature: Signature) -> list[list[Any]]:
@@ -150,60 +146,16 @@ def _decision(content: Any) -> tuple[tuple[str, str, str], Signature, str]:
     return (patch, site, variant), signature, choice
 
 
-def signature_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Signature:
-    """Of one call: dtype and shape of each tensor and of each layer's own parameters, and the widths of a layer's
-    projections. Not whether gradients are on: who watches decides nothing. Made at every call: nothing is turned into
-    text here."""
-    found: list[tuple[torch.dtype | str, tuple[int, ...]]] = []
-    for value in (*args, *kwargs.values()) if kwargs else args:
-        if isinstance(value, Tensor):
-            found.append((value.dtype, value.shape))
-        elif isinstance(value, torch.nn.Module):
-            own = value._parameters.values()
-            found += [(parameter.dtype, parameter.shape) for parameter in own if parameter is not None]
-            found += [("projection", widths) for widths in projections_of(value)]
-    return tuple(found)
+class Forced(dict[Signature, Decided]):
+    """In the place of a file's decisions: one for every call, and then the signatures that were asked for."""
 
+    def __init__(self, decided: Decided) -> None:
+        super().__init__()
+        self._decided = decided
 
-def projections_of(layer: torch.nn.Module) -> list[tuple[int, int]]:
-    """The widths in and out of the linear layers directly in `layer`, adapted ones too. A feed-forward layer and a
-    wider one of its class are given the same tensors."""
-    widths = [
-        (vars(each).get("in_features"), vars(each).get("out_features")) for each in layer._modules.values() if each
-    ]
-    return [pair for pair in widths if isinstance(pair[0], int) and isinstance(pair[1], int)]
+    def __bool__(self) -> bool:
+        return True
 
-
-def tuned(
-    usual: Callable[..., Any],
-    original: Callable[..., Any],
-    calls: Calls,
-    choices: Mapping[Signature, str],
-    others: Mapping[str, tuple[Callable[..., Any], Calls]],
-) -> Callable[..., Any]:
-    """`usual`, but for calls of a signature in `choices` what is chosen there. `others`: by name, implementations that
-    are not the usual one, with their counters."""
-
-    @functools.wraps(usual)
-    def function(*args: Any, **kwargs: Any) -> Any:
-        if not calls.active or torch.compiler.is_compiling():
-            return usual(*args, **kwargs)
-        choice = choices.get(signature_of(args, kwargs))
-        if choice is None:
-            return usual(*args, **kwargs)
-        calls.tuned += 1
-        if choice == ORIGINAL:
-            calls.fell_through["tuned: the original is the fastest for these shapes"] += 1
-            return original(*args, **kwargs)
-        if choice not in others:
-            return usual(*args, **kwargs)
-        other, its_calls = others[choice]
-        before = its_calls.fell_through.copy()
-        result = other(*args, **kwargs)
-        if its_calls.fell_through == before:
-            calls.ran += 1
-            calls.ran_by[choice] += 1
-        calls.fell_through.update(its_calls.fell_through - before)
-        return result
-
-    return function
+    def __contains__(self, signature: object) -> bool:
+        self[signature] = self._decided
+        return True

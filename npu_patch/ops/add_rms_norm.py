@@ -6,16 +6,17 @@ launch of its own. Where no implementation here serves, an add is followed by wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from npu_patch.devices import ACCELERATORS
-from npu_patch.ops.rms_norm import CASE_EPS, RMSNormVariant, unsupported_by_triton
+from npu_patch.ops.rms_norm import CASE_EPS, RMS_NORM, RMSNormVariant, unsupported_by_triton
 from npu_patch.serving.case import Alternative, Case
 from npu_patch.serving.implementation import TRITON, Implementation, dtype_name, is_plain, layout, needs_triton
+from npu_patch.serving.op import Op
 
 Run = Callable[[RMSNormVariant, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
 
@@ -40,10 +41,24 @@ def _unsupported(variant: RMSNormVariant, x: Tensor, residual: Tensor, weight: T
     return unsupported_by_triton(variant, x, weight, eps)
 
 
-# Called with the norm's variant, x and residual `[..., D]`, weight `[D]` or None, and eps, `run` returns the norm of
-# x + residual, and x + residual.
-IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation(TRITON, ACCELERATORS, _triton, _unsupported, needs_triton, optional=True),
+def _exact(
+    variant: RMSNormVariant, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return variant.exact(total, weight, eps), total
+
+
+def _key(variant: RMSNormVariant, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> Hashable:
+    return RMS_NORM.key(variant, x, weight, eps, None, False)
+
+
+# A call is the norm's variant, x and residual `[..., D]`, weight `[D]` or None, and eps; for the norm of x + residual,
+# and x + residual.
+ADD_RMS_NORM = Op(
+    "add_rms_norm",
+    (Implementation(TRITON, ACCELERATORS, _triton, _unsupported, needs_triton, optional=True),),
+    _key,
+    _exact,
 )
 
 
@@ -59,34 +74,17 @@ def one_after_the_other(norm: Callable[..., Tensor]) -> Run:
     return run
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What decides the time of a call, but for the number of tokens."""
+def case(
+    variant: RMSNormVariant, width: int, dtype: torch.dtype, weight_dtype: torch.dtype | None, original: Alternative
+) -> Case:
+    """x and residual `[tokens, width]`, with a weight of `weight_dtype`, or None without one."""
 
-    variant: str
-    width: int
-    dtype: torch.dtype
-    weight_dtype: torch.dtype | None
-
-    @classmethod
-    def of(cls, variant: RMSNormVariant, x: Tensor, weight: Tensor | None) -> Sizes:
-        return cls(variant.name, x.shape[-1], x.dtype, None if weight is None else weight.dtype)
-
-
-def case(sizes: Sizes, variant: RMSNormVariant, original: Alternative) -> Case:
-    """The results are put side by side: a `Case` has one."""
-
-    def call(run: Run, x: Tensor, residual: Tensor, weight: Tensor | None = None) -> Tensor:
-        return torch.cat(run(variant, x, residual, weight, CASE_EPS), -1)
-
-    def definition(x: Tensor, residual: Tensor, weight: Tensor | None = None) -> Tensor:
-        total = x + residual
-        return torch.cat((variant.exact(total, weight, CASE_EPS), total), -1)
+    def call(function: Callable[..., Any], x: Tensor, residual: Tensor, weight: Tensor | None = None) -> Any:
+        return function(variant, x, residual, weight, CASE_EPS)
 
     def inputs(tokens: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        weights = [] if sizes.weight_dtype is None else [((sizes.width,), sizes.weight_dtype)]
-        return [((tokens, sizes.width), sizes.dtype)] * 2 + weights
+        weights = [] if weight_dtype is None else [((width,), weight_dtype)]
+        return [((tokens, width), dtype)] * 2 + weights
 
-    weighted = "" if sizes.weight_dtype is None else f", weight {dtype_name(sizes.weight_dtype)}"
-    name = f"{variant.name}, {sizes.width} {dtype_name(sizes.dtype)}{weighted}"
-    return Case("add_rms_norm", name, inputs, call, definition, original)
+    weighted = "" if weight_dtype is None else f", weight {dtype_name(weight_dtype)}"
+    return Case(ADD_RMS_NORM, f"{variant.name}, {width} {dtype_name(dtype)}{weighted}", inputs, call, original)

@@ -7,7 +7,7 @@ what the patches of RMSNorm and RoPE do anyway.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,10 @@ from npu_patch.devices import ACCELERATORS
 from npu_patch.numerics.rotation import HALF
 from npu_patch.numerics.values import numbers
 from npu_patch.ops.rms_norm import CASE_EPS, FLOAT_DTYPES, RMSNormVariant
-from npu_patch.ops.rope import RoPEVariant, rotate
+from npu_patch.ops.rope import RoPEVariant, rotary_dim
 from npu_patch.serving.case import Alternative, Case
 from npu_patch.serving.implementation import TRITON, Implementation, dtype_name, is_plain, layout, needs_triton
+from npu_patch.serving.op import Op
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,8 @@ def _too_wide(x: Tensor) -> str | None:
     return launch.why_too_wide(x.device, x.shape[-1], *qk_norm_rope.TILES)
 
 
-def rotary_width(cos: Tensor, rope: RoPEVariant) -> int:
-    """How many elements of a head a table rotates."""
-    return 2 * cos.shape[-1] // rope.table.width(2)
-
-
 def _tables_unsupported(x: Tensor, cos: Tensor, sin: Tensor, rope: RoPEVariant) -> str | None:
-    width = rotary_width(cos, rope)
+    width = rotary_dim(cos, rope)
     fits = cos.shape == sin.shape and cos.dim() == 3 and cos.shape[0] in (1, x.shape[0]) and cos.shape[1] == x.shape[1]
     if not fits or width > x.shape[-1] or width % 2 or width == 0:
         return f"tables of another shape: {layout(cos)}, for heads of {layout(x)}"
@@ -116,78 +112,73 @@ def reference(q: Heads, k: Heads, cos: Tensor, sin: Tensor, rope: RoPEVariant) -
     return rope.reference(normed[0], cos, sin), rope.reference(normed[1], cos, sin)
 
 
-# Called with q, k, cos, sin and the rotation, `run` returns q `[B, H, S, D]` and k `[B, K, S, D]`. cos and sin are
-# `[B or 1, S, R]` as the original takes them.
-IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation(TRITON, ACCELERATORS, _triton, _unsupported, needs_triton, optional=True),
+def _exact(q: Heads, k: Heads, cos: Tensor, sin: Tensor, rope: RoPEVariant) -> tuple[Tensor, Tensor]:
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    normed = [heads.variant.exact(heads.x, heads.weight, heads.eps).transpose(1, 2) for heads in (q, k)]
+    return rope.reference(normed[0], cos, sin), rope.reference(normed[1], cos, sin)
+
+
+def _key(q: Heads, k: Heads, cos: Tensor, sin: Tensor, rope: RoPEVariant) -> Hashable:
+    """What decides the time of a call, but for the number of tokens: tiles follow how much of a head is rotated."""
+    weight_dtype = None if q.weight is None else q.weight.dtype
+    return q.x.shape[2], k.x.shape[2], q.x.shape[3], rotary_dim(cos, rope), q.x.dtype, weight_dtype
+
+
+# A call is q, k, cos, sin and the rotation, for q `[B, H, S, D]` and k `[B, K, S, D]`. cos and sin are `[B or 1, S, R]`
+# as the original takes them.
+QK_NORM_ROPE = Op(
+    "qk_norm_rope",
+    (Implementation(TRITON, ACCELERATORS, _triton, _unsupported, needs_triton, optional=True),),
+    _key,
+    _exact,
 )
 
 
-def one_after_the_other(norm: Callable[..., Tensor], rotation: Callable[..., Tensor]) -> Callable[..., Any]:
+def one_after_the_other(norm: Callable[..., Tensor], rotation: Callable[..., Sequence[Tensor]]) -> Callable[..., Any]:
     """A `run` of what serves where nothing here does: an implementation's of RMSNorm, then one's of RoPE."""
 
-    def run(q: Heads, k: Heads, cos: Tensor, sin: Tensor, rope: RoPEVariant) -> tuple[Tensor, Tensor]:
+    def run(q: Heads, k: Heads, cos: Tensor, sin: Tensor, rope: RoPEVariant) -> tuple[Tensor, ...]:
         normed = [norm(heads.variant, heads.x, heads.weight, heads.eps).transpose(1, 2) for heads in (q, k)]
-        return tuple(rotate(rope, rotation, normed, cos.unsqueeze(1), sin.unsqueeze(1)))
+        return tuple(rotation(normed, cos.unsqueeze(1), sin.unsqueeze(1), rope))
 
     return run
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What decides the time of a call, but for the number of tokens: tiles follow `rotary`, how much of a head is
-    rotated."""
-
-    heads: int
-    key_heads: int
-    head_dim: int
-    rotary: int
-    dtype: torch.dtype
-    weight_dtype: torch.dtype | None
-
-    @classmethod
-    def of(cls, q: Heads, k: Heads, cos: Tensor, rope: RoPEVariant) -> Sizes:
-        weight = None if q.weight is None else q.weight.dtype
-        return cls(q.x.shape[2], k.x.shape[2], q.x.shape[3], rotary_width(cos, rope), q.x.dtype, weight)
-
-
-def case(sizes: Sizes, norm: RMSNormVariant, rope: RoPEVariant, original: Alternative) -> Case:
-    """One sequence. The results are put side by side: a `Case` has one."""
-    width = sizes.head_dim
+def case(
+    norm: RMSNormVariant,
+    rope: RoPEVariant,
+    heads: tuple[int, int],
+    head_dim: int,
+    rotary: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype | None,
+    original: Alternative,
+) -> Case:
+    """One sequence, with so many `heads` of q and of k."""
     tables: dict[Any, tuple[Tensor, Tensor]] = {}  # made before the clock runs
 
     def tables_for(x: Tensor) -> tuple[Tensor, Tensor]:
         key = x.shape[0], x.dtype, x.device
         if key not in tables:
             tables.clear()
-            shape = (1, x.shape[0], rope.table.width(sizes.rotary))
-            tables[key] = tuple(numbers(shape, seed, sizes.dtype).to(x.device, x.dtype) for seed in (7, 8))
+            shape = (1, x.shape[0], rope.table.width(rotary))
+            cos, sin = (numbers(shape, seed, dtype).to(x.device, x.dtype) for seed in (7, 8))
+            tables[key] = cos, sin
         return tables[key]
 
-    def call(run: Callable[..., Any], q: Tensor, k: Tensor, *weights: Tensor) -> Tensor:
+    def call(function: Callable[..., Any], q: Tensor, k: Tensor, *weights: Tensor) -> Any:
         q_weight, k_weight = weights or (None, None)
         both = (
-            Heads(x.unflatten(-1, (-1, width)).unsqueeze(0), weight, CASE_EPS, norm)
+            Heads(x.unflatten(-1, (-1, head_dim)).unsqueeze(0), weight, CASE_EPS, norm)
             for x, weight in ((q, q_weight), (k, k_weight))
         )
-        return torch.cat(run(*both, *tables_for(q), rope), 1)
-
-    def definition(*inputs: Tensor) -> Tensor:
-        def run(q: Heads, k: Heads, cos: Tensor, sin: Tensor, rope: RoPEVariant) -> list[Tensor]:
-            results = []
-            for heads in (q, k):
-                y = norm.exact(heads.x, heads.weight, heads.eps)
-                results.append(rope.reference(y.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1)))
-            return results
-
-        return call(run, *inputs)
+        return function(*both, *tables_for(q), rope)
 
     def inputs(tokens: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        weights = [] if sizes.weight_dtype is None else [((width,), sizes.weight_dtype)] * 2
-        return [((tokens, heads * width), sizes.dtype) for heads in (sizes.heads, sizes.key_heads)] + weights
+        weights = [] if weight_dtype is None else [((head_dim,), weight_dtype)] * 2
+        return [((tokens, count * head_dim), dtype) for count in heads] + weights
 
-    weighted = "" if sizes.weight_dtype is None else f", weight {dtype_name(sizes.weight_dtype)}"
-    rotated = "" if sizes.rotary == width else f", {sizes.rotary} rotated"
-    heads = f"{sizes.heads} and {sizes.key_heads} heads of {width}{rotated}"
-    name = f"{norm.name}, {heads} {dtype_name(sizes.dtype)}{weighted}"
-    return Case("qk_norm_rope", name, inputs, call, definition, original)
+    weighted = "" if weight_dtype is None else f", weight {dtype_name(weight_dtype)}"
+    rotated = "" if rotary == head_dim else f", {rotary} rotated"
+    sizes = f"{heads[0]} and {heads[1]} heads of {head_dim}{rotated} {dtype_name(dtype)}"
+    return Case(QK_NORM_ROPE, f"{norm.name}, {sizes}{weighted}", inputs, call, original)

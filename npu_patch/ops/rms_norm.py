@@ -6,14 +6,16 @@ references below round where those ways round, so a probe can tell them apart. `
 one kernel that works in float32 and rounds once: no further from the exact result than any of them. The Triton kernel
 does the gate and `1 + weight` too, in the same launch.
 
-An implementation's `run` and `unsupported` are called with `(variant, x, weight, eps, gate)`, x `[..., D]`, weight
-`[D]` or None, and for gated variants gate `[..., D]`, else None; `run` also with `gate_in_float32`.
+A call is `(variant, x, weight, eps, gate, gate_in_float32)`, x `[..., D]`, weight `[D]` or None, and for gated variants
+gate `[..., D]`, else None.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,7 @@ from npu_patch.serving.implementation import (
     needs_operators,
     needs_triton,
 )
+from npu_patch.serving.op import Op
 from npu_patch.serving.operators import Operator
 
 CASE_EPS = 1e-6
@@ -74,7 +77,7 @@ class RMSNormVariant:
     def output_dtype(self, x: Tensor, weight: Tensor | None) -> torch.dtype:
         return x.dtype if weight is None else OUTPUT_DTYPES[self.output](x.dtype, weight.dtype)
 
-    def exact(self, x: Tensor, weight: Tensor | None, eps: float, gate: Tensor | None = None) -> Tensor:
+    def exact(self, x: Tensor, weight: Tensor | None, eps: float, gate: Tensor | None = None, *_: Any) -> Tensor:
         """The definition, which rounds nowhere: for float64."""
         y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         gamma = self.gamma.value(weight)
@@ -83,8 +86,8 @@ class RMSNormVariant:
 
 
 def normalize(
-    variant: RMSNormVariant,
     kernel: Callable[[Tensor, Tensor | None, float], Tensor],
+    variant: RMSNormVariant,
     x: Tensor,
     weight: Tensor | None,
     eps: float,
@@ -183,12 +186,7 @@ def _torch_rms_norm(x: Tensor, gamma: Tensor | None, eps: float) -> Tensor:
 
 
 def _triton_rms_norm(
-    variant: RMSNormVariant,
-    x: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    gate: Tensor | None = None,
-    gate_in_float32: bool = False,
+    variant: RMSNormVariant, x: Tensor, weight: Tensor | None, eps: float, gate: Tensor | None = None, *_: Any
 ) -> Tensor:
     """In float32 up to the last rounding, whatever `gate_in_float32` says."""
     if gate is None:
@@ -207,7 +205,7 @@ def _kernels_activation(variant: RMSNormVariant) -> str | None:
 
 
 def unsupported_by_triton(
-    variant: RMSNormVariant, x: Tensor, weight: Tensor | None, eps: float, gate: Tensor | None = None
+    variant: RMSNormVariant, x: Tensor, weight: Tensor | None, eps: float, gate: Tensor | None = None, *_: Any
 ) -> str | None:
     reason = _unsupported(variant, x, weight, eps, gate)
     if reason is not None:
@@ -238,7 +236,7 @@ def _too_wide_for_triton(x: Tensor, gated: bool) -> str | None:
 
 
 def _unsupported(
-    variant: RMSNormVariant, x: Tensor, weight: Tensor | None, eps: float, gate: Tensor | None = None
+    variant: RMSNormVariant, x: Tensor, weight: Tensor | None, eps: float, gate: Tensor | None = None, *_: Any
 ) -> str | None:
     """Limits of npu_rms_norm (operator documentation): 2 to 8 dimensions, three float dtypes, gamma over the last."""
     if not is_plain(x) or not (weight is None or is_plain(weight)) or not (gate is None or is_plain(gate)):
@@ -254,14 +252,21 @@ def _unsupported(
     return None
 
 
-def _by(kernel: Callable[[Tensor, Tensor | None, float], Tensor]) -> Callable[..., Tensor]:
-    return lambda variant, *tensors, **options: normalize(variant, kernel, *tensors, **options)
+def _key(variant: RMSNormVariant, x: Tensor, weight: Tensor | None, *_: Any) -> Hashable:
+    return variant.name, x.shape[-1], x.dtype, None if weight is None else weight.dtype
 
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation(TRITON, ACCELERATORS, _triton_rms_norm, unsupported_by_triton, needs_triton, optional=True),
-    Implementation("torch_npu.npu_rms_norm", ("npu",), _by(_npu_rms_norm), _unsupported, needs_operators(NPU_RMS_NORM)),
-    Implementation("torch.nn.functional.rms_norm", ("cuda", "cpu"), _by(_torch_rms_norm), _unsupported),
+_by_npu, _by_torch = partial(normalize, _npu_rms_norm), partial(normalize, _torch_rms_norm)
+RMS_NORM: Op[[RMSNormVariant, Tensor, Tensor | None, float, Tensor | None, bool], Tensor] = Op(
+    "rms_norm",
+    (
+        Implementation(TRITON, ACCELERATORS, _triton_rms_norm, unsupported_by_triton, needs_triton, optional=True),
+        Implementation("torch_npu.npu_rms_norm", ("npu",), _by_npu, _unsupported, needs_operators(NPU_RMS_NORM)),
+        Implementation("torch.nn.functional.rms_norm", ("cuda", "cpu"), _by_torch, _unsupported),
+    ),
+    _key,
+    RMSNormVariant.exact,
+    (*PLAIN_VARIANTS, *GATED_VARIANTS),
 )
 
 
@@ -270,24 +275,14 @@ def case(variant: RMSNormVariant, width: int, dtype: torch.dtype, weight_dtype: 
     row = [] if weight_dtype is None else [((width,), weight_dtype)]
     rows = [dtype] if variant.gate is None else [dtype, dtype]
 
-    def split(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        x, *others = inputs
-        return x, (others.pop() if row else None), (others.pop() if others else None)
-
-    def call(run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        x, weight, gate = split(inputs)
-        return run(variant, x, weight, CASE_EPS, gate)
-
-    def definition(*inputs: Tensor) -> Tensor:
-        x, weight, gate = split(inputs)
-        return variant.exact(x, weight, CASE_EPS, gate)
+    def call(function: Callable[..., Any], x: Tensor, *others: Tensor) -> Any:
+        weight = others[-1] if row else None
+        return function(variant, x, weight, CASE_EPS, None if variant.gate is None else others[0], False)
 
     weighted = "" if weight_dtype is None else f", weight {dtype_name(weight_dtype)}"
     return Case(
-        "rms_norm",
+        RMS_NORM,
         f"{variant.name}, {width} {dtype_name(dtype)}{weighted}",
         lambda tokens: [((tokens, width), each) for each in rows] + row,
         call,
-        definition,
-        why_not=call,
     )

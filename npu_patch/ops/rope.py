@@ -8,8 +8,9 @@ kernel per tensor, forward and backward, and keeps nothing for the backward but 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from npu_patch.numerics.rotation import HALF, INTERLEAVE, rotate_pairs, table_gr
 from npu_patch.numerics.values import values
 from npu_patch.serving.case import Case
 from npu_patch.serving.implementation import Implementation, dtype_name, is_plain, layout, needs_operators
+from npu_patch.serving.op import Op
 from npu_patch.serving.operators import Operator
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -94,11 +96,12 @@ VARIANTS: tuple[RoPEVariant, ...] = tuple(
 
 
 def rotate(
-    variant: RoPEVariant, kernel: Callable[..., Tensor], tensors: Sequence[Tensor], cos: Tensor, sin: Tensor
+    kernel: Callable[..., Tensor], tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, variant: RoPEVariant
 ) -> list[Tensor]:
     """`variant` of each of `tensors` (`[B, N, S, D]`, `[B, S, N, D]` or `[T, N, D]`).
 
-    cos and sin have as many dimensions as the tensors, one head, and the variant's table width, at most D.
+    cos and sin have as many dimensions as the tensors, one head, and the variant's table width, at most D. That is how
+    the op is called.
     """
     cos, sin = variant.table.widen(cos), variant.table.widen(sin)
     if variant.negated:
@@ -240,7 +243,7 @@ def _unsupported_anywhere(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, v
             return "tensor subclass"
         if x.device != cos.device or x.dtype not in FLOAT_DTYPES or x.numel() == 0:
             return f"{x.dtype}, {layout(x)}, on {x.device.type}"
-    width = _rotary_dim(cos, variant)
+    width = rotary_dim(cos, variant)
     for x in tensors:
         if cos.shape != sin.shape or cos.dim() != x.dim() or x.dim() not in (3, 4) or width > x.shape[-1] or width % 2:
             return f"tables of another shape: {layout(cos)}, for an input of {layout(x)}"
@@ -253,8 +256,8 @@ def _unsupported_on_npu(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, var
     reason = _unsupported_anywhere(tensors, cos, sin, variant)
     if reason is not None:
         return reason
-    if _rotary_dim(cos, variant) >= 896:
-        return f"{_rotary_dim(cos, variant)} rotated dimensions, the operator takes fewer than 896"
+    if rotary_dim(cos, variant) >= 896:
+        return f"{rotary_dim(cos, variant)} rotated dimensions, the operator takes fewer than 896"
     for x in tensors:
         batch, table_batch = (x.shape[0], cos.shape[0]) if x.dim() == 4 else (1, 1)
         heads = _heads(x, cos)
@@ -275,57 +278,55 @@ def _heads(x: Tensor, cos: Tensor) -> int | None:
     return None
 
 
-def _rotary_dim(cos: Tensor, variant: RoPEVariant) -> int:
+def rotary_dim(cos: Tensor, variant: RoPEVariant) -> int:
+    """How many elements of a head a table rotates."""
     return cos.shape[-1] * 2 if variant.table.width(2) == 1 else cos.shape[-1]
 
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation(
-        "torch_npu.npu_rotary_mul", ("npu",), _npu_rotary_mul, _unsupported_on_npu, needs_operators(NPU_ROTARY_MUL)
+def _exact(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, variant: RoPEVariant) -> list[Tensor]:
+    return [variant.reference(x, cos, sin) for x in tensors]
+
+
+def _key(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, variant: RoPEVariant) -> Hashable:
+    """How wide a head is, how much of it is rotated, in which dtype. q and k are as wide as each other: the tables
+    are."""
+    x = tensors[0]
+    return x.shape[-1], rotary_dim(cos, variant), torch.promote_types(x.dtype, cos.dtype)
+
+
+_by_npu, _by_torch = partial(rotate, _npu_rotary_mul), partial(rotate, _torch_rotary_mul)
+ROPE: Op[[Sequence[Tensor], Tensor, Tensor, RoPEVariant], list[Tensor]] = Op(
+    "rope",
+    (
+        Implementation(
+            "torch_npu.npu_rotary_mul", ("npu",), _by_npu, _unsupported_on_npu, needs_operators(NPU_ROTARY_MUL)
+        ),
+        Implementation("torch, float32", ("cuda", "cpu"), _by_torch, _unsupported_anywhere),
     ),
-    Implementation("torch, float32", ("cuda", "cpu"), _torch_rotary_mul, _unsupported_anywhere),
+    _key,
+    _exact,
+    VARIANTS,
 )
 
 
-@dataclass(frozen=True)
-class CallSizes:
-    """What a self-check of a rotation holds for: how wide a head is, how much of it is rotated, and in which dtype."""
-
-    head_dim: int
-    rotary: int
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, x: Tensor, cos: Tensor, variant: RoPEVariant) -> CallSizes:
-        return cls(x.shape[-1], _rotary_dim(cos, variant), torch.promote_types(x.dtype, cos.dtype))
-
-
-def case(variant: RoPEVariant, heads: int, sizes: CallSizes) -> Case:
+def case(variant: RoPEVariant, heads: int, head_dim: int, rotary: int, dtype: torch.dtype) -> Case:
     """`[2, N, S, D]` as models have it, `[2, S, N, D]` in memory, with one table for both samples."""
 
     def tables(tokens: int) -> list[Tensor]:
         """Of angles, in the dtype of the call: what is rounded in them is rounded for everyone."""
-        width = variant.table.width(sizes.rotary)
+        width = variant.table.width(rotary)
         places = torch.frombuffer(bytearray(range(tokens)), dtype=torch.uint8).view(1, 1, -1, 1)
         angles = places.double() * 10000.0 ** -(values((width,), 7).double().abs() % 1.0)
-        return [table.to(sizes.dtype) for table in (angles.cos(), angles.sin())]
+        return [table.to(dtype) for table in (angles.cos(), angles.sin())]
 
-    def rotated(rotate: Callable[..., Any], x: Tensor) -> Any:
-        heads = x.transpose(1, 2)
-        return rotate(heads, *(table.to(x.device, x.dtype) for table in tables(x.shape[1])))
+    def call(function: Callable[..., Any], x: Tensor) -> Any:
+        cos, sin = (table.to(x.device, x.dtype) for table in tables(x.shape[1]))
+        return function([x.transpose(1, 2)], cos, sin, variant)
 
-    def call(kernel: Callable[..., Tensor], x: Tensor) -> Tensor:
-        return rotated(lambda heads, cos, sin: rotate(variant, kernel, [heads], cos, sin)[0], x)
-
-    def why_not(unsupported: Callable[..., str | None], x: Tensor) -> str | None:
-        return rotated(lambda heads, cos, sin: unsupported([heads], cos, sin, variant), x)
-
-    part = "" if sizes.rotary == sizes.head_dim else f", {sizes.rotary} rotated"
+    part = "" if rotary == head_dim else f", {rotary} rotated"
     return Case(
-        "rope",
-        f"{variant.name}, {heads} heads of {sizes.head_dim}{part} {dtype_name(sizes.dtype)}",
-        lambda tokens: [((2, tokens, heads, sizes.head_dim), sizes.dtype)],
+        ROPE,
+        f"{variant.name}, {heads} heads of {head_dim}{part} {dtype_name(dtype)}",
+        lambda tokens: [((2, tokens, heads, head_dim), dtype)],
         call,
-        lambda x: rotated(variant.reference, x),
-        why_not=why_not,
     )

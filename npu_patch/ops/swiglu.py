@@ -15,13 +15,12 @@ of a policy and of its reference, or of a layer and of its recomputation, would 
 moved against 5 I, in as many launches. The Triton kernel takes them as they are: forward 3 I in 1, backward 5 I in 1,
 keeps 2 I.
 
-An implementation's `run` is called with gate and up `[..., I]`, or with gate_up `[..., 2 I]` alone, and returns
-`silu(gate) * up` `[..., I]`, rounded once.
+A call is gate and up `[..., I]`, or gate_up `[..., 2 I]` alone, for `silu(gate) * up` `[..., I]`, rounded once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -39,14 +38,20 @@ from npu_patch.serving.implementation import (
     needs_operators,
     needs_triton,
 )
+from npu_patch.serving.op import Op
 from npu_patch.serving.operators import Operator
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NPU_SWIGLU = Operator("npu_swiglu", ("dim",), gradient=True)
 
 
-def reference(gate: Tensor, up: Tensor) -> Tensor:
+def reference(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    gate, up = gate.chunk(2, -1) if up is None else (gate, up)
     return F.silu(gate) * up
+
+
+def _key(gate: Tensor, up: Tensor | None = None) -> Hashable:
+    return gate.shape[-1], gate.dtype
 
 
 def _npu_swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
@@ -61,7 +66,7 @@ def _torch_swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     return (F.silu(gate) * up).to(dtype)
 
 
-def _triton_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def _triton_swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     from npu_patch.kernels.swiglu import swiglu
 
     return swiglu(gate, up)
@@ -98,10 +103,15 @@ def _unsupported_tensors(*tensors: Tensor | None) -> str | None:
     return None
 
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation(TRITON, ACCELERATORS, _triton_swiglu, _unsupported_triton, needs_triton, optional=True),
-    Implementation("torch_npu.npu_swiglu", ("npu",), _npu_swiglu, _unsupported, needs_operators(NPU_SWIGLU)),
-    Implementation("torch, float32", ("cuda", "cpu"), _torch_swiglu, _unsupported),
+SWIGLU = Op(
+    "swiglu",
+    (
+        Implementation(TRITON, ACCELERATORS, _triton_swiglu, _unsupported_triton, needs_triton, optional=True),
+        Implementation("torch_npu.npu_swiglu", ("npu",), _npu_swiglu, _unsupported, needs_operators(NPU_SWIGLU)),
+        Implementation("torch, float32", ("cuda", "cpu"), _torch_swiglu, _unsupported),
+    ),
+    _key,
+    reference,
 )
 
 
@@ -118,17 +128,12 @@ def kept_for_the_backward(implementation: Implementation, *call: Tensor) -> tupl
 def case(width: int, dtype: torch.dtype, in_one: bool = False) -> Case:
     """gate and up `[tokens, width]` of one dtype; `in_one`: gate_up `[tokens, width]`, half of it gate."""
 
-    def call(run: Callable[..., Any], *gate_and_up: Tensor) -> Any:
-        return run(*gate_and_up)
-
-    def definition(*gate_and_up: Tensor) -> Tensor:
-        return reference(*(gate_and_up if len(gate_and_up) == 2 else gate_and_up[0].chunk(2, -1)))
+    def call(function: Callable[..., Any], *gate_and_up: Tensor) -> Any:
+        return function(*gate_and_up)
 
     return Case(
-        "swiglu",
+        SWIGLU,
         f"{width} {dtype_name(dtype)}{', in one' if in_one else ''}",
         lambda tokens: [((tokens, width), dtype)] * (1 if in_one else 2),
         call,
-        definition,
-        why_not=call,
     )

@@ -15,7 +15,7 @@ Delete     when transformers has a registration point for the add and the norm t
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import FrameType, ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 
 from npu_patch.numerics.room import in_quiet_room
-from npu_patch.ops import rms_norm
-from npu_patch.ops.add_rms_norm import IMPLEMENTATIONS, Sizes, case, one_after_the_other
+from npu_patch.ops.add_rms_norm import ADD_RMS_NORM, case, one_after_the_other
 from npu_patch.ops.readings import NotRead, RMSNormReading
-from npu_patch.ops.rms_norm import RMSNormVariant
+from npu_patch.ops.rms_norm import RMS_NORM, RMSNormVariant
 from npu_patch.patches.patch import NOT_FASTER, Context, Patch, Replacement
 from npu_patch.probe.add_rms_norm import AddRMSNormReading, read_add_rms_norm
 from npu_patch.serving.bypassed import Bypassed
@@ -36,7 +35,7 @@ from npu_patch.serving.case import Alternative, Case
 from npu_patch.serving.implementation import choose, is_plain
 from npu_patch.serving.listeners import listener
 from npu_patch.serving.replacement import TakenOver, Unfused, Unserved, replacement_for
-from npu_patch.sites.sites import CHECKPOINTING_LAYER, LiveModules, Site, forwards, innermost, is_checkpointing_layer
+from npu_patch.sites.sites import LiveModules, Site, forwards, innermost, is_checkpointing_layer
 from npu_patch.waiting.heads import NORMS
 from npu_patch.waiting.sums import Addition, DeferredBranch
 
@@ -51,21 +50,24 @@ def find(module: ModuleType) -> Iterable[Site]:
     found: dict[type, list[AddRMSNormReading | NotRead]] = {}
     for site in forwards(module):
         for mixer, reading in read_add_rms_norm(site.owner, _is_served):
-            found.setdefault(mixer, []).append(reading)
+            if not is_checkpointing_layer(mixer):
+                found.setdefault(mixer, []).append(reading)
     for cls, readings in found.items():
         _READINGS[cls] = readings
         yield Site(cls, "forward", vars(cls)["forward"])
 
 
-def replace(site: Site, context: Context) -> Replacement | NotRead:
-    cls, original = site.owner, site.original
-    if is_checkpointing_layer(cls):
-        return NotRead(CHECKPOINTING_LAYER, notable=False)
-    readings = [each for each in _READINGS[cls] if isinstance(each, AddRMSNormReading)]
-    if not readings:
-        return NotRead("; ".join(each.reason for each in _READINGS[cls]))
+def read_site(site: Site) -> Sequence[AddRMSNormReading] | NotRead:
+    """Of each layer that was observed to call the mixer."""
+    found = _READINGS[site.owner]
+    readings = [each for each in found if isinstance(each, AddRMSNormReading)]
+    return readings or NotRead("; ".join(each.reason for each in found if isinstance(each, NotRead)))
+
+
+def bind_site(site: Site, readings: Sequence[AddRMSNormReading], context: Context) -> Replacement:
+    original = site.original
     calls, device_type, callers = Calls(), context.device_type, Callers(readings)
-    dispatch = context.dispatch(lambda live: _cases(readings, live, context), _key_of)
+    dispatch = context.dispatch(lambda live: _cases(readings, live, context))
 
     def fuse(
         variant: RMSNormVariant, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float
@@ -113,10 +115,6 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
     names = ", ".join(dict.fromkeys(reading.layer.__name__ for reading in readings))
     function = replacement_for(original, calls, serve, bypassed=Bypassed())
     return Replacement(function, f"in {names}", calls, None, dispatch, alone=False)
-
-
-def _key_of(variant: RMSNormVariant, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> Sizes:
-    return Sizes.of(variant, x, weight)
 
 
 class Callers:
@@ -196,11 +194,9 @@ def _why_no_norm(layer: torch.nn.Module, reading: AddRMSNormReading) -> str | No
     return None
 
 
-def _cases(
-    readings: Sequence[AddRMSNormReading], live: LiveModules, context: Context
-) -> Iterator[tuple[Hashable, Case]]:
+def _cases(readings: Sequence[AddRMSNormReading], live: LiveModules, context: Context) -> Iterator[Case]:
     """Of the layers' norms whose weight says how wide they are, beside an add and the operator for the norm."""
-    norm_alone = choose(rms_norm.IMPLEMENTATIONS, context.device_type).chosen
+    norm_alone = choose(RMS_NORM.implementations, context.device_type).chosen
     if norm_alone is None:
         return
     original = Alternative("add, then RMSNorm", one_after_the_other(norm_alone.run))
@@ -211,8 +207,9 @@ def _cases(
                 found = None if site is None else site.reading_of(norm)
                 if isinstance(found, RMSNormReading) and found.weight_name:
                     weight = getattr(norm, found.weight_name)
-                    sizes = Sizes(found.variant.name, weight.shape[-1], live.dtype, weight.dtype)
-                    yield sizes, case(sizes, found.variant, original)
+                    yield case(found.variant, weight.shape[-1], live.dtype, weight.dtype, original)
 
 
-PATCH = Patch("add_rms_norm", "triton", IMPLEMENTATIONS, find, replace, tunable=False, needs=("rms_norm",), around=True)
+PATCH = Patch(
+    "add_rms_norm", "triton", ADD_RMS_NORM, find, read_site, bind_site, tunable=False, needs=("rms_norm",), around=True
+)

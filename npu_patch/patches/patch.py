@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from npu_patch.ops.readings import NotRead
 from npu_patch.serving.calls import Calls
-from npu_patch.serving.dispatch import Cases, Dispatch, no_cases, no_key
-from npu_patch.serving.implementation import Choice, Implementation
+from npu_patch.serving.case import Case
+from npu_patch.serving.dispatch import Dispatch, no_cases
+from npu_patch.serving.implementation import Call, Choice, Result
+from npu_patch.serving.op import Op
 from npu_patch.sites.sites import LiveModules, Site
 from npu_patch.switches import Switches
 from npu_patch.waiting.heads import Participant
 
+Reading = TypeVar("Reading")
 NOT_FASTER = "no kernel was measured to be faster"
 
 
 @dataclass(frozen=True)
-class Context:
-    """What a patch knows when it decides on a site.
+class Context(Generic[Call, Result]):
+    """What a patch knows when it makes a replacement.
 
-    `implementation`: the usual one of the patch's op. `live` holds the given model's modules; None where none was.
-    `choice`: that implementation with the optional ones beside it; None where there is to be no other.
+    `op`: the patch's, with the `choice` among its implementations. `live` holds the given model's modules; None where
+    none was given.
     """
 
+    op: Op[Call, Result]
+    choice: Choice[Call, Result]
     device_type: str
-    implementation: Implementation
     switches: Switches
     live: LiveModules | None = None
-    choice: Choice | None = None
 
-    def dispatch(self, cases: Cases = no_cases, key_of: Callable[..., Hashable] = no_key) -> Dispatch:
-        """Among the implementations, for one site; `cases` and `key_of` as in `Dispatch`."""
-        return Dispatch(self.choice or Choice(self.implementation, {}), cases, key_of)
+    def dispatch(
+        self, cases: Callable[[LiveModules], Iterable[Case[Call, Result]]] = no_cases
+    ) -> Dispatch[Call, Result]:
+        """Among the implementations, for one site; `cases` as in `Dispatch`."""
+        return Dispatch(self.op, self.choice, cases)
 
     def live_modules(self, cls: type) -> Sequence[torch.nn.Module]:
         return () if self.live is None else self.live.of(cls)
@@ -62,8 +67,8 @@ class Replacement:
     function: Callable[..., Any]
     variant: str
     calls: Calls
-    choice: Choice | None = None
-    dispatch: Dispatch | None = None
+    choice: Choice[..., Any] | None = None
+    dispatch: Dispatch[..., Any] | None = None
     alone: bool = True
     observe: Callable[[torch.nn.Module], Any] | None = None
     participant: Participant | None = None
@@ -72,31 +77,25 @@ class Replacement:
     definition: Callable[..., Callable[..., Any]] | None = None
 
 
-def _nothing_in(layer: torch.nn.Module) -> Iterable[Site]:
-    return ()
-
-
-def _no_customers(module: ModuleType) -> Iterable[type]:
-    return ()
-
-
-def layers_of_class(site: Site, context: Context) -> int | None:
+def layers_of_class(site: Site, context: Context[..., Any]) -> int | None:
     """How many layers of the given model a site of a class reaches; None for other sites and without a model."""
     return len(context.live_modules(site.owner)) if isinstance(site.owner, type) and context.live else None
 
 
 @dataclass(frozen=True)
-class Patch:
+class Patch(Generic[Reading, Call, Result]):
     """One entry of the catalogue.
 
     `find(module)` yields the sites to look at in a modeling module, `registered()` those in transformers' registries,
-    `in_layer(layer)` those on one live module of the given model. `replace(site, context)` observes one and decides,
-    with the first of the op's `implementations` that serves the device. `layers(site, context)` is how many layers of
-    the given model the site reaches. `customers(module)` are the classes of a modeling module that look up at call time
-    what `registered()` replaces. `tunable`: a tuning file may choose another of `implementations`, or the original.
+    `in_layer(layer)` those on one live module of the given model. `read(site)` observes what its original computes, and
+    writes and makes nothing; `bind(site, reading, context)` makes what takes its place, with a dispatch among the
+    implementations of `op`, or says why the given model is to have none. `layers(site, context)` is how many of its
+    layers the site reaches. `customers(module)` are the classes of a modeling module that look up at call time
+    what `registered()` replaces. `tunable`: a tuning file may choose another implementation of `op`, or the original.
     `options`: switches that its replacements are made with, beside its own and that of Triton kernels.
     `libraries`: packages or modules beside modeling code, by dotted names, that `find` is given the modules of too,
     imported before or later.
+    `further_ops`: of sites that are of another op.
     `called`: words in the names of most of its sites: under whose name the report has one that another patcher took.
     `needs`: the names of the patches on whose sites it builds, which come before it.
     `around`: it leaves a site's original to compute what it did, so it stands around another patch's replacement, and
@@ -105,16 +104,18 @@ class Patch:
 
     name: str
     switch: str
-    implementations: Sequence[Implementation]
+    op: Op[Call, Result]
     find: Callable[[ModuleType], Iterable[Site]]
-    replace: Callable[[Site, Context], Replacement | NotRead]
+    read: Callable[[Site], Reading | NotRead]
+    bind: Callable[[Site, Reading, Context[Call, Result]], Replacement | NotRead]
     registered: Callable[[], Iterable[Site]] = tuple
-    in_layer: Callable[[torch.nn.Module], Iterable[Site]] = _nothing_in
-    layers: Callable[[Site, Context], int | None] = layers_of_class
-    customers: Callable[[ModuleType], Iterable[type]] = _no_customers
+    in_layer: Callable[[torch.nn.Module], Iterable[Site]] = lambda layer: ()
+    layers: Callable[[Site, Context[Call, Result]], int | None] = layers_of_class
+    customers: Callable[[ModuleType], Iterable[type]] = lambda module: ()
     tunable: bool = True
     options: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     libraries: tuple[str, ...] = ()
+    further_ops: tuple[Op[..., Any], ...] = ()
     called: tuple[str, ...] = ()
     around: bool = False

@@ -12,17 +12,17 @@ Delete     when torch_npu has an operator for both, or transformers a registrati
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from npu_patch.ops import rms_norm, rope
-from npu_patch.ops.qk_norm_rope import IMPLEMENTATIONS, Heads, Sizes, case, one_after_the_other, rotary_width
+from npu_patch.ops.qk_norm_rope import QK_NORM_ROPE, Heads, case, one_after_the_other
 from npu_patch.ops.readings import NotRead, RMSNormReading, RoPEReading
-from npu_patch.ops.rope import RoPEVariant
+from npu_patch.ops.rms_norm import RMS_NORM
+from npu_patch.ops.rope import ROPE, rotary_dim
 from npu_patch.patches.head_sizes import rotary_widths
 from npu_patch.patches.patch import NOT_FASTER, Context, Patch, Replacement
 from npu_patch.probe.qk_norm_rope import QKNormRoPEReading, read_qk_norm_rope
@@ -33,7 +33,7 @@ from npu_patch.serving.implementation import choose
 from npu_patch.serving.listeners import listener
 from npu_patch.serving.replacement import Unfused, Unserved, replacement_for
 from npu_patch.sites.names_used import names_used
-from npu_patch.sites.sites import CHECKPOINTING_LAYER, LiveModules, Site, forwards, is_checkpointing_layer
+from npu_patch.sites.sites import LiveModules, Site, rebindable_forwards
 from npu_patch.waiting.contract import Abandoned
 from npu_patch.waiting.heads import NORMS, ROTATIONS, Deferral, DeferredHeads, RoPESite, deferring
 
@@ -41,29 +41,28 @@ from npu_patch.waiting.heads import NORMS, ROTATIONS, Deferral, DeferredHeads, R
 def find(module: ModuleType) -> Iterable[Site]:
     """Forwards that look up one rotary function of their module, among those that the patch of RoPE serves."""
     names = {name for name, value in vars(module).items() if _rotation(value) is not None}
-    for site in forwards(module) if names else ():
+    for site in rebindable_forwards(module) if names else ():
         if names & names_used(site.original):
             yield site
 
 
-def replace(site: Site, context: Context) -> Replacement | NotRead:
-    cls, original = site.owner, site.original
-    if is_checkpointing_layer(cls):
-        return NotRead(CHECKPOINTING_LAYER, notable=False)
-    rotations = _rotations(original)
+def read_site(site: Site) -> QKNormRoPEReading | NotRead:
+    rotations = _rotations(site.original)
     if len(rotations) != 1:
         return NotRead(f"it rotates by {len(rotations)} functions", notable=False)
-    found = read_qk_norm_rope(cls, rotations[0])
-    if isinstance(found, NotRead):
-        return found
-    calls, device_type = Calls(), context.device_type
-    dispatch = context.dispatch(lambda live: _cases(cls, found, rotations[0], live, context), _key_of)
+    return read_qk_norm_rope(site.owner, rotations[0])
+
+
+def bind_site(site: Site, found: QKNormRoPEReading, context: Context) -> Replacement:
+    original, calls, device_type = site.original, Calls(), context.device_type
+    (rotation,) = _rotations(original)
+    dispatch = context.dispatch(lambda live: _cases(site.owner, found, rotation, live, context))
 
     def rotate(
         reading: RoPEReading, q: DeferredHeads, k: DeferredHeads, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor]:
         q_heads, k_heads = (Heads(each.x.transpose(1, 2), each.weight, each.eps, each.variant) for each in (q, k))
-        if not reading.partial and rotary_width(cos, reading.variant) != q.x.shape[-1]:
+        if not reading.partial and rotary_dim(cos, reading.variant) != q.x.shape[-1]:
             raise Abandoned("tables narrower than the head")
         call = (q_heads, k_heads, cos, sin, reading.variant)
         serving = dispatch.serving(calls, *call)
@@ -92,15 +91,11 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
     )
 
 
-def _key_of(q: Heads, k: Heads, cos: Tensor, sin: Tensor, variant: RoPEVariant) -> Sizes:
-    return Sizes.of(q, k, cos, variant)
-
-
 def _cases(
     cls: type, found: QKNormRoPEReading, rotation: RoPESite, live: LiveModules, context: Context
-) -> Iterator[tuple[Hashable, Case]]:
+) -> Iterator[Case]:
     """Of the layers whose config says how many heads they have, beside the two operators one after the other."""
-    parts = [choose(each, context.device_type).chosen for each in (rms_norm.IMPLEMENTATIONS, rope.IMPLEMENTATIONS)]
+    parts = [choose(each, context.device_type).chosen for each in (RMS_NORM.implementations, ROPE.implementations)]
     if None in parts:
         return
     original = Alternative("RMSNorm, then RoPE", one_after_the_other(*(part.run for part in parts)))
@@ -113,8 +108,8 @@ def _cases(
             weight = getattr(norm, reading.weight_name)
             head_dim = weight.shape[-1]
             for rotary in rotary_widths(live, config, head_dim) if rotation.reading.partial else {head_dim}:
-                sizes = Sizes(*heads, head_dim, rotary, live.dtype, weight.dtype)
-                yield sizes, case(sizes, reading.variant, rotation.reading.variant, original)
+                variants = reading.variant, rotation.reading.variant
+                yield case(*variants, tuple(heads), head_dim, rotary, live.dtype, weight.dtype, original)
 
 
 def _why_not(layer: torch.nn.Module, q_norm: str, k_norm: str, device_type: str) -> str | None:
@@ -155,4 +150,6 @@ def _rotations(forward: Any) -> list[RoPESite]:
     return [site for site in found if site is not None]
 
 
-PATCH = Patch("qk_norm_rope", "triton", IMPLEMENTATIONS, find, replace, tunable=False, needs=("rms_norm", "rope"))
+PATCH = Patch(
+    "qk_norm_rope", "triton", QK_NORM_ROPE, find, read_site, bind_site, tunable=False, needs=("rms_norm", "rope")
+)

@@ -11,7 +11,7 @@ Delete     when transformers' kernel mapping has an NPU entry for every norm var
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from npu_patch.ops.readings import NotRead, RMSNormReading
-from npu_patch.ops.rms_norm import HALF_DTYPES, IMPLEMENTATIONS, RMSNormVariant, case
+from npu_patch.ops.rms_norm import HALF_DTYPES, RMS_NORM, case
 from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.probe.readings import Readings
 from npu_patch.probe.rms_norm import read_rms_norm
@@ -27,16 +27,10 @@ from npu_patch.serving.bypassed import SILU, Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import Case
 from npu_patch.serving.changed_later import Callers
+from npu_patch.serving.dispatch import Dispatch
 from npu_patch.serving.listeners import listener_among, listener_to_all
 from npu_patch.serving.replacement import TakenOver, Unserved, are_tensors, bind, replacement_for
-from npu_patch.sites.sites import (
-    CHECKPOINTING_LAYER,
-    LiveModules,
-    Site,
-    forwards,
-    is_checkpointing_layer,
-    parameter_names,
-)
+from npu_patch.sites.sites import LiveModules, Site, parameter_names, rebindable_forwards
 from npu_patch.waiting import heads as deferred_norm
 from npu_patch.waiting.sums import DeferredSum
 
@@ -45,33 +39,51 @@ NOT_KNOWN = NotRead("this instance computes no known RMSNorm")
 
 def find(module: ModuleType) -> Iterable[Site]:
     """Forwards of one tensor, or of a tensor and its gate."""
-    for site in forwards(module):
+    for site in rebindable_forwards(module):
         names = parameter_names(site.original)
         if names is not None and len(names) in (1, 2):
             yield site
 
 
-def replace(site: Site, context: Context) -> Replacement | NotRead:
-    cls, original = site.owner, site.original
-    if is_checkpointing_layer(cls):
-        return NotRead(CHECKPOINTING_LAYER, notable=False)
-    names = parameter_names(original)
-    gated = len(names) == 2
-    found = read_rms_norm(cls, original, gated)
-    if isinstance(found, NotRead):
-        return found
-    configuration = {name: None for reading in found for name in reading.configuration}
+def read_site(site: Site) -> Sequence[RMSNormReading] | NotRead:
+    """Of each configuration that its code was observed to ask for."""
+    return read_rms_norm(site.owner, site.original, _is_gated(site))
+
+
+def bind_site(site: Site, found: Sequence[RMSNormReading], context: Context) -> Replacement:
+    cls, original, gated = site.owner, site.original, _is_gated(site)
 
     def read(its_class: type, attributes: Mapping[str, Any]) -> RMSNormReading | NotRead:
         of_kind = read_rms_norm(its_class, original, gated, attributes)
         return NOT_KNOWN if isinstance(of_kind, NotRead) or len(of_kind) > 1 else of_kind[0]
 
+    configuration = {name: None for reading in found for name in reading.configuration}
     readings: Readings[RMSNormReading] = Readings(read, tuple(configuration))
     for reading in found:
         readings.note(cls, reading, configuration | reading.configuration)
-    calls, callers = Calls(), Callers()
-    device_type, in_float32 = context.device_type, context.switches["gated_rmsnorm_fp32"]
-    dispatch = context.dispatch(lambda live: _cases(cls, readings, live), _key_of)
+    calls, dispatch = Calls(), context.dispatch(lambda live: _cases(cls, readings, live))
+    live = [each for each in map(readings.of, context.live_modules(cls)) if isinstance(each, RMSNormReading)]
+    variants = dict.fromkeys(reading.variant.name for reading in live or found)
+    bypassed = Bypassed.by(original, *([SILU] if gated else []))
+    serve = _serving(parameter_names(original), readings, dispatch, calls, context)
+    return Replacement(
+        replacement_for(original, calls, serve, bypassed=bypassed),
+        " or ".join(variants),
+        calls,
+        dispatch=dispatch,
+        observe=readings.of,
+        participant=deferred_norm.NormSite(original, readings.of, calls),
+    )
+
+
+def _is_gated(site: Site) -> bool:
+    return len(parameter_names(site.original)) == 2
+
+
+def _serving(
+    names: Sequence[str], readings: Readings[RMSNormReading], dispatch: Dispatch, calls: Calls, context: Context
+) -> Callable[..., Any]:
+    callers, device_type, in_float32 = Callers(), context.device_type, context.switches["gated_rmsnorm_fp32"]
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         bound = bind(names, args, kwargs)
@@ -106,24 +118,11 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
         if kept and changed:
             calls.declined["the input itself"] = f"a copy is kept: {changed}"
             x, *gate = (tensor.clone() for tensor in (x, *gate))
-        call = (reading.variant, x, weight, eps, *gate)
+        call = (reading.variant, x, weight, eps, gate[0] if gate else None, in_float32)
         serving = dispatch.serving(calls, *call)
-        if isinstance(serving, str):
-            return Unserved(serving)
-        return serving.run(*call, gate_in_float32=in_float32)
+        return Unserved(serving) if isinstance(serving, str) else serving.run(*call)
 
-    live = [each for each in map(readings.of, context.live_modules(cls)) if isinstance(each, RMSNormReading)]
-    variants = dict.fromkeys(reading.variant.name for reading in live or found)
-    bypassed = Bypassed.by(original, *([SILU] if gated else []))
-    function = replacement_for(original, calls, serve, bypassed=bypassed)
-    return Replacement(
-        function,
-        " or ".join(variants),
-        calls,
-        dispatch=dispatch,
-        observe=readings.of,
-        participant=deferred_norm.NormSite(original, readings.of, calls),
-    )
+    return serve
 
 
 def _with_its_sum(reading: RMSNormReading | NotRead, norm: torch.nn.Module, total: DeferredSum) -> Tensor | None:
@@ -142,28 +141,16 @@ def _is_kept_by_the_original(x: Tensor, weight: Tensor | None, *gate: Tensor) ->
     return any(tensor is not None and tensor.requires_grad for tensor in (x, weight, *gate))
 
 
-def _key_of(variant: RMSNormVariant, x: Tensor, weight: Tensor | None, eps: float, *gate: Tensor) -> Hashable:
-    return _key(variant, x.shape[-1], x.dtype, weight)
-
-
-def _key(variant: RMSNormVariant, width: int, dtype: torch.dtype, weight: Tensor | None) -> Hashable:
-    return variant.name, width, dtype, None if weight is None else weight.dtype
-
-
-def _cases(cls: type, readings: Readings[RMSNormReading], live: LiveModules) -> Iterator[tuple[Hashable, Case]]:
+def _cases(cls: type, readings: Readings[RMSNormReading], live: LiveModules) -> Iterator[Case]:
     """Of the layers whose weight says how wide they are, in the model's dtype."""
     for module in live.of(cls):
         reading = readings.of(module)
         named = isinstance(reading, RMSNormReading) and reading.weight_name
         weight = getattr(module, reading.weight_name) if named else None
         if weight is not None:
-            width = weight.shape[-1]
-            yield (
-                _key(reading.variant, width, live.dtype, weight),
-                case(reading.variant, width, live.dtype, weight.dtype),
-            )
+            yield case(reading.variant, weight.shape[-1], live.dtype, weight.dtype)
 
 
 PATCH = Patch(
-    "rms_norm", "rms_norm", IMPLEMENTATIONS, find, replace, options=("gated_rmsnorm_fp32",), called=("rmsnorm",)
+    "rms_norm", "rms_norm", RMS_NORM, find, read_site, bind_site, options=("gated_rmsnorm_fp32",), called=("rmsnorm",)
 )

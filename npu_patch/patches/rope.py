@@ -10,7 +10,7 @@ Delete     when transformers has a registration point for rotary functions that 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from npu_patch.ops.readings import NotRead, RoPEReading
-from npu_patch.ops.rope import IMPLEMENTATIONS, CallSizes, RoPEVariant, case, mix_sections, rotate
+from npu_patch.ops.rope import ROPE, case, mix_sections, rotary_dim
 from npu_patch.patches.head_sizes import head_sizes
 from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.probe.rope import read_rope
@@ -38,14 +38,15 @@ def find(module: ModuleType) -> Iterable[Site]:
             yield site
 
 
-def replace(site: Site, context: Context) -> Replacement | NotRead:
-    original = site.original
-    reading = read_rope(unwrapped(original))
-    if isinstance(reading, NotRead):
-        return reading.notable_if("rotary" in site.name)
-    signature, variant = reading.signature, reading.variant
+def read_site(site: Site) -> RoPEReading | NotRead:
+    reading = read_rope(unwrapped(site.original))
+    return reading.notable_if("rotary" in site.name) if isinstance(reading, NotRead) else reading
+
+
+def bind_site(site: Site, reading: RoPEReading, context: Context) -> Replacement:
+    original, signature, variant = site.original, reading.signature, reading.variant
     calls, device_type = Calls(), context.device_type
-    dispatch = context.dispatch(lambda live: _cases(site, reading, live), _key_of)
+    dispatch = context.dispatch(lambda live: _cases(site, reading, live))
 
     def serve(*args: Any, **kwargs: Any) -> Any:
         bound = bind(signature.names, args, kwargs)
@@ -71,9 +72,9 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
         serving = dispatch.serving(calls, tensors, cos, sin, variant)
         if isinstance(serving, str):
             return Unserved(serving)
-        if not reading.partial and any(2 * cos.shape[-1] // variant.table.width(2) != x.shape[-1] for x in tensors):
+        if not reading.partial and any(rotary_dim(cos, variant) != x.shape[-1] for x in tensors):
             return Unserved("tables narrower than the head")
-        rotated = rotate(variant, serving.run, tensors, cos, sin)
+        rotated = serving.run(tensors, cos, sin, variant)
         return rotated[0] if len(tensors) == 1 else tuple(rotated)
 
     # What the kernels package wrapped into a module keeps its wrapper as the way to fall through.
@@ -82,20 +83,14 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
     return Replacement(function, variant.name, calls, dispatch=dispatch, participant=participant, one_of_several=True)
 
 
-def _key_of(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, variant: RoPEVariant) -> CallSizes:
-    """q and k are as wide as each other: the tables are."""
-    return CallSizes.of(tensors[0], cos, variant)
-
-
-def _cases(site: Site, reading: RoPEReading, live: LiveModules) -> Iterator[tuple[Hashable, Case]]:
+def _cases(site: Site, reading: RoPEReading, live: LiveModules) -> Iterator[Case]:
     """Of the layers that look the function up, in the model's dtype and in float32, which tables may stay in."""
     layers = [module for module in live if type(module).__module__ == site.owner.__name__]
     users = {cls for cls in map(type, layers) if site.name in names_used(cls.forward)}
     for sizes in head_sizes((layer for layer in layers if type(layer) in users), live):
         head_dim = sizes.head_dim if reading.partial else sizes.rotary  # of what is given to it
         for dtype in dict.fromkeys((live.dtype, torch.float32)):
-            key = CallSizes(head_dim, sizes.rotary, dtype)
-            yield key, case(reading.variant, max(sizes.heads, sizes.key_heads), key)
+            yield case(reading.variant, max(sizes.heads, sizes.key_heads), head_dim, sizes.rotary, dtype)
 
 
-PATCH = Patch("rope", "rope", IMPLEMENTATIONS, find, replace, called=("rotary_pos_emb",))
+PATCH = Patch("rope", "rope", ROPE, find, read_site, bind_site, called=("rotary_pos_emb",))

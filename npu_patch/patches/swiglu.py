@@ -22,7 +22,7 @@ from torch import Tensor
 
 from npu_patch.ops.readings import NotRead
 from npu_patch.ops.recomputed import recomputed
-from npu_patch.ops.swiglu import IMPLEMENTATIONS, case, kept_for_the_backward
+from npu_patch.ops.swiglu import SWIGLU, case, kept_for_the_backward
 from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.probe.readings import Readings, in_mode, kind_of
 from npu_patch.probe.swiglu import SwiGLUReading, computes_silu, read_swiglu
@@ -31,32 +31,23 @@ from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import Case
 from npu_patch.serving.listeners import listener
 from npu_patch.serving.replacement import Unfused, Unserved, replacement_for, tensors_on
-from npu_patch.sites.sites import (
-    CHECKPOINTING_LAYER,
-    LiveModules,
-    Site,
-    forwards,
-    is_checkpointing_layer,
-    parameter_names,
-)
+from npu_patch.sites.sites import LiveModules, Site, parameter_names, rebindable_forwards
 
 
 def find(module: ModuleType) -> Iterable[Site]:
     """Forwards of one tensor."""
-    for site in forwards(module):
+    for site in rebindable_forwards(module):
         names = parameter_names(site.original)
         if names is not None and len(names) == 1:
             yield site
 
 
-def replace(site: Site, context: Context) -> Replacement | NotRead:
-    cls, original = site.owner, site.original
-    if is_checkpointing_layer(cls):
-        return NotRead(CHECKPOINTING_LAYER, notable=False)
-    names = parameter_names(original)
-    found = read_swiglu(cls, original)
-    if isinstance(found, NotRead):
-        return found
+def read_site(site: Site) -> SwiGLUReading | NotRead:
+    return read_swiglu(site.owner, site.original)
+
+
+def bind_site(site: Site, found: SwiGLUReading, context: Context) -> Replacement | NotRead:
+    cls, original, names = site.owner, site.original, parameter_names(site.original)
     activations = Activations(found.activation)
     live = context.live_modules(cls)
     if live and not any([activations.is_silu(module) for module in live]):
@@ -69,7 +60,7 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
     readings: Readings[SwiGLUReading] = Readings(read)
     readings.note(cls, found, {})
     calls, device_type, recompute = Calls(), context.device_type, context.switches["swiglu_recompute"]
-    dispatch = context.dispatch(lambda live: _cases(cls, found, live), _key_of)
+    dispatch = context.dispatch(lambda live: _cases(cls, found, live))
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
         bound = tensors_on(device_type, names, args, kwargs)
@@ -109,16 +100,12 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
     return Replacement(function, found.name, calls, dispatch=dispatch, observe=observe)
 
 
-def _key_of(gate: Tensor, up: Tensor | None = None) -> Hashable:
-    return gate.shape[-1], gate.dtype
-
-
-def _cases(cls: type, found: SwiGLUReading, live: LiveModules) -> Iterator[tuple[Hashable, Case]]:
+def _cases(cls: type, found: SwiGLUReading, live: LiveModules) -> Iterator[Case]:
     """Of the layers whose projections say how wide they are, in the model's dtype."""
     for module in live.of(cls):
         width = getattr(getattr(module, found.gate, None), "out_features", None)
         if isinstance(width, int):
-            yield (width, live.dtype), case(width, live.dtype, in_one=found.up is None)
+            yield case(width, live.dtype, in_one=found.up is None)
 
 
 class Activations:
@@ -162,4 +149,4 @@ class Activations:
         return getattr(activation, "__name__", type(activation).__name__)
 
 
-PATCH = Patch("swiglu", "swiglu", IMPLEMENTATIONS, find, replace, options=("swiglu_recompute",), called=("mlp",))
+PATCH = Patch("swiglu", "swiglu", SWIGLU, find, read_site, bind_site, options=("swiglu_recompute",), called=("mlp",))

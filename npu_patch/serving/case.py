@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from npu_patch.serving.implementation import Call, Result
+from npu_patch.serving.op import Op
 
 FEW_TOKENS = 5
 
@@ -21,6 +24,7 @@ DEVICE_LOST = "the device does not answer any more"
 ACCIDENTS = (OUT_OF_MEMORY, DEVICE_LOST)  # they say nothing of the next process
 
 Stopwatch = Callable[[Callable[[], Any]], float]
+Returned = TypeVar("Returned")
 
 
 @dataclass(frozen=True)
@@ -32,32 +36,42 @@ class Alternative:
     unsupported: Callable[..., str | None] | None = None
 
 
+class Calling(Protocol[Call]):
+    """How a function that takes an op's calls is called on a case's inputs."""
+
+    def __call__(self, function: Callable[Call, Returned], /, *inputs: Tensor) -> Returned: ...
+
+
 @dataclass(frozen=True)
-class Case:
+class Case(Generic[Call, Result]):
     """An op at the sizes that a model calls it with.
 
     `name` tells it from every other case of the op, and says to the reader of a report what it is.
-    `inputs(tokens)`: shapes and dtypes for so many tokens. `call(run, *inputs)` is the call of an alternative's `run`,
-    `definition(*inputs)` the same in plain torch, for float64. Each returns one tensor; every input gets a gradient,
+    `inputs(tokens)`: shapes and dtypes for so many tokens. `call(function, *inputs)` is a call of whatever takes the
+    op's calls: an implementation's `run` and `unsupported`, the op's `key` and `exact`. Every input gets a gradient,
     unless it is one that is not `differentiated`. It is checked at each number of `tokens`, to the bars `allowed`.
-    `why_not(unsupported, *inputs)`: why an implementation lets such a call through to the original, if it does; then
-    there is nothing to check.
     """
 
-    op: str
+    op: Op[Call, Result]
     name: str
     inputs: Callable[[int], Sequence[tuple[tuple[int, ...], torch.dtype]]]
-    call: Callable[..., Tensor]
-    definition: Callable[..., Tensor]
+    call: Calling[Call]
     original: Alternative | None = None
     tokens: tuple[int, ...] = (FEW_TOKENS,)
     allowed: Mapping[torch.dtype, float] = field(default_factory=lambda: ALLOWED)
     differentiated: bool = True
-    why_not: Callable[..., str | None] | None = None
 
     @property
-    def key(self) -> str:
-        return f"{self.op}: {self.name}"
+    def title(self) -> str:
+        return f"{self.op.name}: {self.name}"
+
+    def key(self) -> Hashable:
+        """The op's, of the calls that this one stands for."""
+        inputs = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in self.inputs(self.tokens[0])]
+        return self.call(self.op.key, *inputs)
+
+    def definition(self, *inputs: Tensor) -> Result:
+        return self.call(self.op.exact, *inputs)
 
 
 @dataclass(frozen=True)

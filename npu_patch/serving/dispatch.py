@@ -4,6 +4,7 @@
     measured   an optional one (a Triton kernel) for the sizes at which it was faster, or wherever it can, if forced
     checked    none that was found wrong on this device for such a call: the next one, or the original
     proven     several providers in order, each of which has to prove itself before its first use
+    tuned      for the shapes in a tuning file what that says, before all else
 
 What may depend on a call is its key, the sizes and dtypes that decide; what was never measured is served as usual.
 """
@@ -12,35 +13,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Concatenate, Generic
 
 import torch
 
+from npu_patch.numerics.room import quiet_room
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import ACCIDENTS, Case, Measured
-from npu_patch.serving.implementation import Choice, Implementation
+from npu_patch.serving.implementation import Call, Choice, Implementation, Result
+from npu_patch.serving.op import Op
+from npu_patch.serving.signature import Signature, signature_of
 from npu_patch.sites.sites import LiveModules
 
 NO_MODEL = "no model was given: nothing was measured yet"
 NO_LAYERS = "nothing was measured: the given model has no such layer"
-Cases = Callable[[LiveModules], Iterable[tuple[Hashable, Case]]]
+TUNED_TO_ORIGINAL = "tuned: the original is the fastest for these shapes"
 
 
-def no_cases(live: LiveModules) -> Iterable[tuple[Hashable, Case]]:
+def no_cases(live: LiveModules) -> Iterable[Case[Call, Result]]:
     return ()
 
 
-def no_key(*call: Any) -> Hashable:
-    return None
-
-
 @dataclass(frozen=True)
-class Verdict:
+class Verdict(Generic[Call, Result]):
     """Of one case: the optional implementation that is taken, or None, and what was measured of each one; of the usual
     one just whether it is right, where there is no other."""
 
-    case: Case
-    taken: Implementation | None
+    case: Case[Call, Result]
+    taken: Implementation[Call, Result] | None
     usual: str
     measured: Mapping[str, Measured]
 
@@ -59,48 +59,64 @@ class Verdict:
 
 
 @dataclass
-class Dispatch:
-    """Of one site. `key_of(*call)` is the key of a call, `cases(live)` yields what to measure for a model's layers,
-    each with the key of its calls; `verdicts` are the cases that were; `asked` whether a model was ever looked at.
-    `wrong`: of implementations that were found wrong, by name and key, how far. `unproven(implementation, *call)`: why
-    one has not proved itself for such a call, if it has to."""
+class Dispatch(Generic[Call, Result]):
+    """Of one site. `cases(live)` yields what to measure for a model's layers, `verdicts` are those that were, by key;
+    `asked` whether a model was ever looked at. `wrong`: of implementations that were found wrong, by name and key, how
+    far. `unproven(implementation, *call)`: why one has not proved itself for such a call, if it has to. `tuned`: by the
+    signature of a call, its implementation, or why it is the original's, or None where it is served as usual."""
 
-    choice: Choice
-    cases: Cases = no_cases
-    key_of: Callable[..., Hashable] = no_key
-    unproven: Callable[..., str | None] | None = None
+    op: Op[Call, Result]
+    choice: Choice[Call, Result]
+    cases: Callable[[LiveModules], Iterable[Case[Call, Result]]] = no_cases
+    unproven: Callable[Concatenate[Implementation[Call, Result], Call], str | None] | None = None
     # Not mapping proxies: to the compiler, each dict that a model writes to later may be what one stands for.
-    verdicts: Mapping[Hashable, Verdict] = field(default_factory=dict)
+    verdicts: Mapping[Hashable, Verdict[Call, Result]] = field(default_factory=dict)
     wrong: Mapping[tuple[str, Hashable], str] = field(default_factory=dict)
     asked: bool = False
+    tuned: Mapping[Signature, Implementation[Call, Result] | str | None] = field(default_factory=dict)
 
     @property
     def timed(self) -> bool:
         """Whether times decide what serves it."""
         return bool(self.choice.candidates) and not self.choice.forced
 
-    def serving(self, calls: Calls, *call: Any) -> Implementation | str:
-        """The implementation for one call, asked with `unsupported(*call)`; or why none takes it."""
-        usual = self.choice.chosen
-        if usual is not None and not self.choice.candidates and not self.wrong and self.unproven is None:
+    if TYPE_CHECKING:
+
+        def serving(self, calls: Calls, *call: Call.args, **none: Call.kwargs) -> Implementation[Call, Result] | str:
+            """The implementation for one call, asked with `unsupported(*call)`; or why none takes it."""
+
+    else:  # without `**`, for which each call would make a dict
+
+        def serving(self, calls, *call):
+            usual = self.choice.chosen
+            if usual is None or self.choice.candidates or self.wrong or self.unproven is not None or self.tuned:
+                return self._first_of_several(calls, call)
             reason = usual.unsupported(*call)
             return usual if reason is None else reason
-        return self._first_of_several(calls, call)
 
-    def _first_of_several(self, calls: Calls, call: tuple[Any, ...]) -> Implementation | str:
-        usual, key = self.choice.chosen, self.key_of(*call)
-        preferred = self._preferred(key)
+    def _first_of_several(self, calls: Calls, call: tuple[Any, ...]) -> Implementation[Call, Result] | str:
+        op: Op[..., Result] = self.op
+        unproven: Callable[..., str | None] | None = self.unproven
+        usual, key = self.choice.chosen, op.key(*call)
         counted = not torch.compiler.is_compiling()
+        order = self._preferred(key) if usual is None else (*self._preferred(key), usual)
+        if counted and self.tuned and (signature := signature_of(*call)) in self.tuned:
+            calls.tuned += 1
+            decided = self.tuned[signature]
+            if isinstance(decided, str):
+                return decided
+            order = order if decided is None else (decided,)
         reason = "no implementation"
-        for implementation in (*preferred, usual) if usual is not None else preferred:
-            reason = self.why_wrong(implementation.name, key) if self.wrong else None
-            reason = reason or implementation.unsupported(*call)
-            if reason is None and self.unproven is not None and implementation is not usual:
-                reason = self.unproven(implementation, *call)
-            if reason is None:
-                if counted and (self.choice.candidates or self.unproven is not None):
+        for implementation in order:
+            unsupported: Callable[..., str | None] = implementation.unsupported
+            why = (self.why_wrong(implementation.name, key) if self.wrong else None) or unsupported(*call)
+            if why is None and unproven is not None and implementation is not usual:
+                why = unproven(implementation, *call)
+            if why is None:
+                if counted and (self.choice.candidates or unproven is not None or implementation is not usual):
                     calls.ran_by[implementation.name] += 1
                 return implementation
+            reason = why
             if counted and implementation is not usual:
                 calls.declined[implementation.name] = reason
         return reason
@@ -110,7 +126,7 @@ class Dispatch:
         found = self.wrong.get((name, key))
         return None if found is None else f"{name} is wrong on this device: {found}"
 
-    def _preferred(self, key: Hashable) -> tuple[Implementation, ...]:
+    def _preferred(self, key: Hashable) -> tuple[Implementation[Call, Result], ...]:
         if not self.choice.candidates:
             return ()
         if self.choice.forced:
@@ -118,27 +134,37 @@ class Dispatch:
         verdict = self.verdicts.get(key)
         return () if verdict is None or verdict.taken is None else (verdict.taken,)
 
-    def undecided(self, live: LiveModules, checked: bool) -> dict[Hashable, Case]:
+    @property
+    def tuned_to(self) -> tuple[Implementation[Call, Result], ...]:
+        """Those that a tuning file chooses, beside what the choice has."""
+        others = [each for each in self.tuned.values() if isinstance(each, Implementation)]
+        known = (self.choice.chosen, *self.choice.candidates)
+        return tuple({each.name: each for each in others if each not in known}.values())
+
+    def undecided(self, live: LiveModules, checked: bool) -> dict[Hashable, Case[Call, Result]]:
         """The cases of `live` that a decision still waits for, by key. `checked`: implementations are, where no times
         decide either."""
         self.asked = True
         if not (checked or self.timed):
             return {}
-        return {key: case for key, case in self.cases(live) if key not in self.verdicts}
+        found: dict[Hashable, Case[Call, Result]] = {}
+        with quiet_room():
+            for case in self.cases(live):
+                found.setdefault(case.key(), case)  # the first: others may be served as it is
+        return {key: case for key, case in found.items() if key not in self.verdicts}
 
     def name(self) -> str:
         """For the report: what serves the site."""
         usual = self.choice.chosen.name if self.choice.chosen is not None else "the original"
         if self.choice.forced and self.choice.candidates:
             return self.choice.candidates[0].name
-        taken = [verdict for verdict in self.verdicts.values() if verdict.taken is not None]
+        taken = [(each, each.taken.name) for each in self.verdicts.values() if each.taken is not None]
         if not taken:
             wrong = [key for key in self.verdicts if (usual, key) in self.wrong]
             return "the original" if wrong and len(wrong) == len(self.verdicts) else usual
         several = len(self.verdicts) > 1
         parts = [
-            f"{each.taken.name} ({f'{each.case.name}: ' if several else ''}{each.words(each.taken.name)})"
-            for each in taken
+            f"{its_name} ({f'{each.case.name}: ' if several else ''}{each.words(its_name)})" for each, its_name in taken
         ]
         return ", ".join(parts if len(taken) == len(self.verdicts) else [*parts, usual])
 
@@ -159,13 +185,15 @@ class Dispatch:
 
 
 def _milliseconds(measured: Measured) -> str:
-    return measured.wrong or f"{measured.seconds * 1e3:.3g} ms"
+    return measured.wrong or f"{(measured.seconds or 0.0) * 1e3:.3g} ms"
 
 
 def in_order(
-    implementations: Iterable[Implementation], device_type: str, unproven: Callable[..., str | None]
-) -> Dispatch:
+    op: Op[Call, Result],
+    device_type: str,
+    unproven: Callable[Concatenate[Implementation[Call, Result], Call], str | None],
+) -> Dispatch[Call, Result]:
     """Of providers, the last of which needs no proof and takes every call that any can take."""
-    serving = (each for each in implementations if device_type in each.device_types)
-    *others, usual = [each for each in serving if each.missing() is None] or [None]
-    return Dispatch(Choice(usual, {}, tuple(others), forced=True), unproven=unproven)
+    serving = (each for each in op.implementations if device_type in each.device_types)
+    found = [each for each in serving if each.missing() is None]
+    return Dispatch(op, Choice(found[-1] if found else None, {}, tuple(found[:-1]), forced=True), unproven=unproven)

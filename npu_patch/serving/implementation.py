@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,10 +15,12 @@ from npu_patch.kernels.readiness import why_not
 from npu_patch.serving.operators import Operator
 
 TRITON = "triton"
+Call = ParamSpec("Call")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Implementation:
+class Implementation(Generic[Call, Result]):
     """One way to compute an op on tensors of the named device types.
 
     `missing()` says what the machine lacks for it, or None. `unsupported(...)` says why it cannot serve one call, or
@@ -29,24 +31,24 @@ class Implementation:
 
     name: str
     device_types: tuple[str, ...]
-    run: Callable[..., Any]
-    unsupported: Callable[..., str | None]
+    run: Callable[Call, Result]
+    unsupported: Callable[Call, str | None]
     missing: Callable[[], str | None] = lambda: None
     optional: bool = False
     partly: Mapping[str, Operator] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(Generic[Call, Result]):
     """The implementation that serves a device, and why each other one does not.
 
     `candidates` are optional implementations that go before it: always where `forced`, else for the calls for which
     they were measured to be faster.
     """
 
-    chosen: Implementation | None
+    chosen: Implementation[Call, Result] | None
     declined: dict[str, str]
-    candidates: tuple[Implementation, ...] = ()
+    candidates: tuple[Implementation[Call, Result], ...] = ()
     forced: bool = False
 
     def why_none(self) -> str:
@@ -54,15 +56,18 @@ class Choice:
 
 
 def choose(
-    implementations: Sequence[Implementation], device_type: str, optional: bool | str = False, source: str = "default"
-) -> Choice:
+    implementations: Sequence[Implementation[Call, Result]],
+    device_type: str,
+    optional: bool | str = False,
+    source: str = "default",
+) -> Choice[Call, Result]:
     """The first of `implementations` that serves `device_type` on this machine.
 
     `optional` is the switch for optional ones: False leaves them out, True takes them, "auto" makes them candidates;
     `source` says where that comes from.
     """
-    chosen: Implementation | None = None
-    candidates: list[Implementation] = []
+    chosen: Implementation[Call, Result] | None = None
+    candidates: list[Implementation[Call, Result]] = []
     declined: dict[str, str] = {}
     for implementation in implementations:
         if device_type not in implementation.device_types:

@@ -20,6 +20,7 @@ import torch
 import npu_patch
 from npu_patch import log
 from npu_patch.applying import api as lifecycle
+from npu_patch.applying.state import patched_sites
 from npu_patch.kernels.gamma import NONE
 from npu_patch.kernels.readiness import why_not
 from npu_patch.measuring import measure, measurements, measurer, tuning
@@ -37,7 +38,7 @@ from tests.support.tiny_models import tiny, tiny_batch
 
 CPU = torch.device("cpu")
 HERE = MeasuredOn("made up", {"torch": "1", "triton": "2"})
-USUAL = choose(rms_norm.IMPLEMENTATIONS, "cpu").chosen
+USUAL = choose(rms_norm.RMS_NORM.implementations, "cpu").chosen
 CASE = rms_norm.case(rms_norm.PLAIN_VARIANTS[0], 24, torch.float32, torch.float32)
 
 
@@ -131,7 +132,7 @@ def test_a_kernel_that_raises_is_refused_and_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("case", "implementations"),
     [
-        (lambda dtype: swiglu.case(72, dtype), swiglu.IMPLEMENTATIONS),
+        (lambda dtype: swiglu.case(72, dtype), swiglu.SWIGLU.implementations),
         *(
             (lambda dtype, v=variant: rms_norm.case(v, 48, dtype, None if v.gamma == NONE else dtype), None)
             for variant in (*rms_norm.PLAIN_VARIANTS, *rms_norm.GATED_VARIANTS)
@@ -139,7 +140,7 @@ def test_a_kernel_that_raises_is_refused_and_named(tmp_path: Path) -> None:
     ],
 )
 def test_the_usual_implementations_pass_every_case(case: Any, implementations: Any, dtype: torch.dtype) -> None:
-    usual = choose(implementations or rms_norm.IMPLEMENTATIONS, "cpu").chosen
+    usual = choose(implementations or rms_norm.RMS_NORM.implementations, "cpu").chosen
     found = measure.measure(case(dtype), case_of_op.Alternative(usual.name, usual.run), CPU, lambda function: 1.0)
     assert (found.wrong, found.seconds) == (None, 1.0)
 
@@ -182,9 +183,9 @@ def test_times_of_another_device_or_version_are_ignored(
         "[]",
         "null",
         json.dumps({"format": 1, "chip": "made up", "versions": dict(HERE.versions)}),
-        json.dumps({"format": 1, **dataclasses.asdict(HERE), "measured": {CASE.key: {"fake": {"seconds": -1}}}}),
+        json.dumps({"format": 1, **dataclasses.asdict(HERE), "measured": {CASE.title: {"fake": {"seconds": -1}}}}),
         json.dumps(
-            {"format": 1, **dataclasses.asdict(HERE), "measured": {CASE.key: {"fake": {"wrong": 1, "seconds": 1}}}}
+            {"format": 1, **dataclasses.asdict(HERE), "measured": {CASE.title: {"fake": {"wrong": 1, "seconds": 1}}}}
         ),
     ],
 )
@@ -219,7 +220,9 @@ def test_the_usual_place_of_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Kernels]:
     found = Kernels()
-    patch = dataclasses.replace(rms_norm_patch.PATCH, implementations=found.implementations)
+    patch = dataclasses.replace(
+        rms_norm_patch.PATCH, op=dataclasses.replace(rms_norm.RMS_NORM, implementations=found.implementations)
+    )
     monkeypatch.setattr(lifecycle, "CATALOGUE", (patch,))
     monkeypatch.setattr(measurer, "stopwatch", lambda device: found.stopwatch)
     monkeypatch.setenv("TWINKLE_NPU_TRITON_CACHE", str(tmp_path / "times.json"))
@@ -329,9 +332,10 @@ def test_a_tuning_file_wins_over_auto(
 ) -> None:
     kernels.fake_ms = 1.0 if auto == "fake" else 5.0
     model = tiny("qwen3")
-    seen: set[tuning.Signature] = set()
+    seen = tuning.Forced(None)
     with npu_patch.applied(model, device="cpu") as report:
-        qwen3(report).calls.watch = lambda args, kwargs: seen.add(tuning.signature_of(args, kwargs))
+        (held,) = [each for each in patched_sites(report) if each.outcome is qwen3(report)]
+        held.replacement.dispatch.tuned = seen
         loss_and_gradients(model, tiny_batch())
         assert set(qwen3(report).calls.ran_by) == {auto}
     file = tmp_path / "tuned.json"

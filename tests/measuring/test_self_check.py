@@ -217,7 +217,7 @@ def test_each_size_is_checked_once_however_many_layers(npu: torch.device, monkey
     real = measurer.check
 
     def check(case: measure.Case, *others: Any) -> Measured:
-        ran.append(case.key)
+        ran.append(case.title)
         return real(case, *others)
 
     monkeypatch.setattr(measurer, "check", check)
@@ -315,7 +315,7 @@ def test_a_bar_is_shown_on_the_first_rank_once_it_takes_a_while(
 
 # Optional kernels go through the same check. On the CPU, with kernels that are made up.
 
-USUAL = choose(rms_norm.IMPLEMENTATIONS, "cpu").chosen
+USUAL = choose(rms_norm.RMS_NORM.implementations, "cpu").chosen
 
 
 def times(name: str, factor: float, optional: bool) -> Implementation:
@@ -339,7 +339,9 @@ def test_an_asked_for_kernel_that_is_wrong_leaves_the_call_to_the_next(
     fake: float, usual: float, triton: bool | str, ran: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     implementations = times("fake", fake, True), times("usual", usual, False)
-    patch = dataclasses.replace(rms_norm_patch.PATCH, implementations=implementations)
+    patch = dataclasses.replace(
+        rms_norm_patch.PATCH, op=dataclasses.replace(rms_norm.RMS_NORM, implementations=implementations)
+    )
     monkeypatch.setattr(lifecycle, "CATALOGUE", (patch,))
     monkeypatch.setattr(measurer, "stopwatch", lambda device: lambda function: 1.0)
     monkeypatch.setattr(measure, "ELEMENTS", 256)
@@ -357,12 +359,12 @@ def test_an_operator_that_a_tuning_file_chooses_is_checked_too(
 ) -> None:
     from npu_patch.measuring import tuning
 
-    model, batch, seen = tiny("qwen3").to(npu), on_npu(), set()
+    model, batch, seen = tiny("qwen3").to(npu), on_npu(), tuning.Forced(None)
     original = loss_and_gradients(model, batch)
     with npu_patch.applied(model, self_check=False, triton=True) as report:
-        (outcome,) = (each for each in report.patched if each.site.endswith("Qwen3RMSNorm.forward"))
-        outcome.calls.watch = lambda args, kwargs: seen.add(tuning.signature_of(args, kwargs))
-        site, variant = outcome.site, outcome.variant
+        (held,) = (each for each in patched_sites(report) if each.outcome.site.endswith("Qwen3RMSNorm.forward"))
+        held.replacement.dispatch.tuned = seen
+        site, variant = held.outcome.site, held.outcome.variant
         loss_and_gradients(model, batch)
     file = tmp_path / "tuned.json"
     chosen = [tuning.Decision("rms_norm", site, variant, each, "torch_npu.npu_rms_norm") for each in seen]

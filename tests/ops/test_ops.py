@@ -60,7 +60,7 @@ def check_against_float64(
 @pytest.mark.parametrize("dtypes", itertools.product([torch.float32, *HALF_DTYPES], repeat=2), ids=str)
 @pytest.mark.parametrize("variant", rms_norm.PLAIN_VARIANTS, ids=lambda variant: variant.name)
 def test_rms_norm(variant: rms_norm.RMSNormVariant, dtypes: tuple[torch.dtype, torch.dtype], npu: torch.device) -> None:
-    kernel = npu_implementation(rms_norm.IMPLEMENTATIONS).run
+    kernel = npu_implementation(rms_norm.RMS_NORM.implementations).run
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(3, 17, 88, generator=generator) * torch.tensor([1e-3, 1.0, 30.0])[:, None, None]).to(dtypes[0])
     weight = torch.randn(88, generator=generator).to(dtypes[1])
@@ -86,11 +86,11 @@ def test_rms_norm(variant: rms_norm.RMSNormVariant, dtypes: tuple[torch.dtype, t
 def test_gated_rms_norm(
     variant: rms_norm.RMSNormVariant, dtype: torch.dtype, in_float32: bool, npu: torch.device
 ) -> None:
-    kernel = npu_implementation(rms_norm.IMPLEMENTATIONS).run
+    kernel = npu_implementation(rms_norm.RMS_NORM.implementations).run
     x, gate = torch.randn(2, 4, 37, 240, generator=torch.Generator().manual_seed(1)).to(dtype)
     weight = torch.randn(240, generator=torch.Generator().manual_seed(2)).to(dtype)
     check_against_float64(
-        lambda x, weight, gate: kernel(variant, x, weight, 1e-6, gate, gate_in_float32=in_float32),
+        lambda x, weight, gate: kernel(variant, x, weight, 1e-6, gate, in_float32),
         lambda x, weight, gate: variant.reference(x, weight, 1e-6, gate),
         [x, weight, gate],
         npu,
@@ -111,7 +111,7 @@ def test_gated_rms_norm(
 def test_rms_norm_names_what_it_does_not_support(x: Tensor, weight: Tensor, words: str) -> None:
     import re
 
-    for implementation in rms_norm.IMPLEMENTATIONS:
+    for implementation in rms_norm.RMS_NORM.implementations:
         assert re.search(words, implementation.unsupported(rms_norm.PLAIN_VARIANTS[0], x, weight, 1e-6))
 
 
@@ -161,7 +161,7 @@ def check_rope(
     npu: torch.device,
     turned: bool,
 ) -> None:
-    implementation = npu_implementation(rope.IMPLEMENTATIONS)
+    implementation = npu_implementation(rope.ROPE.implementations)
     generator = torch.Generator().manual_seed(3)
     cos, sin = torch.randn(2, *table, generator=generator).to(dtypes[1])  # no angles: nothing may depend on symmetry
 
@@ -170,7 +170,7 @@ def check_rope(
             q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
         tables = cos.to(npu), sin.to(npu)
         assert implementation.unsupported([q, k], *tables, variant) is None
-        return rope.rotate(variant, implementation.run, [q, k], *tables)
+        return implementation.run([q, k], *tables, variant)
 
     def original(q: Tensor, k: Tensor) -> list[Tensor]:
         tables = (cos.double(), sin.double()) if q.dtype == torch.float64 else (cos, sin)
@@ -184,9 +184,9 @@ def test_rope_keeps_only_its_tables_for_the_backward(npu: torch.device) -> None:
     kept: list[tuple[int, ...]] = []
     q, k = (torch.randn(2, heads, 9, 32, device=npu, requires_grad=True) for heads in (6, 2))
     cos, sin = torch.randn(2, 2, 1, 9, 32, device=npu)
-    run = npu_implementation(rope.IMPLEMENTATIONS).run
+    run = npu_implementation(rope.ROPE.implementations).run
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tuple(tensor.shape)), lambda _: None):
-        rope.rotate(rope.VARIANTS[0], run, [q, k], cos, sin)
+        run([q, k], cos, sin, rope.VARIANTS[0])
     assert kept == [(2, 1, 9, 32)] * 2
 
 
@@ -194,8 +194,8 @@ def test_rope_computes_no_gradient_that_is_not_asked_for(npu: torch.device, simu
     q = torch.randn(2, 6, 9, 32, device=npu, requires_grad=True)
     k = torch.randn(2, 2, 9, 32, device=npu)
     cos, sin = torch.randn(2, 2, 1, 9, 32, device=npu)
-    run = npu_implementation(rope.IMPLEMENTATIONS).run
-    rotated, _ = rope.rotate(rope.VARIANTS[0], run, [q, k], cos, sin)
+    run = npu_implementation(rope.ROPE.implementations).run
+    rotated, _ = run([q, k], cos, sin, rope.VARIANTS[0])
     with simulator.count() as counted:
         rotated.backward(torch.ones_like(rotated))
     assert counted.by_op["npu::npu_rotary_mul"][0] == 1
@@ -205,9 +205,9 @@ def test_rope_copies_no_transposed_projection(npu: torch.device, simulated: None
     """`[B, S, N, D]` seen as `[B, N, S, D]`: one launch, no hidden copy."""
     q = torch.randn(2, 9, 6, 32, device=npu).transpose(1, 2)
     cos, sin = torch.randn(2, 2, 1, 9, 32, device=npu)
-    run = npu_implementation(rope.IMPLEMENTATIONS).run
+    run = npu_implementation(rope.ROPE.implementations).run
     with simulator.count() as counted:
-        rope.rotate(rope.VARIANTS[0], run, [q], cos, sin)
+        run([q], cos, sin, rope.VARIANTS[0])
     assert counted.launches == 1, counted.by_op
 
 
@@ -229,7 +229,7 @@ def test_rope_names_what_it_does_not_support(
     shape: tuple[int, ...], table: tuple[int, ...], pairing: str, words: str
 ) -> None:
     variant = next(variant for variant in rope.VARIANTS if variant.pairing == pairing)
-    implementation = npu_implementation(rope.IMPLEMENTATIONS)
+    implementation = npu_implementation(rope.ROPE.implementations)
     reason = implementation.unsupported([torch.ones(shape)], torch.ones(table), torch.ones(table), variant)
     assert words in reason
 
@@ -242,7 +242,7 @@ def test_m_rope_sections_follow_their_positions() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES], ids=str)
 @pytest.mark.parametrize("shape", [(2, 7, 24), (1, 1, 3), (5, 17)])
 def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype, npu: torch.device) -> None:
-    kernel = npu_implementation(swiglu.IMPLEMENTATIONS).run
+    kernel = npu_implementation(swiglu.SWIGLU.implementations).run
     gate, up = (torch.randn(2, *shape, generator=torch.Generator().manual_seed(4)) * 3).to(dtype)
     check_against_float64(lambda gate, up: kernel(gate, up), swiglu.reference, [gate, up], npu)
     check_against_float64(
@@ -263,7 +263,7 @@ def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype, npu: torch.device) -
     ],
 )
 def test_swiglu_names_what_it_does_not_support(tensors: list[Tensor], words: str) -> None:
-    assert words in npu_implementation(swiglu.IMPLEMENTATIONS).unsupported(*tensors)
+    assert words in npu_implementation(swiglu.SWIGLU.implementations).unsupported(*tensors)
 
 
 def test_silu_reference_is_torchs() -> None:
@@ -271,7 +271,8 @@ def test_silu_reference_is_torchs() -> None:
     assert torch.equal(swiglu.reference(gate, up), F.silu(gate) * up)
 
 
-RMS_NORM, ROPE, SWIGLU = (npu_implementation(each.IMPLEMENTATIONS).unsupported for each in (rms_norm, rope, swiglu))
+OPS = (rms_norm.RMS_NORM, rope.ROPE, swiglu.SWIGLU)
+RMS_NORM, ROPE, SWIGLU = (npu_implementation(op.implementations).unsupported for op in OPS)
 
 
 @pytest.mark.parametrize(

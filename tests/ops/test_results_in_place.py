@@ -11,14 +11,15 @@ from torch import Tensor
 from npu_patch.ops import rms_norm, rope, swiglu
 from npu_patch.ops.gated_delta import rule as gated_delta_rule
 from npu_patch.serving.implementation import Implementation
+from npu_patch.serving.op import Op
 from tests.support.gradients import relative_error
 from tests.support.parity import NEAR
 
 B, N, S, D = 2, 3, 5, 16
 
 
-def implementations(ops: object, device_type: str) -> list[Implementation]:
-    return [each for each in ops.IMPLEMENTATIONS if device_type in each.device_types and each.missing() is None]
+def implementations(op: Op, device_type: str) -> list[Implementation]:
+    return [each for each in op.implementations if device_type in each.device_types and each.missing() is None]
 
 
 def heads(device: torch.device, dtype: torch.dtype, seed: int, turned: bool) -> Tensor:
@@ -30,12 +31,12 @@ def heads(device: torch.device, dtype: torch.dtype, seed: int, turned: bool) -> 
 
 def rotated(run: Callable[..., Tensor], q: Tensor, k: Tensor) -> list[Tensor]:
     cos, sin = (torch.randn(1, 1, S, D, generator=torch.Generator().manual_seed(seed)).to(q) for seed in (8, 9))
-    return rope.rotate(rope.VARIANTS[0], run, [q.transpose(1, 2), k.transpose(1, 2)], cos, sin)
+    return run([q.transpose(1, 2), k.transpose(1, 2)], cos, sin, rope.VARIANTS[0])
 
 
 def rotated_in_part(run: Callable[..., Tensor], q: Tensor, k: Tensor) -> list[Tensor]:
     cos, sin = (torch.randn(1, 1, S, D // 2, generator=torch.Generator().manual_seed(seed)).to(q) for seed in (8, 9))
-    return rope.rotate(rope.VARIANTS[0], run, [q.transpose(1, 2), k.transpose(1, 2)], cos, sin)
+    return run([q.transpose(1, 2), k.transpose(1, 2)], cos, sin, rope.VARIANTS[0])
 
 
 def normalized(run: Callable[..., Tensor], q: Tensor, k: Tensor) -> list[Tensor]:
@@ -54,16 +55,16 @@ def recurred(run: Callable[..., Tensor], q: Tensor, k: Tensor) -> list[Tensor]:
 
 
 OPS = {
-    "rope": (rope, rotated),
-    "rope of a part": (rope, rotated_in_part),
-    "rms_norm": (rms_norm, normalized),
-    "swiglu": (swiglu, multiplied),
+    "rope": (rope.ROPE, rotated),
+    "rope of a part": (rope.ROPE, rotated_in_part),
+    "rms_norm": (rms_norm.RMS_NORM, normalized),
+    "swiglu": (swiglu.SWIGLU, multiplied),
 }
 CASES = [
     pytest.param(call, each.run, device_type, id=f"{name}-{each.name}")
-    for name, (ops, call) in OPS.items()
+    for name, (op, call) in OPS.items()
     for device_type in ("npu", "cpu")
-    for each in implementations(ops, device_type)
+    for each in implementations(op, device_type)
 ]
 CASES += [pytest.param(recurred, None, device_type, id=f"gated delta-{device_type}") for device_type in ("npu", "cpu")]
 

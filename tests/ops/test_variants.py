@@ -47,7 +47,7 @@ def exponential(monkeypatch: pytest.MonkeyPatch) -> Iterator[RMSNormVariant]:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("implementation", rms_norm.IMPLEMENTATIONS, ids=lambda each: each.name)
+@pytest.mark.parametrize("implementation", rms_norm.RMS_NORM.implementations, ids=lambda each: each.name)
 def test_a_new_gamma_is_computed_or_declined_by_every_implementation(
     implementation: object, dtype: torch.dtype, exponential: RMSNormVariant, npu: torch.device
 ) -> None:
@@ -75,13 +75,18 @@ def definitions(variant: RMSNormVariant) -> dict[str, Case]:
     """The self-checks of every op with a norm in it."""
     nothing = Alternative("nothing", lambda *call: None)
     rotation = RoPEVariant(HALF, TABLES[0])
-    sizes = add_rms_norm.Sizes(variant.name, 8, torch.float64, torch.float64)
-    heads = qk_norm_rope.Sizes(1, 1, 8, 8, torch.float64, torch.float64)
+    wide = (torch.float64, torch.float64)
     return {
-        "rms_norm": rms_norm.case(variant, 8, torch.float64, torch.float64),
-        "add_rms_norm": add_rms_norm.case(sizes, variant, nothing),
-        "qk_norm_rope": qk_norm_rope.case(heads, variant, rotation, nothing),
+        "rms_norm": rms_norm.case(variant, 8, *wide),
+        "add_rms_norm": add_rms_norm.case(variant, 8, *wide, nothing),
+        "qk_norm_rope": qk_norm_rope.case(variant, rotation, (1, 1), 8, 8, *wide, nothing),
     }
+
+
+def results(case: Case, inputs: list[Tensor]) -> Tensor:
+    """By the definition, side by side."""
+    found = case.definition(*inputs)
+    return torch.cat([each.flatten() for each in ((found,) if isinstance(found, Tensor) else found)])
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm", "qk_norm_rope"])
@@ -90,9 +95,9 @@ def test_a_new_gamma_is_in_every_definition_that_kernels_are_checked_with(op: st
     inputs = [torch.randn(shape, dtype=torch.float64) for shape, _ in case.inputs(4)]
     weights = [index for index, each in enumerate(inputs) if each.dim() == 1]
     as_weights = [each.exp() if index in weights else each for index, each in enumerate(inputs)]
-    found, expected = case.definition(*inputs), plain.definition(*as_weights)
-    assert weights and relative_error(found, expected) < 1e-12
-    assert relative_error(found, plain.definition(*inputs)) > 0.1
+    found = results(case, inputs)
+    assert weights and relative_error(found, results(plain, as_weights)) < 1e-12
+    assert relative_error(found, results(plain, inputs)) > 0.1
 
 
 @pytest.mark.parametrize("triton", [False, True])

@@ -499,12 +499,12 @@ def test_what_is_measured_passes_its_self_check(
 ) -> None:
     """The kernel, the two operators one after the other, and not a kernel that is off by a twentieth."""
     variant = {each.name: each for each in PLAIN_VARIANTS}["weightless" if weight_dtype is None else "float32 weight"]
-    (kernel,) = add_rms_norm.IMPLEMENTATIONS
+    (kernel,) = add_rms_norm.ADD_RMS_NORM.implementations
     assert kernel.missing() is None
     original = Alternative(
-        "apart", add_rms_norm.one_after_the_other(choose(rms_norm.IMPLEMENTATIONS, "npu").chosen.run)
+        "apart", add_rms_norm.one_after_the_other(choose(rms_norm.RMS_NORM.implementations, "npu").chosen.run)
     )
-    case = add_rms_norm.case(add_rms_norm.Sizes(variant.name, 24, dtype, weight_dtype), variant, original)
+    case = add_rms_norm.case(variant, 24, dtype, weight_dtype, original)
 
     def off(*call: object) -> tuple[Tensor, Tensor]:
         normed, total = kernel.run(*call)

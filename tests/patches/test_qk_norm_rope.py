@@ -372,12 +372,12 @@ def test_what_is_measured_passes_its_self_check(
 ) -> None:
     """The kernel and the two operators one after the other, and not a kernel that is off by a hundredth."""
     variant = {each.name: each for each in PLAIN_VARIANTS}["weightless" if weight_dtype is None else "float32 weight"]
-    (kernel,) = qk_norm_rope.IMPLEMENTATIONS
+    (kernel,) = qk_norm_rope.QK_NORM_ROPE.implementations
     assert kernel.missing() is None
-    parts = (choose(each, "npu").chosen.run for each in (rms_norm.IMPLEMENTATIONS, rope.IMPLEMENTATIONS))
+    parts = (choose(each, "npu").chosen.run for each in (rms_norm.RMS_NORM.implementations, rope.ROPE.implementations))
     original = Alternative("apart", qk_norm_rope.one_after_the_other(*parts))
-    sizes = qk_norm_rope.Sizes(3, 1, 16, rotary, dtype, weight_dtype)
-    case = qk_norm_rope.case(sizes, variant, rope.RoPEVariant(rotation.HALF, rope.TABLES[0]), original)
+    halves = rope.RoPEVariant(rotation.HALF, rope.TABLES[0])
+    case = qk_norm_rope.case(variant, halves, (3, 1), 16, rotary, dtype, weight_dtype, original)
 
     def off(*call: object) -> list[Tensor]:
         assert call[2].shape[-1] == rotary

@@ -167,15 +167,15 @@ def test_shards_are_left_to_the_original(patch: str, two_ranks: dist.DeviceMesh)
 
 
 def test_attention_leaves_shards_to_the_original(two_ranks: dist.DeviceMesh) -> None:
-    from npu_patch.ops.attention import fusion as attention
+    from npu_patch.ops.attention.op import ATTENTION
     from npu_patch.patches.attention import sdpa as attention_sdpa
     from npu_patch.patches.attention.checked import Attend
     from npu_patch.serving.calls import Calls
     from npu_patch.serving.dispatch import Dispatch
     from npu_patch.serving.implementation import Choice
 
-    implementation = attention.IMPLEMENTATIONS[0]
-    served = attention_sdpa.serve(None, "cpu", Attend(Dispatch(Choice(implementation, {})), Calls()))
+    implementation = ATTENTION.implementations[0]
+    served = attention_sdpa.serve(None, "cpu", Attend(Dispatch(ATTENTION, Choice(implementation, {})), Calls()))
     shards = [DTensor.from_local(torch.randn(1, 2, 8, 16), two_ranks, [Shard(2)], run_check=False) for _ in range(3)]
     assert served(SimpleNamespace(is_causal=True), *shards, None).reason == "tensor subclass"
 

@@ -18,6 +18,7 @@ from npu_patch import Report
 from npu_patch.ops import rms_norm, rope, swiglu
 from npu_patch.ops.attention import decode as attention_decode
 from npu_patch.ops.attention import fusion as attention
+from npu_patch.ops.attention.op import ATTENTION
 from npu_patch.ops.experts import grouped_matmul, token_permute
 from npu_patch.patches import CATALOGUE
 from npu_patch.serving.implementation import choose
@@ -240,7 +241,7 @@ def test_derivatives_of_our_own_need_none_of_torch_npus(patch: str, operator: Op
 def test_without_an_argument_the_implementation_is_declined(
     patch: str, operator: Operator, argument: str, npu: torch.device
 ) -> None:
-    (implementations,) = [each.implementations for each in CATALOGUE if each.name == patch]
+    (implementations,) = [each.op.implementations for each in CATALOGUE if each.name == patch]
     with presenting(installed().lacking(operator.name, argument=argument)):
         choice = choose(implementations, "npu")
     assert choice.chosen is None
@@ -262,10 +263,10 @@ def test_what_serves_some_calls_is_named_where_it_is_lacking(
 ) -> None:
     operator = PARTLY[kind]
     with presenting(installed().lacking(operator.name, argument=argument)):
-        choice = choose(attention.IMPLEMENTATIONS, "npu")
+        choice = choose(ATTENTION.implementations, "npu")
     reason = choice.declined[f"torch_npu.npu_fusion_attention, {kind}"]
     assert reason.startswith("this torch_npu") and operator.name in reason and (argument or "") in reason
-    assert choose(attention.IMPLEMENTATIONS, "npu").declined == {}
+    assert choose(ATTENTION.implementations, "npu").declined == {}
 
 
 BIAS = torch.randn(1, 6, 11, 11, generator=torch.Generator().manual_seed(3))

@@ -49,7 +49,7 @@ def patches() -> Sequence[Patch]:
     """Without those that Triton kernels alone can serve where none can run."""
     if why_not() is None:
         return CATALOGUE
-    return [patch for patch in CATALOGUE if not all(each.optional for each in patch.implementations)]
+    return [patch for patch in CATALOGUE if not all(each.optional for each in patch.op.implementations)]
 
 
 @dataclass(frozen=True)

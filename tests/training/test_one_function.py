@@ -22,7 +22,7 @@ from npu_patch.kernels.gamma import NONE
 from npu_patch.measuring import tuning
 from npu_patch.numerics import rotation
 from npu_patch.ops import qk_norm_rope, rms_norm, rope
-from npu_patch.ops.rope import TABLES, VARIANTS, rotate
+from npu_patch.ops.rope import TABLES, VARIANTS
 from npu_patch.serving.once_per_step import OncePerTensor
 from tests.support.gradients import relative_error
 from tests.support.needs_triton import needs_triton
@@ -212,10 +212,10 @@ def test_trained_tables_get_their_gradient(variant: rope.RoPEVariant, npu: torch
     expected = [variant.reference(x, *tables) for x in heads]
     seeds = [torch.randn_like(y) for y in expected]
     wanted = torch.autograd.grad(expected, [*tables, *heads], seeds)
-    implementation = next(each for each in rope.IMPLEMENTATIONS if "npu" in each.device_types)
+    implementation = next(each for each in rope.ROPE.implementations if "npu" in each.device_types)
     moved = [tensor.detach().to(npu).requires_grad_() for tensor in (*tables, *heads)]
     assert implementation.unsupported(moved[2:], *moved[:2], variant) is None
-    found = rotate(variant, implementation.run, moved[2:], *moved[:2])
+    found = implementation.run(moved[2:], *moved[:2], variant)
     gradients = torch.autograd.grad(found, moved, [seed.to(npu) for seed in seeds])
     for one, other in zip(gradients, wanted, strict=True):
         assert relative_error(one.cpu().double(), other.double()) < 1e-5
@@ -242,7 +242,7 @@ def test_trained_tables_get_their_gradient_from_the_fused_kernel(
         return torch.autograd.grad(list(outputs), leaves[:2], seeds)
 
     expected = run(qk_norm_rope.reference, torch.device("cpu"), [*tables, *inputs])
-    (kernel,) = qk_norm_rope.IMPLEMENTATIONS
+    (kernel,) = qk_norm_rope.QK_NORM_ROPE.implementations
     found = run(kernel.run, npu, [tensor.detach().to(npu).requires_grad_() for tensor in (*tables, *inputs)])
     for one, other in zip(found, expected, strict=True):
         assert relative_error(one.cpu().double(), other.double()) < 1e-5

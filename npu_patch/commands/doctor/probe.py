@@ -65,18 +65,19 @@ def providers(mode):
     """For each op the implementations in order: [name, chosen or not, why not]."""
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     _simulate_if(mode)
-    from npu_patch.patches.catalogue_of_ops import OPS
+    from npu_patch.patches import CATALOGUE
     from npu_patch.serving.implementation import choose
     from npu_patch.switches import resolve
 
     switches = resolve()
     found = {}
-    for op, implementations in OPS.items():
-        choice = choose(implementations, "npu", switches["triton"], switches.sources["triton"])
+    further = [(op.name, op) for patch in CATALOGUE for op in patch.further_ops]
+    for name, op in [*((patch.name, patch.op) for patch in CATALOGUE), *further]:
+        choice = choose(op.implementations, "npu", switches["triton"], switches.sources["triton"])
         measured = {} if choice.forced else {each.name: WHERE_FASTER for each in choice.candidates}
         used = [choice.chosen, *(choice.candidates if choice.forced else ())]
         why = measured | choice.declined
-        found[op] = [[each.name, each in used, why.get(each.name, "")] for each in implementations]
+        found[name] = [[each.name, each in used, why.get(each.name, "")] for each in op.implementations]
     return found
 
 

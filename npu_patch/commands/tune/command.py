@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,16 +26,16 @@ from npu_patch.commands.replay.bars import why_not
 from npu_patch.commands.replay.recording import Call, function_of, run_in_float64, run_original, timed_forms
 from npu_patch.commands.verify.command import compared
 from npu_patch.measuring.in_turns import Timing, in_turns
-from npu_patch.measuring.tuning import ORIGINAL, Decision, signature_for_json, signature_of, tuned, write
+from npu_patch.measuring.tuning import ORIGINAL, Decision, Forced, signature_for_json, write
 from npu_patch.patches import CATALOGUE
-from npu_patch.patches.patch import Context, Replacement
 from npu_patch.reporting.rows import short_name
-from npu_patch.serving.calls import Calls
+from npu_patch.serving.dispatch import Dispatch
+from npu_patch.serving.implementation import Implementation
+from npu_patch.serving.signature import Signature
 from npu_patch.switches import TUNE, resolve
 
 DECLINES = "does not take it: "
 FEWEST = 5  # samples that have quartiles
-Timer = Callable[[Mapping[str, Callable[[], None]], torch.device, int], Mapping[str, Timing]]
 
 
 @dataclass(frozen=True)
@@ -83,20 +83,20 @@ def _tune(
 ) -> tuple[list[Tuned], list[str]]:
     found: list[Tuned] = []
     left: list[str] = []
-    switches = resolve()
-    tunable = {patch.name: patch for patch in CATALOGUE if patch.tunable}
+    tunable = {patch.name for patch in CATALOGUE if patch.tunable}
     with lifecycle.applied(model, device=device.type, triton=False) as report:  # they are alternatives like others
         sites = patched_sites(report)
         recording = recorded_step(model, batch, device, sites)
         pairs = []
         for held in sites:
-            if held.outcome.patch in tunable and function_of(held) is not None:
+            fixed = held.replacement.dispatch is None or function_of(held) is None
+            if held.outcome.patch in tunable and not fixed:
                 pairs += [(held, call) for call in recording.of(held)]
             else:
                 left.append(f"{held.outcome.patch} {short_name(held.outcome.site)}: chooses by itself at every call")
         progress.of(len(pairs))
         for held, call in pairs:
-            ways = alternatives(held, tunable[held.outcome.patch], device.type, switches)
+            ways = alternatives(held, device.type)
             decision = decide(held, call, ways, device, options.samples, DTYPES[options.dtype])
             if decision is not None:
                 found.append(Tuned(short_name(held.outcome.site), call.shapes, decision))
@@ -104,27 +104,25 @@ def _tune(
     return found, left
 
 
-def alternatives(held: PatchedSite, patch: Any, device_type: str, switches: Any) -> dict[str, Replacement]:
-    """By the implementation's name, what would stand at the site with each that this machine has."""
-    found = {held.outcome.implementation: held.replacement}
-    for each in patch.implementations:
+def alternatives(held: PatchedSite, device_type: str) -> dict[str, Implementation]:
+    """By name, the site's implementation, and each other one that this machine has."""
+    dispatch = held.replacement.dispatch
+    found = {} if dispatch.choice.chosen is None else {dispatch.choice.chosen.name: dispatch.choice.chosen}
+    for each in dispatch.op.implementations:
         if each.optional and devices.is_simulated(device_type):
             continue  # in triton's interpreter: minutes for times that mean nothing
         if each.name not in found and device_type in each.device_types and each.missing() is None:
-            other = patch.replace(held.site, Context(device_type, each, switches))
-            if isinstance(other, Replacement):
-                found[each.name] = other
+            found[each.name] = each
     return found
 
 
 def decide(
     held: PatchedSite,
     call: Call,
-    ways: Mapping[str, Replacement],
+    ways: Mapping[str, Implementation],
     device: torch.device,
     samples: int,
     dtype: torch.dtype,
-    timer: Timer | None = None,
 ) -> Decision | None:
     """The fastest way that is right, for this call; None for a call without a floating result."""
     original = run_original(held, call)
@@ -134,46 +132,46 @@ def decide(
     refused: dict[str, str] = {}
     declined: dict[str, str] = {}
     forms: dict[str, Callable[[], None]] = {}
-    for name, replacement in ways.items():
-        other = replace(held, replacement=replacement)
-        wrong = why_wrong(other, call, original, exact, dtype)
-        if wrong is None:
-            forms[name], forms[ORIGINAL] = timed_forms(as_installed(other, name, call), call)
-        elif wrong.startswith(DECLINES):
-            declined[name] = wrong.removeprefix(DECLINES)
-        else:
-            refused[name] = wrong
-    forms.setdefault(ORIGINAL, lambda: None)
-    times = (timer or _times)(forms, device, samples) if len(forms) > 1 else {}
+    signature: Signature = ()
+    dispatch, outcome = held.replacement.dispatch, held.outcome
+    try:
+        for name, implementation in ways.items():
+            dispatch.tuned = forced = Forced(implementation)
+            wrong = why_wrong(held, call, original, exact, dtype)
+            signature = next(reversed(forced), signature)  # others were declined before
+            if wrong is None:
+                replaced, forms[ORIGINAL] = timed_forms(held, call)
+                forms[name] = _as_installed(dispatch, dict(forced), replaced)
+            elif wrong.startswith(DECLINES):
+                declined[name] = wrong.removeprefix(DECLINES)
+            else:
+                refused[name] = wrong
+        forms.setdefault(ORIGINAL, lambda: None)
+        times = _times(forms, device, samples) if len(forms) > 1 else {}
+    finally:
+        dispatch.tuned = {}
     medians = {name: timing.median for name, timing in times.items()}
     quartiles = {name: (timing.low, timing.high) for name, timing in times.items()}
-    outcome = held.outcome
-    return Decision(
-        outcome.patch,
-        outcome.site,
-        outcome.variant,
-        signature_of(call.args, call.kwargs),
-        fastest(times),
-        medians,
-        quartiles,
-        refused,
-        declined,
-    )
+    site = outcome.patch, outcome.site, outcome.variant
+    return Decision(*site, signature, fastest(times), medians, quartiles, refused, declined)
+
+
+def _as_installed(
+    dispatch: Dispatch, decided: Mapping[Signature, Implementation], form: Callable[[], None]
+) -> Callable[[], None]:
+    """As `apply()` will call it under the file: the shapes of the call are looked up first."""
+
+    def run() -> None:
+        dispatch.tuned = decided
+        form()
+
+    return run
 
 
 def fastest(times: Mapping[str, Timing]) -> str:
     """The one with the lowest median of those that are clearly faster than the original, or that."""
     clearly = [name for name in times if name != ORIGINAL and times[name].high < times[ORIGINAL].low]
     return min(clearly, key=lambda name: times[name].median, default=ORIGINAL)
-
-
-def as_installed(held: PatchedSite, name: str, call: Call) -> PatchedSite:
-    """As `apply()` will call it under the file: the shapes of the call are looked up first."""
-    replacement = held.replacement
-    choices = {signature_of(call.args, call.kwargs): name}
-    ways = {name: (replacement.function, replacement.calls)}
-    function = tuned(replacement.function, held.site.original, Calls(), choices, ways)
-    return replace(held, replacement=replace(replacement, function=function))
 
 
 def why_wrong(held: PatchedSite, call: Call, original: Any, exact: Mapping[str, Any], dtype: torch.dtype) -> str | None:

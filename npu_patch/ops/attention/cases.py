@@ -1,14 +1,13 @@
-"""What of the attention operators is checked on a device before they serve a model, and for which calls that holds.
+"""What of the attention operators is checked on a device before they serve a model: each form of a call.
 
-A form is what the kernels have paths of their own for: each kind of mask, packed sequences, a bias, single queries with
-a cache. Lengths cross the blocks of the kernels: 128 queries, and for single queries 512 keys, beyond which an operator
-was seen to forget its mask (https://github.com/vllm-project/vllm-ascend/issues/15503).
+Lengths cross the blocks of the kernels: 128 queries, and for single queries 512 keys, beyond which an operator was seen
+to forget its mask (https://github.com/vllm-project/vllm-ascend/issues/15503).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from npu_patch.numerics.values import values
 from npu_patch.ops.attention import decode as attention_decode
 from npu_patch.ops.attention.band import CAUSAL_TOP_LEFT, Band, nothing_kept
 from npu_patch.ops.attention.call import Attention
+from npu_patch.ops.attention.op import ATTENTION, SINGLE, SINGLE_MASKED
 from npu_patch.serving.case import ALLOWED_OF_PRODUCTS, Case
 from npu_patch.serving.implementation import dtype_name
 
@@ -25,49 +25,6 @@ SQUARE, MANY_KEYS, CACHES = (132,), (700,), (40, 700, 1100)
 FEW_QUERIES = 20
 WIDEST = 2048  # of all heads together: more of them compute the same
 WINDOW = 50
-SINGLE, SINGLE_MASKED = "single query", "single query, masked"
-Run = Callable[[Tensor, Tensor, Tensor, Attention], Tensor]
-
-
-@dataclass(frozen=True)
-class CallForm:
-    """What a verdict holds for. `shared`: how many query heads share a key head."""
-
-    mask: str
-    sinks: bool
-    shared: int
-    head_dim: int
-    value_dim: int
-    dtype: torch.dtype
-
-    @property
-    def is_single(self) -> bool:
-        """Whether it is the inference operator's."""
-        return self.mask in (SINGLE, SINGLE_MASKED)
-
-    @classmethod
-    def of(cls, query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> CallForm:
-        heads, widths = query.shape[1] // key.shape[1], (query.shape[-1], value.shape[-1])
-        return cls(_mask(query, key, value, attention), attention.sink is not None, heads, *widths, query.dtype)
-
-
-def _mask(query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> str:
-    if attention.ends is not None:
-        return "packed"
-    if attention_decode.serves(query, key, value, attention):
-        return SINGLE if attention.hidden is None else SINGLE_MASKED
-    if attention.bias is not None:
-        return "bias"
-    if attention.hidden is not None:
-        return "mask"
-    band = attention.band.within(query.shape[2], key.shape[2])
-    if band.is_full:
-        return "full"
-    if band.is_causal:
-        square = query.shape[2] == key.shape[2]
-        return "causal" if square or not band.bottom_right else "causal to the last key"
-    return "window"
-
 
 # By form: at how many keys, how many queries (None: as many), and what is asked for, given the masks of those sizes.
 _Ask = Callable[[float, Tensor, Tensor], Attention]
@@ -86,92 +43,56 @@ _WITH_SINKS = ("causal", "window", "packed", "mask")
 _SAMPLES = 2
 
 
-def cases(
-    heads: int, key_heads: int, head_dim: int, value_dim: int, dtype: torch.dtype, sinks: bool
-) -> Iterator[tuple[CallForm, Case]]:
+def cases(heads: int, key_heads: int, head_dim: int, value_dim: int, dtype: torch.dtype, sinks: bool) -> Iterator[Case]:
     """Of one kind of layer. `sinks`: it has them."""
     shared = heads // key_heads
     key_heads = max(1, min(key_heads, WIDEST // (shared * head_dim)))
-    for mask in _FORMS:
-        for with_sinks in {False, sinks and mask in _WITH_SINKS}:
-            form = CallForm(mask, with_sinks, shared, head_dim, value_dim, dtype)
-            yield form, _case(form, key_heads)
+    for form in _FORMS:
+        for with_sinks in {False, sinks and form in _WITH_SINKS}:
+            yield _case(form, (shared * key_heads, key_heads), (head_dim, value_dim), dtype, with_sinks)
 
 
-def _case(form: CallForm, key_heads: int) -> Case:
-    lengths, few, ask = _FORMS[form.mask]
-    heads, packed, single = key_heads * form.shared, form.mask == "packed", form.is_single
-    samples = _SAMPLES if single or form.mask in ("mask", "bias") else 1
+def _case(form: str, all_heads: tuple[int, int], widths: tuple[int, int], dtype: torch.dtype, sinks: bool) -> Case:
+    lengths, few, ask = _FORMS[form]
+    (heads, key_heads), (head_dim, value_dim) = all_heads, widths
+    packed, single = form == "packed", form in (SINGLE, SINGLE_MASKED)
+    samples = _SAMPLES if single or form in ("mask", "bias") else 1
 
     def inputs(keys: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         queries = few or keys
-        shapes = [(queries, heads, form.head_dim), (keys, key_heads, form.head_dim), (keys, key_heads, form.value_dim)]
-        sink = [((heads,), form.dtype)] if form.sinks else []
-        if form.mask == "bias":
-            sink.append(((1, heads, queries, keys), form.dtype))
-        return [((samples, *shape), form.dtype) for shape in shapes] + sink
+        shapes = [(queries, heads, head_dim), (keys, key_heads, head_dim), (keys, key_heads, value_dim)]
+        sink = [((heads,), dtype)] if sinks else []
+        if form == "bias":
+            sink.append(((1, heads, queries, keys), dtype))
+        return [((samples, *shape), dtype) for shape in shapes] + sink
 
     def asked(query: Tensor, key: Tensor, value: Tensor, *others: Tensor) -> tuple[Any, ...]:
         """As models have them: `[B, N, S, D]`, `[B, S, N, D]` in memory but in a cache."""
         queries, keys = query.shape[1], key.shape[1]
         hidden = _hidden(queries, keys).to(query.device)
-        attention = ask(form.head_dim**-0.5, hidden, others[-1] if others else hidden)
-        attention = replace(attention, sink=others[0] if form.sinks else None)
+        attention = ask(head_dim**-0.5, hidden, others[-1] if others else hidden)
+        attention = replace(attention, sink=others[0] if sinks else None)
         if packed:
             return *(tensor.flatten(0, 1) for tensor in (query, key, value)), attention
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         return query, *(tensor.contiguous() if single else tensor for tensor in (key, value)), attention
 
-    def call(run: Run, *tensors: Tensor) -> Tensor:
+    def call(function: Callable[..., Any], *tensors: Tensor) -> Any:
         with nothing_kept():
-            return run(*asked(*tensors))
+            return function(*asked(*tensors))
 
-    def why_not(unsupported: Callable[..., str | None], *tensors: Tensor) -> str | None:
-        given = asked(*tensors)
-        if single and not attention_decode.serves(*given):
-            return "served as other queries are"
-        return unsupported(*given)
-
-    named = f"{form.mask} by {attention_decode.OPERATOR.name}" if single else form.mask
-    sinks, precision = ", sinks" if form.sinks else "", dtype_name(form.dtype)
-    widths = str(form.head_dim) if form.value_dim == form.head_dim else f"{form.head_dim} and {form.value_dim}"
+    named = f"{form} by {attention_decode.OPERATOR.name}" if single else form
+    and_sinks, precision = ", sinks" if sinks else "", dtype_name(dtype)
+    width = str(head_dim) if value_dim == head_dim else f"{head_dim} and {value_dim}"
     return Case(
-        "attention",
-        f"{named}{sinks}, {heads} and {key_heads} heads of {widths} {precision}",
+        ATTENTION,
+        f"{named}{and_sinks}, {heads} and {key_heads} heads of {width} {precision}",
         inputs,
         call,
-        lambda *tensors: definition(*asked(*tensors)),
         tokens=lengths,
         allowed=ALLOWED_OF_PRODUCTS,
         differentiated=not single,
-        why_not=why_not,
     )
-
-
-def definition(query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> Tensor:
-    """`[B, Sq, N, Dv]`, packed `[T, N, Dv]`, in plain torch."""
-    packed = attention.ends is not None
-    if packed:
-        query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
-    queries, keys, key_heads = query.shape[2], key.shape[2], key.shape[1]
-    grouped = query.unflatten(1, (key_heads, -1)).flatten(2, 3)  # heads that share a key head, one below the other
-    scores = attention.scale * (grouped @ key.mT).view(*query.shape[:3], keys)
-    if attention.bias is not None:
-        scores = scores + attention.bias
-    seen = attention.band.visible(queries, keys)
-    if packed:
-        sequence = torch.bucketize(torch.arange(keys), torch.tensor(attention.ends[1]), right=True)
-        seen = seen & (sequence[:, None] == sequence)
-    if attention.hidden is not None:
-        seen = seen & ~attention.hidden
-    scores = scores.masked_fill(~seen, float("-inf"))
-    if attention.sink is not None:
-        column = attention.sink.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        weights = torch.cat((scores, column), -1).softmax(-1)[..., :-1]
-    else:
-        weights = scores.softmax(-1)
-    out = (weights.view(*grouped.shape[:3], keys) @ value).view(*query.shape[:3], -1).transpose(1, 2)
-    return out[0] if packed else out
 
 
 def _hidden(queries: int, keys: int) -> Tensor:

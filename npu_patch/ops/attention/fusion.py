@@ -179,17 +179,15 @@ def _differences(ends: tuple[int, ...]) -> list[int]:
     return [end - start for start, end in zip((0, *ends), ends, strict=False)]
 
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation(
-        "torch_npu.npu_fusion_attention",
-        ("npu",),
-        _npu_attention,
-        _unsupported,
-        needs_operators(NPU_ATTENTION),
-        partly={
-            "with attention sinks": WITH_SINK,
-            "with a bias": WITH_BIAS,
-            "single queries": attention_decode.OPERATOR,
-        },
-    ),
+IMPLEMENTATION = Implementation(
+    "torch_npu.npu_fusion_attention",
+    ("npu",),
+    _npu_attention,
+    _unsupported,
+    needs_operators(NPU_ATTENTION),
+    partly={
+        "with attention sinks": WITH_SINK,
+        "with a bias": WITH_BIAS,
+        "single queries": attention_decode.OPERATOR,
+    },
 )

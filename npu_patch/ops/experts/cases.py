@@ -6,61 +6,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from npu_patch.ops.experts.grouped_matmul import Weights
-from npu_patch.ops.experts.routed import Experts, reference, silu_of_halves
+from npu_patch.ops.experts.routed import EXPERTS, Experts, ExpertsForm, silu_of_halves
 from npu_patch.serving.case import ALLOWED_OF_PRODUCTS, Case
 from npu_patch.serving.implementation import dtype_name
 
-EXPERTS, CHOICES, TOKENS = 3, 2, 12
+FEW_EXPERTS, CHOICES, TOKENS = 3, 2, 12
 IDLE = 1  # the expert without a token
-MOST_ELEMENTS = 2**22  # of one expert's first weight; beyond that it is checked narrower inside
-STEP = 16  # what inner widths are a multiple of, where they are made narrower
 
 
-@dataclass(frozen=True)
-class ExpertsForm:
-    """What a verdict holds for. `ups`: how many weights gate and up are; `in_memory`: whether they are contiguous."""
-
-    width: int
-    up_width: int
-    inner: int
-    ups: int
-    packed: bool
-    transposed: bool
-    in_memory: bool
-    biased: bool
-    own_gate: bool
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, experts: Experts) -> ExpertsForm:
-        up, down = experts.up[0], experts.down
-        first = up.tensors[0]
-        return cls(
-            up.width_in,
-            up.width_out,
-            down.width_in,
-            len(experts.up),
-            first.dim() == 3,
-            up.transposed,
-            first.is_contiguous(),
-            up.bias is not None,
-            experts.gate is not None,
-            first.dtype,
-        )
-
-
-def case(form: ExpertsForm) -> Case:
-    inner = form.inner
-    if form.width * form.up_width * form.ups > MOST_ELEMENTS:
-        inner = max(STEP, MOST_ELEMENTS * inner // (form.width * form.up_width * form.ups) // STEP * STEP)
-    up_width = form.up_width * inner // form.inner
+def case(experts: Experts) -> Case:
+    """Of experts of the same form."""
+    form = ExpertsForm.of(experts)
+    inner, up_width = form.inner, form.up_width
     up_shapes, down_shapes = _shapes(form, form.width, up_width), _shapes(form, inner, form.width)
 
     def inputs(tokens: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -76,40 +39,38 @@ def case(form: ExpertsForm) -> Case:
             weights = [weight.mT.contiguous().mT for weight in weights]
         return Weights(tuple(weights), form.transposed, bias)
 
-    def call(run: Callable[..., Any], tokens: Tensor, router_weights: Tensor, *rest: Tensor) -> Any:
+    def call(function: Callable[..., Any], tokens: Tensor, router_weights: Tensor, *rest: Tensor) -> Any:
         tensors = iter(rest)
         ups = tuple(layer(tensors, up_shapes) for _ in range(form.ups))
         experts = Experts(
             ups, layer(tensors, down_shapes), _gate(up_width * form.ups, inner) if form.own_gate else None
         )
-        return run(tokens, _indices(len(tokens)).to(tokens.device), router_weights, experts)
+        return function(tokens, _indices(len(tokens)).to(tokens.device), router_weights, experts)
 
     layout = f"{'packed' if form.packed else 'listed'}{', transposed' if form.transposed else ''}"
     layout += f"{'' if form.in_memory else ', turned in memory'}{', biased' if form.biased else ''}"
     ups = "" if form.ups == 1 else f"{form.ups} x "
     return Case(
-        "experts",
+        EXPERTS,
         f"{layout}, {form.width} to {ups}{up_width} and {inner} {dtype_name(form.dtype)}"
         f"{', a gate of their own' if form.own_gate else ''}",
         inputs,
         call,
-        lambda *tensors: call(reference, *tensors),
         tokens=(TOKENS,),
         allowed=ALLOWED_OF_PRODUCTS,
-        why_not=call,
     )
 
 
 def _shapes(form: ExpertsForm, width_in: int, width_out: int) -> list[tuple[int, ...]]:
     """Of the weights of one product, and of its bias."""
     one = (width_out, width_in) if form.transposed else (width_in, width_out)
-    bias = [(EXPERTS, width_out)] if form.biased else []
-    return [(EXPERTS, *one), *bias] if form.packed else [*[one] * EXPERTS, *bias]
+    bias = [(FEW_EXPERTS, width_out)] if form.biased else []
+    return [(FEW_EXPERTS, *one), *bias] if form.packed else [*[one] * FEW_EXPERTS, *bias]
 
 
 def _indices(tokens: int) -> Tensor:
     """Not sorted, no two choices of a token alike, and none on the idle expert."""
-    busy = [expert for expert in range(EXPERTS) if expert != IDLE]
+    busy = [expert for expert in range(FEW_EXPERTS) if expert != IDLE]
     return torch.tensor(
         [[busy[(token * token + choice) % len(busy)] for choice in range(CHOICES)] for token in range(tokens)]
     )

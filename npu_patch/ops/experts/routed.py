@@ -39,8 +39,11 @@ from npu_patch.ops.experts.token_permute import (
 )
 from npu_patch.ops.swiglu import NPU_SWIGLU
 from npu_patch.serving.implementation import Implementation, is_plain, layout, needs_operators
+from npu_patch.serving.op import Op
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MOST_ELEMENTS = 2**22  # of one expert's first weight; beyond that it is checked narrower inside
+STEP = 16  # what inner widths are a multiple of, where they are made narrower
 
 
 @dataclass(frozen=True)
@@ -165,19 +168,57 @@ def _unsupported(tokens: Tensor, indices: Tensor, router_weights: Tensor, expert
 _NPU = Kernels(NPU_PRODUCTS, NPU_MOVES, _npu_swiglu)
 _TORCH = Kernels(TORCH_PRODUCTS, TORCH_MOVES, _torch_swiglu)
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation(
-        "torch_npu.npu_grouped_matmul",
-        ("npu",),
-        functools.partial(routed_experts, _NPU),
-        _unsupported,
-        needs_operators(NPU_GROUPED_MATMUL, NPU_PERMUTE, NPU_UNPERMUTE, NPU_SWIGLU),
+
+@dataclass(frozen=True)
+class ExpertsForm:
+    """What may decide who serves experts: large ones count as narrower inside, as which they are checked. `ups`: how
+    many weights gate and up are. `in_memory`: whether they are contiguous."""
+
+    width: int
+    up_width: int
+    inner: int
+    ups: int
+    packed: bool
+    transposed: bool
+    in_memory: bool
+    biased: bool
+    own_gate: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, experts: Experts) -> ExpertsForm:
+        up, down, ups = experts.up[0], experts.down, len(experts.up)
+        first, inner = up.tensors[0], down.width_in
+        elements = up.width_in * up.width_out * ups
+        if elements > MOST_ELEMENTS:
+            inner = max(STEP, MOST_ELEMENTS * inner // elements // STEP * STEP)
+        layout = first.dim() == 3, up.transposed, first.is_contiguous(), up.bias is not None
+        narrowed = up.width_out * inner // down.width_in, inner
+        return cls(up.width_in, *narrowed, ups, *layout, experts.gate is not None, first.dtype)
+
+
+def _key(tokens: Tensor, indices: Tensor, router_weights: Tensor, experts: Experts) -> ExpertsForm:
+    return ExpertsForm.of(experts)
+
+
+EXPERTS = Op(
+    "experts",
+    (
+        Implementation(
+            "torch_npu.npu_grouped_matmul",
+            ("npu",),
+            functools.partial(routed_experts, _NPU),
+            _unsupported,
+            needs_operators(NPU_GROUPED_MATMUL, NPU_PERMUTE, NPU_UNPERMUTE, NPU_SWIGLU),
+        ),
+        Implementation(
+            "torch.nn.functional.grouped_mm",
+            ("cuda", "cpu"),
+            functools.partial(routed_experts, _TORCH),
+            _unsupported,
+            torch_is_missing,
+        ),
     ),
-    Implementation(
-        "torch.nn.functional.grouped_mm",
-        ("cuda", "cpu"),
-        functools.partial(routed_experts, _TORCH),
-        _unsupported,
-        torch_is_missing,
-    ),
+    _key,
+    reference,
 )

@@ -23,6 +23,7 @@ from npu_patch.ops.gated_delta.calls import ConvolutionCall, RuleCall
 from npu_patch.ops.gated_delta.causal_conv1d import ACTIVATIONS, causal_conv1d, causal_conv1d_update
 from npu_patch.ops.gated_delta.rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from npu_patch.serving.implementation import Implementation, is_plain, layout, needs_operators
+from npu_patch.serving.op import Op
 from npu_patch.serving.operators import Operator
 
 OWN = "torch, float32"
@@ -98,22 +99,41 @@ def _declined(operator: Operator, reason: str) -> Implementation:
     return Implementation(f"torch_npu.{operator.name}", ("npu",), run, lambda call: reason, lambda: lacking() or reason)
 
 
-RULE_PROVIDERS: tuple[Implementation, ...] = (
-    mindspeed.RULE,
-    fla.RULE,
-    _declined(
-        Operator("npu_chunk_gated_delta_rule"),
-        "no backward; documented for -1 <= g only, which cannot be known without reading g; states in bfloat16",
+def _one_key(call: RuleCall | ConvolutionCall) -> None:
+    """Providers prove themselves by kinds of calls, wherever the site is."""
+
+
+GATED_DELTA_RULE: Op[[RuleCall], tuple[Tensor, Tensor | None]] = Op(
+    "gated_delta_rule",
+    (
+        mindspeed.RULE,
+        fla.RULE,
+        _declined(
+            Operator("npu_chunk_gated_delta_rule"),
+            "no backward; documented for -1 <= g only, which cannot be known without reading g; states in bfloat16",
+        ),
+        _declined(Operator("npu_recurrent_gated_delta_rule"), "states in bfloat16, the model's cache is float32"),
+        Implementation(OWN, devices.TYPES, _run_rule, _unsupported_rule),
     ),
-    _declined(Operator("npu_recurrent_gated_delta_rule"), "states in bfloat16, the model's cache is float32"),
-    Implementation(OWN, devices.TYPES, _run_rule, _unsupported_rule),
+    _one_key,
+    _run_rule,
 )
-CONVOLUTION_PROVIDERS: tuple[Implementation, ...] = (
-    fla.CONVOLUTION,
-    _declined(Operator("npu_fused_causal_conv1d"), "Ascend 950 and width 3 only, no backward"),
-    Implementation(OWN, devices.TYPES, _run_convolution, _unsupported_convolution),
+CAUSAL_CONV1D: Op[[ConvolutionCall], Tensor] = Op(
+    "causal_conv1d",
+    (
+        fla.CONVOLUTION,
+        _declined(Operator("npu_fused_causal_conv1d"), "Ascend 950 and width 3 only, no backward"),
+        Implementation(OWN, devices.TYPES, _run_convolution, _unsupported_convolution),
+    ),
+    _one_key,
+    _run_convolution,
 )
-UPDATE_PROVIDERS: tuple[Implementation, ...] = (
-    _declined(Operator("npu_fused_causal_conv1d"), "Ascend 950 and width 3 only"),
-    Implementation(OWN, devices.TYPES, _run_update, _unsupported_convolution),
+CAUSAL_CONV1D_UPDATE: Op[[ConvolutionCall], Tensor] = Op(
+    "causal_conv1d_update",
+    (
+        _declined(Operator("npu_fused_causal_conv1d"), "Ascend 950 and width 3 only"),
+        Implementation(OWN, devices.TYPES, _run_update, _unsupported_convolution),
+    ),
+    _one_key,
+    _run_update,
 )

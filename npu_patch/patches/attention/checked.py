@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,7 +34,7 @@ class Attend:
         return serving if isinstance(serving, str) else serving.run(query, key, value, attention)
 
 
-def checks(name: str, live: LiveModules) -> Iterator[tuple[Hashable, Case]]:
+def checks(name: str, live: LiveModules) -> Iterator[Case]:
     """For the layers whose config asks for the attention `name`, in the model's dtype."""
     asking: dict[type, bool] = {}
 

@@ -69,20 +69,12 @@ def serve(original: Callable[..., Any], device_type: str, attend: Attend) -> Cal
         is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         band = _band(bool(is_causal), sliding_window, queries, keys)
         hidden = None
-        lengths_given = all(x is not None for x in (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k))
-        # The order in which transformers looks at them: padding, given lengths, position ids.
         if attention_mask is not None and queries == 1 and band.within(1, attention_mask.shape[1]).is_full:
             packed, indices, ends, band = [], None, None, FULL
             hidden = _hidden(attention_mask, keys)
-        elif attention_mask is not None:
-            packed, indices, ends = _gather(query, key, value, attention_mask)
-        elif lengths_given:
-            packed, indices = _flat(query, key, value), None
-            ends = HOST_READS.ends_of_lengths(cu_seq_lens_q, cu_seq_lens_k)
         else:
-            found = _ends_of_positions(position_ids, query.shape[0])
-            packed, indices = _flat(query, key, value), None
-            ends = None if found is None else (found, found)
+            lengths = cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
+            packed, indices, ends = _packed(query, key, value, attention_mask, lengths, position_ids)
         if ends is None:
             decodes = queries == 1 < keys and bool(is_causal)
             attention = Attention(scale, band, hidden, sink=s_aux, dropout=dropout, decodes=decodes)
@@ -142,6 +134,19 @@ def _bottom_right() -> bool:
 def _flat(*tensors: Tensor) -> list[Tensor]:
     """`[B, N, S, D]` as `[B * S, N, D]`."""
     return [tensor.transpose(1, 2).flatten(0, 1) for tensor in tensors]
+
+
+def _packed(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, lengths: tuple[Any, ...], positions: Tensor | None
+) -> tuple[list[Tensor], Tensor | None, tuple[Ends, Ends] | None]:
+    """The packed tensors, the places of their tokens among padded ones, and where sequences end, None where there is
+    but one per sample: in the order in which transformers looks, by padding, given lengths, position ids."""
+    if mask is not None:
+        return _gather(query, key, value, mask)
+    if all(each is not None for each in lengths):
+        return _flat(query, key, value), None, HOST_READS.ends_of_lengths(*lengths[:2])
+    found = _ends_of_positions(positions, query.shape[0])
+    return _flat(query, key, value), None, None if found is None else (found, found)
 
 
 def _hidden(mask: Tensor, keys: int) -> Tensor:

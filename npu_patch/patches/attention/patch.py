@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from npu_patch.ops.attention.cases import CallForm
-from npu_patch.ops.attention.fusion import IMPLEMENTATIONS
+from npu_patch.ops.attention.op import ATTENTION
 from npu_patch.ops.readings import AsNamed, NotRead
 from npu_patch.patches.attention import flash as attention_flash
 from npu_patch.patches.attention import mask as attention_mask
 from npu_patch.patches.attention import sdpa as attention_sdpa
 from npu_patch.patches.attention.checked import REGISTRY, Attend, checks
+from npu_patch.patches.attention.flash import read_flash
 from npu_patch.patches.patch import Context, Patch, Replacement, by_nobody_known
 from npu_patch.probe.attention import read_attention, read_mask, read_packing
 from npu_patch.serving.bypassed import SDPA
@@ -83,51 +83,14 @@ def _read_own_name(function: Callable[..., Any]) -> AsNamed | NotRead:
     return attention
 
 
+_SDPA, _FLASH, _PACKING = "sdpa", "flash_attention_2", "find_packed_sequence_indices"
 DOORS: tuple[Door, ...] = (
-    Door(
-        "AttentionInterface['sdpa']",
-        _attention_entries,
-        "sdpa",
-        read_attention,
-        attention_sdpa.serve,
-    ),
-    Door(
-        "AttentionInterface['npu']",
-        _attention_entries,
-        OWN_NAME,
-        _read_own_name,
-        attention_sdpa.serve,
-        stands_for="sdpa",
-    ),
-    Door(
-        "AttentionInterface['flash_attention_2']",
-        _attention_entries,
-        "flash_attention_2",
-        attention_flash.read_flash,
-        attention_flash.serve,
-    ),
-    Door(
-        "AttentionMaskInterface['sdpa']",
-        _mask_entries,
-        "sdpa",
-        read_mask,
-        attention_mask.serve,
-    ),
-    Door(
-        "AttentionMaskInterface['npu']",
-        _mask_entries,
-        OWN_NAME,
-        read_mask,
-        attention_mask.serve,
-        stands_for="sdpa",
-    ),
-    Door(
-        "masking_utils.find_packed_sequence_indices",
-        _masking_utils,
-        "find_packed_sequence_indices",
-        read_packing,
-        attention_mask.serve_packing,
-    ),
+    Door("AttentionInterface['sdpa']", _attention_entries, _SDPA, read_attention, attention_sdpa.serve),
+    Door("AttentionInterface['npu']", _attention_entries, OWN_NAME, _read_own_name, attention_sdpa.serve, _SDPA),
+    Door(f"AttentionInterface['{_FLASH}']", _attention_entries, _FLASH, read_flash, attention_flash.serve),
+    Door("AttentionMaskInterface['sdpa']", _mask_entries, _SDPA, read_mask, attention_mask.serve),
+    Door("AttentionMaskInterface['npu']", _mask_entries, OWN_NAME, read_mask, attention_mask.serve, _SDPA),
+    Door(f"masking_utils.{_PACKING}", _masking_utils, _PACKING, read_packing, attention_mask.serve_packing),
 )
 _BY_DESCRIPTION = {door.described: door for door in DOORS}
 
@@ -141,22 +104,23 @@ def registered() -> Iterable[Site]:
             yield Site(holder, door.name, original, door.described)
 
 
-def replace(site: Site, context: Context) -> Replacement | NotRead:
+def read_site(site: Site) -> AsNamed | NotRead:
     door = _BY_DESCRIPTION[site.described]
     if door.stands_for is not None and door.name in site.owner:
         return NotRead(f"another package has registered the name {door.name!r}")
     replaced = SDPA.replaced()
-    reading = door.read(site.original) if replaced is None else NotRead(replaced)
-    if isinstance(reading, NotRead):
-        return reading
-    calls = Calls()
+    return door.read(site.original) if replaced is None else NotRead(replaced)
+
+
+def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
+    door, calls = _BY_DESCRIPTION[site.described], Calls()
 
     def original(*args: Any, **kwargs: Any) -> Any:
         """What falls through sees masks, not patterns."""
         return site.original(*materialised(args, "the original"), **materialised(kwargs, "the original"))
 
     attends = door.holder is _attention_entries
-    dispatch = context.dispatch(partial(checks, door.name) if attends else no_cases, CallForm.of)
+    dispatch = context.dispatch(partial(checks, door.name) if attends else no_cases)
     serve = door.serve(site.original, context.device_type, Attend(dispatch, calls))
     if attends:
         serve = _with_a_result_to_change(serve, calls)
@@ -198,4 +162,4 @@ def customers(module: ModuleType) -> Iterable[type]:
             yield site.owner
 
 
-PATCH = Patch("attention", "sdpa", IMPLEMENTATIONS, find, replace, registered, customers=customers)
+PATCH = Patch("attention", "sdpa", ATTENTION, find, read_site, bind_site, registered, customers=customers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor
 from npu_patch.ops.attention.band import CAUSAL_TOP_LEFT, FULL, Band, in_operator_shape, inverted
 from npu_patch.ops.attention.call import Attention
 from npu_patch.patches.attention.checked import Attend
+from npu_patch.serving.dispatch import TUNED_TO_ORIGINAL
 from npu_patch.serving.once_per_step import OncePerTensor
 from npu_patch.serving.replacement import Unfused, Unserved
 from npu_patch.waiting.contract import materialised
@@ -37,6 +38,29 @@ def refused(arguments: dict[str, Any]) -> Unserved | None:
     return None
 
 
+class _Given(NamedTuple):
+    """The arguments that the op knows of. query `[B, N, Sq, D]`, key and value `[B, Nkv, Skv, D]`."""
+
+    module: torch.nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    dropout: float
+    scaling: float | None
+    is_causal: bool | None
+    position_bias: Tensor | None
+    sink: Tensor | None
+
+    @property
+    def causal(self) -> bool:
+        return bool(getattr(self.module, "is_causal", True) if self.is_causal is None else self.is_causal)
+
+    @property
+    def scale(self) -> float:
+        return self.query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
+
+
 def serve(original: Callable[..., Any], device_type: str, attend: Attend) -> Callable[..., Any]:
     def serve_sdpa(
         module: torch.nn.Module,
@@ -51,57 +75,46 @@ def serve(original: Callable[..., Any], device_type: str, attend: Attend) -> Cal
         s_aux: Tensor | None = None,
         **others: Any,
     ) -> tuple[Tensor, None] | Unserved | Unfused:
-        """query `[B, N, Sq, D]`, key and value `[B, Nkv, Skv, D]` -> `[B, Sq, N, D]`, None."""
-        given = (module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, s_aux)
-        result = serve_fused(*given, **others)
+        """-> `[B, Sq, N, D]`, None."""
+        given = _Given(module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, s_aux)
+        result = serve_fused(given, others)
         if s_aux is not None and isinstance(result, Unserved) and refused(others) is None:
             # The original would leave the sinks out without a word.
-            return Unfused((_with_sinks(*given), None), result.reason)
+            return Unfused((_with_sinks(given), None), result.reason)
         return result
 
-    def serve_fused(
-        module: torch.nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        dropout: float,
-        scaling: float | None,
-        is_causal: bool | None,
-        position_bias: Tensor | None,
-        s_aux: Tensor | None,
-        **others: Any,
-    ) -> tuple[Tensor, None] | Unserved | Unfused:
-        if query.device.type != device_type:
-            return Unserved(f"input on {query.device.type}")
+    def serve_fused(given: _Given, others: dict[str, Any]) -> tuple[Tensor, None] | Unserved | Unfused:
+        if given.query.device.type != device_type:
+            return Unserved(f"input on {given.query.device.type}")
         if torch.compiler.is_compiling():
             return Unserved("being compiled")
         reason = refused(others)
         if reason is not None:
             return reason
-        query, key, value = autocast(query, key, value)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if isinstance(attention_mask, PatternMask):
-            packed = _packed(query, key, value, attention_mask, scale, dropout, s_aux, position_bias)
-            if packed is not None and isinstance(out := attend(*packed), Tensor):
+        query, key, value = autocast(given.query, given.key, given.value)
+        scale, mask, position_bias = given.scale, given.mask, given.position_bias
+        if isinstance(mask, PatternMask):
+            packed = _packed(query, key, value, mask, given)
+            out = None if packed is None else attend(*packed)
+            if isinstance(out, Tensor):
                 return out.unflatten(0, (query.shape[0], query.shape[2])), None
-        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        causal = query.shape[2] > 1 and attention_mask is None and bool(is_causal)
-        decodes = query.shape[2] == 1 < key.shape[2] and bool(is_causal)
+            if out == TUNED_TO_ORIGINAL:
+                return Unserved(out)
+        causal = query.shape[2] > 1 and mask is None and given.causal
         if causal and position_bias is not None and key.shape[2] > query.shape[2]:
             # Causality is aligned to the top left: later keys are not seen, and transformers cuts the bias too.
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
             position_bias = position_bias[..., : query.shape[2]]
-        attention = _dense(query, key, attention_mask, causal, decodes, scale, dropout, s_aux, position_bias)
+        attention = _dense(query, key, given, position_bias, causal)
         if isinstance(attention, Unserved):
             return attention
         out = attend(query, key, value, attention)
         if isinstance(out, Tensor):
             return out, None
-        mask = materialised(attention_mask, "attention")
-        if mask is not None and mask.is_floating_point() and s_aux is None:
+        mask = materialised(given.mask, "attention")
+        if mask is not None and mask.is_floating_point() and given.sink is None:
             # The original would take every element but 0 for "hidden" on an NPU.
-            return Unfused((_exact(query, key, value, mask, position_bias, scale, dropout), None), out)
+            return Unfused((_exact(query, key, value, mask, position_bias, scale, given.dropout), None), out)
         return Unserved(out)
 
     return serve_sdpa
@@ -117,47 +130,36 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _packed(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: PatternMask,
-    scale: float,
-    dropout: float,
-    sink: Tensor | None,
-    position_bias: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, mask: PatternMask, given: _Given
 ) -> tuple[Tensor, Tensor, Tensor, Attention] | None:
     """All rows of the batch as one packed sequence `[T, N, D]`, where the mask is the pattern of one."""
-    if mask.pattern is None or mask.pattern.ends is None or position_bias is not None:
+    if mask.pattern is None or mask.pattern.ends is None or given.position_bias is not None:
         return None
     if mask.shape[2] != query.shape[2] or mask.shape[3] != key.shape[2] or mask.shape[0] != query.shape[0]:
         return None
     tokens = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
     ends = (mask.pattern.ends, mask.pattern.ends)
-    return (*tokens, Attention(scale, mask.pattern.band, sink=sink, dropout=dropout, ends=ends))
+    return (*tokens, Attention(given.scale, mask.pattern.band, sink=given.sink, dropout=given.dropout, ends=ends))
 
 
 def _dense(
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    decodes: bool,
-    scale: float,
-    dropout: float,
-    sink: Tensor | None,
-    position_bias: Tensor | None,
+    query: Tensor, key: Tensor, given: _Given, position_bias: Tensor | None, causal: bool
 ) -> Attention | Unserved:
     wanted = (*query.shape[:3], key.shape[2])
     # transformers adds the lowest number to a position bias to hide a key: a row without any averages the values.
     # Without a position bias, torch's attention gives such a row zeros.
-    zero = position_bias is None
     attention = Attention(
-        scale, bias=position_bias, sink=sink, dropout=dropout, empty_rows_give_zero=zero, decodes=decodes
+        given.scale,
+        bias=position_bias,
+        sink=given.sink,
+        dropout=given.dropout,
+        empty_rows_give_zero=position_bias is None,
+        decodes=query.shape[2] == 1 < key.shape[2] and given.causal,
     )
-    band = _band(mask, causal, wanted)
+    band = _band(given.mask, causal, wanted)
     if band is not None:
         return replace(attention, band=band)
-    mask = materialised(mask, "attention")
+    mask = materialised(given.mask, "attention")
     if mask.dtype == torch.bool:
         hidden = _INVERTED.of((mask,), lambda: inverted(mask))
     elif mask.is_floating_point():
@@ -190,33 +192,21 @@ def _split(additive: Tensor) -> tuple[Tensor, Tensor]:
     return hidden, additive.masked_fill(hidden, 0.0)
 
 
-def _with_sinks(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    is_causal: bool | None,
-    position_bias: Tensor | None,
-    sink: Tensor,
-) -> Tensor:
+def _with_sinks(given: _Given) -> Tensor:
     """torch's attention with one more key for each head, whose score is the sink `[N]` and whose value is zero."""
+    query, key, value, position_bias = given.query, given.key, given.value, given.position_bias
     heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    mask = materialised(mask, "attention")
-    if mask is None and is_causal and queries > 1:
+    mask = materialised(given.mask, "attention")
+    if mask is None and given.causal and queries > 1:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
     additive = query.new_zeros(1, 1, 1, 1) if position_bias is None else position_bias
     if mask is not None:
         hides = mask.dtype == torch.bool
         additive = torch.where(mask, additive, float("-inf")) if hides else additive + mask
     additive = additive.expand(len(query), heads, queries, keys)
-    column = sink.to(additive.dtype).view(1, heads, 1, 1).expand(len(query), heads, queries, 1)
+    column = given.sink.to(additive.dtype).view(1, heads, 1, 1).expand(len(query), heads, queries, 1)
     key, value = (F.pad(tensor, (0, 0, 0, 1)) for tensor in (key, value))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _exact(query, key, value, torch.cat((additive, column), -1), None, scale, dropout)
+    return _exact(query, key, value, torch.cat((additive, column), -1), None, given.scale, given.dropout)
 
 
 def _exact(

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from npu_patch.ops.experts.grouped_matmul import Weights
 from npu_patch.ops.experts.routed import Experts
-from npu_patch.ops.readings import NotRead
-from npu_patch.patches.experts.checked import checks, key_of, route
+from npu_patch.ops.readings import AsNamed, NotRead
+from npu_patch.patches.experts.checked import checks, route
 from npu_patch.patches.patch import Context, Replacement
 from npu_patch.patches.swiglu import Activations
 from npu_patch.probe.experts_looped import BlockReading, chosen, read_block, read_method
@@ -55,17 +55,35 @@ def is_block(site: Site) -> bool:
     return speaks_of_experts and len(parameter_names(site.original) or ()) == 1
 
 
-def replace(site: Site, context: Context) -> Replacement | NotRead:
-    return _replace_method(site, context) if site.name == METHOD else _replace_forward(site, context)
+@dataclass(frozen=True)
+class UnknownBlock:
+    """A block that chooses its experts in no known way. Worth saying of a model where they are in a list: blocks around
+    packed experts speak of experts too."""
+
+    why: NotRead
 
 
-def _replace_method(site: Site, context: Context) -> Replacement | NotRead:
+def read_site(site: Site) -> AsNamed | BlockReading | UnknownBlock | NotRead:
+    if site.name == METHOD:
+        return read_method(site.owner, site.original, {})
+    if is_checkpointing_layer(site.owner):
+        return NotRead("a checkpointing layer", notable=False)
+    found = read_block(site.owner, site.original, {"training": False, "norm_topk_prob": True})
+    return UnknownBlock(found) if isinstance(found, NotRead) else found
+
+
+def bind_site(site: Site, reading: AsNamed | BlockReading | UnknownBlock, context: Context) -> Replacement | NotRead:
+    if isinstance(reading, UnknownBlock):
+        live = context.live_modules(site.owner)
+        lists = [isinstance(getattr(each, "experts", None), torch.nn.ModuleList) for each in live]
+        return reading.why.notable_if(any(lists))
+    return (_bind_method if site.name == METHOD else _bind_forward)(site, reading, context)
+
+
+def _bind_method(site: Site, reading: AsNamed | BlockReading, context: Context) -> Replacement:
     names = parameter_names(site.original) or ()
-    reading = read_method(site.owner, site.original, {})
-    if isinstance(reading, NotRead):
-        return reading
     calls, layers = Calls(), FeedForwards()
-    dispatch = context.dispatch(lambda live: checks(map(layers.experts_if_plain, live.of(site.owner))), key_of)
+    dispatch = context.dispatch(lambda live: checks(map(layers.experts_if_plain, live.of(site.owner))))
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
         bound = tensors_on(context.device_type, names, args, kwargs)
@@ -78,21 +96,13 @@ def _replace_method(site: Site, context: Context) -> Replacement | NotRead:
     return Replacement(function, reading.name, calls, dispatch=dispatch, observe=layers.observe)
 
 
-def _replace_forward(site: Site, context: Context) -> Replacement | NotRead:
-    cls, original = site.owner, site.original
-    if is_checkpointing_layer(cls):
-        return NotRead("a checkpointing layer", notable=False)
-    names = parameter_names(original) or ()
-    found = read_block(cls, original, {"training": False, "norm_topk_prob": True})
-    if isinstance(found, NotRead):
-        # Blocks around packed experts speak of experts too.
-        lists = [isinstance(getattr(each, "experts", None), torch.nn.ModuleList) for each in context.live_modules(cls)]
-        return found.notable_if(any(lists))
+def _bind_forward(site: Site, found: AsNamed | BlockReading, context: Context) -> Replacement:
+    cls, original, names = site.owner, site.original, parameter_names(site.original) or ()
     readings: Readings[BlockReading] = Readings(lambda its_class, own: read_block(its_class, original, own))
     for module in context.live_modules(cls):
         readings.of(module)
     calls, layers = Calls(), FeedForwards()
-    dispatch = context.dispatch(lambda live: checks(map(layers.experts_if_plain, live.of(cls))), key_of)
+    dispatch = context.dispatch(lambda live: checks(map(layers.experts_if_plain, live.of(cls))))
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         bound = bind(names, args, kwargs)

@@ -16,7 +16,7 @@ from torch import Tensor
 from npu_patch.ops.experts.grouped_matmul import Weights
 from npu_patch.ops.experts.routed import Experts
 from npu_patch.ops.readings import NotRead
-from npu_patch.patches.experts.checked import checks, key_of, route
+from npu_patch.patches.experts.checked import checks, route
 from npu_patch.patches.patch import Context, Replacement
 from npu_patch.probe.experts import SETTINGS, WEIGHTS, ExpertsReading, gate_of, read_experts, undeclared_conventions
 from npu_patch.probe.readings import Readings
@@ -38,18 +38,21 @@ def find(module: ModuleType) -> Iterable[Site]:
             yield site
 
 
-def replace(site: Site, context: Context) -> Replacement | NotRead:
-    cls, original = site.owner, site.original
-    names = parameter_names(original) or ()
+def read_site(site: Site) -> ExpertsReading | NotRead:
+    names = parameter_names(site.original) or ()
+    if len(names) != 3:
+        return NotRead(f"its {len(names)} arguments are not tokens, indices and router weights")
+    found = read_experts(site.owner, site.original, TYPICAL, undeclared_conventions())
+    return found.notable_if(_is_called_experts(site.owner)) if isinstance(found, NotRead) else found
+
+
+def bind_site(site: Site, context: Context) -> Replacement:
+    """Each layer is read as its settings are."""
+    cls, original, names = site.owner, site.original, parameter_names(site.original)
 
     def read(its_class: type, attributes: Mapping[str, Any]) -> ExpertsReading | NotRead:
         return read_experts(its_class, original, attributes, undeclared_conventions())
 
-    if len(names) != 3:
-        return NotRead(f"its {len(names)} arguments are not tokens, indices and router weights")
-    found = read(cls, TYPICAL)
-    if isinstance(found, NotRead):
-        return found.notable_if(_is_called_experts(cls))
     readings: Readings[ExpertsReading] = Readings(read, SETTINGS)
     for module in context.live_modules(cls):
         readings.of(module)
@@ -60,7 +63,7 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
             reading = readings.of(module)
             yield None if isinstance(reading, NotRead) else experts_of(module, reading)
 
-    dispatch = context.dispatch(lambda live: checks(live_experts(live)), key_of)
+    dispatch = context.dispatch(lambda live: checks(live_experts(live)))
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
         bound = tensors_on(context.device_type, names, args, kwargs)

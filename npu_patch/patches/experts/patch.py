@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_patch.ops.experts.routed import IMPLEMENTATIONS, Experts, silu_of_halves
+from npu_patch.ops.experts.routed import EXPERTS, Experts, silu_of_halves
 from npu_patch.ops.readings import NotRead
 from npu_patch.patches.experts import looped as experts_looped
 from npu_patch.patches.experts import packed as experts_packed
-from npu_patch.patches.experts.checked import checks, key_of, route
+from npu_patch.patches.experts.checked import checks, route
 from npu_patch.patches.experts.packed import experts_of, listener_in
 from npu_patch.patches.patch import Context, Patch, Replacement, layers_of_class
 from npu_patch.probe.experts import SETTINGS, Convention, ExpertsReading, declared, read_experts
@@ -62,16 +62,30 @@ def in_layer(layer: torch.nn.Module) -> Iterable[Site]:
         yield Site(layer, "forward", None, f"{type(layer).__module__}.{type(layer).__qualname__}")
 
 
-def replace(site: Site, context: Context) -> Replacement | NotRead:
+def read_site(site: Site) -> Any:
+    """A reading of the kind of site that it is, or NotRead."""
     if isinstance(site.owner, torch.nn.Module):
         return NotRead(_why_unserved(site.owner) or "")
     if isinstance(site.owner, type):
-        return (experts_looped if experts_looped.is_block(site) else experts_packed).replace(site, context)
+        return (experts_looped if experts_looped.is_block(site) else experts_packed).read_site(site)
     flags = {"_is_expert_parallel": False, "act_fn": torch.nn.functional.silu, "is_transposed": False}
     flags |= {"has_bias": False, "has_gate": True, "has_post_expert_norm": False, "is_concatenated": True}
     observed = read_experts(_StandardExperts, site.original, flags, [Convention()])
     if isinstance(observed, NotRead):
         return NotRead(f"what is registered there computes something else: {observed.reason}")
+    return observed
+
+
+def bind_site(site: Site, reading: Any, context: Context) -> Replacement | NotRead:
+    if not isinstance(site.owner, type):
+        return _bind_entry(site, context)
+    if experts_looped.is_block(site):
+        return experts_looped.bind_site(site, reading, context)
+    return experts_packed.bind_site(site, context)
+
+
+def _bind_entry(site: Site, context: Context) -> Replacement:
+    """Of the registry."""
     for module in context.live or ():
         if _looks_up(type(module), site.owner):
             READINGS.of(module)
@@ -83,7 +97,7 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
                 reading = READINGS.of(module)
                 yield None if isinstance(reading, NotRead) else experts_of(module, reading)
 
-    dispatch = context.dispatch(lambda live: checks(live_experts(live)), key_of)
+    dispatch = context.dispatch(lambda live: checks(live_experts(live)))
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
         bound = tensors_on(context.device_type, ARGUMENTS, args, kwargs)
@@ -168,6 +182,7 @@ def customers(module: ModuleType) -> Iterable[type]:
 
 
 READINGS: Readings[ExpertsReading] = Readings(_read, SETTINGS)
+NAMED = ("experts",)
 PATCH = Patch(
-    "experts", "moe_patch", IMPLEMENTATIONS, find, replace, registered, in_layer, layers, customers, called=("experts",)
+    "experts", "moe_patch", EXPERTS, find, read_site, bind_site, registered, in_layer, layers, customers, called=NAMED
 )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from npu_patch import devices
+from npu_patch.ops.readings import AsNamed
 from npu_patch.patches.patch import Replacement
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.implementation import Choice, Implementation
@@ -31,6 +32,7 @@ REMEDY = (
     "Pass both seq_idx and cu_seq_lens_q to a model of transformers 5.9 or newer, as "
     "DataCollatorWithFlattening(return_seq_idx=True, return_flash_attn_kwargs=True) does"
 )
+WATCHED = AsNamed("packed sequences that its layers are not told of")
 _REFUSED = Implementation("refused", devices.TYPES, run=lambda: None, unsupported=lambda: None)
 # The arguments of the model whose forward is running in this thread.
 _GIVEN: ContextVar[Mapping[str, Any] | None] = ContextVar("npu_patch packed sequences", default=None)
@@ -68,7 +70,7 @@ def watch(site: Site) -> Replacement:
             _GIVEN.reset(token)
 
     choice = Choice(_REFUSED, {})
-    return Replacement(forward, "packed sequences that its layers are not told of", calls, choice)
+    return Replacement(forward, WATCHED.name, calls, choice)
 
 
 def refuse_if_untold(op: str) -> None:

@@ -23,8 +23,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from npu_patch.ops.gated_delta.op import CONVOLUTION_PROVIDERS, RULE_PROVIDERS, UPDATE_PROVIDERS
-from npu_patch.ops.readings import NotRead
+from npu_patch.ops.gated_delta.op import CAUSAL_CONV1D, CAUSAL_CONV1D_UPDATE, GATED_DELTA_RULE
+from npu_patch.ops.readings import AsNamed, NotRead
 from npu_patch.patches.gated_delta import inline_convolution as door
 from npu_patch.patches.gated_delta import packing
 from npu_patch.patches.gated_delta.serve import serve
@@ -39,7 +39,7 @@ from npu_patch.serving.replacement import replacement_for
 from npu_patch.sites.names_used import names_used
 from npu_patch.sites.sites import Site, functions, innermost, unwrapped
 
-PROVIDERS = {RULE: RULE_PROVIDERS, CONVOLUTION: CONVOLUTION_PROVIDERS, UPDATE: UPDATE_PROVIDERS}
+OPS = {RULE: GATED_DELTA_RULE, CONVOLUTION: CAUSAL_CONV1D, UPDATE: CAUSAL_CONV1D_UPDATE}
 CHECKS = {RULE: why_wrong_rule, CONVOLUTION: why_wrong_convolution, UPDATE: why_wrong_convolution}
 # What transformers <= 5.14 binds from packages. They do not run on a CPU: that they are these very functions is what
 # says what they compute.
@@ -85,38 +85,43 @@ def _is_replaced(value: Any) -> bool:
     return calls is not None and calls.active
 
 
-def replace(site: Site, context: Context) -> Replacement | NotRead:
+def read_site(site: Site) -> Reading | AsNamed | NotRead:
     if site.name == "forward":
-        return packing.watch(site)
+        return packing.WATCHED
     if isinstance(site.owner, type):
-        return _open_door(site, context)
+        return door.read(site.owner, site.name)
     function = innermost(unwrapped(site.original))
     reading = _published(function) or read(site.original, function)
     if isinstance(reading, NotRead):
         return reading.notable_if("delta" in site.name or "conv1d" in site.name)
+    return reading
+
+
+def bind_site(site: Site, reading: Reading | AsNamed, context: Context) -> Replacement:
+    if isinstance(reading, AsNamed):
+        return packing.watch(site)
+    if isinstance(site.owner, type):
+        return _open_door(site, reading, context)
     calls = Calls()
     served = serve(reading, _dispatch(reading, context), context.device_type, calls)
     replacement = replacement_for(site.original, calls, served, named_after=unwrapped(site.original))
     _OWN[replacement] = calls
-    choice = choose(PROVIDERS[reading.kind], context.device_type)
+    choice = choose(OPS[reading.kind].implementations, context.device_type)
     return Replacement(replacement, _variant(reading), calls, choice)
 
 
-def _open_door(site: Site, context: Context) -> Replacement | NotRead:
-    reading = door.read(site.owner, site.name)
-    if isinstance(reading, NotRead):
-        return reading
+def _open_door(site: Site, reading: Reading, context: Context) -> Replacement:
     calls = Calls()
     served = serve(reading, _dispatch(reading, context), context.device_type, calls, door.why_inline)
     bypassed = Bypassed.by(door.inline, CONVOLVED, MODULE_CALL)
     replacement = replacement_for(door.inline, calls, served, bypassed=bypassed)
-    choice = choose(PROVIDERS[CONVOLUTION], context.device_type)
+    choice = choose(CAUSAL_CONV1D.implementations, context.device_type)
     return Replacement(door.Door(site.name, replacement), CONVOLUTION, calls, choice)
 
 
 def _dispatch(reading: Reading, context: Context) -> Dispatch:
     check = CHECKS[reading.kind] if context.switches["self_check"] else _unchecked
-    return in_order(PROVIDERS[reading.kind], context.device_type, check)
+    return in_order(OPS[reading.kind], context.device_type, check)
 
 
 def _unchecked(implementation: Implementation, call: Any) -> None:
@@ -158,11 +163,13 @@ def _reaches(site: Site, layer: torch.nn.Module) -> bool:
 PATCH = Patch(
     "gated_delta_net",
     "fla",
-    RULE_PROVIDERS,
+    GATED_DELTA_RULE,
     find,
-    replace,
+    read_site,
+    bind_site,
     in_layer=in_layer,
     layers=layers,
     tunable=False,
+    further_ops=(CAUSAL_CONV1D, CAUSAL_CONV1D_UPDATE),
     called=("delta_rule", "conv1d"),
 )

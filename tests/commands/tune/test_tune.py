@@ -13,15 +13,18 @@ import torch
 import torch.nn.functional as F
 
 import npu_patch
+from npu_patch.applying.state import patched_sites
 from npu_patch.commands import main
 from npu_patch.commands.subject.tiny_model import tiny_model
 from npu_patch.commands.tune import command as tune
 from npu_patch.measuring import tuning
 from npu_patch.measuring.in_turns import Timing
 from npu_patch.measuring.measured_on import here
+from npu_patch.ops.swiglu import SWIGLU
 from npu_patch.patches import CATALOGUE, swiglu
+from npu_patch.serving.dispatch import TUNED_TO_ORIGINAL
 from npu_patch.serving.implementation import Implementation
-from tests.support.gradients import loss_and_gradients
+from tests.support.gradients import loss_and_gradients, relative_error
 from tests.support.parity import apart
 from tests.support.tiny_models import tiny_batch
 
@@ -57,7 +60,7 @@ def offered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Offers further implementations of SwiGLU, and takes the times from a table instead of a clock."""
 
     def offer(times: Mapping[str, float | tuple[float, float, float]], *more: Implementation) -> None:
-        patch = replace(swiglu.PATCH, implementations=(*swiglu.PATCH.implementations, *more))
+        patch = replace(swiglu.PATCH, op=replace(SWIGLU, implementations=(*SWIGLU.implementations, *more)))
         catalogue = tuple(patch if each.name == "swiglu" else each for each in CATALOGUE)
         monkeypatch.setattr("npu_patch.commands.tune.command.CATALOGUE", catalogue)
         monkeypatch.setattr("npu_patch.applying.api.CATALOGUE", catalogue)
@@ -153,6 +156,24 @@ def test_wide_and_narrow_layers_of_one_class_are_decided_apart(monkeypatch: pyte
     assert (outcome.calls.ran, sum(outcome.calls.fell_through.values())) == (1, 1)
 
 
+def test_packed_sequences_that_are_the_originals_are_not_served_in_another_shape(npu: torch.device) -> None:
+    """A call that may reach the op as one of two: what is decided on the first of them is decided."""
+    model, length = tiny_model("qwen3").to(npu), 12
+    ids = torch.arange(length, device=npu)[None]
+    batch = {"input_ids": ids + 4, "position_ids": torch.where(ids < 5, ids, ids - 5), "use_cache": False}
+    expected = model(**batch).logits
+    report = npu_patch.apply(model)
+    (held,) = [each for each in patched_sites(report) if each.outcome.site == "AttentionInterface['sdpa']"]
+    held.replacement.dispatch.tuned = asked = tuning.Forced(None)
+    model(**batch)
+    ((query, *_),) = asked
+    assert query[1][0] == length  # `[T, N, D]`
+    ran = held.outcome.calls.ran
+    held.replacement.dispatch.tuned = dict.fromkeys(asked, TUNED_TO_ORIGINAL)
+    assert relative_error(model(**batch).logits.cpu(), expected.cpu()) < 1e-6
+    assert held.outcome.calls.ran == ran and held.outcome.calls.fell_through == {TUNED_TO_ORIGINAL: 2}
+
+
 def test_what_does_not_take_the_shapes_is_no_choice_and_no_fault(offered: Callable[..., None], tmp_path: Path) -> None:
     picky = replace(implementation("picky", right), unsupported=lambda *tensors: "only Thursdays")
     offered({"picky": 0.001}, picky)
@@ -186,7 +207,7 @@ def written(path: Path, **changes: Any) -> Path:
         ({"chip": "Ascend910_9391"}, "it was measured on Ascend910_9391, this is "),
         ({"versions": {"torch": "2.1.0"}}, "it was measured with torch 2.1.0, here is"),
         ({"versions": {"triton-ascend": "9.9"}}, "it was measured with triton-ascend 9.9, here is"),
-        ({"format": 99}, "its format is 99, this npu_patch reads 3"),
+        ({"format": 3}, "its format is 3, this npu_patch reads 4"),
     ],
 )
 def test_a_file_from_elsewhere_is_refused_with_the_reason(
@@ -207,10 +228,10 @@ def test_a_simulated_chip_is_not_the_chip_it_is_named_after(simulated: None) -> 
 @pytest.mark.parametrize(
     "content",
     [
-        *(None, "no json", "{}", "[]", '{"format": 3, "chip": "x", "versions": {}, "decisions": 3}'),
-        '{"format": 3, "chip": "x", "versions": [], "decisions": []}',
-        '{"format": 3, "chip": "x", "versions": {}, "decisions": [7]}',
-        '{"format": 3, "chip": "x", "versions": {}, "decisions": [{"patch": "rope", "site": 1}]}',
+        *(None, "no json", "{}", "[]", '{"format": 4, "chip": "x", "versions": {}, "decisions": 3}'),
+        '{"format": 4, "chip": "x", "versions": [], "decisions": []}',
+        '{"format": 4, "chip": "x", "versions": {}, "decisions": [7]}',
+        '{"format": 4, "chip": "x", "versions": {}, "decisions": [{"patch": "rope", "site": 1}]}',
     ],
 )
 def test_what_is_no_tuning_file_is_an_error_that_names_it(
@@ -262,7 +283,7 @@ def test_classes_with_the_same_variant_and_shapes_are_decided_apart(tmp_path: Pa
     ]
     tuning.write(tmp_path / "tuned.json", "cpu", made)
     read = tuning.read(tmp_path / "tuned.json", "cpu")
-    signature = tuning.signature_of((torch.zeros(2, 3),), {})
+    signature = tuning.signature_of(torch.zeros(2, 3))
     found = [read.of("rms_norm", site, "weight")[signature] for site in ("a.Norm", "b.Norm")]
     assert found == ["one", "other"] and read.count == 2
 

@@ -1,0 +1,38 @@
+"""An op: one function of tensors, who computes it, and what may decide who."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol
+
+from npu_patch.serving.implementation import Call, Implementation, Result
+
+
+class Variant(Protocol):
+    """One out of a family of functions, as data."""
+
+    @property
+    def name(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Op(Generic[Call, Result]):
+    """Its implementations stand in order of preference; they, `key` and `exact` are called with the same arguments.
+
+    `key(*call)`: what may decide who serves a call: sizes and dtypes, of meta tensors too. `exact(*call)`: the
+    definition in plain torch, which rounds nothing on the way, for float64. `variants`: the functions that it may be.
+    """
+
+    name: str
+    implementations: tuple[Implementation[Call, Result], ...]
+    key: Callable[Call, Hashable]
+    exact: Callable[Call, Result]
+    variants: Sequence[Variant] = ()
+
+    def __post_init__(self) -> None:
+        for what, named in (("implementations", self.implementations), ("variants", self.variants)):
+            names = [each.name for each in named]
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:  # reports, verdicts and tuning files tell them apart by their names
+                raise ValueError(f"op {self.name!r}: two {what} are called {twice!r}")
