@@ -29,12 +29,6 @@ LOOSE_FILES = 8
 LINES = 60
 # What is longer, and why it stays so. `serve` closes over what was resolved when it was bound, and a call of the host's
 # that is split is a dearer call.
-LONG = {
-    "npu_patch.patches.rms_norm.replace": "around the `serve` of a norm: its checks in order, the cheapest first",
-    "npu_patch.patches.attention.sdpa.serve": "two closures: transformers' signature, and the call within",
-    "npu_patch.patches.attention.flash.serve": "around serve_flash",
-    "npu_patch.patches.attention.flash.serve_flash": "transformers' 15 arguments, and its four layouts in its order",
-}
 
 
 def _modules() -> dict[str, Path]:
@@ -178,7 +172,6 @@ def _lengths(module: str, file: Path) -> dict[str, int]:
     return found
 
 
-def test_functions_are_short_but_for_a_few_with_a_reason() -> None:
-    """What was shortened leaves the list."""
+def test_functions_are_short() -> None:
     lengths = {name: lines for module, file in MODULES.items() for name, lines in _lengths(module, file).items()}
-    assert {name for name, lines in lengths.items() if lines > LINES} == LONG.keys()
+    assert {name for name, lines in lengths.items() if lines > LINES} == set()
