@@ -27,8 +27,6 @@ FLOORS = (
 )
 LOOSE_FILES = 8
 LINES = 60
-# What is longer, and why it stays so. `serve` closes over what was resolved when it was bound, and a call of the host's
-# that is split is a dearer call.
 
 
 def _modules() -> dict[str, Path]:
