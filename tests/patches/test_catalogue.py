@@ -16,7 +16,7 @@ from npu_patch.patches.patch import Patch
 
 
 def patches(needs: Mapping[str, tuple[str, ...]]) -> list[Patch]:
-    return [Patch(name, "fused_ops", (), lambda module: (), None, needs=each) for name, each in needs.items()]
+    return [Patch(name, "fused_ops", None, lambda module: (), None, None, needs=each) for name, each in needs.items()]
 
 
 def names(found: tuple[Patch, ...]) -> str:

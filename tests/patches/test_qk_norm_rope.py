@@ -360,7 +360,7 @@ def test_heads_are_measured_as_they_are_rotated(
     with npu_patch.applied(model) as report:
         loss_and_gradients(model, tiny_batch(length=5))
         assert fused(report).calls.ran_by == {"triton": LAYERS.get(family, 2)}
-    (name,) = {case.name for case in measured if case.op == "qk_norm_rope"}
+    (name,) = {case.name for case in measured if case.op.name == "qk_norm_rope"}
     assert f"6 and 2 {heads} float32" in name
 
 
