@@ -27,13 +27,13 @@ from torch import Tensor
 import npu_patch
 from npu_patch.commands.subject import models
 
-OFF = {}
+OFF = {"lora": False, "loss": False}
 ALONE = {"fused_ops": False, "moe_patch": False, "fla": False}
 WAYS: dict[str, dict[str, Any]] = {
     "unpatched": {"patch": False},
     "kernels": OFF,
-    "lora": {**ALONE},
-    "loss": {**ALONE},
+    "lora": {**ALONE, "loss": False},
+    "loss": {**ALONE, "lora": False},
     "all": {},
 }
 
