@@ -73,7 +73,11 @@ class _QKNormRoPE(torch.autograd.Function):
         ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
         ctx.norm = norm
         q_out, k_out = forward(q, k, q_weight, k_weight, cos, sin, norm, dtype or q.dtype)
-        return changeable(q_out.transpose(1, 2)), changeable(k_out.transpose(1, 2))
+        results = changeable(q_out.transpose(1, 2)), changeable(k_out.transpose(1, 2))
+        if not any(ctx.needs_input_grad[4:6]):  # frozen heads have no gradient because the others have one
+            needed = zip(results, ctx.needs_input_grad[:2], ctx.needs_input_grad[2:4], strict=True)
+            ctx.mark_non_differentiable(*[each for each, *needs in needed if not any(needs)])
+        return results
 
     @staticmethod
     @once_differentiable

@@ -165,8 +165,14 @@ class _Rotate(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         tensors = (first,) if second is None else (first, second)
         ctx.kernel, ctx.pairing = kernel, pairing
-        ctx.save_for_backward(cos, sin, *(tensors if any(ctx.needs_input_grad[2:4]) else ()))
-        return tuple(changeable(_rotate_first(kernel, tensor, cos, sin, pairing)) for tensor in tensors)
+        tables_need = any(ctx.needs_input_grad[2:4])
+        ctx.save_for_backward(cos, sin, *(tensors if tables_need else ()))
+        rotated = tuple(changeable(_rotate_first(kernel, tensor, cos, sin, pairing)) for tensor in tensors)
+        if not tables_need:  # k of a frozen projection has no gradient because it is rotated together with q
+            ctx.set_materialize_grads(False)
+            needed = zip(rotated, ctx.needs_input_grad[4:], strict=False)
+            ctx.mark_non_differentiable(*[each for each, need in needed if not need])
+        return rotated
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -174,7 +180,7 @@ class _Rotate(torch.autograd.Function):
         back = _swap_pairs(sin, ctx.pairing).neg()
         needs_cos, needs_sin, *needed = ctx.needs_input_grad[2:]
         inputs = [
-            _rotate_first(ctx.kernel, grad, cos, back, ctx.pairing) if need else None
+            _rotate_first(ctx.kernel, grad, cos, back, ctx.pairing) if need and grad is not None else None
             for grad, need in itertools.zip_longest(grads, needed)
         ]
         d_cos, d_sin = (

@@ -60,10 +60,30 @@ def _npu_swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     return torch.ops.npu.npu_swiglu(gate_up.contiguous(), dim=-1)
 
 
-def _torch_swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
-    dtype = gate.dtype
-    gate, up = gate.float().chunk(2, -1) if up is None else (gate.float(), up.float())
-    return (F.silu(gate) * up).to(dtype)
+class _TorchSwiGLU(torch.autograd.Function):
+    """In float32. Keeps gate and up as they are given: autograd would keep float32 copies of both, and of silu."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gate: Tensor, up: Tensor) -> Tensor:
+        return (F.silu(gate.float()) * up.float()).to(gate.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        gate, up = ctx.saved_tensors
+        needs_gate, needs_up = ctx.needs_input_grad
+        dy, wide = dy.float(), gate.float()
+        d_gate = torch.ops.aten.silu_backward(dy * up.float(), wide).to(gate.dtype) if needs_gate else None
+        return d_gate, ((dy * F.silu(wide)).to(up.dtype) if needs_up else None)
+
+
+def torch_swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    return _TorchSwiGLU.apply(*(gate.chunk(2, -1) if up is None else (gate, up)))
 
 
 def _triton_swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
@@ -108,7 +128,7 @@ SWIGLU = Op(
     (
         Implementation(TRITON, ACCELERATORS, _triton_swiglu, _unsupported_triton, needs_triton, optional=True),
         Implementation("torch_npu.npu_swiglu", ("npu",), _npu_swiglu, _unsupported, needs_operators(NPU_SWIGLU)),
-        Implementation("torch, float32", ("cuda", "cpu"), _torch_swiglu, _unsupported),
+        Implementation("torch, float32", ("cuda", "cpu"), torch_swiglu, _unsupported),
     ),
     _key,
     reference,

@@ -1,6 +1,6 @@
 """Aten operators that the npu device has and the CPU lacks, as formulas on CPU tensors, and compositions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,10 +21,34 @@ def on_device(name: str, formula: Callable[..., Any]) -> Callable[..., Any]:
         with torch._C._AutoDispatchBelowAutograd():
             result = formula(*on_cpu, **named)
         if counters._counting:
-            counters.launch(name, [*on_cpu, *named.values()], result if isinstance(result, tuple) else [result])
+            given, made = [*on_cpu, *named.values()], result if isinstance(result, tuple) else (result,)
+            for read, written in KERNELS.get(name, one_kernel)(given, made):
+                counters.launch(name, read, written)
         return tuple(map(shared.give, result)) if isinstance(result, tuple) else shared.give(result)
 
     return kernel
+
+
+Kernels = Iterable[tuple[Sequence[Any], Sequence[Any]]]  # what each one reads and writes
+
+
+def one_kernel(given: Sequence[Any], made: Sequence[Any]) -> Kernels:
+    return [(given, made)]
+
+
+def one_product_for_each_gradient(given: Sequence[Any], made: Sequence[Any]) -> Kernels:
+    """Of `matmul_backward`, which op-plugin composes of products: of grad and other, and of self and grad."""
+    grad, self, other, *_ = given
+    return [
+        ((grad, factor), (gradient,))
+        for factor, gradient in zip((other, self), made, strict=True)
+        if gradient is not None
+    ]
+
+
+KERNELS: dict[str, Callable[[Sequence[Any], Sequence[Any]], Kernels]] = {
+    "aten::matmul_backward": one_product_for_each_gradient
+}
 
 
 def matmul_backward(grad: Tensor, self: Tensor, other: Tensor, mask: list[bool]) -> tuple[Tensor | None, Tensor | None]:

@@ -39,6 +39,20 @@ def test_backward_is_counted(npu: torch.device) -> None:
     assert counted.by_op == {"npu::npu_rms_norm_backward": (1, 4 * (24 + 24 + 8 + 3 + 24 + 8))}
 
 
+@pytest.mark.parametrize(("frozen", "launches"), [(False, 2), (True, 1)])
+def test_a_linear_layers_backward_is_a_product_for_each_gradient(
+    npu: torch.device, frozen: bool, launches: int
+) -> None:
+    x = torch.ones(2, 3, 8, device=npu, requires_grad=True)
+    weight = torch.ones(5, 8, device=npu, requires_grad=not frozen)
+    y = torch.nn.functional.linear(x, weight)
+    grad = torch.ones_like(y)
+    with simulator.count() as counted:
+        y.backward(grad)
+    moved = 4 * (30 + 40 + 48) + (0 if frozen else 4 * (30 + 48 + 40))
+    assert counted.by_op["aten::matmul_backward"] == (launches, moved)
+
+
 def test_fused_attention_is_one_launch(npu: torch.device) -> None:
     q, k = torch.ones(2, 4, 5, 8, device=npu), torch.ones(2, 2, 7, 8, device=npu)
     with simulator.count() as counted:

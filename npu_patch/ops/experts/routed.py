@@ -37,7 +37,7 @@ from npu_patch.ops.experts.token_permute import (
     permute,
     unpermute,
 )
-from npu_patch.ops.swiglu import NPU_SWIGLU
+from npu_patch.ops.swiglu import NPU_SWIGLU, torch_swiglu
 from npu_patch.serving.implementation import Implementation, is_plain, layout, needs_operators
 from npu_patch.serving.op import Op
 
@@ -128,10 +128,6 @@ def _npu_swiglu(gate_up: Tensor) -> Tensor:
     return torch.ops.npu.npu_swiglu(gate_up, dim=-1)
 
 
-def _torch_swiglu(gate_up: Tensor) -> Tensor:
-    return silu_of_halves(gate_up.float()).to(gate_up.dtype)
-
-
 def _unsupported(tokens: Tensor, indices: Tensor, router_weights: Tensor, experts: Experts) -> str | None:
     every = (*experts.up, experts.down)
     biases = [weights.bias for weights in every if weights.bias is not None]
@@ -166,7 +162,7 @@ def _unsupported(tokens: Tensor, indices: Tensor, router_weights: Tensor, expert
 
 
 _NPU = Kernels(NPU_PRODUCTS, NPU_MOVES, _npu_swiglu)
-_TORCH = Kernels(TORCH_PRODUCTS, TORCH_MOVES, _torch_swiglu)
+_TORCH = Kernels(TORCH_PRODUCTS, TORCH_MOVES, torch_swiglu)
 
 
 @dataclass(frozen=True)

@@ -113,11 +113,36 @@ def _torch_permute(tokens: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     return tokens[order // indices.shape[1]], order.argsort().int()
 
 
-def _torch_unpermute(rows: Tensor, positions: Tensor, router_weights: Tensor) -> Tensor:
+class _TorchUnpermute(torch.autograd.Function):
+    """As products of k router weights and k rows, which add up in float32: no float32 copy of the rows is made."""
+
+    @staticmethod
+    def forward(rows: Tensor, positions: Tensor, router_weights: Tensor) -> Tensor:
+        return torch.bmm(router_weights[:, None], _rows_of_tokens(rows, positions, router_weights))[:, 0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        rows, positions, router_weights = ctx.saved_tensors
+        d_rows = d_weights = None
+        if ctx.needs_input_grad[0]:
+            d_rows = rows.new_zeros(rows.shape[0] + 1, rows.shape[1])  # the last one takes what was dropped
+            d_rows[positions] = (dy[:, None] * router_weights[..., None]).flatten(0, 1)
+            d_rows = d_rows[:-1]
+        if ctx.needs_input_grad[2]:
+            d_weights = torch.bmm(_rows_of_tokens(rows, positions, router_weights), dy[..., None])[..., 0]
+        return d_rows, None, d_weights
+
+
+def _rows_of_tokens(rows: Tensor, positions: Tensor, router_weights: Tensor) -> Tensor:
+    """`[N, k, H]`, zero where a row was dropped."""
     kept = positions < rows.shape[0]
     own = rows[positions.clamp(max=rows.shape[0] - 1)].masked_fill(~kept[:, None], 0.0)
-    weighted = own.unflatten(0, router_weights.shape).float() * router_weights.float()[..., None]
-    return weighted.sum(1).to(rows.dtype)
+    return own.unflatten(0, router_weights.shape)
 
 
 def _torch_counts(indices: Tensor, experts: int) -> Tensor:
@@ -126,4 +151,4 @@ def _torch_counts(indices: Tensor, experts: int) -> Tensor:
 
 
 NPU_MOVES = Moves(_npu_permute, _npu_unpermute, _npu_counts)
-TORCH_MOVES = Moves(_torch_permute, _torch_unpermute, _torch_counts)
+TORCH_MOVES = Moves(_torch_permute, _TorchUnpermute.apply, _torch_counts)
