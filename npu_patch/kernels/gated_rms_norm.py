@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from npu_patch.kernels import launch
 from npu_patch.kernels.gamma import WEIGHT, Gamma
@@ -19,6 +19,7 @@ from npu_patch.kernels.load_gamma import load_gamma
 from npu_patch.kernels.partial_sums import weight_gradient
 from npu_patch.kernels.rows import row_tiling, rows_of
 from npu_patch.kernels.variants import ACTIVATIONS
+from npu_patch.numerics.autograd import Context
 
 FORWARD = launch.Tile(bytes_per_element=32, elements=4096, least_bytes=19)
 BACKWARD = launch.Tile(bytes_per_element=48, elements=4096, least_bytes=35)
@@ -38,7 +39,7 @@ def gated_rms_norm(
 class _GatedRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, activation: str, gamma: Gamma
+        ctx: Context, x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, activation: str, gamma: Gamma
     ) -> Tensor:
         ctx.save_for_backward(x, gate, weight)
         ctx.norm = eps, activation, gamma
@@ -46,7 +47,7 @@ class _GatedRMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
         return *backward(dy, *ctx.saved_tensors, *ctx.norm, *ctx.needs_input_grad[:3]), None, None, None
 
 
@@ -115,7 +116,7 @@ def backward(
         D=rows.shape[1],
         **tiling,
     )
-    return dx, d_gate, weight_gradient(partial, weight, gamma) if needs_weight else None
+    return dx, d_gate, weight_gradient(partial, weight, gamma)
 
 
 @triton.jit

@@ -39,7 +39,7 @@ class Measurer:
         every, usual, timed = _competitors(case, choice)
         measured = {each.name: self._measured(case, each, timed) for each in every}
         measured |= {each.name: self._measured(case, _alternative(each), False) for each in others}
-        if not timed:
+        if usual is None or not timed:
             return Verdict(case, None, "" if usual is None else usual.name, MappingProxyType(measured))
         winner = faster([(each.name, measured[each.name]) for each in choice.candidates], measured[usual.name])
         taken = next((each for each in choice.candidates if each.name == winner), None)

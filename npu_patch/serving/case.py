@@ -39,7 +39,7 @@ class Alternative:
 class Calling(Protocol[Call]):
     """How a function that takes an op's calls is called on a case's inputs."""
 
-    def __call__(self, function: Callable[Call, Returned], /, *inputs: Tensor) -> Returned: ...
+    def __call__(self, function: Callable[Call, Returned], /, *inputs: Any, **none: Any) -> Returned: ...
 
 
 @dataclass(frozen=True)
