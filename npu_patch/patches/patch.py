@@ -67,7 +67,7 @@ class Replacement:
     `definition(*args)`: what computes a call in float64, where the original cannot.
     """
 
-    function: Callable[..., Any]
+    function: Any  # to be called, or a descriptor
     variant: str
     calls: Calls
     choice: AnyChoice | None = None
