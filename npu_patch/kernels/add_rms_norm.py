@@ -86,23 +86,11 @@ def forward(
     residual_rows = None if residual is None else rows_of(residual)
     grid, tiling = row_tiling(rows, FORWARD)
     launch.launch(
-        _forward,
-        x.device,
-        grid,
-        rows,
-        residual_rows,
-        weight,
-        y,
-        total,
-        rows.shape[0],
-        rows.stride(0),
-        0 if residual_rows is None else residual_rows.stride(0),
-        eps,
-        GAMMA=gamma.kernel,
-        ADDS=residual is not None,
-        D=rows.shape[1],
-        **tiling,
-    )
+        _forward, x.device, grid,
+        rows, residual_rows, weight, y, total,
+        rows.shape[0], rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), eps,
+        GAMMA=gamma.kernel, ADDS=residual is not None, D=rows.shape[1], **tiling,
+    )  # fmt: skip
     return y, total
 
 
@@ -122,27 +110,12 @@ def backward(
     grid, tiling = row_tiling(rows, BACKWARD, needs_weight)
     partial = torch.empty(grid, rows.shape[1], dtype=torch.float32, device=x.device) if needs_weight else None
     launch.launch(
-        _backward,
-        x.device,
-        grid,
-        dy_rows,
-        total_rows,
-        rows,
-        weight,
-        dx,
-        partial,
-        rows.shape[0],
-        dy_rows.stride(0),
-        0 if total_rows is None else total_rows.stride(0),
-        rows.stride(0),
-        eps,
-        GAMMA=gamma.kernel,
-        ADDS=d_total is not None,
-        NEEDS_X=needs_x,
-        NEEDS_WEIGHT=needs_weight,
-        D=rows.shape[1],
+        _backward, x.device, grid,
+        dy_rows, total_rows, rows, weight, dx, partial,
+        rows.shape[0], dy_rows.stride(0), 0 if total_rows is None else total_rows.stride(0), rows.stride(0), eps,
+        GAMMA=gamma.kernel, ADDS=d_total is not None, NEEDS_X=needs_x, NEEDS_WEIGHT=needs_weight, D=rows.shape[1],
         **tiling,
-    )
+    )  # fmt: skip
     return dx, weight_gradient(partial, weight, gamma)
 
 

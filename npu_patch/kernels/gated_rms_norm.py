@@ -56,22 +56,11 @@ def forward(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, activati
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grid, tiling = row_tiling(rows, FORWARD)
     launch.launch(
-        _forward,
-        x.device,
-        grid,
-        rows,
-        gate_rows,
-        weight,
-        y,
-        rows.shape[0],
-        rows.stride(0),
-        gate_rows.stride(0),
-        eps,
-        GAMMA=gamma.kernel,
-        SILU=ACTIVATIONS[activation],
-        D=rows.shape[1],
-        **tiling,
-    )
+        _forward, x.device, grid,
+        rows, gate_rows, weight, y,
+        rows.shape[0], rows.stride(0), gate_rows.stride(0), eps,
+        GAMMA=gamma.kernel, SILU=ACTIVATIONS[activation], D=rows.shape[1], **tiling,
+    )  # fmt: skip
     return y
 
 
@@ -93,29 +82,12 @@ def backward(
     grid, tiling = row_tiling(rows, BACKWARD, needs_weight)
     partial = torch.empty(grid, rows.shape[1], dtype=torch.float32, device=x.device) if needs_weight else None
     launch.launch(
-        _backward,
-        x.device,
-        grid,
-        dy_rows,
-        rows,
-        gate_rows,
-        weight,
-        dx,
-        d_gate,
-        partial,
-        rows.shape[0],
-        dy_rows.stride(0),
-        rows.stride(0),
-        gate_rows.stride(0),
-        eps,
-        GAMMA=gamma.kernel,
-        SILU=ACTIVATIONS[activation],
-        NEEDS_X=needs_x,
-        NEEDS_GATE=needs_gate,
-        NEEDS_WEIGHT=needs_weight,
-        D=rows.shape[1],
-        **tiling,
-    )
+        _backward, x.device, grid,
+        dy_rows, rows, gate_rows, weight, dx, d_gate, partial,
+        rows.shape[0], dy_rows.stride(0), rows.stride(0), gate_rows.stride(0), eps,
+        GAMMA=gamma.kernel, SILU=ACTIVATIONS[activation],
+        NEEDS_X=needs_x, NEEDS_GATE=needs_gate, NEEDS_WEIGHT=needs_weight, D=rows.shape[1], **tiling,
+    )  # fmt: skip
     return dx, d_gate, weight_gradient(partial, weight, gamma)
 
 

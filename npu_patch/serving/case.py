@@ -74,6 +74,9 @@ class Case(Generic[Call, Result]):
         return self.call(self.op.exact, *inputs)
 
 
+AnyCase = Case[..., Any]
+
+
 @dataclass(frozen=True)
 class Measured:
     """What became of one alternative: why it is wrong, or its median time in seconds, or neither: it is right, and was

@@ -185,6 +185,7 @@ class Dispatch(Generic[Call, Result]):
 
 
 AnyDispatch = Dispatch[..., Any]
+AnyVerdict = Verdict[..., Any]
 
 
 def _milliseconds(measured: Measured) -> str:

@@ -18,12 +18,13 @@ from npu_patch import devices
 from npu_patch.applying import api as lifecycle
 from npu_patch.applying.patched_site import PatchedSite
 from npu_patch.applying.state import patched_sites
-from npu_patch.commands.bench.command import DTYPES, prepared, recorded_step
+from npu_patch.commands.bench.command import prepared, recorded_step
 from npu_patch.commands.console.output_file import output_file
 from npu_patch.commands.console.result import CommandError, Result
 from npu_patch.commands.console.steps import Steps, steps
 from npu_patch.commands.replay.bars import why_not
 from npu_patch.commands.replay.recording import Call, function_of, run_in_float64, run_original, timed_forms
+from npu_patch.commands.subject.models import DTYPES
 from npu_patch.commands.verify.command import compared
 from npu_patch.measuring.in_turns import Timing, in_turns
 from npu_patch.measuring.tuning import ORIGINAL, Decided, Decision, Forced, signature_for_json, write
