@@ -52,7 +52,7 @@ def _exact(query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> T
     if attention.bias is not None:
         scores = scores + attention.bias
     seen = attention.band.visible(queries, keys)
-    if packed:
+    if attention.ends is not None:
         sequence = torch.bucketize(torch.arange(keys), torch.tensor(attention.ends[1]), right=True)
         seen = seen & (sequence[:, None] == sequence)
     if attention.hidden is not None:
