@@ -121,22 +121,11 @@ def backward(
 
 @triton.jit
 def _forward(
-    x,
-    residual,
-    weight,
-    y,
-    total,
-    rows,
-    x_row,
-    residual_row,
-    eps,
-    GAMMA: tl.constexpr,
-    ADDS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    x, residual, weight, y, total,
+    rows, x_row, residual_row, eps,
+    GAMMA: tl.constexpr, ADDS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, BLOCK_D)
     if GAMMA > 0:
@@ -159,26 +148,11 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dy,
-    d_total,
-    x,
-    weight,
-    dx,
-    partial,
-    rows,
-    dy_row,
-    d_total_row,
-    x_row,
-    eps,
-    GAMMA: tl.constexpr,
-    ADDS: tl.constexpr,
-    NEEDS_X: tl.constexpr,
-    NEEDS_WEIGHT: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    dy, d_total, x, weight, dx, partial,
+    rows, dy_row, d_total_row, x_row, eps,
+    GAMMA: tl.constexpr, ADDS: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_WEIGHT: tl.constexpr, D: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """With n = x * rstd: d gamma = sum dy n, dx = d total + rstd (dy gamma - n mean(dy gamma n))."""
     row = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, BLOCK_D)

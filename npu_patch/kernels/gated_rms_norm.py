@@ -93,21 +93,11 @@ def backward(
 
 @triton.jit
 def _forward(
-    x,
-    gate,
-    weight,
-    y,
-    rows,
-    x_row,
-    gate_row,
-    eps,
-    GAMMA: tl.constexpr,
-    SILU: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    x, gate, weight, y,
+    rows, x_row, gate_row, eps,
+    GAMMA: tl.constexpr, SILU: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, BLOCK_D)
     if GAMMA > 0:
@@ -129,28 +119,11 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dy,
-    x,
-    gate,
-    weight,
-    dx,
-    d_gate,
-    partial,
-    rows,
-    dy_row,
-    x_row,
-    gate_row,
-    eps,
-    GAMMA: tl.constexpr,
-    SILU: tl.constexpr,
-    NEEDS_X: tl.constexpr,
-    NEEDS_GATE: tl.constexpr,
-    NEEDS_WEIGHT: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    dy, x, gate, weight, dx, d_gate, partial,
+    rows, dy_row, x_row, gate_row, eps,
+    GAMMA: tl.constexpr, SILU: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_GATE: tl.constexpr,
+    NEEDS_WEIGHT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """With n = x * rstd, a = act(gate): d gate = dy n gamma a', and the norm's backward for dy a."""
     row = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, BLOCK_D)
