@@ -69,6 +69,7 @@ def _torch_swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
 def _triton_swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     from npu_patch.kernels.swiglu import swiglu
 
+    assert up is not None, "gate and up in one tensor are not served"
     return swiglu(gate, up)
 
 

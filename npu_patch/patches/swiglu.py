@@ -48,7 +48,7 @@ def read_site(site: Site) -> SwiGLUReading | NotRead:
 
 
 def bind_site(site: Site, found: SwiGLUReading, context: Context) -> Replacement | NotRead:
-    cls, original, names = site.owner, site.original, parameter_names(site.original)
+    cls, original, names = site.owner, site.original, parameter_names(site.original) or ()
     activations = Activations(found.activation)
     live = context.live_modules(cls)
     if live and not any([activations.is_silu(activations.of(module)) for module in live]):
@@ -63,7 +63,7 @@ def bind_site(site: Site, found: SwiGLUReading, context: Context) -> Replacement
     calls, device_type, recompute = Calls(), context.device_type, context.switches["swiglu_recompute"]
     dispatch = context.dispatch(lambda live: _cases(cls, found, live))
 
-    def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
+    def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved | Unfused:
         bound = tensors_on(device_type, names, args, kwargs)
         if isinstance(bound, Unserved):
             return bound
