@@ -126,9 +126,10 @@ def rotate(
     # The operator casts the tables to the dtype of the input: a float32 table beside a bfloat16 input needs the
     # input in float32, or it would lose what the original keeps.
     tensors_cast = [tensor.to(dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+    rotated: Sequence[Tensor]
     if len(set(dtypes)) == 1:
         cos, sin = cos.to(dtypes[0]), sin.to(dtypes[0])
-        rotated: Sequence[Tensor] = _rotated(kernel, variant.pairing, cos, sin, *tensors_cast)
+        rotated = _rotated(kernel, variant.pairing, cos, sin, *tensors_cast)
     else:  # a caller that mixes them
         rotated = [
             y
@@ -353,7 +354,8 @@ def case(variant: RoPEVariant, heads: int, head_dim: int, rotary: int, dtype: to
         angles = places.double() * 10000.0 ** -(values((width,), 7).double().abs() % 1.0)
         return [table.to(dtype) for table in (angles.cos(), angles.sin())]
 
-    def call(function: Callable[..., Any], x: Tensor) -> Any:
+    def call(function: Callable[..., Any], *inputs: Tensor) -> Any:
+        (x,) = inputs
         cos, sin = (table.to(x.device, x.dtype) for table in tables(x.shape[1]))
         return function([x.transpose(1, 2)], cos, sin, variant)
 

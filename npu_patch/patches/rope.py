@@ -32,13 +32,15 @@ from npu_patch.waiting import heads as deferred_norm
 def find(module: ModuleType) -> Iterable[Site]:
     """Functions that take cos and sin, or call themselves rotary."""
     for site in functions(module):
-        parameters = inspect.signature(unwrapped(site.original)).parameters
+        function = unwrapped(site.original)
+        parameters = {} if function is None else inspect.signature(function).parameters
         if ("cos" in parameters and "sin" in parameters) or "rotary" in site.name:
             yield site
 
 
 def read_site(site: Site) -> RoPEReading | NotRead:
-    reading = read_rope(unwrapped(site.original))
+    function = unwrapped(site.original)
+    reading = NotRead("it is no function") if function is None else read_rope(function)
     return reading.notable_if("rotary" in site.name) if isinstance(reading, NotRead) else reading
 
 
@@ -91,7 +93,8 @@ def bind_site(site: Site, reading: RoPEReading, context: Context) -> Replacement
 def _cases(site: Site, reading: RoPEReading, live: LiveModules) -> Iterator[Case]:
     """Of the layers that look the function up, in the model's dtype and in float32, which tables may stay in."""
     layers = [module for module in live if type(module).__module__ == site.owner.__name__]
-    users = {cls for cls in map(type, layers) if site.name in names_used(cls.forward)}
+    of_each_class = {type(layer): layer for layer in layers}
+    users = {cls for cls, layer in of_each_class.items() if site.name in names_used(type(layer).forward)}
     for sizes in head_sizes((layer for layer in layers if type(layer) in users), live):
         head_dim = sizes.head_dim if reading.partial else sizes.rotary  # of what is given to it
         for dtype in dict.fromkeys((live.dtype, torch.float32)):

@@ -121,10 +121,9 @@ def _unsupported(query: Tensor, key: Tensor, value: Tensor, attention: Attention
         return f"query, key and value of {', '.join(f'{t.dtype} on {t.device.type}' for t in tensors)}"
     shape, key_shape, value_shape = query.shape, key.shape, value.shape
     packed = attention.ends is not None
-    dims = 3 if packed else 4
-    if not (
-        len(shape) == len(key_shape) == len(value_shape) == dims and query.numel() and key.numel() and value.numel()
-    ):
+    if not len(shape) == len(key_shape) == len(value_shape) == (3 if packed else 4):
+        return _of_shapes(*tensors)
+    if not (query.numel() and key.numel() and value.numel()):
         return _of_shapes(*tensors)
     heads, key_heads = shape[1], key_shape[1]
     head_dim, value_dim = shape[-1], value_shape[-1]

@@ -79,7 +79,7 @@ def serve(original: Callable[..., Any], device_type: str, attend: Attend) -> Cal
         result = serve_fused(given, others)
         if s_aux is not None and isinstance(result, Unserved) and refused(others) is None:
             # The original would leave the sinks out without a word.
-            return Unfused((_with_sinks(given), None), result.reason)
+            return Unfused((_with_sinks(given, s_aux), None), result.reason)
         return result
 
     def serve_fused(given: _Given, others: dict[str, Any]) -> tuple[Tensor, None] | Unserved | Unfused:
@@ -136,9 +136,9 @@ def _packed(
         return None
     if mask.shape[2] != query.shape[2] or mask.shape[3] != key.shape[2] or mask.shape[0] != query.shape[0]:
         return None
-    tokens = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+    query, key, value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
     ends = (mask.pattern.ends, mask.pattern.ends)
-    return (*tokens, Attention(given.scale, mask.pattern.band, sink=given.sink, dropout=given.dropout, ends=ends))
+    return query, key, value, Attention(given.scale, mask.pattern.band, None, None, given.sink, given.dropout, ends)
 
 
 def _dense(
@@ -193,8 +193,8 @@ def _split(additive: Tensor) -> tuple[Tensor, Tensor]:
     return hidden, additive.masked_fill(hidden, 0.0)
 
 
-def _with_sinks(given: _Given) -> Tensor:
-    """torch's attention with one more key for each head, whose score is the sink `[N]` and whose value is zero."""
+def _with_sinks(given: _Given, sinks: Tensor) -> Tensor:
+    """torch's attention with one more key for each head, whose score is of `sinks` `[N]` and whose value is zero."""
     query, key, value, position_bias = given.query, given.key, given.value, given.position_bias
     heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
     mask = materialised(given.mask, "attention")
@@ -205,7 +205,7 @@ def _with_sinks(given: _Given) -> Tensor:
         hides = mask.dtype == torch.bool
         additive = torch.where(mask, additive, float("-inf")) if hides else additive + mask
     additive = additive.expand(len(query), heads, queries, keys)
-    column = given.sink.to(additive.dtype).view(1, heads, 1, 1).expand(len(query), heads, queries, 1)
+    column = sinks.to(additive.dtype).view(1, heads, 1, 1).expand(len(query), heads, queries, 1)
     key, value = (F.pad(tensor, (0, 0, 0, 1)) for tensor in (key, value))
     return _exact(query, key, value, torch.cat((additive, column), -1), None, given.scale, given.dropout)
 

@@ -222,7 +222,7 @@ class FeedForwards:
         return Experts(
             up=tuple(of_each(name) for name in (reading.gate, reading.up) if name is not None),
             down=of_each(reading.down),
-            gate=None if activations.is_silu(own[0]) else gate,
+            gate=None if activations.is_silu(activations.of(own[0])) else gate,
             sentinels=bool(identities),
         )
 
@@ -234,7 +234,7 @@ class FeedForwards:
         for expert in self._split(block)[0]:
             found = self._feed_forward(type(expert))
             if isinstance(found, _FeedForward):
-                found.activations.is_silu(expert)
+                found.activations.is_silu(found.activations.of(expert))
 
     def _split(self, block: Any) -> tuple[list[torch.nn.Module], list[torch.nn.Module]]:
         every = list(block.experts)
