@@ -1,7 +1,7 @@
 """The catalogue: one module per switch. `apply()` walks `CATALOGUE` in order, which is that of `Patch.needs`; then
 `PREPARATIONS` change the given model."""
 
-from npu_patch.patches import add_rms_norm, qk_norm_rope, rms_norm, rope, swiglu
+from npu_patch.patches import add_rms_norm, lora, qk_norm_rope, rms_norm, rope, swiglu
 from npu_patch.patches.attention import patch as attention
 from npu_patch.patches.experts import patch as experts
 from npu_patch.patches.gated_delta import patch as gated_delta_net
@@ -17,6 +17,7 @@ CATALOGUE: tuple[Patch, ...] = in_order(
         attention.PATCH,
         experts.PATCH,
         gated_delta_net.PATCH,
+        lora.PATCH,
         qk_norm_rope.PATCH,
         add_rms_norm.PATCH,
     )

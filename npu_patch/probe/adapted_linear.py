@@ -19,7 +19,7 @@ from torch import Tensor
 
 from npu_patch.numerics.closeness import distance
 from npu_patch.numerics.error_text import error_text
-from npu_patch.numerics.findings import unless_accident
+from npu_patch.numerics.findings import remembered, unless_accident
 from npu_patch.numerics.room import quiet_room
 from npu_patch.numerics.values import values
 from npu_patch.ops.readings import AsNamed, NotRead
@@ -45,6 +45,7 @@ class Part:
         return F.linear(x, self.weight, self.bias)
 
 
+@remembered
 def read_adapted_linear(cls: type, forward: Callable[..., Any]) -> AsNamed | NotRead:
     """Runs `forward(self, x)` on stand-ins for instances of `cls`."""
     with quiet_room():

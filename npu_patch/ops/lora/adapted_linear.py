@@ -25,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 
-from npu_patch.serving.implementation import is_plain, layout
+from npu_patch.serving.implementation import layout
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -55,13 +56,12 @@ def definition(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter)
 
 def why_unsupported(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> str | None:
     down, up = adapter.down, adapter.up
+    device = x.device
     for tensor in (x, weight, down, up) if bias is None else (x, weight, down, up, bias):
-        if not is_plain(tensor):
+        if type(tensor) is not Tensor and type(tensor) is not Parameter:
             return f"a tensor of type {type(tensor).__name__}"
-        if tensor.device != x.device:
-            return f"input on {x.device}, a weight on {tensor.device}"
-        if tensor.dtype not in FLOAT_DTYPES:
-            return f"a tensor in {tensor.dtype}"
+        if tensor.dtype not in FLOAT_DTYPES or tensor.device != device:
+            return f"input on {device}, a weight in {tensor.dtype} on {tensor.device}"
     if x.dim() < 2 or not x.numel():
         return f"an input of {layout(x)}"
     width_out, width_in = weight.shape
@@ -76,12 +76,12 @@ class _AdaptedLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, adapter: Adapter
     ) -> Tensor:
         product, compute = adapter.product, adapter.compute
-        own = x.to(product)
-        y = F.linear(own, weight.to(product), None if bias is None else bias.to(product))
-        dropped, mask = own.to(compute), None
+        own = _in(product, x)
+        y = F.linear(own, _in(product, weight), None if bias is None else _in(product, bias))
+        dropped, mask = _in(compute, own), None
         if adapter.dropout:
             dropped, mask = torch.native_dropout(dropped, adapter.dropout, True)
-        down_used, up_used = down.to(compute), up.to(compute)
+        down_used, up_used = _in(compute, down), _in(compute, up)
         shrunk = _rows(dropped) @ down_used.t()
         _add_product(y.view(-1, y.shape[-1]), shrunk, up_used.t(), adapter.scaling)
 
@@ -112,22 +112,22 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     needs_x, needs_weight, needs_bias, needs_down, needs_up, _ = ctx.needs_input_grad
     adapter, (x_dtype, weight_dtype, bias_dtype, down_dtype, up_dtype) = ctx.adapter, ctx.dtypes
     scaling, dy = adapter.scaling, _rows(dy)
-    dy_used = dy.to(adapter.compute)
+    dy_used = _in(adapter.compute, dy)
     d_x = d_weight = d_bias = d_down = d_up = None
     if needs_up:
         d_up = _scaled(dy_used.t() @ shrunk, scaling, up_dtype)
     through = dy_used @ up if needs_x or needs_down else None
     del dy_used
-    own = None if x is None else x.to(adapter.product)
+    own = None if x is None else _in(adapter.product, x)
     if needs_down:
-        d_down = _scaled(through.t() @ _rows(_kept(own.to(adapter.compute), mask, adapter)), scaling, down_dtype)
+        d_down = _scaled(through.t() @ _rows(_kept(_in(adapter.compute, own), mask, adapter)), scaling, down_dtype)
     if needs_weight:
         d_weight = (dy.t() @ _rows(own)).to(weight_dtype)
     if needs_bias:
         d_bias = dy.sum(0).to(bias_dtype)
     del own
     if needs_x:
-        d_x = dy @ weight.to(adapter.product)
+        d_x = dy @ _in(adapter.product, weight)
         if mask is None:
             _add_product(d_x, through, down, scaling)
             d_x = d_x.to(x_dtype)
@@ -137,6 +137,10 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             d_x.add_(_rows(_kept(by_adapter, mask, adapter)), alpha=scaling)
         d_x = d_x.view(ctx.shape)
     return d_x, d_weight, d_bias, d_down, d_up, None
+
+
+def _in(dtype: torch.dtype, x: Tensor) -> Tensor:
+    return x if x.dtype is dtype else x.to(dtype)  # to() costs the host something where it does nothing, too
 
 
 def _rows(x: Tensor) -> Tensor:
