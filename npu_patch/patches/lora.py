@@ -133,7 +133,7 @@ def _probability(dropout: Module) -> float | str:
     if of_class is OF_IDENTITY:
         return 0.0
     if of_class is not OF_DROPOUT:
-        return f"dropout is a {type(dropout).__name__}"
+        return f"lora_dropout is a {type(dropout).__name__}"
     if not dropout.training:
         return 0.0
     p = dropout.p

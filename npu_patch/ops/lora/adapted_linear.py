@@ -11,9 +11,9 @@ unfused: both operands and the result, one module at a time, and nothing of it i
 round `drop(x) A'` and the gradients of A and B to 8 bits, whatever the adapter is split into: the NPU's return the
 dtype that they are given.) Such a sum is rounded once, where the original rounds both of its terms and the sum.
 
-The mask is drawn by the operator that `torch.nn.functional.dropout` calls, for the same shape, in the same order: under
-one seed it is the very mask of the original on the CPU and on an NPU. A GPU's draws go with the dtype, which is the
-original's where x has the adapter's dtype or that is float32 and computed in.
+The mask is drawn by the operator that `torch.nn.functional.dropout` calls, for as many elements, in the same order:
+under one seed it is the very mask of the original on the CPU and on an NPU, where x is contiguous. A GPU's draws go
+with the dtype as well, which is not the original's under autocast.
 """
 
 from __future__ import annotations
@@ -76,14 +76,14 @@ class _AdaptedLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, adapter: Adapter
     ) -> Tensor:
         product, compute = adapter.product, adapter.compute
-        own = _in(product, x)
+        own = _rows(_in(product, x))
         y = F.linear(own, _in(product, weight), None if bias is None else _in(product, bias))
         dropped, mask = _in(compute, own), None
         if adapter.dropout:
             dropped, mask = torch.native_dropout(dropped, adapter.dropout, True)
         down_used, up_used = _in(compute, down), _in(compute, up)
-        shrunk = _rows(dropped) @ down_used.t()
-        _add_product(y.view(-1, y.shape[-1]), shrunk, up_used.t(), adapter.scaling)
+        shrunk = dropped @ down_used.t()
+        _add_product(y, shrunk, up_used.t(), adapter.scaling)
 
         needs_x, needs_weight, _, needs_down, needs_up, _ = ctx.needs_input_grad
         ctx.save_for_backward(
@@ -96,7 +96,8 @@ class _AdaptedLinear(torch.autograd.Function):
         )
         ctx.adapter, ctx.shape = adapter, x.shape
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype, down.dtype, up.dtype
-        return y
+        # No view, which could not be changed in place: what torch's own linear returns.
+        return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     @once_differentiable
@@ -118,11 +119,11 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         d_up = _scaled(dy_used.t() @ shrunk, scaling, up_dtype)
     through = dy_used @ up if needs_x or needs_down else None
     del dy_used
-    own = None if x is None else _in(adapter.product, x)
+    own = None if x is None else _rows(_in(adapter.product, x))
     if needs_down:
-        d_down = _scaled(through.t() @ _rows(_kept(_in(adapter.compute, own), mask, adapter)), scaling, down_dtype)
+        d_down = _scaled(through.t() @ _kept(_in(adapter.compute, own), mask, adapter), scaling, down_dtype)
     if needs_weight:
-        d_weight = (dy.t() @ _rows(own)).to(weight_dtype)
+        d_weight = (dy.t() @ own).to(weight_dtype)
     if needs_bias:
         d_bias = dy.sum(0).to(bias_dtype)
     del own
@@ -133,8 +134,8 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             d_x = d_x.to(x_dtype)
         else:
             d_x = d_x.to(x_dtype)  # where autocast narrowed x, its gradients are summed in its dtype
-            by_adapter = (through @ down).to(torch.promote_types(x_dtype, adapter.compute)).view(ctx.shape)
-            d_x.add_(_rows(_kept(by_adapter, mask, adapter)), alpha=scaling)
+            by_adapter = _in(torch.promote_types(x_dtype, adapter.compute), through @ down)
+            d_x.add_(_kept(by_adapter, mask, adapter), alpha=scaling)
         d_x = d_x.view(ctx.shape)
     return d_x, d_weight, d_bias, d_down, d_up, None
 
