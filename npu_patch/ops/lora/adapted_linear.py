@@ -18,7 +18,9 @@ with the dtype as well, which is not the original's under autocast.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +48,14 @@ class Adapter(NamedTuple):
 
 def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
     """x `[..., in]`, weight `[out, in]`, bias `[out]` or None -> `[..., out]` in the dtype `product`."""
-    return _AdaptedLinear.apply(x, weight, bias, adapter.down, adapter.up, adapter)
+    return _AdaptedLinears.apply((adapter,), x, weight, bias, adapter.down, adapter.up)[0]
+
+
+def adapted_linears(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Adapter]]) -> tuple[Tensor, ...]:
+    """Of several layers with one input and the same dtypes: what `adapted_linear` computes of each, bit by bit. x is
+    widened once, the adapters are cast together, and the gradients of x are summed by the products that make them."""
+    tensors = [each for weight, bias, adapter in layers for each in (weight, bias, adapter.down, adapter.up)]
+    return _AdaptedLinears.apply(tuple(adapter for _, _, adapter in layers), x, *tensors)
 
 
 def definition(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
@@ -70,74 +79,122 @@ def why_unsupported(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Ada
     return None
 
 
-class _AdaptedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, adapter: Adapter
-    ) -> Tensor:
-        product, compute = adapter.product, adapter.compute
-        own = _rows(_in(product, x))
-        y = F.linear(own, _in(product, weight), None if bias is None else _in(product, bias))
-        dropped, mask = _in(compute, own), None
-        if adapter.dropout:
-            dropped, mask = torch.native_dropout(dropped, adapter.dropout, True)
-        down_used, up_used = _in(compute, down), _in(compute, up)
-        shrunk = dropped @ down_used.t()
-        _add_product(y, shrunk, up_used.t(), adapter.scaling)
+OF_EACH = 4  # tensors that a layer brings: weight, bias, down, up
 
-        needs_x, needs_weight, _, needs_down, needs_up, _ = ctx.needs_input_grad
-        ctx.save_for_backward(
-            x if needs_down or needs_weight else None,
-            weight if needs_x else None,
-            down_used if needs_x else None,
-            up_used if needs_x or needs_down else None,
-            shrunk if needs_up else None,
-            mask if needs_x or needs_down else None,
-        )
-        ctx.adapter, ctx.shape = adapter, x.shape
-        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype, down.dtype, up.dtype
-        # No view, which could not be changed in place: what torch's own linear returns.
-        return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+
+class _AdaptedLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, adapters: tuple[Adapter, ...], x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        product, compute = adapters[0].product, adapters[0].compute
+        own = _rows(_in(product, x))
+        wide = _in(compute, own)
+        used = _all_in(compute, [each for adapter in adapters for each in (adapter.down, adapter.up)])
+        _, needs_x, *needed = ctx.needs_input_grad
+        results, saved, keeps_x = [], [], False
+        for index, adapter in enumerate(adapters):
+            weight, bias, down, up = (*tensors[OF_EACH * index :][:2], *used[2 * index :][:2])
+            needs_weight, _, needs_down, needs_up = needed[OF_EACH * index :][:OF_EACH]
+            y = F.linear(own, _in(product, weight), None if bias is None else _in(product, bias))
+            dropped, mask = wide, None
+            if adapter.dropout:
+                dropped, mask = torch.native_dropout(wide, adapter.dropout, True)
+            shrunk = dropped @ down.t()
+            _add_product(y, shrunk, up.t(), adapter.scaling)
+            # No view, which could not be changed in place: what torch's own linear returns.
+            results.append(y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])))
+            saved += [
+                weight if needs_x else None,
+                down if needs_x or needs_down else None,
+                up if needs_x or needs_down else None,
+                shrunk if needs_up or needs_x or needs_down else None,
+                mask if needs_x or needs_down else None,
+            ]
+            keeps_x = keeps_x or needs_down or needs_weight
+        ctx.save_for_backward(x if keeps_x else None, *saved)
+        ctx.set_materialize_grads(False)
+        ctx.adapters, ctx.like = adapters, (x.shape, x.dtype)
+        ctx.dtypes = [None if each is None else each.dtype for each in tensors]
+        return tuple(results)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_autocast_enabled(dy.device.type):
-            with torch.autocast(dy.device.type, enabled=False):
-                return _backward(ctx, dy)
-        return _backward(ctx, dy)
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        device_type = next(each.device.type for each in gradients if each is not None)
+        if torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return _backward(ctx, gradients)
+        return _backward(ctx, gradients)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, down, up, shrunk, mask = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias, needs_down, needs_up, _ = ctx.needs_input_grad
-    adapter, (x_dtype, weight_dtype, bias_dtype, down_dtype, up_dtype) = ctx.adapter, ctx.dtypes
-    scaling, dy = adapter.scaling, _rows(dy)
-    dy_used = _in(adapter.compute, dy)
-    d_x = d_weight = d_bias = d_down = d_up = None
-    if needs_up:
-        d_up = _scaled(dy_used.t() @ shrunk, scaling, up_dtype)
-    through = dy_used @ up if needs_x or needs_down else None
-    del dy_used
-    own = None if x is None else _rows(_in(adapter.product, x))
-    if needs_down:
-        d_down = _scaled(through.t() @ _kept(_in(adapter.compute, own), mask, adapter), scaling, down_dtype)
-    if needs_weight:
-        d_weight = (dy.t() @ own).to(weight_dtype)
-    if needs_bias:
-        d_bias = dy.sum(0).to(bias_dtype)
-    del own
-    if needs_x:
-        d_x = dy @ _in(adapter.product, weight)
-        if mask is None:
-            _add_product(d_x, through, down, scaling)
-            d_x = d_x.to(x_dtype)
-        else:
-            d_x = d_x.to(x_dtype)  # where autocast narrowed x, its gradients are summed in its dtype
-            by_adapter = _in(torch.promote_types(x_dtype, adapter.compute), through @ down)
-            d_x.add_(_kept(by_adapter, mask, adapter), alpha=scaling)
-        d_x = d_x.view(ctx.shape)
-    return d_x, d_weight, d_bias, d_down, d_up, None
+def _backward(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    x, *saved = ctx.saved_tensors
+    _, needs_x, *needed = ctx.needs_input_grad
+    (shape, x_dtype), product, compute = ctx.like, ctx.adapters[0].product, ctx.adapters[0].compute
+    own = None if x is None else _rows(_in(product, x))
+    wide = None if own is None else _in(compute, own)
+    d_x, found = None, []
+    for index, (adapter, dy) in enumerate(zip(ctx.adapters, gradients, strict=True)):
+        if dy is None:
+            found += [None] * OF_EACH
+            continue
+        weight, down, up, shrunk, mask = saved[5 * index :][:5]
+        needs_weight, needs_bias, needs_down, needs_up = needed[OF_EACH * index :][:OF_EACH]
+        dtypes = ctx.dtypes[OF_EACH * index :][:OF_EACH]
+        d_weight = d_bias = d_down = by_adapter = None
+        dy = _rows(dy)
+        through, d_up = _gradients(_in(compute, dy), shrunk, up, needs_x or needs_down, needs_up)
+        if needs_down or (needs_x and mask is not None):
+            dropped = _kept(wide, mask, adapter) if needs_down else None
+            by_adapter, d_down = _gradients(through, dropped, down, needs_x and mask is not None, needs_down)
+        if needs_weight:
+            d_weight = (dy.t() @ own).to(dtypes[0])
+        if needs_bias:
+            d_bias = dy.sum(0).to(dtypes[1])
+        if needs_x:
+            d_x = _sum_with(d_x, dy, _in(product, weight), x_dtype)
+            if mask is None:
+                _add_product(d_x, through, down, adapter.scaling)
+            else:
+                by_adapter = _in(torch.promote_types(d_x.dtype, compute), by_adapter)
+                d_x.add_(_kept(by_adapter, mask, adapter), alpha=adapter.scaling)
+        d_down = d_down if d_down is None else _scaled(d_down, adapter.scaling, dtypes[2])
+        d_up = d_up if d_up is None else _scaled(d_up, adapter.scaling, dtypes[3])
+        found += [d_weight, d_bias, d_down, d_up]
+    return None, None if d_x is None else d_x.view(shape), *found
+
+
+def _sum_with(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """`total + left right`. Where autocast narrowed x, its gradients are summed in the dtype that it had."""
+    if total is None:
+        return _in(dtype, left @ right)
+    _add_product(total, left, right, 1.0)
+    return total
+
+
+@functools.cache
+def _has_both_in_one(device_type: str) -> bool:
+    """torch_npu differentiates a product by one operator, which is half the trips through the dispatcher."""
+    return device_type == "npu" and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "aten::matmul_backward", "PrivateUse1"
+    )
+
+
+def _gradients(
+    dy: Tensor, left: Tensor | None, right: Tensor, needs_left: bool, needs_right: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of `left right'`, given that of the product."""
+    if needs_left and needs_right and _has_both_in_one(dy.device.type):
+        d_left, d_right = torch.ops.aten.matmul_backward(dy, left, right.t(), (True, True))
+        return d_left, d_right.t()
+    return dy @ right if needs_left else None, dy.t() @ left if needs_right else None
+
+
+def _all_in(dtype: torch.dtype, tensors: list[Tensor]) -> list[Tensor]:
+    if len(tensors) <= 2 or any(each.dtype is dtype or each.dtype is not tensors[0].dtype for each in tensors):
+        return [_in(dtype, each) for each in tensors]
+    flat = torch.cat([each.reshape(-1) for each in tensors]).to(dtype)
+    parts = flat.split([each.numel() for each in tensors])
+    return [part.view(each.shape) for part, each in zip(parts, tensors, strict=True)]
 
 
 def _in(dtype: torch.dtype, x: Tensor) -> Tensor:
@@ -164,8 +221,10 @@ def _kept(x: Tensor, mask: Tensor | None, adapter: Adapter) -> Tensor:
 
 
 def _scaled(gradient: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """In the dtype of its parameter, rounded no more often than that takes."""
-    if gradient.dtype != dtype and math.frexp(scaling)[0] in (0.5, -0.5):  # a power of 2 rounds nothing
-        return torch.mul(gradient, scaling, out=torch.empty_like(gradient, dtype=dtype))
-    gradient = gradient.to(dtype)
-    return gradient if scaling == 1.0 else gradient.mul_(scaling)
+    """In the dtype of its parameter, contiguous as that is, and rounded no more often than that takes."""
+    if gradient.dtype == dtype and scaling == 1.0:
+        return gradient
+    if gradient.dtype == dtype or math.frexp(scaling)[0] in (0.5, -0.5):  # a power of 2 rounds nothing
+        scaled = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+        return torch.mul(gradient, scaling, out=scaled)
+    return gradient.to(dtype, memory_format=torch.contiguous_format).mul_(scaling)
