@@ -115,9 +115,7 @@ def with_bias(model: nn.Module) -> Any:
 
 def plain(model: nn.Module, **config: Any) -> Any:
     torch.manual_seed(1)
-    return get_peft_model(
-        model, LoraConfig(r=4, target_modules="all-linear", **{"init_lora_weights": False, **config})
-    )
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", **{"init_lora_weights": False, **config}))
 
 
 def two_active(model: nn.Module) -> Any:

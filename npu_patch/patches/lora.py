@@ -20,14 +20,17 @@ from torch import Tensor
 from torch.nn import Dropout, Identity, Linear, Module
 
 from npu_patch.ops.lora.adapted_linear import Adapter
-from npu_patch.ops.lora.op import IMPLEMENTATIONS, case, key_of
+from npu_patch.ops.lora.op import IMPLEMENTATIONS, TOGETHER, case, key_of
 from npu_patch.ops.readings import NotRead
+from npu_patch.patches.lora_groups import Groups
 from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.probe.adapted_linear import read_adapted_linear
 from npu_patch.serving.bypassed import LINEAR, MODULE_CALL, Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import Case
 from npu_patch.serving.changed_later import Callers
+from npu_patch.serving.dispatch import Dispatch
+from npu_patch.serving.implementation import Implementation
 from npu_patch.serving.listeners import first_listener
 from npu_patch.serving.replacement import Unserved, replacement_for
 from npu_patch.sites.sites import LiveModules, Site, forwards
@@ -50,7 +53,7 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
     found = read_adapted_linear(cls, original)
     if isinstance(found, NotRead):
         return found
-    calls, callers, device_type = Calls(), Callers(), context.device_type
+    calls, callers, groups, device_type = Calls(), Callers(), Groups(cls), context.device_type
     dispatch = context.dispatch(lambda live: _cases(cls, live), key_of)
 
     def serve(self: Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
@@ -68,6 +71,9 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
         call = _call_of(self, x)
         if isinstance(call, str):
             return Unserved(call)
+        ready = groups.ready(self, call)
+        if ready is not None:
+            return ready
         serving = dispatch.serving(calls, *call)
         if isinstance(serving, str):
             return Unserved(serving)
@@ -76,12 +82,32 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
             if changed is not None:
                 calls.declined["the input itself"] = f"a copy is kept: {changed}"
                 return serving.run(x.clone(), *call[1:])
-        return serving.run(*call)
+        together = TOGETHER.get(serving.name)
+        others = [] if together is None else list(_with_it(groups, self, call, dispatch, calls, serving))
+        if not others:
+            return serving.run(*call)
+        layers, their_calls = zip(*others, strict=True)
+        result, *results = together(x, [each[1:] for each in (call, *their_calls)])
+        groups.wait(layers, their_calls, results)
+        return result
 
-    function = replacement_for(
-        original, calls, serve, bypassed=Bypassed.by(original, LINEAR, DROPOUT, MODULE_CALL)
-    )
+    function = replacement_for(original, calls, serve, bypassed=Bypassed.by(original, LINEAR, DROPOUT, MODULE_CALL))
     return Replacement(function, found.name, calls, dispatch=dispatch)
+
+
+def _with_it(
+    groups: Groups, layer: Module, call: Call, dispatch: Dispatch, calls: Calls, serving: Implementation
+) -> Iterator[tuple[Module, Call]]:
+    """The layers whose calls are computed with this one's, and those calls."""
+    dtypes = call[3][-2:]
+    for other in groups.after(layer):
+        if "forward" in other.__dict__ or other._forward_pre_hooks:
+            continue
+        its_call = _call_of(other, call[0])
+        if isinstance(its_call, str) or its_call[3][-2:] != dtypes:
+            continue
+        if dispatch.serving(calls, *its_call) is serving:
+            yield other, its_call
 
 
 def _call_of(layer: Module, x: Tensor) -> Call | str:

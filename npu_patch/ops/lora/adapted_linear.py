@@ -75,7 +75,9 @@ def why_unsupported(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Ada
         return f"an input of {layout(x)}"
     width_out, width_in = weight.shape
     if x.shape[-1] != width_in or down.shape[-1] != width_in or up.shape != (width_out, down.shape[0]):
-        return f"an input of {layout(x)}, a weight {list(weight.shape)}, an adapter {list(down.shape)}, {list(up.shape)}"
+        return (
+            f"an input of {layout(x)}, a weight {list(weight.shape)}, an adapter {list(down.shape)}, {list(up.shape)}"
+        )
     return None
 
 
