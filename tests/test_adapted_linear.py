@@ -1,4 +1,4 @@
-"""A linear layer with its adapter as one function: what it computes, what it keeps, and what the probe takes for one."""
+"""A linear layer with its adapter as one function: what it computes and keeps, and what the probe takes for one."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Adapted layers that are given one input are computed when the first of them is called.
 
-Their results wait until each is asked for with that very input, unchanged, and with the weights and settings that it was
-computed with; what is asked for otherwise is computed then. So it does not matter whether they are asked for.
+Their results wait until each is asked for with that very input, unchanged, and with the weights and settings that it
+was computed with; what is asked for otherwise is computed then. So it does not matter whether they are asked for.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which parts of a layer are given one tensor, one after the other: q, k and v, or gate and up.
 
 The layer's forward runs on a stand-in whose modules are recorders. How far it comes does not matter: what was called
-until then was called. Nothing depends on it but what is computed together, so that a forward that does otherwise another
-time computes something twice, and nothing else.
+until then was called. Nothing depends on it but what is computed together: a forward that does otherwise another time
+computes something twice, and nothing else.
 """
 
 from __future__ import annotations

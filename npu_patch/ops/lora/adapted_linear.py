@@ -185,10 +185,13 @@ def _gradients(
     dy: Tensor, left: Tensor | None, right: Tensor, needs_left: bool, needs_right: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of `left right'`, given that of the product."""
-    if needs_left and needs_right and _has_both_in_one(dy.device.type):
+    if not _has_both_in_one(dy.device.type):
+        return dy @ right if needs_left else None, dy.t() @ left if needs_right else None
+    if needs_left and needs_right:
         d_left, d_right = torch.ops.aten.matmul_backward(dy, left, right.t(), (True, True))
-        return d_left, d_right.t()
-    return dy @ right if needs_left else None, dy.t() @ left if needs_right else None
+    else:  # the same products, whoever needs which
+        d_left, d_right = dy @ right if needs_left else None, left.t() @ dy if needs_right else None
+    return d_left, d_right.t() if needs_right else None
 
 
 def _all_in(dtype: torch.dtype, tensors: list[Tensor]) -> list[Tensor]:
