@@ -1,10 +1,11 @@
 """The catalogue: one module per switch. `apply()` walks `CATALOGUE` in order, which is that of `Patch.needs`; then
 `PREPARATIONS` change the given model."""
 
-from npu_patch.patches import add_rms_norm, lora, qk_norm_rope, rms_norm, rope, swiglu
+from npu_patch.patches import add_rms_norm, qk_norm_rope, rms_norm, rope, swiglu
 from npu_patch.patches.attention import patch as attention
 from npu_patch.patches.experts import patch as experts
 from npu_patch.patches.gated_delta import patch as gated_delta_net
+from npu_patch.patches.lora import patch as lora
 from npu_patch.patches.order import in_order
 from npu_patch.patches.patch import Patch
 from npu_patch.patches.preparation import Preparation

@@ -25,7 +25,7 @@ from npu_patch.numerics.values import values
 from npu_patch.ops.readings import AsNamed, NotRead
 from npu_patch.probe.stand_in import Missing, StandIn
 
-ADAPTED_LINEAR = AsNamed("linear with an adapter")
+LINEAR_WITH_ADAPTER = AsNamed("linear with an adapter")
 BATCH, WIDTH_IN, WIDTH_OUT, RANK = (2, 3), 8, 6, 4
 ACTIVE, OTHER = "one", "other"
 SCALING = {ACTIVE: 0.75, OTHER: 3.0}
@@ -54,7 +54,7 @@ def read_adapted_linear(cls: type, forward: Callable[..., Any]) -> AsNamed | Not
                 found = _why_not(cls, forward, dtypes, drops, training, autocast)
                 if found is not None:
                     return NotRead(found, notable=False)
-    return ADAPTED_LINEAR
+    return LINEAR_WITH_ADAPTER
 
 
 def _why_not(

@@ -12,8 +12,8 @@ from peft.tuners.lora.layer import Linear as AdaptedLinear
 from torch import Tensor
 
 import npu_patch
-from tests.gradients import loss_and_gradients
-from tests.tiny_models import tiny, tiny_batch
+from tests.support.gradients import loss_and_gradients
+from tests.support.tiny_models import tiny, tiny_batch
 
 
 @dataclass(frozen=True)

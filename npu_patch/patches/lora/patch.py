@@ -10,7 +10,7 @@ Delete     when peft has such a function.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn import Dropout, Identity, Linear, Module
 
 from npu_patch.ops.lora.adapted_linear import Adapter
-from npu_patch.ops.lora.op import IMPLEMENTATIONS, TOGETHER, case, key_of
-from npu_patch.ops.readings import NotRead
-from npu_patch.patches.lora_groups import Groups
+from npu_patch.ops.lora.op import ADAPTED_LINEAR, TOGETHER, case
+from npu_patch.ops.readings import AsNamed, NotRead
+from npu_patch.patches.lora.groups import Groups
 from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.probe.adapted_linear import read_adapted_linear
 from npu_patch.serving.bypassed import LINEAR, MODULE_CALL, Bypassed
@@ -33,7 +33,7 @@ from npu_patch.serving.dispatch import Dispatch
 from npu_patch.serving.implementation import Implementation
 from npu_patch.serving.listeners import first_listener
 from npu_patch.serving.replacement import Unserved, replacement_for
-from npu_patch.sites.sites import LiveModules, Site, forwards
+from npu_patch.sites.sites import LiveModules, Site, rebindable_forwards
 
 OF_LINEAR, OF_DROPOUT, OF_IDENTITY = Linear.forward, Dropout.forward, Identity.forward  # whoever binds them anew
 DROPOUT = (F, "dropout")
@@ -42,19 +42,20 @@ Call = tuple[Tensor, Tensor, "Tensor | None", Adapter]
 
 def find(module: ModuleType) -> Iterable[Site]:
     """Layers that say to have such adapters; those of other layers than linear ones need not be looked at."""
-    for site in forwards(module):
+    for site in rebindable_forwards(module):
         adapted = "lora_A" in getattr(site.owner, "adapter_layer_names", ())
         if adapted and "linear" in site.owner.__name__.lower():
             yield site
 
 
-def replace(site: Site, context: Context) -> Replacement | NotRead:
+def read_site(site: Site) -> AsNamed | NotRead:
+    return read_adapted_linear(site.owner, site.original)
+
+
+def bind_site(site: Site, found: AsNamed, context: Context) -> Replacement:
     cls, original = site.owner, site.original
-    found = read_adapted_linear(cls, original)
-    if isinstance(found, NotRead):
-        return found
     calls, callers, groups, device_type = Calls(), Callers(), Groups(cls), context.device_type
-    dispatch = context.dispatch(lambda live: _cases(cls, live), key_of)
+    dispatch = context.dispatch(lambda live: _cases(cls, live))
 
     def serve(self: Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
         if torch.compiler.is_compiling():
@@ -175,7 +176,7 @@ def _is_copied_by_the_original(x: Tensor, weight: Tensor, bias: Tensor | None, a
     return adapter.dropout > 0 or x.dtype != adapter.compute
 
 
-def _cases(cls: type, live: LiveModules) -> Iterator[tuple[Hashable, Case]]:
+def _cases(cls: type, live: LiveModules) -> Iterator[Case]:
     """Of the layers' adapters, in the dtypes that they have and under autocast to half precision."""
     for layer in live.of(cls):
         base = layer._modules["base_layer"]
@@ -187,4 +188,4 @@ def _cases(cls: type, live: LiveModules) -> Iterator[tuple[Hashable, Case]]:
                 yield case(base.out_features, base.in_features, down.out_features, product, compute)
 
 
-PATCH = Patch("lora", "lora", IMPLEMENTATIONS, find, replace, libraries=("peft",), tunable=False)
+PATCH = Patch("lora", "lora", ADAPTED_LINEAR, find, read_site, bind_site, libraries=("peft",), tunable=False)

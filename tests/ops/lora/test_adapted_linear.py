@@ -16,11 +16,11 @@ from torch.autograd.graph import saved_tensors_hooks
 import npu_patch
 from npu_patch import simulator
 from npu_patch.ops.lora.adapted_linear import Adapter, adapted_linear, definition
-from npu_patch.ops.lora.op import IMPLEMENTATIONS, case
+from npu_patch.ops.lora.op import ADAPTED_LINEAR, case
 from npu_patch.ops.readings import NotRead
-from npu_patch.probe.adapted_linear import ADAPTED_LINEAR, read_adapted_linear
-from tests.gradients import relative_error
-from tests.lora_models import HALF, PRECISIONS, Precision, adapted_layer
+from npu_patch.probe.adapted_linear import LINEAR_WITH_ADAPTER, read_adapted_linear
+from tests.support.gradients import relative_error
+from tests.support.lora_models import HALF, PRECISIONS, Precision, adapted_layer
 
 DROPOUTS = (0.0, 0.3)
 INPUTS = (torch.float32, torch.bfloat16)  # of a layer under autocast
@@ -251,12 +251,12 @@ def test_a_backward_under_autocast_computes_in_the_dtypes_of_its_forward(npu: to
 
 
 def test_at_the_sizes_of_a_model_it_computes_its_definition() -> None:
-    (implementation,) = IMPLEMENTATIONS
-    _, each = case(72, 48, 4, torch.float32, torch.float32)
+    (implementation,) = ADAPTED_LINEAR.implementations
+    each = case(72, 48, 4, torch.float32, torch.float32)
     inputs = [torch.randn(shape, dtype=dtype) for shape, dtype in each.inputs(5)]
     found, expected = each.call(implementation.run, *inputs), each.definition(*inputs)
     assert relative_error(found, expected) < 1e-6
-    assert each.why_not(implementation.unsupported, *inputs) is None
+    assert each.call(implementation.unsupported, *inputs) is None
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_what_it_does_not_take_it_names(change: dict[str, Tensor], words: str) -
     given = {"x": torch.zeros(2, 3), "weight": torch.zeros(5, 3), "down": torch.zeros(2, 3), "up": torch.zeros(5, 2)}
     given |= change
     adapter = Adapter(given["down"], given["up"], 1.0, 0.0, torch.float32, torch.float32)
-    (implementation,) = IMPLEMENTATIONS
+    (implementation,) = ADAPTED_LINEAR.implementations
     assert words in implementation.unsupported(given["x"], given["weight"], None, adapter)
     assert adapted_linear is implementation.run and definition is not implementation.run
 
@@ -306,7 +306,7 @@ class Later(peft_layers.Linear):
 
 def test_the_probe_knows_the_layer_of_this_peft() -> None:
     before = torch.get_rng_state()
-    assert read_adapted_linear(peft_layers.Linear, peft_layers.Linear.forward) is ADAPTED_LINEAR
+    assert read_adapted_linear(peft_layers.Linear, peft_layers.Linear.forward) is LINEAR_WITH_ADAPTER
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -18,21 +18,25 @@ from torch.nn.utils import parametrize
 
 import npu_patch
 from npu_patch import simulator
-from tests.gradients import in_float64, loss_and_gradients, relative_error, why_unequal
-from tests.lora_models import HALF, PRECISIONS, a_step, adapted_layer, adapted_model, fell_through, in_precision, ran
-from tests.test_parity import ALL_EXPERTS
-from tests.tiny_models import tiny, tiny_batch
-from tests.training_modes import MODES
+from tests.support.gradients import in_float64, loss_and_gradients, relative_error
+from tests.support.lora_models import (
+    HALF,
+    PRECISIONS,
+    a_step,
+    adapted_layer,
+    adapted_model,
+    fell_through,
+    in_precision,
+    ran,
+)
+from tests.support.parity import why_unequal
+from tests.support.tiny_models import tiny, tiny_batch
+from tests.support.training_modes import MODES
+from tests.training.test_parity import ALL_EXPERTS
 
 FAMILIES = ("qwen3", "llama", "gemma3", "qwen3_moe")
 DROPOUTS = (0.0, 0.05)
 ALONE = {"fused_ops": False, "moe_patch": False, "fla": False}  # the patch by itself
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_applied() -> Iterator[None]:
-    yield
-    npu_patch.restore()
 
 
 @pytest.mark.parametrize("mode", ["plain", "non-reentrant", "reentrant"])
