@@ -109,7 +109,7 @@ class _Layer:
         return x * (values(x.shape, 8) > 0).to(x.dtype) / KEPT if self.drops else x
 
     def attributes(self, training: bool) -> dict[str, Any]:
-        """All that `patches/lora.py` looks at in each call."""
+        """All that `patches/lora/patch.py` looks at in each call."""
         return {
             "base_layer": self.base,
             "lora_A": self.down,
