@@ -11,11 +11,12 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from npu_patch.numerics.findings import remembered, unless_accident
 from npu_patch.numerics.room import quiet_room, random_state_kept
-from npu_patch.numerics.values import values
+from npu_patch.numerics.values import numbers
 from npu_patch.probe.stand_in import Missing, StandIn
 
 SHAPE = (2, 3)  # batch and tokens
@@ -47,12 +48,12 @@ def _read(
             if name not in wide:
                 return given
             calls.append((name, given, given._version))
-            return values((*given.shape[:-1], wide[name][1]), 20 + len(calls), given.dtype)
+            return numbers((*given.shape[:-1], wide[name][1]), 20 + len(calls), given.dtype)
 
         return record
 
     with quiet_room(), random_state_kept():
-        given = [values((*SHAPE, widths[0][1]), 19)]
+        given = [numbers((*SHAPE, widths[0][1]), 19, torch.float32)]
         parameters = list(inspect.signature(forward).parameters.values())[2:]
         given += [None for each in parameters if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
         try:

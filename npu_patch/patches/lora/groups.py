@@ -69,8 +69,9 @@ class Groups:
             parent, names = self.following[layer]
         except KeyError:
             parent, names = self.following[layer] = self._read(layer)
-        if names:
-            modules = parent()._modules
+        owner = parent() if names else None
+        if owner is not None:
+            modules = owner._modules
             for name in names:
                 other = modules.get(name)
                 if type(other) is self.cls:
