@@ -279,6 +279,41 @@ def test_a_base_weight_that_is_trained_gets_its_gradient(npu: torch.device) -> N
     assert max(relative_error(found[name], own[name]) for name in own) < 3e-6
 
 
+@pytest.mark.parametrize("name", ["linear", "dropout"])
+def test_a_function_that_the_layer_looks_up_and_somebody_bound_anew_is_found(
+    name: str, npu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As profilers count, and as DeepSpeed shards."""
+    model = plain(tiny("qwen3"), lora_dropout=0.2).to(npu).train()
+    genuine, heard = getattr(nn.functional, name), []
+
+    def anew(*args: Any, **kwargs: Any) -> torch.Tensor:
+        heard.append(name)
+        return genuine(*args, **kwargs)
+
+    with npu_patch.applied(model, **ALONE) as report:
+        monkeypatch.setattr(nn.functional, name, anew)
+        a_step(model)
+        monkeypatch.undo()
+    assert ran(report) == 0
+    assert len(heard) >= len(layers(model))
+    assert all(f"functional.{name} was bound anew" in reason for reason in fell_through(report))
+
+
+def test_within_a_transform_of_torch_func(npu: torch.device) -> None:
+    layer = adapted_layer().to(npu)
+    x = torch.randn(3, 5, 48, device=npu)
+
+    def norm(given: torch.Tensor) -> torch.Tensor:
+        return layer(given).square().sum()
+
+    own = torch.func.grad(norm)(x)
+    with npu_patch.applied(**ALONE) as report:
+        found = torch.func.grad(norm)(x)
+    assert torch.equal(own, found)
+    assert fell_through(report) == {"within a transform of torch.func": 1}
+
+
 def test_examples_with_adapters_of_their_own(npu: torch.device) -> None:
     model = two_active(tiny("qwen3"))
     model.set_adapter("default")
