@@ -53,7 +53,7 @@ def _read(
         return record
 
     with quiet_room(), random_state_kept():
-        given = [numbers((*SHAPE, widths[0][1]), 19, torch.float32)]
+        given: list[Any] = [numbers((*SHAPE, widths[0][1]), 19, torch.float32)]
         parameters = list(inspect.signature(forward).parameters.values())[2:]
         given += [None for each in parameters if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
         try:

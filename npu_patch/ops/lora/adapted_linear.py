@@ -86,7 +86,7 @@ OF_EACH = 4  # tensors that a layer brings: weight, bias, down, up
 
 class _AdaptedLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, adapters: tuple[Adapter, ...], x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, adapters: tuple[Adapter, ...], x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
         product, compute = adapters[0].product, adapters[0].compute
         own = _rows(_in(product, x))
         wide = _in(compute, own)
@@ -94,7 +94,7 @@ class _AdaptedLinears(torch.autograd.Function):
         _, needs_x, *needed = ctx.needs_input_grad
         results, saved, keeps_x = [], [], False
         for index, adapter in enumerate(adapters):
-            weight, bias, down, up = (*tensors[OF_EACH * index :][:2], *used[2 * index :][:2])
+            (weight, bias), (down, up) = tensors[OF_EACH * index :][:2], used[2 * index :][:2]
             needs_weight, _, needs_down, needs_up = needed[OF_EACH * index :][:OF_EACH]
             y = F.linear(own, _in(product, weight), None if bias is None else _in(product, bias))
             dropped, mask = wide, None
@@ -132,9 +132,10 @@ def _backward(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | 
     x, *saved = ctx.saved_tensors
     _, needs_x, *needed = ctx.needs_input_grad
     (shape, x_dtype), product, compute = ctx.like, ctx.adapters[0].product, ctx.adapters[0].compute
-    own = None if x is None else _rows(_in(product, x))
+    own: Any = None if x is None else _rows(_in(product, x))
     wide = None if own is None else _in(compute, own)
-    d_x, found = None, []
+    d_x: Tensor | None = None
+    found: list[Tensor | None] = []
     for index, (adapter, dy) in enumerate(zip(ctx.adapters, gradients, strict=True)):
         if dy is None:
             found += [None] * OF_EACH
@@ -142,7 +143,9 @@ def _backward(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | 
         weight, down, up, shrunk, mask = saved[5 * index :][:5]
         needs_weight, needs_bias, needs_down, needs_up = needed[OF_EACH * index :][:OF_EACH]
         dtypes = ctx.dtypes[OF_EACH * index :][:OF_EACH]
-        d_weight = d_bias = d_down = by_adapter = None
+        d_weight = d_bias = None
+        d_down: Any = None
+        by_adapter: Any = None
         dy = _rows(dy)
         through, d_up = _gradients(_in(compute, dy), shrunk, up, needs_x or needs_down, needs_up)
         if needs_down or (needs_x and mask is not None):
@@ -181,10 +184,8 @@ def _has_both_in_one(device_type: str) -> bool:
     )
 
 
-def _gradients(
-    dy: Tensor, left: Tensor | None, right: Tensor, needs_left: bool, needs_right: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Of `left right'`, given that of the product."""
+def _gradients(dy: Tensor, left: Any, right: Tensor, needs_left: bool, needs_right: bool) -> tuple[Any, Any]:
+    """Of `left right'`, given that of the product; None for one that is not needed."""
     if not _has_both_in_one(dy.device.type):
         return dy @ right if needs_left else None, dy.t() @ left if needs_right else None
     if needs_left and needs_right:
@@ -218,7 +219,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, scaling: float) -> 
         total.add_(left @ right, alpha=scaling)
 
 
-def _kept(x: Tensor, mask: Tensor | None, adapter: Adapter) -> Tensor:
+def _kept(x: Any, mask: Tensor | None, adapter: Adapter) -> Tensor:
     """x where the mask keeps it, divided by the probability of that, else 0: the dropout, and its derivative."""
     if mask is None:
         return x

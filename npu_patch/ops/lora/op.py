@@ -33,7 +33,8 @@ TOGETHER = {"one function": adapted_linears}
 def case(width_out: int, width_in: int, rank: int, product: torch.dtype, compute: torch.dtype) -> Case:
     """A weight `[width_out, width_in]` in `product`, an adapter in `compute`, and nothing dropped."""
 
-    def with_adapter(function: Callable[..., Any], x: Tensor, weight: Tensor, down: Tensor, up: Tensor) -> Any:
+    def with_adapter(function: Callable[..., Any], *inputs: Tensor) -> Any:
+        x, weight, down, up = inputs
         return function(x, weight, None, Adapter(down, up, CASE_SCALING, 0.0, product, compute))
 
     named = f"{width_in} to {width_out}, rank {rank} {dtype_name(product)}"

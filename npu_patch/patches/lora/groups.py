@@ -9,8 +9,9 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ class Groups:
     """Of the layers of class `cls`. `following`: those that a layer's parent calls after it with the same input, by its
     names for them."""
 
-    cls: type
+    cls: type[Module]
     following: weakref.WeakKeyDictionary[Module, tuple[Any, tuple[str, ...]]] = field(
         default_factory=weakref.WeakKeyDictionary
     )
@@ -77,12 +78,12 @@ class Groups:
                 if type(other) is self.cls:
                     yield other
 
-    def wait(self, layers: list[Module], calls: list[LayerCall], results: tuple[Tensor, ...]) -> None:
+    def wait(self, calls: Mapping[Module, LayerCall], results: Sequence[Tensor]) -> None:
         """In place of what still waits, for which nobody has asked."""
         enabled = torch.is_grad_enabled()
         self.of_thread.waiting = {
             layer: Waiting(call, _versions(call), enabled, result)
-            for layer, call, result in zip(layers, calls, results, strict=True)
+            for (layer, call), result in zip(calls.items(), results, strict=True)
         }
 
     def _read(self, layer: Module) -> tuple[Any, tuple[str, ...]]:
@@ -90,7 +91,7 @@ class Groups:
         if parent is None:
             return None, ()
         modules = {name: module for name, module in parent._modules.items() if module is not None}
-        adapted = {name: module for name, module in modules.items() if type(module) is self.cls}
+        adapted: dict[str, Any] = {name: module for name, module in modules.items() if type(module) is self.cls}
         widths = tuple((name, each.in_features, each.out_features) for name, each in adapted.items())
         own = {name: value for name, value in vars(parent).items() if not name.startswith("_")}
         forward = innermost(type(parent).forward)
@@ -112,12 +113,14 @@ def _versions(call: LayerCall) -> tuple[int, ...]:
 
 def _parent(layer: Module) -> Module | None:
     """The module in whose forward `layer` is called now, if it is a part of that."""
-    frame, found_own = sys._getframe(1), False
+    frame: FrameType | None = sys._getframe(1)
+    found_own = False
     while frame is not None:
         if frame.f_code is CALLS_OF_MODULES[0]:
             module = frame.f_locals.get("self")
             if found_own:
-                return module if any(each is layer for each in module._modules.values()) else None
+                children = module._modules.values() if isinstance(module, Module) else ()
+                return module if any(each is layer for each in children) else None
             found_own = module is layer
         frame = frame.f_back
     return None

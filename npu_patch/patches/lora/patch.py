@@ -84,12 +84,11 @@ def bind_site(site: Site, found: AsNamed, context: Context) -> Replacement:
                 calls.declined["the input itself"] = f"a copy is kept: {changed}"
                 return serving.run(x.clone(), *call[1:])
         together = TOGETHER.get(serving.name)
-        others = [] if together is None else list(_with_it(groups, self, call, dispatch, calls, serving))
-        if not others:
+        others = {} if together is None else dict(_with_it(groups, self, call, dispatch, calls, serving))
+        if together is None or not others:
             return serving.run(*call)
-        layers, their_calls = zip(*others, strict=True)
-        result, *results = together(x, [each[1:] for each in (call, *their_calls)])
-        groups.wait(layers, their_calls, results)
+        result, *results = together(x, [each[1:] for each in (call, *others.values())])
+        groups.wait(others, results)
         return result
 
     function = replacement_for(original, calls, serve, bypassed=Bypassed.by(original, LINEAR, DROPOUT, MODULE_CALL))
@@ -111,7 +110,7 @@ def _with_it(
             yield other, its_call
 
 
-def _call_of(layer: Module, x: Tensor) -> Call | str:
+def _call_of(layer: Any, x: Tensor) -> Call | str:
     """What computes this call of a layer, or why only its own forward can."""
     if layer.disable_adapters:
         return "adapters are disabled"
@@ -154,7 +153,7 @@ def _call_of(layer: Module, x: Tensor) -> Call | str:
     return x, weight, bias, Adapter(down_weight, up_weight, float(scaling), probability, product, compute)
 
 
-def _probability(dropout: Module) -> float | str:
+def _probability(dropout: Any) -> float | str:
     """Of dropping an element now."""
     of_class = type(dropout).forward
     if of_class is OF_IDENTITY:
@@ -178,7 +177,8 @@ def _is_copied_by_the_original(x: Tensor, weight: Tensor, bias: Tensor | None, a
 
 def _cases(cls: type, live: LiveModules) -> Iterator[Case]:
     """Of the layers' adapters, in the dtypes that they have and under autocast to half precision."""
-    for layer in live.of(cls):
+    layers: Iterable[Any] = live.of(cls)
+    for layer in layers:
         base = layer._modules["base_layer"]
         if type(base) is not Linear:
             continue
