@@ -18,9 +18,8 @@ with the dtype as well, which is not the original's under autocast.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -106,9 +105,9 @@ class _AdaptedLinears(torch.autograd.Function):
             results.append(y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])))
             saved += [
                 weight if needs_x else None,
-                down if needs_x or needs_down else None,
+                down if needs_x else None,
                 up if needs_x or needs_down else None,
-                shrunk if needs_up or needs_x or needs_down else None,
+                shrunk if needs_up else None,
                 mask if needs_x or needs_down else None,
             ]
             keeps_x = keeps_x or needs_down or needs_weight
@@ -134,38 +133,71 @@ def _backward(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | 
     (shape, x_dtype), product, compute = ctx.like, ctx.adapters[0].product, ctx.adapters[0].compute
     own: Any = None if x is None else _rows(_in(product, x))
     wide = None if own is None else _in(compute, own)
+    of_adapters = _OfAdapters(ctx.adapters, [each is not None for each in gradients], needed, compute, ctx.dtypes)
     d_x: Tensor | None = None
-    found: list[Tensor | None] = []
+    found: list[Tensor | None] = [None] * len(needed)
     for index, (adapter, dy) in enumerate(zip(ctx.adapters, gradients, strict=True)):
         if dy is None:
-            found += [None] * OF_EACH
             continue
+        first = OF_EACH * index
         weight, down, up, shrunk, mask = saved[5 * index :][:5]
-        needs_weight, needs_bias, needs_down, needs_up = needed[OF_EACH * index :][:OF_EACH]
-        dtypes = ctx.dtypes[OF_EACH * index :][:OF_EACH]
-        d_weight = d_bias = None
-        d_down: Any = None
-        by_adapter: Any = None
+        needs_weight, needs_bias, needs_down, needs_up = needed[first:][:OF_EACH]
         dy = _rows(dy)
-        through, d_up = _gradients(_in(compute, dy), shrunk, up, needs_x or needs_down, needs_up)
-        if needs_down or (needs_x and mask is not None):
-            dropped = _kept(wide, mask, adapter) if needs_down else None
-            by_adapter, d_down = _gradients(through, dropped, down, needs_x and mask is not None, needs_down)
+        dy_used = _in(compute, dy)
+        if needs_up:
+            torch.mm(dy_used.t(), shrunk, out=of_adapters.places[first + 3])
+        through: Any = dy_used @ up if needs_x or needs_down else None
+        if needs_down:
+            torch.mm(through.t(), _kept(wide, mask, adapter), out=of_adapters.places[first + 2])
         if needs_weight:
-            d_weight = (dy.t() @ own).to(dtypes[0])
+            found[first] = (dy.t() @ own).to(ctx.dtypes[first])
         if needs_bias:
-            d_bias = dy.sum(0).to(dtypes[1])
+            found[first + 1] = dy.sum(0).to(ctx.dtypes[first + 1])
         if needs_x:
             d_x = _sum_with(d_x, dy, _in(product, weight), x_dtype)
             if mask is None:
                 _add_product(d_x, through, down, adapter.scaling)
             else:
-                by_adapter = _in(torch.promote_types(d_x.dtype, compute), by_adapter)
+                by_adapter = _in(torch.promote_types(d_x.dtype, compute), through @ down)
                 d_x.add_(_kept(by_adapter, mask, adapter), alpha=adapter.scaling)
-        d_down = d_down if d_down is None else _scaled(d_down, adapter.scaling, dtypes[2])
-        d_up = d_up if d_up is None else _scaled(d_up, adapter.scaling, dtypes[3])
-        found += [d_weight, d_bias, d_down, d_up]
+    for place, gradient in of_adapters.scaled():
+        found[place] = gradient
     return None, None if d_x is None else d_x.view(shape), *found
+
+
+class _OfAdapters:
+    """The gradients of adapters: those of one scaling and dtype lie side by side, and are scaled and cast at once.
+    `places`: where each is to be written, by the place of its parameter."""
+
+    def __init__(
+        self,
+        adapters: tuple[Adapter, ...],
+        reached: list[bool],
+        needed: list[bool],
+        compute: torch.dtype,
+        dtypes: list[Any],
+    ) -> None:
+        self.together: dict[tuple[float, torch.dtype], dict[int, torch.Size]] = {}
+        for index, adapter in enumerate(adapters):
+            for place, parameter in enumerate((adapter.down, adapter.up), OF_EACH * index + 2):
+                if reached[index] and needed[place]:
+                    of_kind = self.together.setdefault((adapter.scaling, dtypes[place]), {})
+                    of_kind[place] = parameter.shape
+        device = adapters[0].down.device
+        self.flat = {
+            kind: torch.empty(sum(shape.numel() for shape in shapes.values()), dtype=compute, device=device)
+            for kind, shapes in self.together.items()
+        }
+        self.places = dict(self._parts(self.flat))
+
+    def _parts(self, flat: dict[tuple[float, torch.dtype], Tensor]) -> Iterator[tuple[int, Tensor]]:
+        for kind, shapes in self.together.items():
+            parts = flat[kind].split([shape.numel() for shape in shapes.values()])
+            for (place, shape), part in zip(shapes.items(), parts, strict=True):
+                yield place, part.view(shape)
+
+    def scaled(self) -> Iterator[tuple[int, Tensor]]:
+        return self._parts({kind: _scaled(flat, *kind) for kind, flat in self.flat.items()})
 
 
 def _sum_with(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -174,25 +206,6 @@ def _sum_with(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dt
         return _in(dtype, left @ right)
     _add_product(total, left, right, 1.0)
     return total
-
-
-@functools.cache
-def _has_both_in_one(device_type: str) -> bool:
-    """torch_npu differentiates a product by one operator, which is half the trips through the dispatcher."""
-    return device_type == "npu" and torch._C._dispatch_has_kernel_for_dispatch_key(
-        "aten::matmul_backward", "PrivateUse1"
-    )
-
-
-def _gradients(dy: Tensor, left: Any, right: Tensor, needs_left: bool, needs_right: bool) -> tuple[Any, Any]:
-    """Of `left right'`, given that of the product; None for one that is not needed."""
-    if not _has_both_in_one(dy.device.type):
-        return dy @ right if needs_left else None, dy.t() @ left if needs_right else None
-    if needs_left and needs_right:
-        d_left, d_right = torch.ops.aten.matmul_backward(dy, left, right.t(), (True, True))
-    else:  # the same products, whoever needs which
-        d_left, d_right = dy @ right if needs_left else None, left.t() @ dy if needs_right else None
-    return d_left, d_right.t() if needs_right else None
 
 
 def _all_in(dtype: torch.dtype, tensors: list[Tensor]) -> list[Tensor]:
@@ -227,10 +240,8 @@ def _kept(x: Any, mask: Tensor | None, adapter: Adapter) -> Tensor:
 
 
 def _scaled(gradient: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """In the dtype of its parameter, contiguous as that is, and rounded no more often than that takes."""
-    if gradient.dtype == dtype and scaling == 1.0:
-        return gradient
-    if gradient.dtype == dtype or math.frexp(scaling)[0] in (0.5, -0.5):  # a power of 2 rounds nothing
-        scaled = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
-        return torch.mul(gradient, scaling, out=scaled)
-    return gradient.to(dtype, memory_format=torch.contiguous_format).mul_(scaling)
+    """In the dtype of its parameter, rounded no more often than that takes."""
+    if gradient.dtype != dtype and math.frexp(scaling)[0] in (0.5, -0.5):  # a power of 2 rounds nothing
+        return torch.mul(gradient, scaling, out=torch.empty_like(gradient, dtype=dtype))
+    gradient = _in(dtype, gradient)
+    return gradient if scaling == 1.0 else gradient.mul_(scaling)

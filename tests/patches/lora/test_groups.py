@@ -270,7 +270,7 @@ def test_a_parent_that_is_gone_is_not_asked_for(npu: torch.device) -> None:
 
 
 def test_what_a_group_saves_in_launches(npu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums of the input's gradients, and casts of adapters."""
+    """Sums of the input's gradients, casts of adapters, and scaling their gradients."""
     if not simulator.is_active():
         pytest.skip("launches are counted on the simulated NPU")
     precision = PRECISIONS["bfloat16, float32 adapters, autocast"]
@@ -286,6 +286,7 @@ def test_what_a_group_saves_in_launches(npu: torch.device, monkeypatch: pytest.M
         together = launches()
         monkeypatch.setattr(Groups, "after", lambda self, layer: iter(()))
         alone = launches()
-    # Of each of two layers: the casts of three adapters and of two are two launches, not six and four; and of what has
-    # a gradient, two sums and one.
-    assert alone - together == 2 * (4 + 2) + (2 + 1) + 1
+    # Of each of two layers: the casts of three adapters and of two are two launches, not six and four; scaling their
+    # gradients, and casting them back, is two launches for each group; and of what has a gradient, two sums and one.
+    casts, scaled, sums = 2 * (4 + 2), 2 * (4 + 2), 2 * (2 + 1) - 2
+    assert alone - together == casts + scaled + sums
