@@ -91,7 +91,7 @@ def head_and_rows(npu: torch.device, dtype: torch.dtype = torch.float32) -> tupl
 
 
 def waiting(head: torch.nn.Module, rows: Tensor, readers: list[str]) -> WaitingLogits:
-    with put_off(head, layers_of(head), readers.append) as call:
+    with put_off(head, layers_of(head), "npu", readers.append) as call:
         z = head(rows)
     assert call.waited and isinstance(z, WaitingLogits) and not z.settled
     return z
@@ -303,7 +303,7 @@ def _own_forward(module: torch.nn.Module) -> torch.nn.Module:
 )
 def test_what_is_not_put_off_is_the_original(change: Any, reason: str) -> None:
     head, rows = change(*head_and_rows(torch.device("cpu")))
-    with put_off(head, layers_of(head), lambda reader: None) as call:
+    with put_off(head, layers_of(head), "cpu", lambda reader: None) as call:
         found = head(rows)
     assert type(found) is Tensor and torch.equal(found, head(rows))
     assert not call.waited and reason in call.why_not

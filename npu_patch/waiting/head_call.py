@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 
 from npu_patch.serving.implementation import is_plain
@@ -26,10 +28,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class HeadCall:
     """Of one forward of a model. `why_not`: why the head's product was not put off, where it was called."""
 
-    def __init__(self, count: Count) -> None:
+    def __init__(self, device_type: str, count: Count) -> None:
         self.waited = False
         self.why_not: str | None = None
-        self._count = count
+        self._device_type, self._count = device_type, count
         self._origin: Origin | None = None
         self._thread = threading.get_ident()
 
@@ -44,14 +46,18 @@ class HeadCall:
         return (Handed(args[0], self),) if is_plain(args[0]) else None
 
     def product(self, rows: Tensor, weight: Any, bias: Any = None) -> Tensor | None:
-        self.why_not = _why_not(rows, weight, bias)
+        self.why_not = _why_not(self._device_type, rows, weight, bias)
         if self.why_not is not None or self._origin is None:
             return None
         self.waited = True
         return wait(rows, weight, bias, self._origin)
 
 
-def _why_not(rows: Tensor, weight: Any, bias: Any) -> str | None:
+def _why_not(device_type: str, rows: Tensor, weight: Any, bias: Any) -> str | None:
+    if rows.device.type != device_type:
+        return f"input on {rows.device.type}"
+    if _transformed():
+        return "a transform of torch.func"
     given = [each for each in (rows, weight, bias) if each is not None]
     if not all(isinstance(each, Tensor) and is_plain(each) for each in given):
         return "a head whose weight is no plain tensor"
@@ -64,6 +70,10 @@ def _why_not(rows: Tensor, weight: Any, bias: Any) -> str | None:
     if len({each.device for each in given}) > 1:
         return "hidden states on another device than the head"
     return None
+
+
+def _transformed() -> bool:
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 class Handed(torch.Tensor):
@@ -105,9 +115,9 @@ def layers_of(head: torch.nn.Module) -> list[torch.nn.Module] | str:
 
 
 @contextlib.contextmanager
-def put_off(head: torch.nn.Module, layers: list[torch.nn.Module], count: Count) -> Iterator[HeadCall]:
-    """Within it, logits wait. `count` is told of those that are looked at, then or later: each once, and by whom."""
-    call = HeadCall(count)
+def put_off(head: torch.nn.Module, layers: list[torch.nn.Module], device_type: str, count: Count) -> Iterator[HeadCall]:
+    """Within it, logits on such a device wait. `count` is told who looks at them, then or later, once for each call."""
+    call = HeadCall(device_type, count)
     handles = [head.register_forward_pre_hook(call.starts, prepend=True)]
     handles += [layer.register_forward_pre_hook(call.hand) for layer in layers]
     try:

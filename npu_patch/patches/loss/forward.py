@@ -1,0 +1,64 @@
+"""A language model's own forward, with a head whose logits wait for the loss."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from npu_patch.numerics.room import in_quiet_room
+from npu_patch.ops.readings import NotRead
+from npu_patch.patches.loss.takers import any_of_tokens, is_loss
+from npu_patch.patches.patch import Context, Replacement
+from npu_patch.serving.bypassed import Bypassed
+from npu_patch.serving.calls import Calls
+from npu_patch.serving.replacement import TakenOver, Unfused, Unserved, replacement_for
+from npu_patch.sites.names_used import names_used
+from npu_patch.sites.sites import CHECKPOINTING_LAYER, Site, forwards, is_checkpointing_layer
+from npu_patch.waiting.head_call import layers_of, put_off
+
+LABELS, LOSS, HEAD = "labels", "loss_function", "get_output_embeddings"
+NO_LABELS = "called without labels: its logits are what is asked for"
+
+
+def find(module: ModuleType) -> Iterator[Site]:
+    """Forwards that take labels, and look up the loss of their model."""
+    for site in forwards(module):
+        takes_labels = LABELS in inspect.signature(site.original).parameters
+        if takes_labels and LOSS in names_used(site.original) and hasattr(site.owner, HEAD):
+            yield site
+
+
+def replace(site: Site, context: Context) -> Replacement | NotRead:
+    original, device_type, calls = site.original, context.device_type, Calls()
+    if is_checkpointing_layer(site.owner):
+        return NotRead(CHECKPOINTING_LAYER, notable=False)
+    at = list(inspect.signature(original).parameters).index(LABELS) - 1  # among the arguments after self
+
+    def looked_at(by: str) -> None:
+        calls.ran -= 1
+        calls.fell_through[f"the logits are looked at: {by}"] += 1
+
+    def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if in_quiet_room():
+            return TakenOver(original(self, *args, **kwargs))
+        if torch.compiler.is_compiling():
+            return Unserved("being compiled")
+        labels = kwargs.get(LABELS, args[at] if len(args) > at else None)
+        if labels is None and not any_of_tokens():
+            return Unserved(NO_LABELS)
+        if labels is not None and not is_loss(self.loss_function):
+            return Unserved(f"its loss is {getattr(self.loss_function, '__qualname__', 'another')}, which is not known")
+        head = getattr(self, HEAD)()
+        layers = "it has no head" if head is None else layers_of(head)
+        if isinstance(layers, str):
+            return Unserved(layers)
+        with put_off(head, layers, device_type, looked_at) as call:
+            result = original(self, *args, **kwargs)
+        return result if call.waited else Unfused(result, call.why_not or "it does not call its head")
+
+    function = replacement_for(original, calls, serve, bypassed=Bypassed())
+    return Replacement(function, "with a head whose logits wait", calls, alone=False)
