@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from npu_patch.ops import chunked_loss
 from npu_patch.ops.chunked_loss import chosen, chunks, cross_entropy
 from npu_patch.ops.head_products import Cast, Logits, Product, Scaled, Sum, Tanh, Term
 from npu_patch.ops.token_losses import IMPLEMENTATIONS, reference
+from tests.largest_tensor import Largest
 
 ROWS, WIDTH, VOCABULARY = 75, 24, 133
 Z = Callable[..., Any]
@@ -25,19 +25,6 @@ Z = Callable[..., Any]
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three of rows, the last one shorter, and several of columns."""
     monkeypatch.setattr(chunked_loss, "ELEMENTS", 32 * VOCABULARY)
-
-
-class Largest(TorchDispatchMode):
-    """The most elements of any tensor that an operator returned."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for each in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(each, Tensor):
-                self.elements = max(self.elements, each.numel())
-        return result
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

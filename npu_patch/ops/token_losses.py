@@ -76,7 +76,7 @@ def case(vocabulary: int) -> Case:
         return call(reference, logits)
 
     return Case(
-        "loss",
+        "cross_entropy",
         f"{vocabulary} float32",
         lambda tokens: [((tokens, vocabulary), torch.float32)],
         call,

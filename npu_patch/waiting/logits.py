@@ -251,7 +251,8 @@ def _own(waiting: WaitingLogits) -> Logits:
 
 
 def _waits(value: Any) -> bool:
-    return isinstance(value, WaitingLogits) and not value.settled and version_of(value) in (0, None)
+    """Made or not: a loss is the same function, whoever looks on."""
+    return isinstance(value, WaitingLogits) and not value._written and version_of(value) in (0, None)
 
 
 def _same(func: Any, args: Any, kwargs: Any) -> WaitingLogits | None:

@@ -11,7 +11,7 @@ from npu_patch.ops import chunked_loss
 from npu_patch.ops.readings import NotRead
 from npu_patch.ops.token_losses import key
 from npu_patch.patches.loss.cases import cases
-from npu_patch.patches.loss.takers import LOSSES, MADE, taken
+from npu_patch.patches.loss.takers import LOSSES, taken, why_made
 from npu_patch.patches.patch import Context, Replacement
 from npu_patch.probe.losses import NO_LABEL, LossReading, read_loss, shifted
 from npu_patch.serving.calls import Calls
@@ -24,14 +24,14 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
     reading = read_loss(site.original)
     if isinstance(reading, NotRead):
         return reading
-    calls, dispatch = Calls(), context.dispatch(cases, key)
+    calls, device_type, dispatch = Calls(), context.device_type, context.dispatch(cases, key)
     signature = inspect.signature(site.original)
 
     def serve(*args: Any, **kwargs: Any) -> Tensor | Unserved:
         given = signature.bind(*args, **kwargs).arguments
         logits = given["logits"]
         if type(logits) is not WaitingLogits:
-            return Unserved(MADE)
+            return Unserved(why_made(logits, device_type))
         labels = _labels(reading, logits, given)
         if isinstance(labels, str):
             return Unserved(labels)

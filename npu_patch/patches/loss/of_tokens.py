@@ -14,7 +14,7 @@ from npu_patch.ops import chunked_loss
 from npu_patch.ops.readings import AsNamed, NotRead
 from npu_patch.ops.token_losses import key
 from npu_patch.patches.loss.cases import cases
-from npu_patch.patches.loss.takers import MADE, OF_TOKENS, taken
+from npu_patch.patches.loss.takers import OF_TOKENS, taken, why_made
 from npu_patch.patches.patch import Context, Replacement
 from npu_patch.probe.losses import ROW_MASK, TEMPERATURE, read_entropy, read_log_probabilities
 from npu_patch.serving.calls import Calls
@@ -40,14 +40,14 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
     reading = READ[site.name](site.original)
     if isinstance(reading, NotRead):
         return reading
-    calls, dispatch = Calls(), context.dispatch(cases, key)
+    calls, device_type, dispatch = Calls(), context.device_type, context.dispatch(cases, key)
     signature = inspect.signature(site.original)
 
     def serve(*args: Any, **kwargs: Any) -> Tensor | Unserved:
         given = signature.bind(*args, **kwargs).arguments
         logits = given["logits"]
         if type(logits) is not WaitingLogits:
-            return Unserved(MADE)
+            return Unserved(why_made(logits, device_type))
         index, of_entropy = given.get("index"), "index" not in signature.parameters
         if of_entropy:
             index = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)

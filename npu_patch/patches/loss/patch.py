@@ -46,4 +46,6 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
     return forward.replace(site, context)
 
 
-PATCH = Patch("loss", "loss", IMPLEMENTATIONS, find, replace, registered, tunable=False, libraries=(TRL,), around=True)
+PATCH = Patch(
+    "cross_entropy", "loss", IMPLEMENTATIONS, find, replace, registered, tunable=False, libraries=(TRL,), around=True
+)

@@ -20,7 +20,6 @@ from npu_patch.waiting.logits import WaitingLogits
 # By what is called in the place of the original.
 LOSSES: WeakKeyDictionary[Callable[..., Any], Calls] = WeakKeyDictionary()
 OF_TOKENS: WeakKeyDictionary[Callable[..., Any], Calls] = WeakKeyDictionary()
-MADE = "logits that are there already"
 
 
 def is_loss(function: Any) -> bool:
@@ -35,10 +34,14 @@ def any_of_tokens() -> bool:
     return any(calls.active for calls in OF_TOKENS.values())
 
 
-def taken(logits: Any, calls: Calls, dispatch: Dispatch, labels: Tensor) -> tuple[Logits, TokenLosses] | str:
+def why_made(logits: Any, device_type: str) -> str:
+    """Why these do not wait."""
+    elsewhere = isinstance(logits, Tensor) and logits.device.type != device_type
+    return f"input on {logits.device.type}" if elsewhere else "logits that are there already"
+
+
+def taken(logits: WaitingLogits, calls: Calls, dispatch: Dispatch, labels: Tensor) -> tuple[Logits, TokenLosses] | str:
     """What the logits are made of and what computes the losses of a chunk; or why the original has to."""
-    if type(logits) is not WaitingLogits:
-        return MADE
     if type(labels) is not Tensor or labels.dtype != torch.int64:
         return f"labels that are no plain tensor of int64, but {getattr(labels, 'dtype', type(labels).__name__)}"
     made_of = logits.taken()
