@@ -1,10 +1,9 @@
-"""Whether a function is the loss of a language model, or takes the log-probabilities of tokens, of logits."""
+"""Whether a function is the cross entropy of logits, or takes the log-probabilities of tokens or their entropy."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,75 +18,39 @@ from npu_patch.ops.readings import AsNamed, NotRead
 
 BATCH, TOKENS, VOCABULARY = 2, 6, 7
 NO_LABEL = -100
-LABELS = ((3, 0, NO_LABEL, 6, 2, 1), (5, 3, 3, NO_LABEL, 0, 4))
-SHIFTED = ((0, NO_LABEL, 6, 2, 1, 5), (3, 3, NO_LABEL, 0, 4, 2))
+LABELS = (3, 0, NO_LABEL, 6, 2, 1)
 INDEX = ((3, 0, 2, 6, 2, 1), (5, 3, 3, 1, 0, 4))
+NUMBER, IGNORED = "num_items_in_batch", "ignore_index"
 Call = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class LossReading:
-    """Cross entropy in float32 over labels that are not `ignore_index`, divided by `num_items_in_batch` if that is
-    given. `shifted`: of the following token, but for `shift_labels`."""
-
-    shifted: bool
-
-    @property
-    def name(self) -> str:
-        return "cross entropy of the next token" if self.shifted else "cross entropy"
-
-
-def shifted(labels: Tensor, ignore_index: int) -> Tensor:
-    return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-
-
-def read_loss(function: Callable[..., Any]) -> LossReading | NotRead:
-    parameters = inspect.signature(function).parameters
-    if not {"logits", "labels", "vocab_size", "num_items_in_batch"} <= parameters.keys():
-        return NotRead("takes no logits with labels", notable=False)
-    with quiet_room():
-        for reading in (LossReading(shifted=True), LossReading(shifted=False)):
-            calls = list(_calls_of_a_loss(parameters))
-            if all(
-                _distance(function, lambda each, r=reading: _loss(r, **each), call, dtype) <= 1.0
-                for call in calls
-                for dtype in (torch.float32, torch.bfloat16)
-            ):
-                return reading
-    return NotRead("computes something else than the cross entropy of its logits")
-
-
-def _calls_of_a_loss(parameters: Mapping[str, Any]) -> Iterator[Call]:
-    """What it is given beside the logits; the last with what must not matter to it."""
-    labels = {"labels": _integers(LABELS), "vocab_size": VOCABULARY}
-    yield labels
-    yield labels | {"num_items_in_batch": 5}
-    yield labels | {"num_items_in_batch": _integers(3)}
-    if "ignore_index" in parameters:
-        yield labels | {"labels": _integers(INDEX), "ignore_index": 3}
-    if "shift_labels" in parameters:
-        yield labels | {"shift_labels": _integers(SHIFTED)}
-    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
-        others = {"weight": values((VOCABULARY,), 5).exp(), "label_smoothing": 0.3, "reduction": "none"}
-        yield labels | {name: value for name, value in others.items() if name not in parameters}
-
-
-def _loss(
-    reading: LossReading,
-    logits: Tensor,
-    labels: Tensor,
-    vocab_size: int,
-    num_items_in_batch: Any = None,
-    ignore_index: int = NO_LABEL,
-    shift_labels: Tensor | None = None,
-    **others: Any,
+def cross_entropy(
+    source: Tensor, target: Tensor, num_items_in_batch: Any = None, ignore_index: int = NO_LABEL, **others: Any
 ) -> Tensor:
-    if shift_labels is None:
-        shift_labels = shifted(labels, ignore_index) if reading.shifted else labels
     reduction = "mean" if num_items_in_batch is None else "sum"
-    flat = logits.float().view(-1, vocab_size)
-    loss = F.cross_entropy(flat, shift_labels.reshape(-1), ignore_index=ignore_index, reduction=reduction)
+    loss = F.cross_entropy(source, target, ignore_index=ignore_index, reduction=reduction)
     return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+def read_cross_entropy(function: Callable[..., Any]) -> AsNamed | NotRead:
+    """Of `function(source, target)`, as transformers' `fixed_cross_entropy`, which its losses call with float32 logits:
+    over targets that are not `ignore_index`, divided by `num_items_in_batch` if that is given."""
+    parameters = inspect.signature(function).parameters
+    names = tuple(parameters)
+    if names[:4] != ("source", "target", NUMBER, IGNORED):
+        return NotRead(f"takes {', '.join(names)}, whose meaning is not known")
+    calls = [
+        {},
+        {NUMBER: 5},
+        {NUMBER: _integers(3)},
+        {IGNORED: 3, "target": _integers(INDEX[0])},
+    ]
+    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):  # none of which may matter
+        others = {"weight": values((VOCABULARY,), 5).exp(), "label_smoothing": 0.3, "reduction": "none"}
+        calls.append({name: value for name, value in others.items() if name not in parameters})
+    target = {"target": _integers(LABELS)}
+    shape = (TOKENS, VOCABULARY)
+    return _as_named(function, cross_entropy, [target | call for call in calls], "cross entropy", "source", shape)
 
 
 TEMPERATURE, ROW_MASK = "temperature", "row_mask"
@@ -128,26 +91,25 @@ def read_entropy(function: Callable[..., Any]) -> AsNamed | NotRead:
 
 
 def _as_named(
-    function: Callable[..., Any], expected: Callable[..., Tensor], calls: list[Call], name: str
+    function: Callable[..., Any],
+    expected: Callable[..., Tensor],
+    calls: list[Call],
+    name: str,
+    logits: str = "logits",
+    shape: tuple[int, ...] = (BATCH, TOKENS, VOCABULARY),
 ) -> AsNamed | NotRead:
     with quiet_room():
         for call in calls:
             for dtype in (torch.float32, torch.bfloat16):
-                if _distance(function, lambda each: expected(**each), call, dtype) > 1.0:
+                ours, theirs = (values(shape, 1, dtype).requires_grad_() for _ in range(2))
+                try:
+                    observed = function(**call, **{logits: theirs})
+                except Exception as error:
+                    unless_accident(error)
+                    return NotRead(f"cannot be called as the {name} is: {type(error).__name__}: {error}"[:160])
+                if distance([observed], [expected(**call, **{logits: ours})], [theirs], [ours]) > 1.0:
                     return NotRead(f"computes something else than the {name}")
     return AsNamed(name)
-
-
-def _distance(
-    function: Callable[..., Any], expected: Callable[[Call], Tensor], call: Call, dtype: torch.dtype
-) -> float:
-    ours, theirs = (values((BATCH, TOKENS, VOCABULARY), 1, dtype).requires_grad_() for _ in range(2))
-    try:
-        observed = function(**call, logits=theirs)
-    except Exception as error:
-        unless_accident(error)
-        return float("inf")
-    return distance([observed], [expected({**call, "logits": ours})], [theirs], [ours])
 
 
 def _integers(numbers: Any) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 
 from npu_patch.numerics.room import in_quiet_room
 from npu_patch.ops.readings import NotRead
-from npu_patch.patches.loss.takers import any_of_tokens, is_loss
+from npu_patch.patches.loss.losses import ends_here
+from npu_patch.patches.loss.takers import any_of_tokens
 from npu_patch.patches.patch import Context, Replacement
 from npu_patch.serving.bypassed import Bypassed
 from npu_patch.serving.calls import Calls
@@ -50,7 +51,7 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
         labels = kwargs.get(LABELS, args[at] if len(args) > at else None)
         if labels is None and not any_of_tokens():
             return Unserved(NO_LABELS)
-        if labels is not None and not is_loss(self.loss_function):
+        if labels is not None and not ends_here(self.loss_function):
             return Unserved(f"its loss is {getattr(self.loss_function, '__qualname__', 'another')}, which is not known")
         head = getattr(self, HEAD)()
         layers = "it has no head" if head is None else layers_of(head)

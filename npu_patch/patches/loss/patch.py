@@ -1,7 +1,7 @@
 """The loss of a language model, without its logits: neither they nor their gradient ever exist.
 
-Rebinds    entries of transformers' `LOSS_MAPPING`, which models look up at call time; `forward` of the models, with one
-           that runs the original and has its head return logits that wait (npu_patch/waiting/logits.py); in trl,
+Rebinds    `fixed_cross_entropy` of transformers' losses, which they look up at call time; `forward` of the models, with
+           one that runs the original and has its head return logits that wait (npu_patch/waiting/logits.py); in trl,
            `selective_log_softmax` and `entropy_from_logits` wherever a module holds them.
 To         one autograd function over chunks of tokens (npu_patch/ops/chunked_loss.py), with `npu_cross_entropy_loss`
            for each chunk.
@@ -14,7 +14,7 @@ Delete     when transformers' models give their loss hidden states and head inst
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable
 from types import ModuleType
 
 from npu_patch.ops.readings import NotRead
@@ -24,28 +24,26 @@ from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.sites.sites import Site, is_within
 
 TRL = "trl"
-REGISTRY = "LOSS_MAPPING"
 
 
 def find(module: ModuleType) -> Iterable[Site]:
     yield from of_tokens.find(module) if is_within(module.__name__, (TRL,)) else forward.find(module)
 
 
-def registered() -> Iterable[Site]:
-    from transformers.loss import loss_utils
-
-    for name, function in getattr(loss_utils, REGISTRY, {}).items():
-        yield Site(loss_utils.LOSS_MAPPING, name, function, f"{REGISTRY}[{name!r}]")
-
-
 def replace(site: Site, context: Context) -> Replacement | NotRead:
-    if isinstance(site.owner, MutableMapping):
-        return losses.replace(site, context)
-    if isinstance(site.owner, ModuleType):
-        return of_tokens.replace(site, context)
-    return forward.replace(site, context)
+    if not isinstance(site.owner, ModuleType):
+        return forward.replace(site, context)
+    return (losses if site.name == losses.CROSS_ENTROPY else of_tokens).replace(site, context)
 
 
 PATCH = Patch(
-    "cross_entropy", "loss", IMPLEMENTATIONS, find, replace, registered, tunable=False, libraries=(TRL,), around=True
+    "cross_entropy",
+    "loss",
+    IMPLEMENTATIONS,
+    find,
+    replace,
+    losses.registered,
+    tunable=False,
+    libraries=(TRL,),
+    around=True,
 )

@@ -22,14 +22,6 @@ LOSSES: WeakKeyDictionary[Callable[..., Any], Calls] = WeakKeyDictionary()
 OF_TOKENS: WeakKeyDictionary[Callable[..., Any], Calls] = WeakKeyDictionary()
 
 
-def is_loss(function: Any) -> bool:
-    try:
-        calls = LOSSES.get(function)
-    except TypeError:  # nothing that can be referred to weakly
-        return False
-    return calls is not None and calls.active
-
-
 def any_of_tokens() -> bool:
     return any(calls.active for calls in OF_TOKENS.values())
 
