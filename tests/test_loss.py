@@ -285,6 +285,63 @@ def test_a_loss_of_the_callers_own_from_the_logits_has_their_gradient(npu: torch
         assert relative_error(one, other) < 1e-6
 
 
+LISTENERS: dict[str, Callable[[Tensor, list[Tensor]], Any]] = {
+    "hook": lambda logits, heard: logits.register_hook(heard.append),
+    "retained": lambda logits, heard: logits.retain_grad(),
+}
+
+
+@pytest.mark.parametrize("listen", LISTENERS)
+@pytest.mark.parametrize("name", ["qwen3", "gemma2, soft cap"])
+def test_who_listens_to_the_gradient_of_the_logits_hears_it(name: str, listen: str, npu: torch.device) -> None:
+    model, batch = model_of(name).to(npu), {name: tensor.to(npu) for name, tensor in tiny_batch().items()}
+
+    def step() -> list[Tensor]:
+        model.zero_grad()
+        heard: list[Tensor] = []
+        found = model(**batch)
+        LISTENERS[listen](found.logits, heard)
+        found.loss.backward()
+        return [*(heard or [found.logits.grad]), *(each.grad for each in model.parameters())]
+
+    expected = step()
+    with only_the_loss(model) as report:
+        found = step()
+    assert calls_of(report)[0]["loss"] == 1 and calls_of(report)[1].total() == 1
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert relative_error(one, other) < 1e-6
+
+
+def test_the_gradient_of_the_logits_can_be_asked_for(npu: torch.device) -> None:
+    model, batch = model_of("qwen3").to(npu), {name: tensor.to(npu) for name, tensor in tiny_batch().items()}
+
+    def gradient() -> Tensor:
+        found = model(**batch)
+        return torch.autograd.grad(found.loss, found.logits)[0]
+
+    expected = gradient()
+    with only_the_loss(model):
+        assert relative_error(gradient(), expected) < 1e-6
+
+
+def test_a_wrapper_that_waits_for_any_gradient_costs_nothing(npu: torch.device) -> None:
+    """FSDP hooks every output of a forward, to gather weights before the first gradient."""
+    model, batch = model_of("qwen3").to(npu), {name: tensor.to(npu) for name, tensor in tiny_batch().items()}
+    heard = []
+
+    def gather(grad: Tensor | None) -> Tensor | None:
+        heard.append(grad)
+        return grad
+
+    gather.__module__ = "torch.distributed.fsdp._fully_shard._fsdp_state"
+    with only_the_loss(model) as report:
+        found = model(**batch)
+        found.logits.register_hook(gather)
+        found.loss.backward()
+    assert calls_of(report) == ({"forward": 1, "loss": 1}, {})
+
+
 def _hook(model: torch.nn.Module) -> Any:
     model.lm_head.register_forward_hook(lambda *call: None)
 
@@ -374,7 +431,7 @@ def test_a_model_that_computes_its_loss_from_slices_of_its_own_gets_the_logits(n
     assert torch.equal(found, expected)
     assert calls_of(report) == (
         {"forward": 0, "loss": 0},
-        {f"the logits are looked at: index_put_ in {__name__}": 1, "logits that are there already": 1},
+        {f"the logits are looked at: select in {__name__}": 1, "logits that are there already": 1},
     )
 
 

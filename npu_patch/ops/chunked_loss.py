@@ -9,13 +9,16 @@ Everything is rounded where the whole is: gradients of rows are a product for ea
 precision one for each block of columns, over all rows, for which the logits are made once more. Weights in float32 add
 up over the chunks. Under a frozen head there is no gradient but that of its rows.
 
+Where there is a tensor that stands for the logits, and somebody asks for its gradient, that is made as a whole, and the
+others follow from it.
+
 The same bits with gradients and without. A loss that is scaled afterwards by what is no power of two (gradient
 accumulation by hand) has gradients that are rounded once more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,11 +41,37 @@ def chunks(length: int, width: int) -> list[slice]:
     return [slice(start, min(start + each, length)) for start in range(0, max(length, 1), each)]
 
 
+@dataclass(frozen=True)
+class StandIn:
+    """`tensor`: autograd's, of which logits are known; `heard()`: whether somebody listens to its gradient."""
+
+    tensor: Tensor
+    heard: Callable[[], bool]
+
+
+def _wanted_whole(ctx: Any) -> Tensor | None:
+    """In a backward: the logits, if their gradient is wanted. Asked once, as what stands for them keeps alive what they
+    are made of."""
+    stand_in, ctx.stand_in = ctx.stand_in, None
+    if stand_in is None or not stand_in.tensor.requires_grad:
+        return None
+    nodes = [node for node, _ in ctx.next_functions[1:] if node is not None]  # the first is that of the stand-in
+    return stand_in.tensor.detach() if stand_in.heard() or not any(map(_asked_for, nodes)) else None
+
+
+def _asked_for(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # torch.autograd.grad of this very leaf
+        return True
+
+
 def cross_entropy(
     logits: Logits,
     labels: Tensor,
     token_losses: TokenLosses,
     *,
+    stand_in: StandIn | None = None,
     ignore_index: int = -100,
     divisor: Tensor | float | None = None,
     label_smoothing: float = 0.0,
@@ -52,21 +81,26 @@ def cross_entropy(
     logits, labels = _flat(logits, labels)
     if any(term.rows.dtype == torch.float16 for term in logits.terms) and not label_smoothing:
         valid = labels != ignore_index
-        log_probabilities, _ = chosen(logits, labels.masked_fill(~valid, 0), token_losses)
+        log_probabilities, _ = chosen(logits, labels.masked_fill(~valid, 0), token_losses, stand_in=stand_in)
         total = torch.where(valid, -log_probabilities, 0.0).sum()
         return total / (valid.sum() if divisor is None else divisor)
-    plan = _Plan.of(logits, token_losses, labels)
-    return _CrossEntropy.apply(plan, ignore_index, divisor, label_smoothing, *logits.tensors)
+    plan = _Plan.of(logits, token_losses, labels, stand_in)
+    return _CrossEntropy.apply(plan, ignore_index, divisor, label_smoothing, plan.autograds, *logits.tensors)
 
 
 def chosen(
-    logits: Logits, labels: Tensor, token_losses: TokenLosses, entropy: bool = False
+    logits: Logits,
+    labels: Tensor,
+    token_losses: TokenLosses,
+    entropy: bool = False,
+    stand_in: StandIn | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """log_softmax of float32 logits at the labels, in their shape, and the entropy of each row. `labels`: int64, one
     for each row, each of the vocabulary."""
     shape = labels.shape
     logits, labels = _flat(logits, labels)
-    found = _Chosen.apply(_Plan.of(logits, token_losses, labels), entropy, *logits.tensors)
+    plan = _Plan.of(logits, token_losses, labels, stand_in)
+    found = _Chosen.apply(plan, entropy, plan.autograds, *logits.tensors)
     return found[0].view(shape), found[1].view(shape) if entropy else None
 
 
@@ -84,17 +118,30 @@ class _Plan:
     token_losses: TokenLosses
     labels: Tensor
     wanted: tuple[bool, ...]
+    stand_in: StandIn | None
 
     @classmethod
-    def of(cls, logits: Logits, token_losses: TokenLosses, labels: Tensor) -> _Plan:
+    def of(cls, logits: Logits, token_losses: TokenLosses, labels: Tensor, stand_in: StandIn | None) -> _Plan:
         with_grad = torch.is_grad_enabled()
         wanted = tuple(with_grad and each is not None and each.requires_grad for each in logits.tensors)
-        return cls(logits.detached(), token_losses, labels, wanted)
+        return cls(logits.detached(), token_losses, labels, wanted, stand_in)
+
+    @property
+    def autograds(self) -> Tensor | None:
+        return None if self.stand_in is None else self.stand_in.tensor
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: _Plan, ignore_index: int, divisor: Any, smoothing: float, *tensors: Any) -> Tensor:
+    def forward(
+        ctx: Any,
+        plan: _Plan,
+        ignore_index: int,
+        divisor: Any,
+        smoothing: float,
+        stand_in: Tensor | None,
+        *tensors: Tensor | None,
+    ) -> Tensor:
         logits, labels = plan.logits, plan.labels
         valid = labels != ignore_index
         labels = labels.masked_fill(~valid, 0)
@@ -122,18 +169,27 @@ class _CrossEntropy(torch.autograd.Function):
                 log_probabilities = computed.float() - torch.cat(normalizers)[:, None]
                 grad = _of_logits(log_probabilities, labels - columns.start, scale, smoothing, logits.vocabulary)
                 gradients.add_columns(columns, grad.to(computed.dtype), kept)
-        ctx.save_for_backward(*gradients.found)
+        ctx.stand_in, ctx.smoothing = plan.stand_in, smoothing
+        ctx.save_for_backward(*gradients.found, labels, scale)
         return torch.where(valid, torch.cat(losses), 0.0).sum() / divisor
 
     @staticmethod
     @differentiated_once
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return None, None, None, None, *(_scaled(each, grad) for each in ctx.saved_tensors)
+        *found, labels, scale = ctx.saved_tensors
+        whole = _wanted_whole(ctx)
+        if whole is None:
+            return None, None, None, None, None, *(_scaled(each, grad) for each in found)
+        log_probabilities = whole.reshape(-1, whole.shape[-1]).float().log_softmax(-1)
+        of_whole = _of_logits(log_probabilities, labels, scale * grad, ctx.smoothing, whole.shape[-1])
+        return None, None, None, None, of_whole.to(whole.dtype).view(whole.shape), *(None for _ in found)
 
 
 class _Chosen(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: _Plan, entropy: bool, *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, plan: _Plan, entropy: bool, stand_in: Tensor | None, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
         logits, labels = plan.logits, plan.labels
         found, normalizers, entropies = [], [], []
         with torch.autocast(logits.device.type, enabled=False):
@@ -145,7 +201,7 @@ class _Chosen(torch.autograd.Function):
                 if entropy:
                     entropies.append(-(log_probabilities.exp().mul_(log_probabilities)).sum(-1))
         log_probabilities, of_rows = torch.cat(found), torch.cat(entropies) if entropy else None
-        ctx.expression, ctx.wanted = logits.expression, plan.wanted
+        ctx.expression, ctx.wanted, ctx.stand_in = logits.expression, plan.wanted, plan.stand_in
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(labels, torch.cat(normalizers), of_rows, *tensors)
         return (log_probabilities, of_rows) if entropy else (log_probabilities,)
@@ -154,25 +210,31 @@ class _Chosen(torch.autograd.Function):
     @differentiated_once
     def backward(ctx: Any, grad: Tensor | None, of_entropy: Tensor | None = None) -> Any:
         labels, normalizers, entropies, *tensors = ctx.saved_tensors
+        scale = torch.zeros_like(normalizers) if grad is None else -grad
+
+        def of_part(computed: Tensor, rows: slice, start: int = 0) -> Tensor:
+            log_probabilities = computed.float() - normalizers[rows, None]
+            extra = None
+            if of_entropy is not None:
+                extra = (log_probabilities + entropies[rows, None]).mul_(of_entropy[rows, None])
+                extra = extra.mul_(log_probabilities.exp())
+            found = _of_logits(log_probabilities, labels[rows] - start, scale[rows])
+            return (found if extra is None else found.sub_(extra)).to(computed.dtype)
+
+        whole = _wanted_whole(ctx)
+        if whole is not None:
+            found = of_part(whole.reshape(-1, whole.shape[-1]), ALL).view(whole.shape)
+            return None, None, found, *(None for _ in tensors)
         logits = logits_of(ctx.expression, tensors)
         gradients = _Gradients(logits, ctx.wanted)
-        scale = torch.zeros_like(normalizers) if grad is None else -grad
         with torch.autocast(logits.device.type, enabled=False):
-            for rows, columns in (*((part, ALL) for part in gradients.chunks), *((ALL, b) for b in gradients.blocks)):
-                computed, kept = logits.computed(rows, columns)
-                log_probabilities = computed.float() - normalizers[rows, None]
-                extra = None
-                if of_entropy is not None:
-                    extra = (log_probabilities + entropies[rows, None]).mul_(of_entropy[rows, None])
-                    extra = extra.mul_(log_probabilities.exp())
-                start = columns.start or 0
-                of_part = _of_logits(log_probabilities, labels[rows] - start, scale[rows])
-                of_part = (of_part if extra is None else of_part.sub_(extra)).to(computed.dtype)
-                if columns is ALL:
-                    gradients.add_rows(rows, of_part, kept)
-                else:
-                    gradients.add_columns(columns, of_part, kept)
-        return None, None, *gradients.found
+            for rows in gradients.chunks:
+                computed, kept = logits.computed(rows)
+                gradients.add_rows(rows, of_part(computed, rows), kept)
+            for columns in gradients.blocks:
+                computed, kept = logits.computed(ALL, columns)
+                gradients.add_columns(columns, of_part(computed, ALL, columns.start), kept)
+        return None, None, None, *gradients.found
 
 
 def _of_logits(

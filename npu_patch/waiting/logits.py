@@ -146,6 +146,11 @@ class WaitingLogits(torch.Tensor):
             logits = logits.with_rows(change)
         return logits
 
+    def heard(self) -> bool:
+        """Whether somebody listens to a gradient, theirs or that of what was derived from them, but for a wrapper of
+        the model that waits for any."""
+        return any(each.retains_grad or _listeners(each) for each in self._origin.family)
+
     def _alone(self, used_by: str) -> Tensor:
         """Their tensor without what it was computed by, for those whom torch tells nothing of a subclass."""
         return self.materialise(f"{used_by} in {_reader()}").detach().requires_grad_(self.requires_grad)
@@ -327,6 +332,11 @@ FOLLOWED: dict[Any, Follow] = {
     aten.view.default: _view,
     aten._unsafe_view.default: _view,
 }
+
+
+def _listeners(tensor: Tensor) -> list[Any]:
+    hooks = (tensor._backward_hooks or {}).values()
+    return [hook for hook in hooks if not (getattr(hook, "__module__", None) or "").startswith("torch.distributed")]
 
 
 def _reader() -> str:

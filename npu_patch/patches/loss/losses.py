@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from npu_patch.ops import chunked_loss
+from npu_patch.ops.chunked_loss import StandIn
 from npu_patch.ops.readings import NotRead
 from npu_patch.ops.token_losses import key
 from npu_patch.patches.loss.cases import cases
@@ -68,7 +69,12 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
         if isinstance(divisor, Tensor):
             divisor = divisor.to(logits.device)
         return chunked_loss.cross_entropy(
-            found[0], labels, found[1], ignore_index=given.get(IGNORED, NO_LABEL), divisor=divisor
+            found[0],
+            labels,
+            found[1],
+            stand_in=StandIn(logits, logits.heard),
+            ignore_index=given.get(IGNORED, NO_LABEL),
+            divisor=divisor,
         )
 
     function = replacement_for(site.original, calls, serve)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from npu_patch.ops import chunked_loss
+from npu_patch.ops.chunked_loss import StandIn
 from npu_patch.ops.readings import AsNamed, NotRead
 from npu_patch.ops.token_losses import key
 from npu_patch.patches.loss.cases import cases
@@ -56,10 +57,13 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
         temperature = given.get(TEMPERATURE, 1.0)
         if temperature <= 0:
             return Unserved(f"a temperature of {temperature}")
-        found = taken(logits if temperature == 1.0 else logits / temperature, calls, dispatch, index)
+        if temperature != 1.0:
+            logits = logits / temperature
+        found = taken(logits, calls, dispatch, index)
         if isinstance(found, str):
             return Unserved(found)
-        log_probabilities, entropy = chunked_loss.chosen(found[0], index, found[1], entropy=of_entropy)
+        stand_in = StandIn(logits, logits.heard)
+        log_probabilities, entropy = chunked_loss.chosen(found[0], index, found[1], of_entropy, stand_in)
         result = (entropy if of_entropy else log_probabilities).to(logits.dtype)
         mask = given.get(ROW_MASK)
         return result if mask is None else result.masked_fill(mask == 0, 0.0)
