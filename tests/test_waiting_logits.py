@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor
+from torch.optim import optimizer
 
+from npu_patch.waiting.before_steps import USED_BY
 from npu_patch.waiting.head_call import layers_of, put_off
 from npu_patch.waiting.logits import ReadTooLate, WaitingLogits
 from tests.gradients import relative_error
@@ -246,6 +248,37 @@ def test_reading_after_what_they_are_made_of_has_changed_is_an_error_that_says_s
     with pytest.raises(ReadTooLate, match=f"after the {name} changed in place"):
         z.argmax(-1)
     assert z.taken() == f"the {name} changed in place"
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_logits_that_are_kept_beyond_an_optimizers_step_are_those_of_before(
+    autocast: bool, trained: bool, npu: torch.device
+) -> None:
+    head, rows = head_and_rows(npu)
+    head.requires_grad_(trained)
+    other = torch.nn.Linear(2, 2)
+    readers: list[str] = []
+    with torch.autocast("npu", torch.bfloat16, enabled=autocast):
+        z, expected = waiting(head, rows, readers).float(), head(rows).float()
+        dropped = waiting(head, rows, readers)
+    del dropped
+    expected.sum().backward()
+    torch.optim.SGD(other.parameters(), lr=1.0).step()
+    assert readers == []
+    torch.optim.SGD([*head.parameters(), *other.parameters()], lr=1.0).step()
+    assert torch.equal(z, expected)
+    by_the_step = trained and not autocast  # which multiplied by a copy of the weight
+    assert readers == [USED_BY if by_the_step else f"equal in {__name__}"]
+
+
+def test_optimizers_are_listened_to_only_while_logits_wait(npu: torch.device) -> None:
+    head, rows = head_and_rows(npu)
+    before = dict(optimizer._global_optimizer_pre_hooks)
+    z = waiting(head, rows, [])
+    assert len(optimizer._global_optimizer_pre_hooks) == len(before) + 1
+    del z
+    assert dict(optimizer._global_optimizer_pre_hooks) == before
 
 
 def test_memory_that_was_given_back_is_not_read(npu: torch.device) -> None:

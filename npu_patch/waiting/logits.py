@@ -20,10 +20,12 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from npu_patch.ops.head_products import Cast, Logits, Scaled, Tanh, Term
 from npu_patch.serving.once_per_step import version_of
+from npu_patch.waiting.before_steps import STEPS
 
 aten = torch.ops.aten
 Count = Callable[[str], None]  # told once who looked at them
 Change = Callable[[Tensor], Tensor]
+ROWS = "hidden states"
 QUIET = ("torch", "npu_patch")  # packages that look on somebody else's behalf
 
 
@@ -40,9 +42,22 @@ class Origin:
         self._parts: list[tuple[str, Tensor, int | None]] = []
 
     def watch(self, term: Term) -> None:
-        for name, tensor in zip(("hidden states", "weight", "bias"), term.tensors, strict=True):
+        for name, tensor in zip((ROWS, "weight", "bias"), term.tensors, strict=True):
             if tensor is not None:
                 self._parts.append((name, tensor, version_of(tensor)))
+
+        if any(each.is_leaf and each.requires_grad for each in self.parameters):
+            STEPS.watch_for(self)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [tensor for name, tensor, _ in self._parts if name != ROWS]
+
+    def make(self, used_by: str) -> None:
+        """What all others are derived from, where one of them is still there."""
+        for each in list(self.family):
+            if not each._parents:
+                each.materialise(used_by)
 
     def why_too_late(self) -> str | None:
         for name, tensor, version in self._parts:
