@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import io
 import pickle
 import weakref
@@ -21,7 +20,8 @@ from torch.optim import optimizer
 
 from npu_patch.waiting.before_steps import USED_BY
 from npu_patch.waiting.head_call import layers_of, put_off
-from npu_patch.waiting.logits import ReadTooLate, WaitingLogits
+from npu_patch.waiting.logits import WaitingLogits
+from npu_patch.waiting.origins import ReadTooLate
 from tests.gradients import relative_error
 
 BATCH, TOKENS, WIDTH, VOCABULARY = 3, 7, 10, 23
@@ -290,14 +290,18 @@ def test_memory_that_was_given_back_is_not_read(npu: torch.device) -> None:
         z.argmax(-1)
 
 
-def test_nothing_outlives_them(npu: torch.device) -> None:
+@pytest.mark.parametrize("use", ["argmax", "capped", "in place", "data", "repr", "columns"])
+def test_nothing_outlives_them(use: str, npu: torch.device) -> None:
+    """A circle through autograd is found by no garbage collector."""
     head, rows = head_and_rows(npu)
+    USES[use][0](waiting(head, rows, []))  # torch's own first time keeps frames
     hidden = rows * 2
-    z = waiting(head, hidden, []).float()
-    kept = weakref.ref(hidden)
-    z.sum().backward()
-    del z, hidden
-    gc.collect()
+    z = waiting(head, hidden, [])
+    kept = weakref.ref(z._numbers.origin)
+    found = USES[use][0](z)
+    if found.requires_grad:
+        found.sum().backward()
+    del z, hidden, found
     assert kept() is None
 
 

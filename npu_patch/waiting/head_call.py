@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_map_only
 
 from npu_patch.serving.implementation import is_plain
 from npu_patch.serving.listeners import listener, listener_among
-from npu_patch.waiting.logits import Count, Origin, wait
+from npu_patch.waiting.logits import wait
+from npu_patch.waiting.origins import Origin
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,7 +29,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class HeadCall:
     """Of one forward of a model. `why_not`: why the head's product was not put off, where it was called."""
 
-    def __init__(self, device_type: str, count: Count) -> None:
+    def __init__(self, device_type: str, count: Callable[[str], None]) -> None:
         self.waited = False
         self.why_not: str | None = None
         self._device_type, self._count = device_type, count
@@ -115,7 +116,9 @@ def layers_of(head: torch.nn.Module) -> list[torch.nn.Module] | str:
 
 
 @contextlib.contextmanager
-def put_off(head: torch.nn.Module, layers: list[torch.nn.Module], device_type: str, count: Count) -> Iterator[HeadCall]:
+def put_off(
+    head: torch.nn.Module, layers: list[torch.nn.Module], device_type: str, count: Callable[[str], None]
+) -> Iterator[HeadCall]:
     """Within it, logits on such a device wait. `count` is told who looks at them, then or later, once for each call."""
     call = HeadCall(device_type, count)
     handles = [head.register_forward_pre_hook(call.starts, prepend=True)]

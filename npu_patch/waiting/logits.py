@@ -8,74 +8,21 @@ are the very tensor that the original would have made, with its gradient: the fi
 from __future__ import annotations
 
 import sys
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from npu_patch.ops.head_products import Cast, Logits, Scaled, Tanh, Term
 from npu_patch.serving.once_per_step import version_of
-from npu_patch.waiting.before_steps import STEPS
+from npu_patch.waiting.origins import Numbers, Origin
 
 aten = torch.ops.aten
-Count = Callable[[str], None]  # told once who looked at them
 Change = Callable[[Tensor], Tensor]
-ROWS = "hidden states"
 QUIET = ("torch", "npu_patch")  # packages that look on somebody else's behalf
-
-
-class ReadTooLate(RuntimeError):
-    """What logits are made of is not there any more."""
-
-
-class Origin:
-    """Of one call of the head: what the logits are made of, as it was then, and all that was derived from them."""
-
-    def __init__(self, count: Count) -> None:
-        self.family: weakref.WeakSet[WaitingLogits] = weakref.WeakSet()
-        self._count: Count | None = count
-        self._parts: list[tuple[str, Tensor, int | None]] = []
-
-    def watch(self, term: Term) -> None:
-        for name, tensor in zip((ROWS, "weight", "bias"), term.tensors, strict=True):
-            if tensor is not None:
-                self._parts.append((name, tensor, version_of(tensor)))
-
-        if any(each.is_leaf and each.requires_grad for each in self.parameters):
-            STEPS.watch_for(self)
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        return [tensor for name, tensor, _ in self._parts if name != ROWS]
-
-    def make(self, used_by: str) -> None:
-        """What all others are derived from, where one of them is still there."""
-        for each in list(self.family):
-            if not each._parents:
-                each.materialise(used_by)
-
-    def why_too_late(self) -> str | None:
-        for name, tensor, version in self._parts:
-            if version_of(tensor) != version:
-                return f"the {name} changed in place"
-            if tensor.untyped_storage().size() == 0:
-                return f"the memory of the {name} was given back"
-        return None
-
-    def looked_at(self, used_by: str) -> None:
-        if self._count is not None:
-            self._count(used_by)
-            self._count = None
-
-    def settle(self, used_by: str) -> None:
-        """Before something is written: what was copied from it has to be there."""
-        for each in list(self.family):
-            each.materialise(used_by)
 
 
 class WaitingLogits(torch.Tensor):
@@ -83,29 +30,17 @@ class WaitingLogits(torch.Tensor):
 
     _logits: Logits
     _changes: tuple[Change, ...]  # of the rows of those
-    _origin: Origin
-    _parents: tuple[WaitingLogits, ...]
-    _compute: Callable[[Sequence[Tensor]], Tensor]  # from the tensors of the parents
-    _made: Tensor | None
+    _numbers: Numbers
     _written: bool
 
     @staticmethod
-    def __new__(
-        cls,
-        like: Tensor,
-        logits: Logits,
-        changes: tuple[Change, ...],
-        origin: Origin,
-        parents: tuple[WaitingLogits, ...],
-        compute: Callable[[Sequence[Tensor]], Tensor],
-    ) -> Any:
+    def __new__(cls, like: Tensor, logits: Logits, changes: tuple[Change, ...], numbers: Numbers) -> Any:
         """`like`: a meta tensor of its shape, strides and dtype."""
         waiting = torch.Tensor._make_wrapper_subclass(
             cls, like.shape, like.stride(), like.storage_offset(), dtype=like.dtype, device=logits.device
         )
-        waiting._logits, waiting._changes, waiting._origin = logits, changes, origin
-        waiting._parents, waiting._compute, waiting._made, waiting._written = parents, compute, None, False
-        origin.family.add(waiting)
+        waiting._logits, waiting._changes, waiting._numbers, waiting._written = logits, changes, numbers, False
+        numbers.origin.tensors.add(waiting)
         return waiting
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -122,38 +57,30 @@ class WaitingLogits(torch.Tensor):
         writes = func._schema.is_mutable
         if writes or any(each.alias_info is not None for each in func._schema.returns):
             for each in waiting:
-                each._origin.settle(used_by)
+                each._numbers.origin.settle(used_by)
                 each._written = each._written or writes
         plain_args, plain_kwargs = tree_map_only(
             WaitingLogits, lambda each: each.materialise(used_by), (tuple(args), kwargs)
         )
         result = func(*plain_args, **plain_kwargs)
-        return next((each for each in waiting if result is each._made), result)  # written in place
+        return next((each for each in waiting if result is each.materialise(used_by)), result)  # written in place
 
     @property
     def settled(self) -> bool:
         """Whether they were made."""
-        return self._made is not None
+        return self._numbers.settled
 
     def peek(self) -> Tensor:
         return self.detach()
 
     def materialise(self, used_by: str) -> Tensor:
-        if self._made is None:
-            self._origin.looked_at(used_by)
-            self._made = self._compute([each.materialise(used_by) for each in self._parents])
-            self._parents = ()
-        return self._made
-
-    def _unnoticed(self) -> Tensor:
-        """For one who looks on: made for now."""
-        return self._compute([each._unnoticed() for each in self._parents]) if self._made is None else self._made
+        return self._numbers.made(used_by)
 
     def taken(self) -> Logits | str:
         """What they are made of, with gradients where they have one; or why they have to be looked at."""
         if self._written or version_of(self) not in (0, None):
             return "the logits are changed in place"
-        reason = self._origin.why_too_late()
+        reason = self._numbers.origin.why_too_late()
         if reason is not None:
             return reason
         logits = self._logits if self.requires_grad else self._logits.detached()
@@ -164,7 +91,7 @@ class WaitingLogits(torch.Tensor):
     def heard(self) -> bool:
         """Whether somebody listens to a gradient, theirs or that of what was derived from them, but for a wrapper of
         the model that waits for any."""
-        return any(each.retains_grad or _listeners(each) for each in self._origin.family)
+        return any(each.retains_grad or _listeners(each) for each in self._numbers.origin.tensors)
 
     def _alone(self, used_by: str) -> Tensor:
         """Their tensor without what it was computed by, for those whom torch tells nothing of a subclass."""
@@ -198,7 +125,7 @@ class WaitingLogits(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         """Of their tensor, which does not count as a use."""
-        return repr(self._unnoticed())
+        return repr(self._numbers.unnoticed())
 
 
 def wait(rows: Tensor, weight: Tensor, bias: Tensor | None, origin: Origin) -> WaitingLogits:
@@ -208,8 +135,7 @@ def wait(rows: Tensor, weight: Tensor, bias: Tensor | None, origin: Origin) -> W
         dtype = torch.get_autocast_dtype(device_type)
         rows, weight, bias = (None if each is None else each.to(dtype) for each in (rows, weight, bias))
     term = Term(rows, weight, bias)
-    origin.watch(term)
-    return _HeadProduct.apply(Logits((term,)), origin, rows, weight, bias)
+    return _HeadProduct.apply(Logits((term,)), origin.product(term), rows, weight, bias)
 
 
 class _HeadProduct(torch.autograd.Function):
@@ -217,24 +143,13 @@ class _HeadProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Logits, origin: Origin, rows: Tensor, weight: Tensor, bias: Tensor | None
+        ctx: Any, logits: Logits, numbers: Numbers, rows: Tensor, weight: Tensor, bias: Tensor | None
     ) -> WaitingLogits:
         for_rows, for_weight, ctx.for_bias = ctx.needs_input_grad[2:]
         ctx.save_for_backward(rows if for_weight else None, weight if for_rows else None)
         ctx.set_materialize_grads(False)
         like = torch.empty((*rows.shape[:-1], weight.shape[0]), dtype=rows.dtype, device="meta")
-
-        def compute(parents: Sequence[Tensor]) -> Tensor:
-            reason = origin.why_too_late()
-            if reason is not None:
-                raise ReadTooLate(
-                    f"the logits are read for the first time after {reason} of which they are made: read them before "
-                    "the optimizer's step, or have them made at once with TWINKLE_NPU_LOSS=0"
-                )
-            with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
-                return F.linear(*(None if each is None else each.detach() for each in logits.tensors))
-
-        return WaitingLogits(like, logits, (), origin, (), compute)
+        return WaitingLogits(like, logits, (), numbers)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Any:
@@ -252,13 +167,15 @@ Follow = Callable[[Any, Any, Any], "WaitingLogits | None"]
 
 def _derived(func: Any, args: Any, kwargs: Any, logits: Logits, changes: tuple[Change, ...]) -> WaitingLogits:
     """What `func` makes of logits that wait, as something that waits."""
-    parents = tuple(each for each in args if isinstance(each, WaitingLogits))
+    parents = [each for each in args if isinstance(each, WaitingLogits)]
 
-    def of(values: Sequence[Tensor]) -> Tensor:
+    def of(*values: Tensor) -> Tensor:
         following = iter(values)
-        return func(*(next(following) if isinstance(each, WaitingLogits) else each for each in args), **kwargs)
+        return func(*(next(following) if waits else each for waits, each in given), **kwargs)
 
-    return WaitingLogits(of([_like(each) for each in parents]), logits, changes, parents[0]._origin, parents, of)
+    given = [(isinstance(each, WaitingLogits), None if isinstance(each, WaitingLogits) else each) for each in args]
+    numbers = Numbers(parents[0]._numbers.origin, of, [each._numbers for each in parents])
+    return WaitingLogits(of(*map(_like, parents)), logits, changes, numbers)
 
 
 def _like(waiting: WaitingLogits) -> Tensor:
@@ -275,7 +192,15 @@ def _waits(value: Any) -> bool:
     return isinstance(value, WaitingLogits) and not value._written and version_of(value) in (0, None)
 
 
-def _same(func: Any, args: Any, kwargs: Any) -> WaitingLogits | None:
+def _alias(func: Any, args: Any, kwargs: Any) -> WaitingLogits | None:
+    """The same numbers, of another tensor to autograd."""
+    (waiting,) = args
+    if not _waits(waiting):
+        return None
+    return WaitingLogits(_like(waiting), _own(waiting), waiting._changes, waiting._numbers)
+
+
+def _copy(func: Any, args: Any, kwargs: Any) -> WaitingLogits | None:
     (waiting,) = args
     return _derived(func, args, kwargs, _own(waiting), waiting._changes) if _waits(waiting) else None
 
@@ -305,7 +230,7 @@ def _cast(func: Any, args: Any, kwargs: Any) -> WaitingLogits | None:
 
 def _sum(func: Any, args: Any, kwargs: Any) -> WaitingLogits | None:
     first, second = args
-    if not (_waits(first) and _waits(second)) or kwargs or first._origin is not second._origin:
+    if not (_waits(first) and _waits(second)) or kwargs or first._numbers.origin is not second._numbers.origin:
         return None
     if first.shape != second.shape or first._changes or second._changes:
         return None
@@ -334,9 +259,9 @@ def _view(func: Any, args: Any, kwargs: Any) -> WaitingLogits | None:
 
 
 FOLLOWED: dict[Any, Follow] = {
-    aten.detach.default: _same,
-    aten.alias.default: _same,
-    aten.clone.default: _same,
+    aten.detach.default: _alias,
+    aten.alias.default: _alias,
+    aten.clone.default: _copy,
     aten.mul.Tensor: _scaled(divided=False),
     aten.div.Tensor: _scaled(divided=True),
     aten.tanh.default: _tanh,
