@@ -14,6 +14,7 @@ from torch import Tensor
 
 from npu_patch.serving.case import Case
 from npu_patch.serving.implementation import Implementation, is_plain, layout, needs_operators
+from npu_patch.serving.op import Op
 from npu_patch.serving.operators import Operator
 
 MOST_ROWS = 200_000
@@ -46,41 +47,36 @@ def _unsupported_by_npu(logits: Tensor, labels: Tensor) -> str | None:
     return _unsupported(logits, labels)
 
 
-def key(logits: Tensor, labels: Tensor) -> Hashable:
+def _key(logits: Tensor, labels: Tensor) -> Hashable:
     return logits.shape[-1], logits.dtype
 
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation(
-        "torch_npu.npu_cross_entropy_loss",
-        ("npu",),
-        _npu_cross_entropy,
-        _unsupported_by_npu,
-        needs_operators(NPU_CROSS_ENTROPY),
+TOKEN_LOSSES = Op(
+    "cross_entropy",
+    (
+        Implementation(
+            "torch_npu.npu_cross_entropy_loss",
+            ("npu",),
+            _npu_cross_entropy,
+            _unsupported_by_npu,
+            needs_operators(NPU_CROSS_ENTROPY),
+        ),
+        Implementation("torch, log_softmax", ("npu", "cuda", "cpu"), reference, _unsupported),
     ),
-    Implementation("torch, log_softmax", ("npu", "cuda", "cpu"), reference, _unsupported),
+    _key,
+    reference,
 )
 
 
 def case(vocabulary: int) -> Case:
-    """Each row's first logits stand for its label, and results are put side by side: a `Case` has one."""
+    """Results are put side by side: a `Case` has one."""
 
-    def labels(logits: Tensor) -> Tensor:
-        return torch.arange(logits.shape[0], device=logits.device) * (vocabulary - 1) // max(logits.shape[0] - 1, 1)
+    def call(function: Callable[..., Any], logits: Tensor) -> Any:
+        rows = logits.shape[0]
+        labels = torch.arange(rows, device=logits.device) * (vocabulary - 1) // max(rows - 1, 1)
+        found = function(logits, labels)
+        computed = isinstance(found, tuple) and isinstance(found[0], Tensor)
+        return torch.cat((found[0][:, None], found[1]), -1) if computed else found
 
-    def call(run: Callable[..., Any], logits: Tensor) -> Any:
-        found = run(logits, labels(logits))
-        return torch.cat((found[0][:, None], found[1]), -1) if isinstance(found, tuple) else found
-
-    def definition(logits: Tensor) -> Tensor:
-        return call(reference, logits)
-
-    return Case(
-        "cross_entropy",
-        f"{vocabulary} float32",
-        lambda tokens: [((tokens, vocabulary), torch.float32)],
-        call,
-        definition,
-        differentiated=False,
-        why_not=call,
-    )
+    inputs = lambda tokens: [((tokens, vocabulary), torch.float32)]  # noqa: E731
+    return Case(TOKEN_LOSSES, f"{vocabulary} float32", inputs, call, differentiated=False)

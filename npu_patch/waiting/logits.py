@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from npu_patch.ops.head_products import Cast, Logits, Scaled, Tanh, Term
 from npu_patch.serving.once_per_step import version_of
+from npu_patch.waiting.contract import Waiting
 from npu_patch.waiting.origins import Numbers, Origin
 
 aten = torch.ops.aten
@@ -25,7 +26,7 @@ Change = Callable[[Tensor], Tensor]
 QUIET = ("torch", "npu_patch")  # packages that look on somebody else's behalf
 
 
-class WaitingLogits(torch.Tensor):
+class WaitingLogits(torch.Tensor, Waiting):
     """`[..., V]`. Autograd knows it as what it stands for: its gradient goes on to the head's inputs."""
 
     _logits: Logits

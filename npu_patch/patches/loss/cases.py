@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,10 +12,10 @@ from npu_patch.serving.case import Case
 from npu_patch.sites.sites import LiveModules
 
 
-def cases(live: LiveModules) -> Iterator[tuple[Hashable, Case]]:
+def cases(live: LiveModules) -> Iterator[Case]:
     vocabularies = {weight.shape[0] for module in live if (weight := _head_weight(module)) is not None}
     for vocabulary in vocabularies:
-        yield (vocabulary, torch.float32), case(vocabulary)
+        yield case(vocabulary)
 
 
 def _head_weight(module: torch.nn.Module) -> Tensor | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from npu_patch.numerics.room import in_quiet_room
-from npu_patch.ops.readings import NotRead
+from npu_patch.ops.readings import AsNamed
 from npu_patch.patches.loss.losses import ends_here
 from npu_patch.patches.loss.takers import any_of_tokens
 from npu_patch.patches.patch import Context, Replacement
@@ -18,7 +18,7 @@ from npu_patch.serving.bypassed import Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.replacement import TakenOver, Unfused, Unserved, replacement_for
 from npu_patch.sites.names_used import names_used
-from npu_patch.sites.sites import CHECKPOINTING_LAYER, Site, forwards, is_checkpointing_layer
+from npu_patch.sites.sites import Site, rebindable_forwards
 from npu_patch.waiting.head_call import layers_of, put_off
 
 LABELS, LOSS, HEAD = "labels", "loss_function", "get_output_embeddings"
@@ -27,16 +27,19 @@ NO_LABELS = "called without labels: its logits are what is asked for"
 
 def find(module: ModuleType) -> Iterator[Site]:
     """Forwards that take labels, and look up the loss of their model."""
-    for site in forwards(module):
+    for site in rebindable_forwards(module):
         takes_labels = LABELS in inspect.signature(site.original).parameters
         if takes_labels and LOSS in names_used(site.original) and hasattr(site.owner, HEAD):
             yield site
 
 
-def replace(site: Site, context: Context) -> Replacement | NotRead:
+def read_site(site: Site) -> AsNamed:
+    """Whatever it computes: it computes it still, and logits that wait are the original's to whoever uses them."""
+    return AsNamed("with a head whose logits wait")
+
+
+def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
     original, device_type, calls = site.original, context.device_type, Calls()
-    if is_checkpointing_layer(site.owner):
-        return NotRead(CHECKPOINTING_LAYER, notable=False)
     at = list(inspect.signature(original).parameters).index(LABELS) - 1  # among the arguments after self
 
     def looked_at(by: str) -> None:
@@ -62,4 +65,4 @@ def replace(site: Site, context: Context) -> Replacement | NotRead:
         return result if call.waited else Unfused(result, call.why_not or "it does not call its head")
 
     function = replacement_for(original, calls, serve, bypassed=Bypassed())
-    return Replacement(function, "with a head whose logits wait", calls, alone=False)
+    return Replacement(function, reading.name, calls, alone=False)

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from npu_patch.ops import chunked_loss
 from npu_patch.ops.chunked_loss import StandIn
-from npu_patch.ops.readings import NotRead
-from npu_patch.ops.token_losses import key
+from npu_patch.ops.readings import AsNamed, NotRead
 from npu_patch.patches.loss.cases import cases
 from npu_patch.patches.loss.takers import LOSSES, taken, why_made
 from npu_patch.patches.patch import Context, Replacement
@@ -46,11 +45,12 @@ def ends_here(loss: Any) -> bool:
     return calls is not None and calls.active
 
 
-def replace(site: Site, context: Context) -> Replacement | NotRead:
-    reading = read_cross_entropy(site.original)
-    if isinstance(reading, NotRead):
-        return reading
-    calls, device_type, dispatch = Calls(), context.device_type, context.dispatch(cases, key)
+def read_site(site: Site) -> AsNamed | NotRead:
+    return read_cross_entropy(site.original)
+
+
+def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
+    calls, device_type, dispatch = Calls(), context.device_type, context.dispatch(cases)
     signature = inspect.signature(site.original)
 
     def serve(*args: Any, **kwargs: Any) -> Tensor | Unserved:

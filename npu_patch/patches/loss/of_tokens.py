@@ -13,7 +13,6 @@ from torch import Tensor
 from npu_patch.ops import chunked_loss
 from npu_patch.ops.chunked_loss import StandIn
 from npu_patch.ops.readings import AsNamed, NotRead
-from npu_patch.ops.token_losses import key
 from npu_patch.patches.loss.cases import cases
 from npu_patch.patches.loss.takers import OF_TOKENS, taken, why_made
 from npu_patch.patches.patch import Context, Replacement
@@ -37,11 +36,12 @@ def find(module: ModuleType) -> Iterator[Site]:
             yield Site(module, name, function)
 
 
-def replace(site: Site, context: Context) -> Replacement | NotRead:
-    reading = READ[site.name](site.original)
-    if isinstance(reading, NotRead):
-        return reading
-    calls, device_type, dispatch = Calls(), context.device_type, context.dispatch(cases, key)
+def read_site(site: Site) -> AsNamed | NotRead:
+    return READ[site.name](site.original)
+
+
+def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
+    calls, device_type, dispatch = Calls(), context.device_type, context.dispatch(cases)
     signature = inspect.signature(site.original)
 
     def serve(*args: Any, **kwargs: Any) -> Tensor | Unserved:

@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from types import ModuleType
 
-from npu_patch.ops.readings import NotRead
-from npu_patch.ops.token_losses import IMPLEMENTATIONS
+from npu_patch.ops.readings import AsNamed, NotRead
+from npu_patch.ops.token_losses import TOKEN_LOSSES
 from npu_patch.patches.loss import forward, losses, of_tokens
 from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.sites.sites import Site, is_within
@@ -30,18 +30,27 @@ def find(module: ModuleType) -> Iterable[Site]:
     yield from of_tokens.find(module) if is_within(module.__name__, (TRL,)) else forward.find(module)
 
 
-def replace(site: Site, context: Context) -> Replacement | NotRead:
+def _part(site: Site) -> ModuleType:
     if not isinstance(site.owner, ModuleType):
-        return forward.replace(site, context)
-    return (losses if site.name == losses.CROSS_ENTROPY else of_tokens).replace(site, context)
+        return forward
+    return losses if site.name == losses.CROSS_ENTROPY else of_tokens
+
+
+def read_site(site: Site) -> AsNamed | NotRead:
+    return _part(site).read_site(site)
+
+
+def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
+    return _part(site).bind_site(site, reading, context)
 
 
 PATCH = Patch(
     "cross_entropy",
     "loss",
-    IMPLEMENTATIONS,
+    TOKEN_LOSSES,
     find,
-    replace,
+    read_site,
+    bind_site,
     losses.registered,
     tunable=False,
     libraries=(TRL,),

@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, de
 
 import npu_patch
 from npu_patch.ops import chunked_loss
-from tests.gradients import relative_error
-from tests.largest_tensor import Largest
-from tests.test_loss import calls_of, model_of
-from tests.tiny_models import COMMON, tiny_batch
+from tests.patches.loss.test_loss import calls_of, model_of
+from tests.support.gradients import relative_error
+from tests.support.largest_tensor import Largest
+from tests.support.tiny_models import COMMON, tiny_batch
 
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")

@@ -22,7 +22,7 @@ from npu_patch.waiting.before_steps import USED_BY
 from npu_patch.waiting.head_call import layers_of, put_off
 from npu_patch.waiting.logits import WaitingLogits
 from npu_patch.waiting.origins import ReadTooLate
-from tests.gradients import relative_error
+from tests.support.gradients import relative_error
 
 BATCH, TOKENS, WIDTH, VOCABULARY = 3, 7, 10, 23
 Use = Callable[[Tensor], Any]

@@ -14,8 +14,8 @@ from torch import Tensor
 from npu_patch.ops import chunked_loss
 from npu_patch.ops.chunked_loss import chosen, chunks, cross_entropy
 from npu_patch.ops.head_products import Cast, Logits, Product, Scaled, Sum, Tanh, Term
-from npu_patch.ops.token_losses import IMPLEMENTATIONS, reference
-from tests.largest_tensor import Largest
+from npu_patch.ops.token_losses import TOKEN_LOSSES, reference
+from tests.support.largest_tensor import Largest
 
 ROWS, WIDTH, VOCABULARY = 75, 24, 133
 Z = Callable[..., Any]
@@ -101,7 +101,7 @@ def off(found: Tensor, exact: Tensor) -> float:
 
 
 def run_of(device: torch.device) -> Iterator[Any]:
-    return (each.run for each in IMPLEMENTATIONS if device.type in each.device_types)
+    return (each.run for each in TOKEN_LOSSES.implementations if device.type in each.device_types)
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])

@@ -20,10 +20,10 @@ import npu_patch
 from npu_patch.ops import chunked_loss
 from npu_patch.reporting.report import Report
 from npu_patch.waiting.logits import WaitingLogits
-from tests.gradients import in_float64, loss_and_gradients, relative_error
-from tests.largest_tensor import Largest
-from tests.tiny_models import COMMON, tiny_batch
-from tests.training_modes import MODES
+from tests.support.gradients import in_float64, loss_and_gradients, relative_error
+from tests.support.largest_tensor import Largest
+from tests.support.tiny_models import COMMON, tiny_batch
+from tests.support.training_modes import MODES
 
 VOCABULARY = COMMON["vocab_size"]
 # Of what models do between head and loss.
