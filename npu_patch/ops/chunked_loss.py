@@ -200,11 +200,11 @@ class _Chosen(torch.autograd.Function):
                 normalizers.append(full.gather(-1, labels[rows, None]).squeeze(-1) + of_tokens)
                 if entropy:
                     entropies.append(-(log_probabilities.exp().mul_(log_probabilities)).sum(-1))
-        log_probabilities, of_rows = torch.cat(found), torch.cat(entropies) if entropy else None
+        of_rows = torch.cat(entropies) if entropy else None
         ctx.expression, ctx.wanted, ctx.stand_in = logits.expression, plan.wanted, plan.stand_in
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(labels, torch.cat(normalizers), of_rows, *tensors)
-        return (log_probabilities, of_rows) if entropy else (log_probabilities,)
+        return (torch.cat(found),) if of_rows is None else (torch.cat(found), of_rows)
 
     @staticmethod
     @differentiated_once
@@ -263,20 +263,15 @@ class _Gradients:
     def __post_init__(self) -> None:
         logits = self.logits
         self.chunks = chunks(logits.rows, logits.vocabulary)
-        half = [tensor.dtype in HALF_DTYPES for tensor, wanted in self._of_columns() if wanted and len(self.chunks) > 1]
-        self.blocks = chunks(logits.vocabulary, logits.rows) if any(half) else []
+        of_columns = list(zip(logits.tensors, self.wanted, strict=True))
+        del of_columns[::3]  # a term's rows come first
+        half = any(wanted and tensor is not None and tensor.dtype in HALF_DTYPES for tensor, wanted in of_columns)
+        self.blocks = chunks(logits.vocabulary, logits.rows) if half and len(self.chunks) > 1 else []
         self.found = [None] * len(self.wanted)
 
     @property
     def by_columns(self) -> bool:
         return bool(self.blocks)
-
-    def _of_columns(self) -> list[tuple[Tensor | None, bool]]:
-        return [
-            pair
-            for at, pair in enumerate(zip(self.logits.tensors, self.wanted, strict=True))
-            if at % 3 != 0  # a term's rows come first
-        ]
 
     def add_rows(self, rows: slice, grad: Tensor, kept: dict[Expression, Any]) -> None:
         for at, term, of_product in self._products(grad, kept):
@@ -285,17 +280,16 @@ class _Gradients:
                 into = self._buffer(at, term.rows)
                 torch.mm(of_product, term.weight, out=into[rows])
             if for_weight and not self.blocks:
-                self._accumulate(at + 1, of_product.t(), term.rows[rows])
+                self._add_product(at + 1, of_product.t(), term.rows[rows])
             if for_bias and not self.blocks:
-                summed = of_product.sum(0)
-                self.found[at + 2] = summed if self.found[at + 2] is None else self.found[at + 2].add_(summed)
+                self._add(at + 2, of_product.sum(0))
 
     def add_columns(self, columns: slice, grad: Tensor, kept: dict[Expression, Any]) -> None:
         for at, term, of_product in self._products(grad, kept):
             _, for_weight, for_bias = self.wanted[at : at + 3]
             if for_weight:
                 torch.mm(of_product.t(), term.rows, out=self._buffer(at + 1, term.weight)[columns])
-            if for_bias:
+            if for_bias and term.bias is not None:
                 self._buffer(at + 2, term.bias)[columns] = of_product.sum(0)
 
     def _products(self, grad: Tensor, kept: dict[Expression, Any]) -> list[tuple[int, Term, Tensor]]:
@@ -304,15 +298,18 @@ class _Gradients:
         return [(3 * number, term, into[number]) for number, term in enumerate(self.logits.terms)]
 
     def _buffer(self, at: int, like: Tensor) -> Tensor:
-        if self.found[at] is None:
-            self.found[at] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        return self.found[at]
+        found = self.found[at]
+        if found is None:
+            found = self.found[at] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        return found
 
-    def _accumulate(self, at: int, left: Tensor, right: Tensor) -> None:
-        if self.found[at] is None:
-            self.found[at] = left @ right
-        else:
-            self.found[at].addmm_(left, right)
+    def _add(self, at: int, part: Tensor) -> None:
+        found = self.found[at]
+        self.found[at] = part if found is None else found.add_(part)
+
+    def _add_product(self, at: int, left: Tensor, right: Tensor) -> None:
+        found = self.found[at]
+        self.found[at] = left @ right if found is None else found.addmm_(left, right)
 
 
 def _scaled(gradient: Tensor | None, by: Tensor) -> Tensor | None:

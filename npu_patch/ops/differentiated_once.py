@@ -21,7 +21,7 @@ def differentiated_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
             found = backward(ctx, *grads)
         if not torch.is_grad_enabled():
             return found
-        refusal = torch._C._functions.DelayedError(
+        refusal: Any = torch._C._functions.DelayedError(
             b"npu_patch computes the gradient of a loss without its logits, which has no second derivative: "
             b"TWINKLE_NPU_LOSS=0 leaves the loss to torch",
             len(found),

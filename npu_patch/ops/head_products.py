@@ -181,4 +181,5 @@ class Logits:
 
 def logits_of(expression: Expression, tensors: Sequence[Tensor | None]) -> Logits:
     """From the `tensors` of logits."""
-    return Logits(tuple(Term(*tensors[at : at + 3]) for at in range(0, len(tensors), 3)), expression)
+    terms: list[Any] = [tensors[at : at + 3] for at in range(0, len(tensors), 3)]
+    return Logits(tuple(Term(*each) for each in terms), expression)

@@ -71,7 +71,8 @@ TOKEN_LOSSES = Op(
 def case(vocabulary: int) -> Case:
     """Results are put side by side: a `Case` has one."""
 
-    def call(function: Callable[..., Any], logits: Tensor) -> Any:
+    def call(function: Callable[..., Any], *inputs: Tensor) -> Any:
+        (logits,) = inputs
         rows = logits.shape[0]
         labels = torch.arange(rows, device=logits.device) * (vocabulary - 1) // max(rows - 1, 1)
         found = function(logits, labels)

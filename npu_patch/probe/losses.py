@@ -39,7 +39,7 @@ def read_cross_entropy(function: Callable[..., Any]) -> AsNamed | NotRead:
     names = tuple(parameters)
     if names[:4] != ("source", "target", NUMBER, IGNORED):
         return NotRead(f"takes {', '.join(names)}, whose meaning is not known")
-    calls = [
+    calls: list[Call] = [
         {},
         {NUMBER: 5},
         {NUMBER: _integers(3)},
@@ -48,9 +48,9 @@ def read_cross_entropy(function: Callable[..., Any]) -> AsNamed | NotRead:
     if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):  # none of which may matter
         others = {"weight": values((VOCABULARY,), 5).exp(), "label_smoothing": 0.3, "reduction": "none"}
         calls.append({name: value for name, value in others.items() if name not in parameters})
-    target = {"target": _integers(LABELS)}
+    target: dict[str, Any] = {"target": _integers(LABELS)}
     shape = (TOKENS, VOCABULARY)
-    return _as_named(function, cross_entropy, [target | call for call in calls], "cross entropy", "source", shape)
+    return _as_named(function, cross_entropy, [{**target, **call} for call in calls], "cross entropy", "source", shape)
 
 
 TEMPERATURE, ROW_MASK = "temperature", "row_mask"
@@ -73,8 +73,8 @@ def read_log_probabilities(function: Callable[..., Any]) -> AsNamed | NotRead:
     names = tuple(inspect.signature(function).parameters)
     if names[:2] != ("logits", "index") or not set(names[2:]) <= {TEMPERATURE, ROW_MASK}:
         return NotRead(f"takes {', '.join(names)}, whose meaning is not known")
-    index = {"index": _integers(INDEX)}
-    calls = [index]
+    index: dict[str, Any] = {"index": _integers(INDEX)}
+    calls: list[Call] = [index]
     if TEMPERATURE in names:
         calls.append(index | {TEMPERATURE: 0.7})
     if ROW_MASK in names:

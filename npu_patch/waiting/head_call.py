@@ -105,9 +105,13 @@ def layers_of(head: torch.nn.Module) -> list[torch.nn.Module] | str:
     heard = listener(head, "the head") or listener_among(head)
     if heard is not None:
         return heard
-    linear = [each for each in head.modules() if type(each).forward is torch.nn.Linear.forward]
+    linear = [
+        each
+        for each in head.modules()
+        if isinstance(each, torch.nn.Linear) and type(each).forward is torch.nn.Linear.forward
+    ]
     width = max((each.out_features for each in linear), default=0)
-    found = [each for each in linear if each.out_features == width]
+    found: list[torch.nn.Module] = [each for each in linear if each.out_features == width]
     if not found:
         return f"the head is a {type(head).__name__}, not made of linear layers"
     if any(each._compiled_call_impl is not None for each in (head, *found)):

@@ -134,7 +134,7 @@ def wait(rows: Tensor, weight: Tensor, bias: Tensor | None, origin: Origin) -> W
     device_type = rows.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        rows, weight, bias = (None if each is None else each.to(dtype) for each in (rows, weight, bias))
+        rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     term = Term(rows, weight, bias)
     return _HeadProduct.apply(Logits((term,)), origin.product(term), rows, weight, bias)
 

@@ -75,7 +75,8 @@ class Origin:
                 "have them made at once with TWINKLE_NPU_LOSS=0"
             )
         with torch.no_grad(), torch.autocast(term.rows.device.type, enabled=False):
-            return F.linear(*(None if each is None else each.detach() for each in term.tensors))
+            bias = None if term.bias is None else term.bias.detach()
+            return F.linear(term.rows.detach(), term.weight.detach(), bias)
 
 
 class Numbers:

@@ -41,8 +41,8 @@ def ends_here(loss: Any) -> bool:
     """Whether a model's loss function asks for the cross entropy that is served now."""
     if not isinstance(loss, FunctionType) or CROSS_ENTROPY not in names_used(loss):
         return False
-    calls = LOSSES.get(loss.__globals__.get(CROSS_ENTROPY))
-    return calls is not None and calls.active
+    cross_entropy: Any = loss.__globals__.get(CROSS_ENTROPY)
+    return cross_entropy in LOSSES and LOSSES[cross_entropy].active
 
 
 def read_site(site: Site) -> AsNamed | NotRead:

@@ -43,15 +43,17 @@ def read_site(site: Site) -> AsNamed | NotRead:
 def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
     calls, device_type, dispatch = Calls(), context.device_type, context.dispatch(cases)
     signature = inspect.signature(site.original)
+    of_entropy = "index" not in signature.parameters
 
     def serve(*args: Any, **kwargs: Any) -> Tensor | Unserved:
         given = signature.bind(*args, **kwargs).arguments
         logits = given["logits"]
         if type(logits) is not WaitingLogits:
             return Unserved(why_made(logits, device_type))
-        index, of_entropy = given.get("index"), "index" not in signature.parameters
         if of_entropy:
             index = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+        else:
+            index = given["index"]
         if index.shape != logits.shape[:-1] or index.device != logits.device:
             return Unserved("an index of several tokens for each row, or on another device")
         temperature = given.get(TEMPERATURE, 1.0)
@@ -64,7 +66,7 @@ def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
             return Unserved(found)
         stand_in = StandIn(logits, logits.heard)
         log_probabilities, entropy = chunked_loss.chosen(found[0], index, found[1], of_entropy, stand_in)
-        result = (entropy if of_entropy else log_probabilities).to(logits.dtype)
+        result = (log_probabilities if entropy is None else entropy).to(logits.dtype)
         mask = given.get(ROW_MASK)
         return result if mask is None else result.masked_fill(mask == 0, 0.0)
 
