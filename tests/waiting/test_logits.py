@@ -173,6 +173,7 @@ def test_who_looks_on_gets_logits_that_wait_by_themselves(npu: torch.device) -> 
     z = waiting(*head_and_rows(npu), readers)
     seen = z.peek()
     assert isinstance(seen, WaitingLogits) and not seen.requires_grad
+    assert torch.equal(seen.exp(), head_and_rows(npu)[0](head_and_rows(npu)[1]).exp())
     assert readers == [] and not z.settled
     assert torch.equal(z.materialise("a test"), z.materialise("another")) and readers == ["a test"]
 
