@@ -279,8 +279,8 @@ FOLLOWED: dict[Any, Follow] = {
 
 
 def _listeners(tensor: Tensor) -> list[Any]:
-    hooks = (tensor._backward_hooks or {}).values()
-    return [hook for hook in hooks if not (getattr(hook, "__module__", None) or "").startswith("torch.distributed")]
+    hooks = [getattr(hook, "func", hook) for hook in (tensor._backward_hooks or {}).values()]
+    return [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("torch.distributed")]
 
 
 def _reader() -> str:
