@@ -148,7 +148,7 @@ class _CrossEntropy(torch.autograd.Function):
         divisor = valid.sum() if divisor is None else divisor
         by = divisor if isinstance(divisor, Tensor) else labels.new_full((), divisor, dtype=torch.float32)
         scale = torch.where(valid, 1.0 / by, 0.0)  # no token: none has a gradient
-        gradients = _Gradients(logits, plan.wanted)
+        gradients, even = _Gradients(logits, plan.wanted), (smoothing, logits.vocabulary)
         losses, normalizers = [], []
         with torch.autocast(logits.device.type, enabled=False):
             for rows in gradients.chunks:
@@ -158,16 +158,16 @@ class _CrossEntropy(torch.autograd.Function):
                 if gradients.by_columns:
                     normalizers.append(full.gather(-1, labels[rows, None]).squeeze(-1) + of_tokens)
                 if smoothing:
-                    even = log_probabilities.sum(-1) * (smoothing / logits.vocabulary)
-                    of_tokens = of_tokens * (1 - smoothing) - even
+                    shares = log_probabilities.sum(-1) * (smoothing / logits.vocabulary)
+                    of_tokens = of_tokens * (1 - smoothing) - shares
                 losses.append(of_tokens)
                 if any(plan.wanted):
-                    grad = _of_logits(log_probabilities, labels[rows], scale[rows], smoothing, logits.vocabulary)
+                    grad = _of_logits(log_probabilities, labels[rows], scale[rows], None, *even)
                     gradients.add_rows(rows, grad.to(computed.dtype), kept)
             for columns in gradients.blocks:
                 computed, kept = logits.computed(ALL, columns)
                 log_probabilities = computed.float() - torch.cat(normalizers)[:, None]
-                grad = _of_logits(log_probabilities, labels - columns.start, scale, smoothing, logits.vocabulary)
+                grad = _of_logits(log_probabilities, labels, scale, columns.start, *even)
                 gradients.add_columns(columns, grad.to(computed.dtype), kept)
         ctx.stand_in, ctx.smoothing = plan.stand_in, smoothing
         ctx.save_for_backward(*gradients.found, labels, scale)
@@ -181,7 +181,7 @@ class _CrossEntropy(torch.autograd.Function):
         if whole is None:
             return None, None, None, None, None, *(_scaled(each, grad) for each in found)
         log_probabilities = whole.reshape(-1, whole.shape[-1]).float().log_softmax(-1)
-        of_whole = _of_logits(log_probabilities, labels, scale * grad, ctx.smoothing, whole.shape[-1])
+        of_whole = _of_logits(log_probabilities, labels, scale * grad, None, ctx.smoothing, whole.shape[-1])
         return None, None, None, None, of_whole.to(whole.dtype).view(whole.shape), *(None for _ in found)
 
 
@@ -212,13 +212,13 @@ class _Chosen(torch.autograd.Function):
         labels, normalizers, entropies, *tensors = ctx.saved_tensors
         scale = torch.zeros_like(normalizers) if grad is None else -grad
 
-        def of_part(computed: Tensor, rows: slice, start: int = 0) -> Tensor:
+        def of_part(computed: Tensor, rows: slice, start: int | None = None) -> Tensor:
             log_probabilities = computed.float() - normalizers[rows, None]
             extra = None
             if of_entropy is not None:
                 extra = (log_probabilities + entropies[rows, None]).mul_(of_entropy[rows, None])
                 extra = extra.mul_(log_probabilities.exp())
-            found = _of_logits(log_probabilities, labels[rows] - start, scale[rows])
+            found = _of_logits(log_probabilities, labels[rows], scale[rows], start)
             return (found if extra is None else found.sub_(extra)).to(computed.dtype)
 
         whole = _wanted_whole(ctx)
@@ -238,14 +238,23 @@ class _Chosen(torch.autograd.Function):
 
 
 def _of_logits(
-    log_probabilities: Tensor, labels: Tensor, scale: Tensor, smoothing: float = 0.0, vocabulary: int = 1
+    log_probabilities: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    start: int | None = None,
+    smoothing: float = 0.0,
+    vocabulary: int = 1,
 ) -> Tensor:
     """The gradient of the logits, in the place of their log-probabilities `[n, v]`, of losses times `scale` `[n]`.
-    Labels outside of [0, v) are in other columns."""
-    inside = (labels >= 0) & (labels < log_probabilities.shape[-1])
-    of_label = torch.where(inside, scale * (smoothing - 1), 0.0)
+    `start`: they are a block of columns from there on; else all columns, and each label is one of them."""
+    of_label = scale * (smoothing - 1)
+    if start is not None:
+        labels = labels - start
+        inside = (labels >= 0) & (labels < log_probabilities.shape[-1])
+        of_label = torch.where(inside, of_label, 0.0)
+        labels = labels.clamp(0, log_probabilities.shape[-1] - 1)
     grad = log_probabilities.exp_().mul_(scale[:, None])
-    grad.scatter_add_(-1, labels.clamp(0, grad.shape[-1] - 1)[:, None], of_label[:, None])
+    grad.scatter_add_(-1, labels[:, None], of_label[:, None])
     return grad.sub_((scale * (smoothing / vocabulary))[:, None]) if smoothing else grad
 
 
