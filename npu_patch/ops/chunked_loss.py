@@ -155,7 +155,7 @@ class _CrossEntropy(torch.autograd.Function):
                 computed, kept = logits.computed(rows)
                 full = computed.float()
                 of_tokens, log_probabilities = plan.token_losses(full, labels[rows])
-                if gradients.by_columns:
+                if gradients.blocks:
                     normalizers.append(full.gather(-1, labels[rows, None]).squeeze(-1) + of_tokens)
                 if smoothing:
                     shares = log_probabilities.sum(-1) * (smoothing / logits.vocabulary)
@@ -164,9 +164,10 @@ class _CrossEntropy(torch.autograd.Function):
                 if any(plan.wanted):
                     grad = _of_logits(log_probabilities, labels[rows], scale[rows], None, *even)
                     gradients.add_rows(rows, grad.to(computed.dtype), kept)
+            of_rows = torch.cat(normalizers)[:, None] if gradients.blocks else None
             for columns in gradients.blocks:
                 computed, kept = logits.computed(ALL, columns)
-                log_probabilities = computed.float() - torch.cat(normalizers)[:, None]
+                log_probabilities = computed.float() - of_rows
                 grad = _of_logits(log_probabilities, labels, scale, columns.start, *even)
                 gradients.add_columns(columns, grad.to(computed.dtype), kept)
         ctx.stand_in, ctx.smoothing = plan.stand_in, smoothing
@@ -277,10 +278,6 @@ class _Gradients:
         half = any(wanted and tensor is not None and tensor.dtype in HALF_DTYPES for tensor, wanted in of_columns)
         self.blocks = chunks(logits.vocabulary, logits.rows) if half and len(self.chunks) > 1 else []
         self.found = [None] * len(self.wanted)
-
-    @property
-    def by_columns(self) -> bool:
-        return bool(self.blocks)
 
     def add_rows(self, rows: slice, grad: Tensor, kept: dict[Expression, Any]) -> None:
         for at, term, of_product in self._products(grad, kept):
