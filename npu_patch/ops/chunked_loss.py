@@ -164,12 +164,12 @@ class _CrossEntropy(torch.autograd.Function):
                 if any(plan.wanted):
                     grad = _of_logits(log_probabilities, labels[rows], scale[rows], None, *even)
                     gradients.add_rows(rows, grad.to(computed.dtype), kept)
-            of_rows = torch.cat(normalizers)[:, None] if gradients.blocks else None
-            for columns in gradients.blocks:
-                computed, kept = logits.computed(ALL, columns)
-                log_probabilities = computed.float() - of_rows
-                grad = _of_logits(log_probabilities, labels, scale, columns.start, *even)
-                gradients.add_columns(columns, grad.to(computed.dtype), kept)
+            if gradients.blocks:
+                of_rows = torch.cat(normalizers)[:, None]
+                for columns in gradients.blocks:
+                    computed, kept = logits.computed(ALL, columns)
+                    grad = _of_logits(computed.float() - of_rows, labels, scale, columns.start, *even)
+                    gradients.add_columns(columns, grad.to(computed.dtype), kept)
         ctx.stand_in, ctx.smoothing = plan.stand_in, smoothing
         ctx.save_for_backward(*gradients.found, labels, scale)
         return torch.where(valid, torch.cat(losses), 0.0).sum() / divisor

@@ -47,10 +47,10 @@ def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
         calls.fell_through[f"the logits are looked at: {by}"] += 1
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if in_quiet_room():
-            return TakenOver(original(self, *args, **kwargs))
         if torch.compiler.is_compiling():
             return Unserved("being compiled")
+        if in_quiet_room():
+            return TakenOver(original(self, *args, **kwargs))
         labels = kwargs.get(LABELS, args[at] if len(args) > at else None)
         if labels is None and not any_of_tokens():
             return Unserved(NO_LABELS)

@@ -54,6 +54,8 @@ def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
     signature = inspect.signature(site.original)
 
     def serve(*args: Any, **kwargs: Any) -> Tensor | Unserved:
+        if torch.compiler.is_compiling():
+            return Unserved("being compiled")
         given = signature.bind(*args, **kwargs).arguments
         logits, labels = given["source"], given["target"]
         if type(logits) is not WaitingLogits:

@@ -46,6 +46,8 @@ def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
     of_entropy = "index" not in signature.parameters
 
     def serve(*args: Any, **kwargs: Any) -> Tensor | Unserved:
+        if torch.compiler.is_compiling():
+            return Unserved("being compiled")
         given = signature.bind(*args, **kwargs).arguments
         logits = given["logits"]
         if type(logits) is not WaitingLogits:

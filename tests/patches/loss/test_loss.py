@@ -435,6 +435,18 @@ def test_a_model_that_computes_its_loss_from_slices_of_its_own_gets_the_logits(n
     )
 
 
+def test_what_is_compiled_is_the_original_and_takes_logits_that_wait(npu: torch.device) -> None:
+    model, batch = model_of("qwen3").to(npu), {name: tensor.to(npu) for name, tensor in tiny_batch().items()}
+    expected = model(**batch)
+    with only_the_loss(model) as report:
+        torch._dynamo.reset()
+        found = torch.compile(model, backend="eager", fullgraph=True)(**batch)
+        assert type(found.logits) is Tensor and torch.equal(found.loss, expected.loss)
+        assert calls_of(report)[0].total() == 0
+        read = torch.compile(lambda logits: logits.float().log_softmax(-1).sum(), backend="eager")
+        assert torch.equal(read(model(**batch).logits), read(expected.logits))
+
+
 def test_everything_is_put_back(npu: torch.device) -> None:
     model = model_of("qwen3").to(npu)
     before = loss_utils.fixed_cross_entropy, transformers.Qwen3ForCausalLM.forward
