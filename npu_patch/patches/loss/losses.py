@@ -81,4 +81,4 @@ def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
 
     function = replacement_for(site.original, calls, serve)
     LOSSES[function] = calls
-    return Replacement(function, reading.name, calls, dispatch=dispatch)
+    return Replacement(function, reading.name, calls, dispatch=dispatch, alone=False)

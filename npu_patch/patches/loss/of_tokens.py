@@ -74,4 +74,4 @@ def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
 
     function = replacement_for(site.original, calls, serve)
     OF_TOKENS[function] = calls
-    return Replacement(function, reading.name, calls, dispatch=dispatch)
+    return Replacement(function, reading.name, calls, dispatch=dispatch, alone=False)
