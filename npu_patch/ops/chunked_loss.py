@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_patch.numerics.selective_checkpointing import unseen
 from npu_patch.ops.differentiated_once import differentiated_once
 from npu_patch.ops.head_products import ALL, Expression, Logits, Term, logits_of
 from npu_patch.ops.token_losses import TokenLosses
@@ -150,7 +151,7 @@ class _CrossEntropy(torch.autograd.Function):
         scale = torch.where(valid, 1.0 / by, 0.0)  # no token: none has a gradient
         gradients, even = _Gradients(logits, plan.wanted), (smoothing, logits.vocabulary)
         losses, normalizers = [], []
-        with torch.autocast(logits.device.type, enabled=False):
+        with unseen(), torch.autocast(logits.device.type, enabled=False):
             for rows in gradients.chunks:
                 computed, kept = logits.computed(rows)
                 full = computed.float()
@@ -193,7 +194,7 @@ class _Chosen(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         logits, labels = plan.logits, plan.labels
         found, normalizers, entropies = [], [], []
-        with torch.autocast(logits.device.type, enabled=False):
+        with unseen(), torch.autocast(logits.device.type, enabled=False):
             for rows in chunks(logits.rows, logits.vocabulary):
                 full = logits.computed(rows)[0].float()
                 of_tokens, log_probabilities = plan.token_losses(full, labels[rows])

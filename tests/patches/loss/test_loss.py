@@ -4,6 +4,7 @@ is left to the original."""
 from __future__ import annotations
 
 import copy
+import functools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers.loss import loss_utils
 
 import npu_patch
@@ -433,6 +435,34 @@ def test_a_model_that_computes_its_loss_from_slices_of_its_own_gets_the_logits(n
         {"forward": 0, "loss": 0},
         {f"the logits are looked at: select in {__name__}": 1, "logits that are there already": 1},
     )
+
+
+WHOLE: dict[str, dict[str, Any]] = {
+    "non-reentrant": {"use_reentrant": False},
+    "selective": {
+        "use_reentrant": False,
+        "context_fn": functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default]),
+    },
+}
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2, soft cap"])
+@pytest.mark.parametrize("how", WHOLE)
+def test_a_whole_model_that_is_checkpointed_with_its_loss(how: str, name: str, npu: torch.device) -> None:
+    model, batch = model_of(name).to(npu), {name: tensor.to(npu) for name, tensor in tiny_batch().items()}
+
+    def step() -> list[Tensor]:
+        model.zero_grad()
+        loss = checkpoint(lambda: model(**batch).loss, **WHOLE[how])
+        loss.backward()
+        return [loss.detach(), *(each.grad for each in model.parameters())]
+
+    expected = step()
+    with only_the_loss(model) as report:
+        found = step()
+    assert calls_of(report) == ({"forward": 2, "loss": 2}, {})
+    for one, other in zip(found, expected, strict=True):
+        assert relative_error(one, other) < 1e-6
 
 
 def test_what_is_compiled_is_the_original_and_takes_logits_that_wait(npu: torch.device) -> None:
