@@ -352,19 +352,6 @@ def _own_loss(model: torch.nn.Module) -> Any:
     model.loss_function = lambda logits, labels, **others: logits.float().square().mean()
 
 
-def _replaced_loss(model: torch.nn.Module) -> Any:
-    return mock.patch.object(torch.nn.functional, "cross_entropy", _their_cross_entropy)
-
-
-def _their_cross_entropy(*args: Any, **kwargs: Any) -> Tensor:
-    return torch._C._nn.cross_entropy_loss(args[0], args[1], ignore_index=kwargs["ignore_index"])
-
-
-def _other_head(model: torch.nn.Module) -> Any:
-    model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.Identity())
-    model.lm_head.append(torch.nn.Softplus())
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
