@@ -44,11 +44,13 @@ class WaitingLogits(torch.Tensor, Waiting):
         numbers.origin.tensors.add(waiting)
         return waiting
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch says to do
     __hash__ = torch.Tensor.__hash__
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub has it without `func`
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         followed = FOLLOWED[func](func, args, kwargs) if func in FOLLOWED else None
         if followed is not None:
@@ -75,7 +77,8 @@ class WaitingLogits(torch.Tensor, Waiting):
         if self.settled:
             return self._numbers.unnoticed()
         apart = Numbers(Origin(lambda used_by: None), self._numbers.unnoticed)
-        return WaitingLogits(_like(self), self._logits.detached(), self._changes, apart)
+        seen: Tensor = WaitingLogits(_like(self), self._logits.detached(), self._changes, apart)
+        return seen
 
     def materialise(self, used_by: str) -> Tensor:
         return self._numbers.made(used_by)
@@ -114,20 +117,21 @@ class WaitingLogits(torch.Tensor, Waiting):
         return self._alone("untyped_storage").untyped_storage()
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._alone("numpy").__array__(*args, **kwargs)
+        alone: Any = self._alone("numpy")
+        return alone.__array__(*args, **kwargs)
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
         return self._alone("dlpack").__dlpack__(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._alone("pickle").__reduce_ex__(protocol)
+        alone: Any = self._alone("pickle")
+        return alone.__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: Any) -> Any:
-        if not self.is_leaf:
-            return super().__deepcopy__(memo)  # torch refuses it
-        return self._alone("deepcopy").__deepcopy__(memo)
+        copied: Any = super() if not self.is_leaf else self._alone("deepcopy")  # torch refuses the one
+        return copied.__deepcopy__(memo)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Of their tensor, which does not count as a use."""
         return repr(self._numbers.unnoticed())
 
@@ -139,7 +143,9 @@ def wait(rows: Tensor, weight: Tensor, bias: Tensor | None, origin: Origin) -> W
         dtype = torch.get_autocast_dtype(device_type)
         rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     term = Term(rows, weight, bias)
-    return _HeadProduct.apply(Logits((term,)), origin.product(term), rows, weight, bias)
+    apply: Any = _HeadProduct.apply
+    waiting: WaitingLogits = apply(Logits((term,)), origin.product(term), rows, weight, bias)
+    return waiting
 
 
 class _HeadProduct(torch.autograd.Function):
@@ -153,7 +159,8 @@ class _HeadProduct(torch.autograd.Function):
         ctx.save_for_backward(rows if for_weight else None, weight if for_rows else None)
         ctx.set_materialize_grads(False)
         like = torch.empty((*rows.shape[:-1], weight.shape[0]), dtype=rows.dtype, device="meta")
-        return WaitingLogits(like, logits, (), numbers)
+        waiting: WaitingLogits = WaitingLogits(like, logits, (), numbers)
+        return waiting
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Any:
@@ -175,11 +182,13 @@ def _derived(func: Any, args: Any, kwargs: Any, logits: Logits, changes: tuple[C
 
     def of(*values: Tensor) -> Tensor:
         following = iter(values)
-        return func(*(next(following) if waits else each for waits, each in given), **kwargs)
+        made: Tensor = func(*(next(following) if waits else each for waits, each in given), **kwargs)
+        return made
 
     given = [(isinstance(each, WaitingLogits), None if isinstance(each, WaitingLogits) else each) for each in args]
     numbers = Numbers(parents[0]._numbers.origin, of, [each._numbers for each in parents])
-    return WaitingLogits(of(*map(_like, parents)), logits, changes, numbers)
+    waiting: WaitingLogits = WaitingLogits(of(*map(_like, parents)), logits, changes, numbers)
+    return waiting
 
 
 def _like(waiting: WaitingLogits) -> Tensor:
@@ -201,7 +210,8 @@ def _alias(func: Any, args: Any, kwargs: Any) -> WaitingLogits | None:
     (waiting,) = args
     if not _waits(waiting):
         return None
-    return WaitingLogits(_like(waiting), _own(waiting), waiting._changes, waiting._numbers)
+    another: WaitingLogits = WaitingLogits(_like(waiting), _own(waiting), waiting._changes, waiting._numbers)
+    return another
 
 
 def _copy(func: Any, args: Any, kwargs: Any) -> WaitingLogits | None:
@@ -287,7 +297,7 @@ def _reader() -> str:
     """The module that looks at them, for a report: the first on the way out that is neither torch nor ours."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        name = frame.f_globals.get("__name__", "")
+        name = str(frame.f_globals.get("__name__", ""))
         if name.split(".", 1)[0] not in QUIET:
             return name
         frame = frame.f_back
