@@ -281,6 +281,7 @@ def test_a_family_imported_later_is_patched_when_it_is_imported(npu: torch.devic
             f"{name}.GraniteRMSNorm.forward",
             f"{name}.GraniteMLP.forward",
             f"{name}.apply_rotary_pos_emb",
+            f"{name}.GraniteForCausalLM.forward",
         }
         forward = module.GraniteRMSNorm.forward
         npu_patch.restore()

@@ -76,7 +76,7 @@ def test_ligers_instance_patches_stay_and_are_said(npu: torch.device, monkeypatc
     said = {(o.patch, o.layers): o.reason for o in report.skipped if o.layers}
     assert "LigerRMSNorm.forward, which hides the class's" in said["rms_norm", len(forwards) - 2]
     assert "liger_swiglu_forward, which hides the class's" in said["swiglu", 2]
-    assert {o.patch for o in report.patched if o.calls.ran} == {"rope", "attention"}
+    assert {o.patch for o in report.patched if o.calls.ran} == {"rope", "attention", "cross_entropy"}
     assert apart(found, expected) == {}
     npu_patch.restore()
     assert {name: vars(model.get_submodule(name))["forward"] for name in forwards} == forwards
@@ -108,7 +108,7 @@ def test_what_liger_leaves_alone_is_patched(npu: torch.device, monkeypatch: pyte
     model = patched_by_liger(tiny("qwen3").to(npu), monkeypatch, swiglu=False)
     report = npu_patch.apply(model)
     loss_and_gradients(model, tiny_batch())
-    assert {o.patch for o in report.patched if o.calls.ran} == {"swiglu", "rope", "attention"}
+    assert {o.patch for o in report.patched if o.calls.ran} == {"swiglu", "rope", "attention", "cross_entropy"}
 
 
 def test_ligers_classes_are_probed_and_left_with_a_reason(npu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

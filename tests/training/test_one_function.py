@@ -271,8 +271,12 @@ DECIDING = ("ops", "patches", "kernels", "serving", "waiting", "measuring/tuning
 WATCHES = re.compile(r"is_grad_enabled|is_inference_mode_enabled|\.requires_grad\b(?!_)|\.training\b")
 # What looks at it, and why it may.
 MAY = {
+    "ops/chunked_loss.py": "which gradients are made, and whether somebody asks for that of the logits",
+    "ops/differentiated_once.py": "a second derivative is refused",
     "ops/recomputed.py": "what is kept for a backward, not what is computed",
     "ops/attention/decode.py": "single-token decoding beside a cache, the one exception",
+    "waiting/logits.py": "logits without a gradient give a loss none",
+    "waiting/origins.py": "logits of a head that an optimizer is about to change are made before",
     "patches/attention/sdpa.py": "a mask that is trained is split anew, in the same way",
     "patches/attention/patch.py": "a copy of a result that is changed in place, and that a backward has kept",
     "patches/rms_norm.py": "a copy of an input that is changed in place, and that a backward will need",

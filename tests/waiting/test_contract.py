@@ -21,7 +21,9 @@ from npu_patch.ops.rms_norm import PLAIN_VARIANTS
 from npu_patch.serving.calls import Calls
 from npu_patch.waiting.contract import Abandoned, Waiting, materialised
 from npu_patch.waiting.heads import Deferral, deferring
+from npu_patch.waiting.logits import wait
 from npu_patch.waiting.masks import Pattern, PatternMask
+from npu_patch.waiting.origins import Origin
 from npu_patch.waiting.sums import Addition, DeferredBranch
 
 X, RESIDUAL, MASK = torch.arange(6.0).view(2, 3), torch.full((2, 3), 0.5), torch.ones(1, 1, 4, 4).tril().bool()
@@ -68,7 +70,13 @@ def mask() -> Example:
     return Example(value, MASK, lambda: repr(value).partition("written out for ")[2], None)
 
 
-KINDS = (heads, branch, total, mask)
+def logits() -> Example:
+    told: list[str] = []
+    value = wait(X, torch.eye(3), None, Origin(told.append))
+    return Example(value, X, lambda: "; ".join(told), None)
+
+
+KINDS = (heads, branch, total, mask, logits)
 every_kind = pytest.mark.parametrize("make", KINDS)
 
 

@@ -20,7 +20,7 @@ from npu_patch.probe.shared_input import read_shared_inputs
 from tests.support.gradients import relative_error
 from tests.support.lora_models import PRECISIONS, a_step, adapted_layer, adapted_model, fell_through, ran
 
-ALONE = {"fused_ops": False, "moe_patch": False, "fla": False}
+ALONE = {"fused_ops": False, "moe_patch": False, "fla": False, "loss": False}
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "gemma3", "glm4_moe", "qwen3_5")
 
 

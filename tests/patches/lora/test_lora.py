@@ -36,7 +36,7 @@ from tests.training.test_parity import ALL_EXPERTS
 
 FAMILIES = ("qwen3", "llama", "gemma3", "qwen3_moe")
 DROPOUTS = (0.0, 0.05)
-ALONE = {"fused_ops": False, "moe_patch": False, "fla": False}  # the patch by itself
+ALONE = {"fused_ops": False, "moe_patch": False, "fla": False, "loss": False}  # the patch by itself
 
 
 @pytest.mark.parametrize("mode", ["plain", "non-reentrant", "reentrant"])
