@@ -7,7 +7,7 @@ To         one Triton kernel forward and one backward, for the add, the norm, an
 Not when   the patch of RMSNorm does not serve the norm, anything else is done with the branch or the sum, or either
            reaches another module or leaves the layer, on any way through it, or a way could not be observed. A call
            falls through where it does not come straight from the observed forward, or the layer has other methods than
-           the observed ones, under autocast and compilation, with hooks on mixer or norm, for tensors on another
+           the observed ones, under compilation, with hooks on mixer or norm, for tensors on another
            device, and what the kernel does not take.
 Delete     when transformers has a registration point for the add and the norm together.
 """
@@ -89,7 +89,7 @@ def bind_site(site: Site, readings: Sequence[AddRMSNormReading], context: Contex
             return Unserved(NOT_FASTER)
         if torch.compiler.is_compiling():
             return Unserved("being compiled")
-        reason = _why_not(self, device_type)
+        reason = listener(self, "it")
         if reason is not None:
             return Unserved(reason)
         caller = callers.of(self, sys._getframe(1))
@@ -169,13 +169,6 @@ def _is_served(cls: type[torch.nn.Module]) -> bool:
     """Whether this is a class of norms whose replacement takes part."""
     site = NORMS.get(cls.forward)
     return site is not None and site.calls.active
-
-
-def _why_not(mixer: torch.nn.Module, device_type: str) -> str | None:
-    """What is known before the mixer runs: cheaply, for every call."""
-    if torch.is_autocast_enabled(device_type):
-        return "autocast"
-    return listener(mixer, "it")
 
 
 def _why_no_norm(layer: torch.nn.Module, reading: AddRMSNormReading) -> str | None:

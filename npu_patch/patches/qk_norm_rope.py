@@ -5,7 +5,7 @@ Rebinds    `forward` of the class, with one that runs the original forward while
            stay the original's business.
 To         one Triton kernel forward and one backward, from the layout of the projections to that of attention.
 Not when   the patches of RMSNorm and RoPE do not serve its norms and its rotary function, anything else is done to q or
-           k in between, or the norms differ. A call falls through under autocast and compilation, where
+           k in between, or the norms differ. A call falls through under compilation, where
            somebody listens to a part of the layer, for tensors on another device, and what the kernel does not take.
 Delete     when torch_npu has an operator for both, or transformers a registration point for norms before rotation.
 """
@@ -119,8 +119,6 @@ def _why_not(layer: torch.nn.Module, q_norm: str, k_norm: str, device_type: str)
     """What is known before the layer runs: cheaply, for every call."""
     if torch.compiler.is_compiling():
         return "being compiled"
-    if torch.is_autocast_enabled(device_type):
-        return "autocast"
     for name in (q_norm, k_norm):
         norm = getattr(layer, name, None)
         if not isinstance(norm, torch.nn.Module):
