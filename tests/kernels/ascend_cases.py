@@ -23,6 +23,7 @@ from npu_patch.kernels import qk_norm_rope as qk_norm_kernels
 from npu_patch.kernels.add_rms_norm import add_rms_norm, rms_norm
 from npu_patch.kernels.gamma import ONE_PLUS_WEIGHT, WEIGHT, Gamma
 from npu_patch.kernels.gated_rms_norm import gated_rms_norm
+from npu_patch.kernels.lora import tiling
 from npu_patch.kernels.lora.adapted_linears import Group, adapted_linears
 from npu_patch.kernels.qk_norm_rope import QKNorm, qk_norm_rope
 from npu_patch.kernels.swiglu import swiglu
@@ -86,35 +87,31 @@ def gated_rms_norm_cases(model: Model) -> None:
 
 
 def lora_cases(model: Model) -> None:
-    """Float32 and bfloat16 adapters of the groups of a layer: q, k and v, gate and up, down, with and without what a
-    first layer's need not compute; of several ranks."""
+    """Groups of q, k and v, of gate and up, and single layers; of ranks, the least and the most that go together."""
     heads, kv_heads = model.heads * model.head_dim, model.kv_heads * model.head_dim
-    groups = [(model.hidden, (heads, kv_heads, kv_heads)), (heads, (model.hidden,))]
-    groups += [(model.hidden, (width, width)) for width in model.intermediate]
-    groups += [(width, (model.hidden,)) for width in model.intermediate]
-    if model.delta_heads:
-        delta = model.delta_heads * model.delta_dim
-        groups.append((model.hidden, (delta * 2, delta, model.delta_heads, model.delta_heads)))
-    for width, outs in groups:
-        for rank, dropout, dtype in ((8, 0.05, torch.float32), (16, 0.0, torch.bfloat16), (64, 0.1, torch.float32)):
-            lora_case(width, outs, rank, dropout, dtype)
-    lora_case(model.hidden, (heads,), 16, 0.1, torch.float32, needs_x=False)
-    lora_case(model.hidden, (heads,), 16, 0.1, torch.float32, needs_adapters=False)
+    for rank, dropout, dtype in ((8, 0.05, torch.float32), (16, 0.0, torch.bfloat16), (64, 0.1, torch.float32)):
+        lora_case(model.hidden, (heads, kv_heads, kv_heads), rank, dropout, dtype)
+    for width in model.intermediate:
+        lora_case(model.hidden, (width, width), 16, 0.05, torch.float32)
+        for needs in ("x adapters", "x", "adapters"):
+            lora_case(width, (model.hidden,), 16, 0.05, torch.float32, needs)
+        lora_case(width, (model.hidden,), tiling.MOST_RANK, 0.05, torch.float32)
 
 
 def lora_case(
-    width: int, outs: tuple[int, ...], rank: int, dropout: float, dtype: torch.dtype,
-    needs_x: bool = True, needs_adapters: bool = True,
-) -> None:  # fmt: skip
-    adapters = [torch.empty(shape, dtype=dtype, device="meta") for out in outs for shape in ((rank, width), (out, rank))]
+    width: int, outs: tuple[int, ...], rank: int, dropout: float, dtype: torch.dtype, needs: str = "x adapters"
+) -> None:
+    frozen_x, frozen = empty(1, TOKENS, width), []
+    for out in outs:
+        frozen += [torch.empty(shape, dtype=dtype, device="meta") for shape in ((rank, width), (out, rank))]
 
     def call(*given: Tensor) -> tuple[Tensor, ...]:
-        x = given[0] if needs_x else empty(1, TOKENS, width)
-        used = given[needs_x:] if needs_adapters else adapters
-        layers = [(empty(out, width), None, *used[2 * index :][:2]) for index, out in enumerate(outs)]
+        x = given[0] if "x" in needs else frozen_x
+        adapters = given[-len(frozen) :] if "adapters" in needs else frozen
+        layers = [(empty(out, width), None, *adapters[2 * index :][:2]) for index, out in enumerate(outs)]
         return adapted_linears(x, layers, Group(2.0, dropout, torch.bfloat16))
 
-    trace(call, *[empty(1, TOKENS, width)] * needs_x, *(adapters if needs_adapters else []))
+    trace(call, *([frozen_x] if "x" in needs else []), *(frozen if "adapters" in needs else []))
 
 
 def widest_cases() -> None:

@@ -11,7 +11,7 @@ from npu_patch.kernels.lora.mask import draws, keeps
 
 def mask(seed: Tensor, index: int, rows: int, width: int, dropout: float, block: int = 32) -> Tensor:
     """Of the adapter `index` of a group: `[rows, width]`, in tiles of `block` by `block`."""
-    kept = torch.empty(rows, width, dtype=torch.int32)
+    kept = torch.empty(rows, width, dtype=torch.int32, device=seed.device)
     grid = triton.cdiv(rows, block) * triton.cdiv(width, block)
     launch.launch(_mask, kept.device, grid, seed, kept, rows, width, dropout, INDEX=index, BLOCK=block)
     return kept.bool()

@@ -47,7 +47,7 @@ SETTINGS = [
     Setting((33, 200), (150, 150), 4, 0.0, FLOAT32),
     Setting((2, 20, 144), (40, 24), 64, 0.1, FLOAT32),
     Setting((40, 200), (130, 72), 8, 0.1, FLOAT16),
-    Setting((35, 136), (72, 40, 8, 8), 8, 0.1, BFLOAT16, BFLOAT16),
+    Setting((35, 136), (72, 40, 8), 8, 0.1, BFLOAT16, BFLOAT16),
     Setting((1, 50), (30,), 16, 0.0, BFLOAT16, BFLOAT16),
     Setting((3, 5, 40), (24, 30, 140), 20, 0.5),
 ]
@@ -169,7 +169,7 @@ def test_the_same_bits_without_gradients() -> None:
 def test_masks_are_fair_and_independent(dropout: float, seed: int) -> None:
     """Of each adapter, of neighbouring rows, columns and seeds, and of the adapters of a group: within 5 deviations."""
     rows, width = 300, 500
-    masks = [mask(torch.tensor([seed]), index, rows, width, dropout) for index in range(4)]
+    masks = [mask(torch.tensor([seed]), index, rows, width, dropout) for index in range(3)]
     masks.append(mask(torch.tensor([seed + 1]), 0, rows, width, dropout))
     deviation = (dropout * (1 - dropout)) ** 0.5
     drawn = [(each.double() - (1 - dropout)) / deviation for each in masks]

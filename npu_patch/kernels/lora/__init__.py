@@ -1,1 +1,1 @@
-"""Low-rank adapters in Triton: all that surrounds a frozen product, for the adapters of a group that share its input."""
+"""Low-rank adapters in Triton: all that surrounds the frozen products of linears that share an input."""

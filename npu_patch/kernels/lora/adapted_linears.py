@@ -70,9 +70,7 @@ class _AdaptedLinears(torch.autograd.Function):
         ctx.dtypes = [None if each is None else each.dtype for each in tensors]
         ctx.shapes = [down.shape for down in downs], [up.shape for up in ups]
         # No view, which could not be changed in place: what torch's own linear returns.
-        return tuple(
-            y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])) for y in ys
-        )
+        return tuple(y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])) for y in ys)
 
     @staticmethod
     @once_differentiable
@@ -115,9 +113,7 @@ def _backward(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | 
         through = through_adapters(dys, ups, group.scaling / (1.0 - group.dropout))
         rest = partial[:, sum(up_sizes) :] if needs_down else None
         own_again = own if needs_down else None
-        add_input_side(
-            dx, rest, own_again, through, downs, down_shapes[0][1], seed, group.dropout, group.product
-        )
+        add_input_side(dx, rest, own_again, through, downs, down_shapes[0][1], seed, group.dropout, group.product)
     sums = [] if partial is None else sum_rows(partial, ctx.dtypes[2]).split(up_sizes + down_sizes)
     d_ups = [part.view(shape) for part, shape in zip(sums, up_shapes, strict=False)] if needs_up else None
     d_downs = [part.view(shape) for part, shape in zip(sums[len(up_sizes) :], down_shapes, strict=False)]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from npu_patch.kernels import launch
 from npu_patch.kernels.lora.dot import add_dot
-from npu_patch.kernels.lora.tiling import of_four, tiling
+from npu_patch.kernels.lora.tiling import of_most, tiling
 
 TILE = launch.Tile(bytes_per_element=32, elements=8192)
 
@@ -25,10 +25,10 @@ def expand_(ys: list[Tensor], h: Tensor, ups: list[Tensor], scaling: float) -> N
         _expand,
         h.device,
         launch.programs(machine, blocks, TILE),
-        *of_four(ys),
-        *of_four(ups),
+        *of_most(ys),
+        *of_most(ups),
         h,
-        *[*widths, 0, 0, 0][:4],
+        *of_most(widths, 0),
         rows,
         rank,
         scaling,
@@ -40,10 +40,10 @@ def expand_(ys: list[Tensor], h: Tensor, ups: list[Tensor], scaling: float) -> N
 
 @triton.jit
 def _expand(
-    y0, y1, y2, y3,
-    up0, up1, up2, up3,
+    y0, y1, y2,
+    up0, up1, up2,
     h,
-    width0, width1, width2, width3,
+    width0, width1, width2,
     rows, rank, scaling,
     N: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
@@ -54,8 +54,6 @@ def _expand(
         first = _expand_one(y1, up1, h + size, width1, rows, rank, scaling, first, SPLITS, BLOCK, BLOCK_K, R)
     if N > 2:
         first = _expand_one(y2, up2, h + 2 * size, width2, rows, rank, scaling, first, SPLITS, BLOCK, BLOCK_K, R)
-    if N > 3:
-        first = _expand_one(y3, up3, h + 3 * size, width3, rows, rank, scaling, first, SPLITS, BLOCK, BLOCK_K, R)
 
 
 @triton.jit

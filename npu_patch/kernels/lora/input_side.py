@@ -11,7 +11,7 @@ from torch import Tensor
 from npu_patch.kernels import launch
 from npu_patch.kernels.lora.dot import add_dot
 from npu_patch.kernels.lora.mask import draws, keeps
-from npu_patch.kernels.lora.tiling import of_four, splits, tiling
+from npu_patch.kernels.lora.tiling import of_most, splits, tiling
 
 TILE = launch.Tile(bytes_per_element=64, elements=4096, stages=2)
 
@@ -34,8 +34,9 @@ def add_input_side(
     dropout: float,
     product: torch.dtype,
 ) -> None:
-    """dx `[T, in]`, contiguous, is changed in place, and `partial`, float32 `[splits, n r in]` with adjacent columns, is
-    written. Either may be None, the A_i with the former and x with the latter. `through`, float32 `[n, T, r]`, is divided by what is kept."""
+    """dx `[T, in]`, contiguous, is changed in place; float32 `partial` `[splits, n r in]`, rows of which may lie apart,
+    is written. Either may be None, the A_i with the former and x with the latter. `through`, float32 `[n, T, r]`, is of
+    what the mask keeps already divided by its probability."""
     count, rows, rank = through.shape
     machine = launch.machine_of(through.device)
     constants = tiling(machine, rows, width, rank, TILE)
@@ -48,7 +49,7 @@ def add_input_side(
         partial,
         x,
         through,
-        *of_four(downs),
+        *of_most(downs),
         seed,
         rows,
         width,
@@ -69,7 +70,7 @@ def add_input_side(
 @triton.jit
 def _input_side(
     dx, partial, x, through,
-    down0, down1, down2, down3,
+    down0, down1, down2,
     seed, rows, width, rank, x_row, drops, splits, partial_row,
     N: tl.constexpr, DROPS: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_DOWN: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
@@ -84,7 +85,6 @@ def _input_side(
         sum0 = tl.zeros([R, BLOCK_K], tl.float32)
         sum1 = tl.zeros([R, BLOCK_K], tl.float32)
         sum2 = tl.zeros([R, BLOCK_K], tl.float32)
-        sum3 = tl.zeros([R, BLOCK_K], tl.float32)
         for start in tl.range(split * length, tl.minimum(rows, (split + 1) * length), BLOCK, num_stages=STAGES):
             row = start + tl.arange(0, BLOCK)
             far = tl.cast(row, tl.int64)[:, None]
@@ -110,11 +110,6 @@ def _input_side(
                     sum2, total, tile, through + 2 * size, down2, drawn, row, column, rows, width, rank, drops,
                     2, DROPS, NEEDS_X, NEEDS_DOWN, SPLITS, BLOCK, BLOCK_K, R,
                 )  # fmt: skip
-            if N > 3:
-                sum3, total = _add(
-                    sum3, total, tile, through + 3 * size, down3, drawn, row, column, rows, width, rank, drops,
-                    3, DROPS, NEEDS_X, NEEDS_DOWN, SPLITS, BLOCK, BLOCK_K, R,
-                )  # fmt: skip
             if NEEDS_X:
                 tl.store(dx + far * width + column[None, :], total, mask=inside)
         if NEEDS_DOWN:
@@ -124,8 +119,6 @@ def _input_side(
                 _store(here + rank * width, sum1, column, width, rank, R)
             if N > 2:
                 _store(here + 2 * rank * width, sum2, column, width, rank, R)
-            if N > 3:
-                _store(here + 3 * rank * width, sum3, column, width, rank, R)
 
 
 @triton.jit

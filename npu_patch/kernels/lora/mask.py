@@ -29,10 +29,8 @@ def keeps(drawn, drops, INDEX: tl.constexpr):
         drawn = drawn * 0x846CA68B
     elif INDEX == 1:
         drawn = drawn * 0x7FEB352D
-    elif INDEX == 2:
-        drawn = drawn * 0xC2B2AE35
     else:
-        drawn = drawn * 0x9E3779B1
+        drawn = drawn * 0xC2B2AE35
     return drawn.to(tl.int32, bitcast=True).to(tl.float32) >= drops * 4294967296.0 - 2147483648.0
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from npu_patch.kernels import launch
 from npu_patch.kernels.lora.dot import add_dot
 from npu_patch.kernels.lora.expand import next_first
-from npu_patch.kernels.lora.tiling import of_four, tiling
+from npu_patch.kernels.lora.tiling import of_most, tiling
 
 THROUGH = launch.Tile(bytes_per_element=24, elements=4096, stages=3)
 UP = launch.Tile(bytes_per_element=24, elements=4096, stages=2)
@@ -29,8 +29,8 @@ def through_adapters(dys: list[Tensor], ups: list[Tensor], scaling: float) -> Te
         _through,
         through.device,
         launch.programs(machine, len(dys) * triton.cdiv(rows, constants["BLOCK"]), THROUGH),
-        *of_four(dys),
-        *of_four(ups),
+        *of_most(dys),
+        *of_most(ups),
         through,
         *_of_each(dys),
         rows,
@@ -53,7 +53,7 @@ def sum_ups(partial: Tensor, dys: list[Tensor], h: Tensor, scaling: float) -> No
         _sum_ups,
         h.device,
         launch.programs(machine, blocks, UP),
-        *of_four(dys),
+        *of_most(dys),
         h,
         partial,
         *_of_each(dys),
@@ -69,18 +69,17 @@ def sum_ups(partial: Tensor, dys: list[Tensor], h: Tensor, scaling: float) -> No
 
 
 def _of_each(dys: list[Tensor]) -> list[int]:
-    """The widths of four, then the strides of their rows."""
-    absent = [0] * (4 - len(dys))
-    return [*(dy.shape[1] for dy in dys), *absent, *(dy.stride(0) for dy in dys), *absent]
+    """The widths, then the strides of the rows."""
+    return [*of_most([dy.shape[1] for dy in dys], 0), *of_most([dy.stride(0) for dy in dys], 0)]
 
 
 @triton.jit
 def _through(
-    dy0, dy1, dy2, dy3,
-    up0, up1, up2, up3,
+    dy0, dy1, dy2,
+    up0, up1, up2,
     through,
-    width0, width1, width2, width3,
-    dy0_row, dy1_row, dy2_row, dy3_row,
+    width0, width1, width2,
+    dy0_row, dy1_row, dy2_row,
     rows, rank, scaling,
     N: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
@@ -97,10 +96,6 @@ def _through(
         first = next_first(first, blocks)
         through += size
         _through_one(dy2, up2, through, width2, dy2_row, rows, rank, scaling, first, SPLITS, BLOCK, BLOCK_K, R, STAGES)
-    if N > 3:
-        first = next_first(first, blocks)
-        through += size
-        _through_one(dy3, up3, through, width3, dy3_row, rows, rank, scaling, first, SPLITS, BLOCK, BLOCK_K, R, STAGES)
 
 
 @triton.jit
@@ -126,10 +121,10 @@ def _through_one(
 
 @triton.jit
 def _sum_ups(
-    dy0, dy1, dy2, dy3,
+    dy0, dy1, dy2,
     h, partial,
-    width0, width1, width2, width3,
-    dy0_row, dy1_row, dy2_row, dy3_row,
+    width0, width1, width2,
+    dy0_row, dy1_row, dy2_row,
     rows, rank, scaling, splits, partial_row,
     N: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
@@ -151,13 +146,6 @@ def _sum_ups(
         partial += width1 * rank
         first = _sum_one(
             dy2, h, partial, width2, dy2_row, rows, rank, scaling, splits, partial_row, first,
-            SPLITS, BLOCK, BLOCK_K, R, STAGES,
-        )  # fmt: skip
-    if N > 3:
-        h += size
-        partial += width2 * rank
-        first = _sum_one(
-            dy3, h, partial, width3, dy3_row, rows, rank, scaling, splits, partial_row, first,
             SPLITS, BLOCK, BLOCK_K, R, STAGES,
         )  # fmt: skip
 

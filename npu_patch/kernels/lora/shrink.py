@@ -10,7 +10,7 @@ from torch import Tensor
 from npu_patch.kernels import launch
 from npu_patch.kernels.lora.dot import add_dot
 from npu_patch.kernels.lora.mask import draws, keeps
-from npu_patch.kernels.lora.tiling import of_four, tiling
+from npu_patch.kernels.lora.tiling import of_most, tiling
 
 TILE = launch.Tile(bytes_per_element=44, elements=4096, stages=3)
 
@@ -27,7 +27,7 @@ def shrink(x: Tensor, downs: list[Tensor], seed: Tensor | None, dropout: float) 
         x.device,
         launch.programs(machine, triton.cdiv(rows, constants["BLOCK"]), TILE),
         x,
-        *of_four(downs),
+        *of_most(downs),
         seed,
         h,
         rows,
@@ -50,7 +50,6 @@ def _shrink(
     down0,
     down1,
     down2,
-    down3,
     seed,
     h,
     rows,
@@ -73,7 +72,6 @@ def _shrink(
         h0 = tl.zeros([BLOCK, R], tl.float32)
         h1 = tl.zeros([BLOCK, R], tl.float32)
         h2 = tl.zeros([BLOCK, R], tl.float32)
-        h3 = tl.zeros([BLOCK, R], tl.float32)
         for start in tl.range(0, width, BLOCK_K, num_stages=STAGES):
             column = start + tl.arange(0, BLOCK_K)
             tile = tl.load(here + column[None, :], mask=(row < rows)[:, None] & (column < width)[None, :], other=0.0)
@@ -83,16 +81,12 @@ def _shrink(
                 h1 = _add(h1, tile, down1, drawn, column, width, rank, drops, 1, DROPS, SPLITS, R)
             if N > 2:
                 h2 = _add(h2, tile, down2, drawn, column, width, rank, drops, 2, DROPS, SPLITS, R)
-            if N > 3:
-                h3 = _add(h3, tile, down3, drawn, column, width, rank, drops, 3, DROPS, SPLITS, R)
         size = tl.cast(rows, tl.int64) * rank
         _store(h, h0 * scale, row, rows, rank, R)
         if N > 1:
             _store(h + size, h1 * scale, row, rows, rank, R)
         if N > 2:
             _store(h + 2 * size, h2 * scale, row, rows, rank, R)
-        if N > 3:
-            _store(h + 3 * size, h3 * scale, row, rows, rank, R)
 
 
 @triton.jit

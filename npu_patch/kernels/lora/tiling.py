@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from torch import Tensor
 
 from npu_patch.kernels import launch
 
-MOST = 4  # adapters of one launch
+MOST = 3  # adapters of one launch
+MOST_RANKS = 192  # of them together, as they are padded: what fits on chip
+COLUMNS = 128  # of a tile, at most
 LEAST = 16  # of a side of a tile that a matrix unit takes
 MOST_RANK = 128
 MOST_SPLITS = 16
@@ -31,9 +31,6 @@ def tiling(machine: launch.Machine, rows: int, width: int, rank: int, tile: laun
     }
 
 
-COLUMNS = 128
-
-
 def padded_rank(rank: int) -> int:
     return max(LEAST, launch.power_of_two(rank))
 
@@ -44,5 +41,12 @@ def splits(machine: launch.Machine, blocks: int, row_blocks: int) -> int:
     return max(1, min(-(-wanted // blocks), row_blocks, MOST_SPLITS))
 
 
-def of_four(tensors: list[Tensor]) -> list[Tensor | None]:
-    return [*tensors, *[None] * (MOST - len(tensors))]
+def most_together(rank: int) -> int:
+    """How many adapters of one rank a launch takes; 0 where it takes none."""
+    padded = padded_rank(rank)
+    return 0 if padded > MOST_RANK else min(MOST, MOST_RANKS // padded)
+
+
+def of_most(found: Sequence[Any], absent: Any = None) -> list[Any]:
+    """As many as the kernels have arguments for."""
+    return [*found, *[absent] * (MOST - len(found))]
