@@ -32,7 +32,8 @@ FLAGS = (
     "--enable-hivm-compile=true",
     "--enable-triton-kernel-compile=true",
 )
-_POINTEES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+_FLOATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_POINTEES = _FLOATS | {torch.int32: "i32", torch.int64: "i64"}
 _BYTES = {"i1": 1, "i8": 1, "i16": 2, "f16": 2, "bf16": 2, "i32": 4, "f32": 4, "i64": 8, "f64": 8}
 
 

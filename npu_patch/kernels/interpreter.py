@@ -1,7 +1,8 @@
-"""Makes triton's interpreter round to bfloat16 as every device does.
+"""Makes triton's interpreter treat bfloat16 as every device does.
 
 The interpreter (`TRITON_INTERPRET=1`, kernels on the CPU) cuts off the low bits of a float32 that becomes a bfloat16:
 twice the error of rounding to nearest, and a bias. (triton-ascend 3.2.0, runtime/interpreter.py, `_convert_float`.)
+And it multiplies the bits of bfloat16 tiles as if they were integers. (The same file, `create_dot`.)
 """
 
 from __future__ import annotations
@@ -31,3 +32,15 @@ def round_to_nearest() -> None:
 
     vars(convert)["rounds_to_nearest"] = True
     interpreter._convert_float = convert
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return multiply(self, widened(a), widened(b), *rest)
+
+    def widened(tile: Any) -> Any:
+        if tile.dtype.scalar != tl.bfloat16:
+            return tile
+        wide = convert(tile.data, tl.bfloat16, tl.float32, None).view(numpy.float32)
+        return interpreter.TensorHandle(wide, tl.float32)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot

@@ -23,6 +23,8 @@ from npu_patch.kernels import qk_norm_rope as qk_norm_kernels
 from npu_patch.kernels.add_rms_norm import add_rms_norm, rms_norm
 from npu_patch.kernels.gamma import ONE_PLUS_WEIGHT, WEIGHT, Gamma
 from npu_patch.kernels.gated_rms_norm import gated_rms_norm
+from npu_patch.kernels.lora import tiling
+from npu_patch.kernels.lora.adapted_linears import Group, adapted_linears
 from npu_patch.kernels.qk_norm_rope import QKNorm, qk_norm_rope
 from npu_patch.kernels.swiglu import swiglu
 from scripts.ascend_compile import CORES, Launch, Plan, lower, plan, recorded_launches
@@ -84,6 +86,34 @@ def gated_rms_norm_cases(model: Model) -> None:
         trace(lambda x, gate: gated_rms_norm(x, gate, weight, EPS), x, x.clone())
 
 
+def lora_cases(model: Model) -> None:
+    """Groups of q, k and v, of gate and up, and single layers; of ranks, the least and the most that go together."""
+    heads, kv_heads = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    for rank, dropout, dtype in ((8, 0.05, torch.float32), (16, 0.0, torch.bfloat16), (64, 0.1, torch.float32)):
+        lora_case(model.hidden, (heads, kv_heads, kv_heads), rank, dropout, dtype)
+    for width in model.intermediate:
+        lora_case(model.hidden, (width, width), 16, 0.05, torch.float32)
+        for needs in ("x adapters", "x", "adapters"):
+            lora_case(width, (model.hidden,), 16, 0.05, torch.float32, needs)
+        lora_case(width, (model.hidden,), tiling.MOST_RANK, 0.05, torch.float32)
+
+
+def lora_case(
+    width: int, outs: tuple[int, ...], rank: int, dropout: float, dtype: torch.dtype, needs: str = "x adapters"
+) -> None:
+    frozen_x, frozen = empty(1, TOKENS, width), []
+    for out in outs:
+        frozen += [torch.empty(shape, dtype=dtype, device="meta") for shape in ((rank, width), (out, rank))]
+
+    def call(*given: Tensor) -> tuple[Tensor, ...]:
+        x = given[0] if "x" in needs else frozen_x
+        adapters = given[-len(frozen) :] if "adapters" in needs else frozen
+        layers = [(empty(out, width), None, *adapters[2 * index :][:2]) for index, out in enumerate(outs)]
+        return adapted_linears(x, layers, Group(2.0, dropout, torch.bfloat16))
+
+    trace(call, *([frozen_x] if "x" in needs else []), *(frozen if "adapters" in needs else []))
+
+
 def widest_cases() -> None:
     """Of the kernels that hold whole rows, the widest that the ops give them, with the weights that take most room."""
     machine = launch.Machine("npu", CORES, launch.UNIFIED_BUFFER, exact_widths=True)
@@ -107,6 +137,7 @@ FAMILIES: dict[str, Callable[[Model], None]] = {
     "swiglu": swiglu_cases,
     "add_rms_norm": add_rms_norm_cases,
     "gated_rms_norm": gated_rms_norm_cases,
+    "lora": lora_cases,
 }
 
 

@@ -1,0 +1,1 @@
+"""Low-rank adapters in Triton: all that surrounds the frozen products of linears that share an input."""

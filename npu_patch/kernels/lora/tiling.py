@@ -1,0 +1,52 @@
+"""Tiles of the kernels of adapters: rows (tokens) by columns, beside which an adapter's rank is small."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from npu_patch.kernels import launch
+
+MOST = 3  # adapters of one launch
+MOST_RANKS = 192  # of them together, as they are padded: what fits on chip
+COLUMNS = 128  # of a tile, at most
+LEAST = 16  # of a side of a tile that a matrix unit takes
+MOST_RANK = 128
+MOST_SPLITS = 16
+
+
+@functools.lru_cache(launch.KEPT)
+def tiling(machine: launch.Machine, rows: int, width: int, rank: int, tile: launch.Tile) -> Mapping[str, Any]:
+    """BLOCK rows by BLOCK_K columns (of the wide side) by R, STAGES of which are in flight."""
+    columns = min(COLUMNS, max(LEAST, launch.power_of_two(width)))
+    padded = padded_rank(rank)
+    block = max(LEAST, launch.tile_rows(machine, tile, max(columns, padded), rows))
+    return {
+        "BLOCK": block,
+        "BLOCK_K": columns,
+        "R": padded,
+        "STAGES": launch.stages(machine, tile),
+        "num_warps": 4 if padded <= 32 else 8,
+    }
+
+
+def padded_rank(rank: int) -> int:
+    return max(LEAST, launch.power_of_two(rank))
+
+
+def splits(machine: launch.Machine, blocks: int, row_blocks: int) -> int:
+    """Into how many the rows are split where `blocks` blocks of columns sum over them, to have work for every core."""
+    wanted = 2 * machine.cores if machine.device_type == "cuda" else machine.cores
+    return max(1, min(-(-wanted // blocks), row_blocks, MOST_SPLITS))
+
+
+def most_together(rank: int) -> int:
+    """How many adapters of one rank a launch takes; 0 where it takes none."""
+    padded = padded_rank(rank)
+    return 0 if padded > MOST_RANK else min(MOST, MOST_RANKS // padded)
+
+
+def of_most(found: Sequence[Any], absent: Any = None) -> list[Any]:
+    """As many as the kernels have arguments for."""
+    return [*found, *[absent] * (MOST - len(found))]
