@@ -48,6 +48,7 @@ SWITCHES: tuple[Switch, ...] = (
     Switch("sdpa", "SDPA", True, "attention", group="fused_ops"),
     Switch("moe_patch", "MOE_PATCH", True, "grouped-matmul experts", aliases=("GMM_PATCH",)),
     Switch("fla", "FLA", True, "gated delta rule, causal conv1d and its update"),
+    Switch("lora", "LORA", True, "linear layers with a LoRA adapter of peft's"),
     Switch("gated_rmsnorm_fp32", "GATED_RMSNorm_FP32", False, "gated RMSNorm computed in float32"),
     Switch("swiglu_recompute", "SWIGLU_RECOMPUTE", False, "making SwiGLU's product again in the backward"),
     Switch("triton", "TRITON", AUTO, "Triton kernels beside torch_npu's operators", kind="auto"),

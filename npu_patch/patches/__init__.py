@@ -5,6 +5,7 @@ from npu_patch.patches import add_rms_norm, qk_norm_rope, rms_norm, rope, swiglu
 from npu_patch.patches.attention import patch as attention
 from npu_patch.patches.experts import patch as experts
 from npu_patch.patches.gated_delta import patch as gated_delta_net
+from npu_patch.patches.lora import patch as lora
 from npu_patch.patches.order import in_order
 from npu_patch.patches.patch import Patch
 from npu_patch.patches.preparation import Preparation
@@ -17,6 +18,7 @@ CATALOGUE: tuple[Patch, ...] = in_order(
         attention.PATCH,
         experts.PATCH,
         gated_delta_net.PATCH,
+        lora.PATCH,
         qk_norm_rope.PATCH,
         add_rms_norm.PATCH,
     )

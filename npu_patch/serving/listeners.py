@@ -5,6 +5,7 @@ Asked at every call, since hooks come and go; well under a microsecond for a mod
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch.nn import Module
@@ -23,6 +24,18 @@ def listener(module: Any, name: str) -> str | None:
         return f"{name} is a {type(module).__name__} with a forward of its own"
     if PARAMETRIZATIONS in module._modules:
         return f"{name} is parametrized"
+    return listener_to_all()
+
+
+def first_listener(parts: Iterable[tuple[Any, str]]) -> str | None:
+    """Who listens to one of several modules, with their names, none of which has modules of its own."""
+    for module, name in parts:
+        own = module.__dict__
+        heard = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]
+        if heard or own["_backward_pre_hooks"] or own["_modules"] or "forward" in own:
+            found = listener(module, name)
+            if found is not None:
+                return found
     return listener_to_all()
 
 

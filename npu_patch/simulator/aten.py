@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from . import aten_copies, aten_formulas, aten_recurrent
+from . import aten_copies, aten_dropout, aten_formulas, aten_recurrent
 from .aten_kernel import Kernel
 
 # torch_npu's own kernels stay for what only concerns shapes, storages, allocations and streams. Views stay as well
@@ -62,7 +62,7 @@ def register() -> None:
         library.impl(name, _kernel(name, _known(name)), "AutogradPrivateUse1", allow_override=True)
     for name, composite in aten_formulas.COMPOSITES.items():
         library.impl(name, composite, "AutogradPrivateUse1", allow_override=True)
-    for name, kernel in (aten_copies.KERNELS | aten_recurrent.KERNELS).items():
+    for name, kernel in (aten_copies.KERNELS | aten_dropout.KERNELS | aten_recurrent.KERNELS).items():
         library.impl(name, kernel, "PrivateUse1", allow_override=True)
     for name in aten_recurrent.COMPOSED:
         for key in ("PrivateUse1", "AutogradPrivateUse1"):

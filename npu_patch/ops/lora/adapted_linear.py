@@ -1,0 +1,236 @@
+"""A linear layer with a low-rank adapter (LoRA, https://arxiv.org/abs/2106.09685): `y = x W' + b + s drop(x) A' B'`.
+
+One autograd function in the place of the layer's, the adapter's and the dropout's own. It keeps x once, as it is given,
+and beside it what is small: `drop(x) A'` `[tokens, r]`, the adapter in the dtype that it is multiplied in, and the mask
+of the dropout as the device's operator makes it (on an NPU one bit an element). Dropped inputs are made again from x.
+
+Two dtypes decide how it is computed. The layer multiplies in `product`: autocast's, or that of its weight. The adapter
+multiplies in `compute`: autocast's, or its own. Where they are one, the expanded adapter is added by the product that
+expands it, in place. Float32 adapters beside a half precision layer (and no autocast) multiply in float32, as they do
+unfused: both operands and the result, one module at a time, and nothing of it is kept. (A half precision product would
+round `drop(x) A'` and the gradients of A and B to 8 bits, whatever the adapter is split into: the NPU's return the
+dtype that they are given.) Such a sum is rounded once, where the original rounds both of its terms and the sum.
+
+The mask is drawn by the operator that `torch.nn.functional.dropout` calls, for as many elements, in the same order:
+under one seed it is the very mask of the original on the CPU and on an NPU, where x is contiguous. A GPU's draws go
+with the dtype as well, which is not the original's under autocast.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+
+from npu_patch.serving.implementation import layout
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Adapter(NamedTuple):
+    """`down` (A) is `[r, in]`, `up` (B) `[out, r]`. `dropout`: the probability, 0 where nothing is dropped.
+    `product` and `compute`: the dtypes of the layer's and of the adapter's products."""
+
+    down: Tensor
+    up: Tensor
+    scaling: float
+    dropout: float
+    product: torch.dtype
+    compute: torch.dtype
+
+
+def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
+    """x `[..., in]`, weight `[out, in]`, bias `[out]` or None -> `[..., out]` in the dtype `product`."""
+    return _AdaptedLinears.apply((adapter,), x, weight, bias, adapter.down, adapter.up)[0]
+
+
+def adapted_linears(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Adapter]]) -> tuple[Tensor, ...]:
+    """Of several layers with one input and the same dtypes: what `adapted_linear` computes of each, bit by bit. x is
+    widened once, the adapters are cast together, and the gradients of x are summed by the products that make them."""
+    tensors = [each for weight, bias, adapter in layers for each in (weight, bias, adapter.down, adapter.up)]
+    return _AdaptedLinears.apply(tuple(adapter for _, _, adapter in layers), x, *tensors)
+
+
+def definition(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
+    """Without dropout, in the dtype of what it is given: for float64."""
+    return F.linear(x, weight, bias) + F.linear(F.linear(x, adapter.down), adapter.up) * adapter.scaling
+
+
+def why_unsupported(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> str | None:
+    down, up = adapter.down, adapter.up
+    device = x.device
+    for tensor in (x, weight, down, up) if bias is None else (x, weight, down, up, bias):
+        if type(tensor) is not Tensor and type(tensor) is not Parameter:
+            return f"a tensor of type {type(tensor).__name__}"
+        if tensor.dtype not in FLOAT_DTYPES or tensor.device != device:
+            return f"input on {device}, a weight in {tensor.dtype} on {tensor.device}"
+    if x.dim() < 2 or not x.numel():
+        return f"an input of {layout(x)}"
+    width_out, width_in = weight.shape
+    if x.shape[-1] != width_in or down.shape[-1] != width_in or up.shape != (width_out, down.shape[0]):
+        return (
+            f"an input of {layout(x)}, a weight {list(weight.shape)}, an adapter {list(down.shape)}, {list(up.shape)}"
+        )
+    return None
+
+
+OF_EACH = 4  # tensors that a layer brings: weight, bias, down, up
+
+
+class _AdaptedLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, adapters: tuple[Adapter, ...], x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+        product, compute = adapters[0].product, adapters[0].compute
+        own = _rows(_in(product, x))
+        wide = _in(compute, own)
+        used = _all_in(compute, [each for adapter in adapters for each in (adapter.down, adapter.up)])
+        _, needs_x, *needed = ctx.needs_input_grad
+        results, saved, keeps_x = [], [], False
+        for index, adapter in enumerate(adapters):
+            (weight, bias), (down, up) = tensors[OF_EACH * index :][:2], used[2 * index :][:2]
+            needs_weight, _, needs_down, needs_up = needed[OF_EACH * index :][:OF_EACH]
+            y = F.linear(own, _in(product, weight), None if bias is None else _in(product, bias))
+            dropped, mask = wide, None
+            if adapter.dropout:
+                dropped, mask = torch.native_dropout(wide, adapter.dropout, True)
+            shrunk = dropped @ down.t()
+            _add_product(y, shrunk, up.t(), adapter.scaling)
+            # No view, which could not be changed in place: what torch's own linear returns.
+            results.append(y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])))
+            saved += [
+                weight if needs_x else None,
+                down if needs_x or needs_down else None,
+                up if needs_x or needs_down else None,
+                shrunk if needs_up or needs_x or needs_down else None,
+                mask if needs_x or needs_down else None,
+            ]
+            keeps_x = keeps_x or needs_down or needs_weight
+        ctx.save_for_backward(x if keeps_x else None, *saved)
+        ctx.set_materialize_grads(False)
+        ctx.adapters, ctx.like = adapters, (x.shape, x.dtype)
+        ctx.dtypes = [None if each is None else each.dtype for each in tensors]
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        device_type = next(each.device.type for each in gradients if each is not None)
+        if torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return _backward(ctx, gradients)
+        return _backward(ctx, gradients)
+
+
+def _backward(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    x, *saved = ctx.saved_tensors
+    _, needs_x, *needed = ctx.needs_input_grad
+    (shape, x_dtype), product, compute = ctx.like, ctx.adapters[0].product, ctx.adapters[0].compute
+    own: Any = None if x is None else _rows(_in(product, x))
+    wide = None if own is None else _in(compute, own)
+    d_x: Tensor | None = None
+    found: list[Tensor | None] = []
+    for index, (adapter, dy) in enumerate(zip(ctx.adapters, gradients, strict=True)):
+        if dy is None:
+            found += [None] * OF_EACH
+            continue
+        weight, down, up, shrunk, mask = saved[5 * index :][:5]
+        needs_weight, needs_bias, needs_down, needs_up = needed[OF_EACH * index :][:OF_EACH]
+        dtypes = ctx.dtypes[OF_EACH * index :][:OF_EACH]
+        d_weight = d_bias = None
+        d_down: Any = None
+        by_adapter: Any = None
+        dy = _rows(dy)
+        through, d_up = _gradients(_in(compute, dy), shrunk, up, needs_x or needs_down, needs_up)
+        if needs_down or (needs_x and mask is not None):
+            dropped = _kept(wide, mask, adapter) if needs_down else None
+            by_adapter, d_down = _gradients(through, dropped, down, needs_x and mask is not None, needs_down)
+        if needs_weight:
+            d_weight = (dy.t() @ own).to(dtypes[0])
+        if needs_bias:
+            d_bias = dy.sum(0).to(dtypes[1])
+        if needs_x:
+            d_x = _sum_with(d_x, dy, _in(product, weight), x_dtype)
+            if mask is None:
+                _add_product(d_x, through, down, adapter.scaling)
+            else:
+                by_adapter = _in(torch.promote_types(d_x.dtype, compute), by_adapter)
+                d_x.add_(_kept(by_adapter, mask, adapter), alpha=adapter.scaling)
+        d_down = d_down if d_down is None else _scaled(d_down, adapter.scaling, dtypes[2])
+        d_up = d_up if d_up is None else _scaled(d_up, adapter.scaling, dtypes[3])
+        found += [d_weight, d_bias, d_down, d_up]
+    return None, None if d_x is None else d_x.view(shape), *found
+
+
+def _sum_with(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """`total + left right`. Where autocast narrowed x, its gradients are summed in the dtype that it had."""
+    if total is None:
+        return _in(dtype, left @ right)
+    _add_product(total, left, right, 1.0)
+    return total
+
+
+@functools.cache
+def _has_both_in_one(device_type: str) -> bool:
+    """torch_npu differentiates a product by one operator, which is half the trips through the dispatcher."""
+    return device_type == "npu" and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "aten::matmul_backward", "PrivateUse1"
+    )
+
+
+def _gradients(dy: Tensor, left: Any, right: Tensor, needs_left: bool, needs_right: bool) -> tuple[Any, Any]:
+    """Of `left right'`, given that of the product; None for one that is not needed."""
+    if not _has_both_in_one(dy.device.type):
+        return dy @ right if needs_left else None, dy.t() @ left if needs_right else None
+    if needs_left and needs_right:
+        d_left, d_right = torch.ops.aten.matmul_backward(dy, left, right.t(), (True, True))
+    else:  # the same products, whoever needs which
+        d_left, d_right = dy @ right if needs_left else None, left.t() @ dy if needs_right else None
+    return d_left, d_right.t() if needs_right else None
+
+
+def _all_in(dtype: torch.dtype, tensors: list[Tensor]) -> list[Tensor]:
+    if len(tensors) <= 2 or any(each.dtype is dtype or each.dtype is not tensors[0].dtype for each in tensors):
+        return [_in(dtype, each) for each in tensors]
+    flat = torch.cat([each.reshape(-1) for each in tensors]).to(dtype)
+    parts = flat.split([each.numel() for each in tensors])
+    return [part.view(each.shape) for part, each in zip(parts, tensors, strict=True)]
+
+
+def _in(dtype: torch.dtype, x: Tensor) -> Tensor:
+    return x if x.dtype is dtype else x.to(dtype)  # to() costs the host something where it does nothing, too
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:
+    """`total += scaling left right`, in place."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right, alpha=scaling)
+    else:
+        total.add_(left @ right, alpha=scaling)
+
+
+def _kept(x: Any, mask: Tensor | None, adapter: Adapter) -> Tensor:
+    """x where the mask keeps it, divided by the probability of that, else 0: the dropout, and its derivative."""
+    if mask is None:
+        return x
+    return torch.ops.aten.native_dropout_backward(x, mask, 1.0 / (1.0 - adapter.dropout))
+
+
+def _scaled(gradient: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """In the dtype of its parameter, contiguous as that is, and rounded no more often than that takes."""
+    if gradient.dtype == dtype and scaling == 1.0:
+        return gradient
+    if gradient.dtype == dtype or math.frexp(scaling)[0] in (0.5, -0.5):  # a power of 2 rounds nothing
+        scaled = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+        return torch.mul(gradient, scaling, out=scaled)
+    return gradient.to(dtype, memory_format=torch.contiguous_format).mul_(scaling)

@@ -1,0 +1,52 @@
+"""The op of adapted linears, and the cases at which it is checked on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npu_patch.ops.lora.adapted_linear import Adapter, adapted_linear, adapted_linears, definition, why_unsupported
+from npu_patch.serving.case import ALLOWED_OF_PRODUCTS, Case
+from npu_patch.serving.implementation import Implementation, dtype_name
+from npu_patch.serving.op import Op
+
+CASE_SCALING = 0.75
+
+
+def _key(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Hashable:
+    return *weight.shape, adapter.down.shape[0], adapter.product, adapter.compute
+
+
+ADAPTED_LINEAR = Op(
+    "lora",
+    (Implementation("one function", ("npu", "cuda", "cpu"), adapted_linear, why_unsupported),),
+    _key,
+    definition,
+)
+# By its name, what computes several calls of one input at once, and each as it does.
+TOGETHER = {"one function": adapted_linears}
+
+
+def case(width_out: int, width_in: int, rank: int, product: torch.dtype, compute: torch.dtype) -> Case:
+    """A weight `[width_out, width_in]` in `product`, an adapter in `compute`, and nothing dropped."""
+
+    def with_adapter(function: Callable[..., Any], *inputs: Tensor) -> Any:
+        x, weight, down, up = inputs
+        return function(x, weight, None, Adapter(down, up, CASE_SCALING, 0.0, product, compute))
+
+    named = f"{width_in} to {width_out}, rank {rank} {dtype_name(product)}"
+    return Case(
+        ADAPTED_LINEAR,
+        named if product == compute else f"{named}, adapter in {dtype_name(compute)}",
+        lambda tokens: [
+            ((tokens, width_in), product),
+            ((width_out, width_in), product),
+            ((rank, width_in), compute),
+            ((width_out, rank), compute),
+        ],
+        with_adapter,
+        allowed=ALLOWED_OF_PRODUCTS,
+    )
