@@ -19,8 +19,9 @@ MOST_SPLITS = 16
 @functools.lru_cache(launch.KEPT)
 def tiling(machine: launch.Machine, rows: int, width: int, rank: int, tile: launch.Tile) -> Mapping[str, Any]:
     """BLOCK rows by BLOCK_K columns (of the wide side) by R, STAGES of which are in flight."""
-    columns = min(COLUMNS, max(LEAST, launch.power_of_two(width)))
     padded = padded_rank(rank)
+    most = COLUMNS if padded <= 64 else COLUMNS // 2
+    columns = min(most, max(LEAST, launch.power_of_two(width)))
     block = max(LEAST, launch.tile_rows(machine, tile, max(columns, padded), rows))
     return {
         "BLOCK": block,
