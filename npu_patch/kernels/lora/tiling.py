@@ -17,8 +17,11 @@ MOST_SPLITS = 16
 
 
 @functools.lru_cache(launch.KEPT)
-def tiling(machine: launch.Machine, rows: int, width: int, rank: int, tile: launch.Tile) -> Mapping[str, Any]:
-    """BLOCK rows by BLOCK_K columns (of the wide side) by R, STAGES of which are in flight."""
+def tiling(
+    machine: launch.Machine, rows: int, width: int, rank: int, tile: launch.Tile, at_once: int = 1
+) -> Mapping[str, Any]:
+    """BLOCK rows by BLOCK_K columns (of the wide side) by R, STAGES of which are in flight; `at_once`: how many adapters
+    a program holds."""
     padded = padded_rank(rank)
     most = COLUMNS if padded <= 64 else COLUMNS // 2
     columns = min(most, max(LEAST, launch.power_of_two(width)))
@@ -28,7 +31,7 @@ def tiling(machine: launch.Machine, rows: int, width: int, rank: int, tile: laun
         "BLOCK_K": columns,
         "R": padded,
         "STAGES": launch.stages(machine, tile),
-        "num_warps": 4 if padded <= 32 else 8,
+        "num_warps": 4 if padded * at_once <= 32 else 8,
     }
 
 
