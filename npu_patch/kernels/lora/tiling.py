@@ -20,8 +20,8 @@ MOST_SPLITS = 16
 def tiling(
     machine: launch.Machine, rows: int, width: int, rank: int, tile: launch.Tile, at_once: int = 1
 ) -> Mapping[str, Any]:
-    """BLOCK rows by BLOCK_K columns (of the wide side) by R, STAGES of which are in flight; `at_once`: how many adapters
-    a program holds."""
+    """BLOCK rows by BLOCK_K columns (of the wide side) by R, STAGES of which are in flight. A program holds
+    `at_once` adapters."""
     padded = padded_rank(rank)
     most = COLUMNS if padded <= 64 else COLUMNS // 2
     columns = min(most, max(LEAST, launch.power_of_two(width)))
