@@ -33,7 +33,7 @@ def rank() -> int:
     torch = sys.modules.get("torch")
     distributed = getattr(torch, "distributed", None)
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank()
+        return int(distributed.get_rank())
     text = os.environ.get("RANK", "0")
     return int(text) if text.isdecimal() else 0
 

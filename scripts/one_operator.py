@@ -7,7 +7,7 @@ C++ and with an autograd node where it has one. Results are wrong on purpose: on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -77,9 +77,18 @@ def stand_in() -> None:
         setattr(torch.ops.npu, name, operator)
     torch.histc = histogram
     for patch in CATALOGUE:
-        if any(implementation.device_types == ("npu",) for implementation in patch.implementations):
-            for implementation in patch.implementations:
-                _serve_the_cpu(implementation)
+        for implementations in _implementations_of(patch):
+            if any(implementation.device_types == ("npu",) for implementation in implementations):
+                for implementation in implementations:
+                    _serve_the_cpu(implementation)
+
+
+def _implementations_of(patch: Any) -> Iterator[Any]:
+    """Of each of its ops; a former checkout's patch has no op."""
+    if not hasattr(patch, "op"):
+        yield patch.implementations
+        return
+    yield from (op.implementations for op in (patch.op, *patch.further_ops))
 
 
 def _serve_the_cpu(implementation: Any) -> None:

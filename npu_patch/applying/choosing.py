@@ -10,11 +10,11 @@ from npu_patch.applying.request import Request
 from npu_patch.measuring.self_check import Decisions
 from npu_patch.measuring.tuning import ORIGINAL, Tuning, read
 from npu_patch.ops.readings import NotRead
-from npu_patch.patches.patch import Context, Patch, Replacement
+from npu_patch.patches.patch import AnyContext, AnyPatch, Replacement
 from npu_patch.reporting.outcome import TuningFile
 from npu_patch.reporting.report import Report
 from npu_patch.serving.dispatch import TUNED_TO_ORIGINAL
-from npu_patch.serving.implementation import Implementation
+from npu_patch.serving.implementation import AnyImplementation
 from npu_patch.serving.signature import Signature
 from npu_patch.sites.sites import Site
 
@@ -29,7 +29,7 @@ class Choosing:
     decisions: Decisions
     tuning: Tuning = field(default_factory=Tuning)
 
-    def at(self, site: Site, entry: Enabled, context: Context) -> Replacement | NotRead:
+    def at(self, site: Site, entry: Enabled, context: AnyContext) -> Replacement | NotRead:
         """What `entry.patch` puts there, or why nothing."""
         patch = entry.patch
         reading = patch.read(site)
@@ -46,15 +46,15 @@ class Choosing:
         return decision
 
 
-def _decided(names: Mapping[Signature, str], entry: Enabled) -> dict[Signature, Implementation | str | None]:
+def _decided(names: Mapping[Signature, str], entry: Enabled) -> dict[Signature, AnyImplementation | str | None]:
     """What a file's choices, by name, are here: None for one that this machine or device cannot run."""
     absent = {name for name, why in entry.choice.declined.items() if not why.endswith("comes first")}
-    found: dict[str, Implementation | str] = {each.name: each for each in entry.patch.op.implementations}
+    found: dict[str, AnyImplementation | str] = {each.name: each for each in entry.patch.op.implementations}
     found[ORIGINAL] = TUNED_TO_ORIGINAL
     return {signature: None if name in absent else found[name] for signature, name in names.items()}
 
 
-def tuning_for(catalogue: Iterable[Patch], request: Request, report: Report) -> Tuning:
+def tuning_for(catalogue: Iterable[AnyPatch], request: Request, report: Report) -> Tuning:
     """What the tuning file decides here; `report` is told which one it is, or why it is not used."""
     path, catalogue = request.switches.tune, tuple(catalogue)
     if path is None:
@@ -72,6 +72,6 @@ def tuning_for(catalogue: Iterable[Patch], request: Request, report: Report) -> 
     return tuning
 
 
-def _choices(patch: Patch, device_type: str) -> list[str]:
+def _choices(patch: AnyPatch, device_type: str) -> list[str]:
     """What a tuning file may choose for it."""
     return [each.name for each in patch.op.implementations if patch.tunable and device_type in each.device_types]

@@ -22,9 +22,9 @@ from npu_patch.applying.telling import warn_of_what_serves_nothing
 from npu_patch.applying.walk import Walk
 from npu_patch.measuring.self_check import Decisions
 from npu_patch.patches import CATALOGUE
-from npu_patch.patches.patch import Patch
+from npu_patch.patches.patch import AnyPatch
 from npu_patch.reporting.report import Report
-from npu_patch.serving.implementation import Choice, choose
+from npu_patch.serving.implementation import AnyChoice, Choice, choose
 from npu_patch.sites.scope import Scope
 from npu_patch.sites.sites import Site
 from npu_patch.switches import Switches, resolve
@@ -70,9 +70,9 @@ def dry_run(
     return report
 
 
-def choice_if_sound(request: Request, report: Report, patch: Patch) -> Choice:
+def choice_if_sound(request: Request, report: Report, patch: AnyPatch) -> AnyChoice:
     """What is chosen here, or what would be if nothing were missing."""
-    choice = choose(patch.op.implementations, request.device_type, *request.triton)
+    choice: AnyChoice = choose(patch.op.implementations, request.device_type, *request.triton)
     if choice.candidates and not choice.forced:
         unmeasured = {each.name: "a dry run measures nothing" for each in choice.candidates}
         choice = Choice(choice.chosen, choice.declined | unmeasured)

@@ -6,22 +6,22 @@ from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
 from npu_patch.applying.request import Request
-from npu_patch.patches.patch import Patch
+from npu_patch.patches.patch import AnyPatch
 from npu_patch.reporting.report import Report
 from npu_patch.serving.dispatch import NO_MODEL
-from npu_patch.serving.implementation import Choice, choose
+from npu_patch.serving.implementation import AnyChoice, choose
 
 STILL_IN_PLACE = "still in place from an earlier apply(); call restore() first"
-ChoiceOf = Callable[[Request, Report, Patch], Choice]
+ChoiceOf = Callable[[Request, Report, AnyPatch], AnyChoice]
 
 
 class Enabled(NamedTuple):
-    patch: Patch
-    choice: Choice
+    patch: AnyPatch
+    choice: AnyChoice
 
 
 def enabled(
-    catalogue: Iterable[Patch], request: Request, choice_of: ChoiceOf, in_place: Collection[str], report: Report
+    catalogue: Iterable[AnyPatch], request: Request, choice_of: ChoiceOf, in_place: Collection[str], report: Report
 ) -> list[Enabled]:
     """Those that are switched on and that an implementation can serve; `report` is told of the others. `in_place`: the
     names of patches that earlier calls have left somewhere."""
@@ -48,15 +48,15 @@ def libraries_of(entries: Iterable[Enabled]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(library for patch, _ in entries for library in patch.libraries))
 
 
-def choice_here(request: Request, report: Report, patch: Patch) -> Choice:
+def choice_here(request: Request, report: Report, patch: AnyPatch) -> AnyChoice:
     """Of the implementations that this machine has."""
-    choice = choose(patch.op.implementations, request.device_type, *request.triton)
+    choice: AnyChoice = choose(patch.op.implementations, request.device_type, *request.triton)
     if request.switches["triton"] is not False and request.switches[patch.switch]:
         _note_triton(request, report, patch, choice)
     return choice
 
 
-def _note_triton(request: Request, report: Report, patch: Patch, choice: Choice) -> None:
+def _note_triton(request: Request, report: Report, patch: AnyPatch, choice: AnyChoice) -> None:
     """Why no Triton kernel can be taken, once for all patches; a warning where they were asked for."""
     asked = request.switches["triton"] is True
     lines = report.warnings if asked else report.notes

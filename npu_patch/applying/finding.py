@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from npu_patch.patches.patch import Patch
+from npu_patch.patches.patch import AnyPatch
 from npu_patch.reporting.outcome import SKIPPED, Outcome
 from npu_patch.sites import replaced_before
 from npu_patch.sites.scope import Scope
@@ -21,7 +21,7 @@ class Registries:
 
     searched: set[tuple[str, int, str]] = field(default_factory=set)  # patch, id of the registry, name
 
-    def sites(self, patch: Patch) -> Iterator[Site]:
+    def sites(self, patch: AnyPatch) -> Iterator[Site]:
         for site in patch.registered():
             key = (patch.name, id(site.owner), site.name)
             if key not in self.searched:
@@ -34,7 +34,7 @@ class Registries:
         return {key[1:] for key in self.searched}
 
 
-def searches(patch: Patch, scope: Scope, registries: Registries) -> Iterator[Search]:
+def searches(patch: AnyPatch, scope: Scope, registries: Registries) -> Iterator[Search]:
     """Registries first, then modules, then the layers of the given model."""
     if scope.registries:
         yield "transformers' registries", partial(registries.sites, patch)
@@ -47,7 +47,7 @@ def searches(patch: Patch, scope: Scope, registries: Registries) -> Iterator[Sea
 
 
 def taken_by_others(
-    scope: Scope, catalogue: Iterable[Patch], enabled: Collection[str], known: Collection[str]
+    scope: Scope, catalogue: Iterable[AnyPatch], enabled: Collection[str], known: Collection[str]
 ) -> Iterator[Outcome]:
     """What another patcher has taken in modeling modules, and no patch has found. `known`: labels of sites."""
     called = {patch.name: patch.called for patch in catalogue}

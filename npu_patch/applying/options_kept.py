@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from npu_patch.applying.patched_site import PatchedSite
-from npu_patch.patches.patch import Patch
+from npu_patch.patches.patch import AnyPatch
 from npu_patch.switches import Switches, Value
 
 
@@ -23,7 +23,7 @@ class Kept:
     source: str
 
 
-def kept_at(held: PatchedSite, patch: Patch, asked: Switches) -> Iterator[Kept]:
+def kept_at(held: PatchedSite, patch: AnyPatch, asked: Switches) -> Iterator[Kept]:
     """Each option that is another now than when the site was patched."""
     names = [*patch.options, *(["triton"] if any(each.optional for each in patch.op.implementations) else [])]
     for name in names:

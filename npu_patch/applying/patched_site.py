@@ -31,8 +31,8 @@ class PatchedSite:
     site: Site
     replacement: Replacement
     outcome: Outcome
-    around: bool = False
-    switches: Switches | None = None  # it was made under
+    around: bool
+    switches: Switches  # it was made under
 
 
 Stack = Sequence[PatchedSite]  # of one site, the last one around the others

@@ -8,13 +8,13 @@ import torch
 
 from npu_patch import log
 from npu_patch.applying.choosing import TUNED_ORIGINAL
-from npu_patch.patches.patch import Patch
+from npu_patch.patches.patch import AnyPatch
 from npu_patch.reporting.outcome import PATCHED
 from npu_patch.reporting.report import Report
 from npu_patch.reporting.text import headline
 
 
-def warn_of_what_serves_nothing(report: Report, patches: Iterable[Patch], model: torch.nn.Module) -> None:
+def warn_of_what_serves_nothing(report: Report, patches: Iterable[AnyPatch], model: torch.nn.Module) -> None:
     """Of patches that found something they should serve in this model, and serve none of it."""
     for patch in patches:
         found = [each for each in report if each.patch == patch.name and each.layers != 0]

@@ -14,7 +14,7 @@ from npu_patch.applying.options_kept import Kept, kept_at
 from npu_patch.applying.patched_site import PatchedSite
 from npu_patch.applying.request import Request
 from npu_patch.applying.state import PatchError
-from npu_patch.patches.patch import Context, Patch, Replacement
+from npu_patch.patches.patch import AnyContext, AnyPatch, Context, Replacement
 from npu_patch.reporting.outcome import FAILED, PATCHED, SKIPPED, Outcome
 from npu_patch.reporting.report import Report
 from npu_patch.sites import replaced_before
@@ -26,7 +26,7 @@ from npu_patch.sites.sites import Site
 class Walk:
     """`choice_of` names what serves a patch; `binder` puts it there. What became of each site is in `report`."""
 
-    catalogue: Sequence[Patch]
+    catalogue: Sequence[AnyPatch]
     request: Request
     report: Report
     choice_of: ChoiceOf
@@ -42,20 +42,20 @@ class Walk:
     def over(self, scope: Scope, entries: Sequence[Enabled]) -> None:
         for entry in entries:
             patch, choice = entry
-            context = Context(patch.op, choice, self.request.device_type, self.request.switches, scope.live)
+            context: AnyContext = Context(patch.op, choice, self.request.device_type, self.request.switches, scope.live)
             for site in self._found(patch, scope):
                 self._visit(entry, site, context)
         known = {each.site for each in self.report} | {held.site.label for held in self.binder.in_place()}
         self.report.outcomes += taken_by_others(scope, self.catalogue, {patch.name for patch, _ in entries}, known)
 
-    def _found(self, patch: Patch, scope: Scope) -> Iterator[Site]:
+    def _found(self, patch: AnyPatch, scope: Scope) -> Iterator[Site]:
         for where, search in searches(patch, scope, self.registries):
             try:
                 yield from list(search())
             except Exception as error:
                 self._failed(patch, where, error)
 
-    def _visit(self, entry: Enabled, site: Site, context: Context) -> None:
+    def _visit(self, entry: Enabled, site: Site, context: AnyContext) -> None:
         patch, stack = entry.patch, self.binder.stack(site)
         layers = patch.layers(site, context)
         for held in stack:
@@ -80,7 +80,7 @@ class Walk:
         except Exception as error:
             self._failed(patch, site.label, error)
 
-    def _found_again(self, held: PatchedSite, patch: Patch, layers: int | None, context: Context) -> None:
+    def _found_again(self, held: PatchedSite, patch: AnyPatch, layers: int | None, context: AnyContext) -> None:
         """At a site that an earlier call bound, for another model perhaps."""
         held.outcome.layers = layers
         self.kept_options.update(kept_at(held, patch, self.request.switches))
@@ -104,16 +104,16 @@ class Walk:
         self.binder.bind(PatchedSite(site, replacement, outcome, patch.around, self.request.switches))
         self.report.outcomes.append(outcome)
 
-    def _skip(self, patch: Patch, site: Site, reason: str, layers: int | None) -> None:
+    def _skip(self, patch: AnyPatch, site: Site, reason: str, layers: int | None) -> None:
         self.report.outcomes.append(Outcome(patch.name, site.label, SKIPPED, reason, layers=layers))
 
-    def _note_unfused(self, patch: Patch, site: Site) -> None:
+    def _note_unfused(self, patch: AnyPatch, site: Site) -> None:
         """Patches that fuse what this site computes with what follows find nothing to build on."""
         for other in self.catalogue:
             if patch.name in other.needs and self.choice_of(self.request, self.report, other).candidates:
                 self.report.notes.append(f"{other.name} does not serve layers with {site.label}: {TUNED_ORIGINAL}")
 
-    def _failed(self, patch: Patch, label: str, error: Exception) -> None:
+    def _failed(self, patch: AnyPatch, label: str, error: Exception) -> None:
         if self.request.strict:
             raise PatchError(f"{patch.name}: {label}: {type(error).__name__}: {error}") from error
         self.report.outcomes.append(Outcome(patch.name, label, FAILED, f"{type(error).__name__}: {error}"))

@@ -12,13 +12,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from npu_patch.kernels import launch
 from npu_patch.kernels.gamma import WEIGHT, Gamma
 from npu_patch.kernels.load_gamma import load_gamma
 from npu_patch.kernels.partial_sums import weight_gradient
 from npu_patch.kernels.rows import row_tiling, rows_of
+from npu_patch.numerics.autograd import Context
 
 FORWARD = launch.Tile(bytes_per_element=24, elements=2048, stages=3, least_bytes=15)
 BACKWARD = launch.Tile(bytes_per_element=32, elements=4096, programs=3, stages=2, least_bytes=23)
@@ -43,8 +44,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, gamma: Gamma = WEIGHT
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, gamma: Gamma
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Context, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, gamma: Gamma
+    ) -> tuple[Tensor, Tensor | None]:
         y, total = forward(x, residual, weight, eps, gamma)
         ctx.save_for_backward(total, weight)
         ctx.set_materialize_grads(False)
@@ -53,26 +54,26 @@ class _AddRMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor | None, d_total: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, dy: Tensor | None, d_total: Tensor | None) -> tuple[Tensor | None, ...]:
         needs_x, needs_residual, needs_weight = ctx.needs_input_grad[:3]
         if dy is None:
             dx, d_weight = d_total, None
         else:
-            needs = needs_x or needs_residual, needs_weight
-            dx, d_weight = backward(dy, d_total, *ctx.saved_tensors, *ctx.norm, *needs)
+            (total, weight), (eps, gamma) = ctx.saved_tensors, ctx.norm
+            dx, d_weight = backward(dy, d_total, total, weight, eps, gamma, needs_x or needs_residual, needs_weight)
         return (dx if needs_x else None), (dx if needs_residual else None), d_weight, None, None
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor | None, eps: float, gamma: Gamma) -> Tensor:
+    def forward(ctx: Context, x: Tensor, weight: Tensor | None, eps: float, gamma: Gamma) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.norm = eps, gamma
         return forward(x, None, weight, eps, gamma)[0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
         return *backward(dy, None, *ctx.saved_tensors, *ctx.norm, *ctx.needs_input_grad[:2]), None, None
 
 
@@ -85,23 +86,11 @@ def forward(
     residual_rows = None if residual is None else rows_of(residual)
     grid, tiling = row_tiling(rows, FORWARD)
     launch.launch(
-        _forward,
-        x.device,
-        grid,
-        rows,
-        residual_rows,
-        weight,
-        y,
-        total,
-        rows.shape[0],
-        rows.stride(0),
-        0 if residual_rows is None else residual_rows.stride(0),
-        eps,
-        GAMMA=gamma.kernel,
-        ADDS=residual is not None,
-        D=rows.shape[1],
-        **tiling,
-    )
+        _forward, x.device, grid,
+        rows, residual_rows, weight, y, total,
+        rows.shape[0], rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), eps,
+        GAMMA=gamma.kernel, ADDS=residual is not None, D=rows.shape[1], **tiling,
+    )  # fmt: skip
     return y, total
 
 
@@ -121,48 +110,22 @@ def backward(
     grid, tiling = row_tiling(rows, BACKWARD, needs_weight)
     partial = torch.empty(grid, rows.shape[1], dtype=torch.float32, device=x.device) if needs_weight else None
     launch.launch(
-        _backward,
-        x.device,
-        grid,
-        dy_rows,
-        total_rows,
-        rows,
-        weight,
-        dx,
-        partial,
-        rows.shape[0],
-        dy_rows.stride(0),
-        0 if total_rows is None else total_rows.stride(0),
-        rows.stride(0),
-        eps,
-        GAMMA=gamma.kernel,
-        ADDS=d_total is not None,
-        NEEDS_X=needs_x,
-        NEEDS_WEIGHT=needs_weight,
-        D=rows.shape[1],
+        _backward, x.device, grid,
+        dy_rows, total_rows, rows, weight, dx, partial,
+        rows.shape[0], dy_rows.stride(0), 0 if total_rows is None else total_rows.stride(0), rows.stride(0), eps,
+        GAMMA=gamma.kernel, ADDS=d_total is not None, NEEDS_X=needs_x, NEEDS_WEIGHT=needs_weight, D=rows.shape[1],
         **tiling,
-    )
-    return dx, weight_gradient(partial, weight, gamma) if needs_weight else None
+    )  # fmt: skip
+    return dx, weight_gradient(partial, weight, gamma)
 
 
 @triton.jit
 def _forward(
-    x,
-    residual,
-    weight,
-    y,
-    total,
-    rows,
-    x_row,
-    residual_row,
-    eps,
-    GAMMA: tl.constexpr,
-    ADDS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    x, residual, weight, y, total,
+    rows, x_row, residual_row, eps,
+    GAMMA: tl.constexpr, ADDS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, BLOCK_D)
     if GAMMA > 0:
@@ -185,26 +148,11 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dy,
-    d_total,
-    x,
-    weight,
-    dx,
-    partial,
-    rows,
-    dy_row,
-    d_total_row,
-    x_row,
-    eps,
-    GAMMA: tl.constexpr,
-    ADDS: tl.constexpr,
-    NEEDS_X: tl.constexpr,
-    NEEDS_WEIGHT: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    dy, d_total, x, weight, dx, partial,
+    rows, dy_row, d_total_row, x_row, eps,
+    GAMMA: tl.constexpr, ADDS: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_WEIGHT: tl.constexpr, D: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """With n = x * rstd: d gamma = sum dy n, dx = d total + rstd (dy gamma - n mean(dy gamma n))."""
     row = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, BLOCK_D)

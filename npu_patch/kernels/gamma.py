@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class Gamma:
     """
 
     name: str
-    value: Callable[[Tensor | None], Tensor | None]
+    value: Callable[[Any], Tensor | None]  # of None only where gamma is none
     kernel: int | None = None
     derivative: Callable[[Tensor], Tensor] | None = None
 

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from npu_patch.kernels import launch
 from npu_patch.kernels.gamma import WEIGHT, Gamma
@@ -19,6 +19,7 @@ from npu_patch.kernels.load_gamma import load_gamma
 from npu_patch.kernels.partial_sums import weight_gradient
 from npu_patch.kernels.rows import row_tiling, rows_of
 from npu_patch.kernels.variants import ACTIVATIONS
+from npu_patch.numerics.autograd import Context
 
 FORWARD = launch.Tile(bytes_per_element=32, elements=4096, least_bytes=19)
 BACKWARD = launch.Tile(bytes_per_element=48, elements=4096, least_bytes=35)
@@ -38,7 +39,7 @@ def gated_rms_norm(
 class _GatedRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, activation: str, gamma: Gamma
+        ctx: Context, x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, activation: str, gamma: Gamma
     ) -> Tensor:
         ctx.save_for_backward(x, gate, weight)
         ctx.norm = eps, activation, gamma
@@ -46,7 +47,7 @@ class _GatedRMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
         return *backward(dy, *ctx.saved_tensors, *ctx.norm, *ctx.needs_input_grad[:3]), None, None, None
 
 
@@ -55,22 +56,11 @@ def forward(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, activati
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grid, tiling = row_tiling(rows, FORWARD)
     launch.launch(
-        _forward,
-        x.device,
-        grid,
-        rows,
-        gate_rows,
-        weight,
-        y,
-        rows.shape[0],
-        rows.stride(0),
-        gate_rows.stride(0),
-        eps,
-        GAMMA=gamma.kernel,
-        SILU=ACTIVATIONS[activation],
-        D=rows.shape[1],
-        **tiling,
-    )
+        _forward, x.device, grid,
+        rows, gate_rows, weight, y,
+        rows.shape[0], rows.stride(0), gate_rows.stride(0), eps,
+        GAMMA=gamma.kernel, SILU=ACTIVATIONS[activation], D=rows.shape[1], **tiling,
+    )  # fmt: skip
     return y
 
 
@@ -92,49 +82,22 @@ def backward(
     grid, tiling = row_tiling(rows, BACKWARD, needs_weight)
     partial = torch.empty(grid, rows.shape[1], dtype=torch.float32, device=x.device) if needs_weight else None
     launch.launch(
-        _backward,
-        x.device,
-        grid,
-        dy_rows,
-        rows,
-        gate_rows,
-        weight,
-        dx,
-        d_gate,
-        partial,
-        rows.shape[0],
-        dy_rows.stride(0),
-        rows.stride(0),
-        gate_rows.stride(0),
-        eps,
-        GAMMA=gamma.kernel,
-        SILU=ACTIVATIONS[activation],
-        NEEDS_X=needs_x,
-        NEEDS_GATE=needs_gate,
-        NEEDS_WEIGHT=needs_weight,
-        D=rows.shape[1],
-        **tiling,
-    )
-    return dx, d_gate, weight_gradient(partial, weight, gamma) if needs_weight else None
+        _backward, x.device, grid,
+        dy_rows, rows, gate_rows, weight, dx, d_gate, partial,
+        rows.shape[0], dy_rows.stride(0), rows.stride(0), gate_rows.stride(0), eps,
+        GAMMA=gamma.kernel, SILU=ACTIVATIONS[activation],
+        NEEDS_X=needs_x, NEEDS_GATE=needs_gate, NEEDS_WEIGHT=needs_weight, D=rows.shape[1], **tiling,
+    )  # fmt: skip
+    return dx, d_gate, weight_gradient(partial, weight, gamma)
 
 
 @triton.jit
 def _forward(
-    x,
-    gate,
-    weight,
-    y,
-    rows,
-    x_row,
-    gate_row,
-    eps,
-    GAMMA: tl.constexpr,
-    SILU: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    x, gate, weight, y,
+    rows, x_row, gate_row, eps,
+    GAMMA: tl.constexpr, SILU: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, BLOCK_D)
     if GAMMA > 0:
@@ -156,28 +119,11 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dy,
-    x,
-    gate,
-    weight,
-    dx,
-    d_gate,
-    partial,
-    rows,
-    dy_row,
-    x_row,
-    gate_row,
-    eps,
-    GAMMA: tl.constexpr,
-    SILU: tl.constexpr,
-    NEEDS_X: tl.constexpr,
-    NEEDS_GATE: tl.constexpr,
-    NEEDS_WEIGHT: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    dy, x, gate, weight, dx, d_gate, partial,
+    rows, dy_row, x_row, gate_row, eps,
+    GAMMA: tl.constexpr, SILU: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_GATE: tl.constexpr,
+    NEEDS_WEIGHT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """With n = x * rstd, a = act(gate): d gate = dy n gamma a', and the norm's backward for dy a."""
     row = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, BLOCK_D)

@@ -25,16 +25,9 @@ def at_token(block, length, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def places(
-    token_stride,
-    head_stride,
-    start,
-    left,
-    columns,
-    HEADS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    token_stride, head_stride, start, left, columns,
+    HEADS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """Offsets and mask of a tile `[BLOCK_T, BLOCK_H, WIDTH]` of heads from `start` on."""
     token = tl.arange(0, BLOCK_T)[:, None, None]
     head = start + tl.arange(0, BLOCK_H)[None, :, None]
@@ -51,14 +44,9 @@ def load_halves(here, inside, ROTARY: tl.constexpr):
 
 @triton.jit
 def table(
-    table,
-    token_stride,
-    left,
-    ROTARY: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    TABLE_HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-):
+    table, token_stride, left,
+    ROTARY: tl.constexpr, BLOCK_T: tl.constexpr, TABLE_HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
     """The two halves of cos or sin, float32 `[BLOCK_T, TABLE_HEADS, HALF]`, the same for every head."""
     token = tl.arange(0, BLOCK_T)[:, None, None]
     head = tl.arange(0, TABLE_HEADS)[None, :, None]
@@ -70,12 +58,8 @@ def table(
 @triton.jit
 def gammas(
     weight,
-    GAMMA: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    ROTARY: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-):
+    GAMMA: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
     """Gamma of the first half, the second half and the rest; zeros, unused, where there is none."""
     first = tl.zeros([HALF], tl.float32)
     second = tl.zeros([HALF], tl.float32)
@@ -93,15 +77,9 @@ def gammas(
 
 @triton.jit
 def store_sums(
-    row,
-    sum1,
-    sum2,
-    sum3,
-    HEAD_DIM: tl.constexpr,
-    ROTARY: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-):
+    row, sum1, sum2, sum3,
+    HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
     column = tl.arange(0, HALF)
     tl.store(row + column, tl.sum(sum1, 0), mask=column < ROTARY // 2)
     tl.store(row + ROTARY // 2 + column, tl.sum(sum2, 0), mask=column < ROTARY // 2)

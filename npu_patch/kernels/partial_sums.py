@@ -17,8 +17,10 @@ OTHER_BLOCKS = (32, 64)
 TILE = launch.Tile(bytes_per_element=16, elements=2048)
 
 
-def weight_gradient(partial: Tensor, weight: Tensor, gamma: Gamma) -> Tensor:
-    """Of a weight `[N]`, from the rows that programs left of gamma's gradient."""
+def weight_gradient(partial: Tensor | None, weight: Tensor | None, gamma: Gamma) -> Tensor | None:
+    """Of a weight `[N]`, from the rows that programs left of gamma's gradient; None where they left none."""
+    if partial is None or weight is None:
+        return None
     return gamma.weight_gradient(sum_rows(partial, gamma.summed_in(weight)), weight)
 
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from npu_patch.kernels import launch, qk_norm_rope_backward, qk_norm_rope_forward
 from npu_patch.kernels.gamma import WEIGHT, Gamma
 from npu_patch.kernels.partial_sums import sum_rows
+from npu_patch.numerics.autograd import Context
 from npu_patch.numerics.results import changeable
 from npu_patch.numerics.rotation import HALF, table_gradients
 
@@ -60,7 +61,7 @@ def qk_norm_rope(
 class _QKNormRoPE(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Context,
         q: Tensor,
         k: Tensor,
         q_weight: Tensor | None,
@@ -81,13 +82,13 @@ class _QKNormRoPE(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, q_weight, k_weight, cos, sin = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if needs[0] else None
         dk = torch.empty(k.shape, dtype=k.dtype, device=k.device) if needs[1] else None
         outputs = dq_out.transpose(1, 2), dk_out.transpose(1, 2)
-        tables: tuple[Tensor | None, ...] = (None, None)
+        tables: list[Tensor | None] = [None, None]
         if any(ctx.needs_input_grad[4:6]):
             rotated = [
                 (outputs[0], _normalized(q, q_weight, ctx.norm.q_eps, ctx.norm.gamma)),
@@ -239,8 +240,8 @@ def _tiling(machine: launch.Machine, q: torch.Size, k_heads: int, rotary: int, t
         "TABLE_K": k_block if per_head else 1,
         "STAGES": launch.stages(machine, tile),
     }
-    blocks = [batch * triton.cdiv(length, tokens) for tokens in (q_tokens, k_tokens)]
-    return _Tiling(*blocks, launch.warps(tile, q_tokens * q_block * row), constants)
+    q_blocks, k_blocks = (batch * triton.cdiv(length, tokens) for tokens in (q_tokens, k_tokens))
+    return _Tiling(q_blocks, k_blocks, launch.warps(tile, q_tokens * q_block * row), constants)
 
 
 def _head_block(heads: int, most: int) -> int:

@@ -73,7 +73,7 @@ def _peak(form: Callable[[], None], device: torch.device) -> int | None:
     before = backend.memory_allocated()
     form()
     synchronize(device)
-    return backend.max_memory_allocated() - before
+    return int(backend.max_memory_allocated() - before)
 
 
 def merged(timings: list[Timing]) -> Timing:
@@ -81,6 +81,6 @@ def merged(timings: list[Timing]) -> Timing:
     peaks = [timing.peak for timing in timings if timing.peak is not None]
 
     def middle(name: str) -> float:
-        return statistics.median(getattr(timing, name) for timing in timings)
+        return float(statistics.median(getattr(timing, name) for timing in timings))
 
     return Timing(middle("median"), middle("low"), middle("high"), max(peaks) if peaks else None)

@@ -22,7 +22,7 @@ from torch import Tensor
 from npu_patch.numerics.closeness import difference
 from npu_patch.numerics.room import quiet_room
 from npu_patch.numerics.values import numbers, values
-from npu_patch.serving.case import ACCIDENTS, FEW_TOKENS, OUT_OF_MEMORY, Alternative, Case, Measured, Stopwatch
+from npu_patch.serving.case import ACCIDENTS, FEW_TOKENS, OUT_OF_MEMORY, Alternative, AnyCase, Measured, Stopwatch
 
 # Of the largest input that is timed: 4096 tokens of a model 4096 wide, in 32 heads.
 ELEMENTS, MOST_ROWS = 2**24, 2**17
@@ -31,7 +31,7 @@ ENOUGH_S = 0.5  # of one alternative: fewer runs where they take that long
 GRADIENTS = 4.0  # times ALLOWED: a gradient passes through several roundings
 
 
-def measure(case: Case, alternative: Alternative, device: torch.device, stopwatch: Stopwatch) -> Measured:
+def measure(case: AnyCase, alternative: Alternative, device: torch.device, stopwatch: Stopwatch) -> Measured:
     """Checks, then times. An alternative that raises is a wrong one."""
     found = check(case, alternative, device)
     if found.wrong is not None:
@@ -39,7 +39,7 @@ def measure(case: Case, alternative: Alternative, device: torch.device, stopwatc
     return _apart(lambda: Measured(seconds=_median_time(case, alternative, device, stopwatch)), device)
 
 
-def check(case: Case, alternative: Alternative, device: torch.device) -> Measured:
+def check(case: AnyCase, alternative: Alternative, device: torch.device) -> Measured:
     """Whether it is right, without a time."""
     return _apart(lambda: Measured(why_wrong(case, alternative, device)), device)
 
@@ -73,7 +73,7 @@ def faster(alternatives: Sequence[tuple[str, Measured]], incumbent: Measured) ->
     return min(timed)[1] if beaten else None
 
 
-def why_wrong(case: Case, alternative: Alternative, device: torch.device) -> str | None:
+def why_wrong(case: AnyCase, alternative: Alternative, device: torch.device) -> str | None:
     """How far outputs and gradients on a few tokens are from the definition in float64, if too far."""
     for tokens in case.tokens:
         reason = _why_wrong(case, alternative, device, tokens)
@@ -82,7 +82,7 @@ def why_wrong(case: Case, alternative: Alternative, device: torch.device) -> str
     return None
 
 
-def _why_wrong(case: Case, alternative: Alternative, device: torch.device, tokens: int) -> str | None:
+def _why_wrong(case: AnyCase, alternative: Alternative, device: torch.device, tokens: int) -> str | None:
     kinds = case.inputs(tokens)
     given = [numbers(shape, 10 + index, dtype) for index, (shape, dtype) in enumerate(kinds)]
     leaves = [each.to(device).requires_grad_(case.differentiated) for each in given]
@@ -113,7 +113,7 @@ def _tensors(result: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
     return (result,) if isinstance(result, Tensor) else result
 
 
-def _median_time(case: Case, alternative: Alternative, device: torch.device, stopwatch: Stopwatch) -> float:
+def _median_time(case: AnyCase, alternative: Alternative, device: torch.device, stopwatch: Stopwatch) -> float:
     kinds = case.inputs(_timed_tokens(case))
     leaves = [torch.ones(shape, dtype=dtype, device=device).requires_grad_() for shape, dtype in kinds]
     gradients = [torch.ones_like(each) for each in _tensors(case.call(alternative.run, *leaves))]
@@ -131,7 +131,7 @@ def _median_time(case: Case, alternative: Alternative, device: torch.device, sto
     return statistics.median(found)
 
 
-def _timed_tokens(case: Case) -> int:
+def _timed_tokens(case: AnyCase) -> int:
     """As many as a large call of a model has: ELEMENTS in its largest input, whatever heads a token is made of."""
     one, two = ([math.prod(shape) for shape, _ in case.inputs(tokens)] for tokens in (1, 2))
     each = max(more - fewer for more, fewer in zip(two, one, strict=True))

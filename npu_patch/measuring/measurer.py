@@ -13,9 +13,9 @@ from npu_patch import devices
 from npu_patch.measuring.measure import answers, check, faster, measure, stopwatch
 from npu_patch.measuring.measured_on import here
 from npu_patch.measuring.measurements import Measurements, default_path
-from npu_patch.serving.case import ACCIDENTS, DEVICE_LOST, Alternative, Case, Measured, Stopwatch
-from npu_patch.serving.dispatch import Verdict
-from npu_patch.serving.implementation import Choice, Implementation
+from npu_patch.serving.case import ACCIDENTS, DEVICE_LOST, Alternative, AnyCase, Measured, Stopwatch
+from npu_patch.serving.dispatch import AnyVerdict, Verdict
+from npu_patch.serving.implementation import AnyChoice, AnyImplementation
 
 
 @dataclass
@@ -34,25 +34,25 @@ class Measurer:
         kept = Measurements.read(Path(path) if path else default_path(measured_on), measured_on)
         return cls(device, kept, stopwatch(device))
 
-    def judge(self, case: Case, choice: Choice, others: Sequence[Implementation] = ()) -> Verdict:
+    def judge(self, case: AnyCase, choice: AnyChoice, others: Sequence[AnyImplementation] = ()) -> AnyVerdict:
         """Times all that could serve the case, where times decide; else checks them. `others` are checked only."""
         every, usual, timed = _competitors(case, choice)
         measured = {each.name: self._measured(case, each, timed) for each in every}
         measured |= {each.name: self._measured(case, _alternative(each), False) for each in others}
-        if not timed:
+        if usual is None or not timed:
             return Verdict(case, None, "" if usual is None else usual.name, MappingProxyType(measured))
         winner = faster([(each.name, measured[each.name]) for each in choice.candidates], measured[usual.name])
         taken = next((each for each in choice.candidates if each.name == winner), None)
         return Verdict(case, taken, usual.name, MappingProxyType(measured))
 
-    def knows(self, case: Case, choice: Choice, others: Sequence[Implementation] = ()) -> bool:
+    def knows(self, case: AnyCase, choice: AnyChoice, others: Sequence[AnyImplementation] = ()) -> bool:
         """Whether nothing has to run for `judge`."""
         every, _, timed = _competitors(case, choice)
         known = [self.kept.of(case.title, each.name) for each in every]
         known_others = [self.kept.of(case.title, each.name) for each in others]
         return None not in known_others and not any(each is None or (timed and each == Measured()) for each in known)
 
-    def _measured(self, case: Case, alternative: Alternative, timed: bool) -> Measured:
+    def _measured(self, case: AnyCase, alternative: Alternative, timed: bool) -> Measured:
         found = self.kept.of(case.title, alternative.name)
         if found is None or (timed and found == Measured()):
             if timed:
@@ -68,7 +68,7 @@ class Measurer:
         return found
 
 
-def _competitors(case: Case, choice: Choice) -> tuple[list[Alternative], Alternative | None, bool]:
+def _competitors(case: AnyCase, choice: AnyChoice) -> tuple[list[Alternative], Alternative | None, bool]:
     """All that could serve the case, the usual one of them, and whether times decide."""
     timed = bool(choice.candidates) and not choice.forced
     usual = None if choice.chosen is None else _alternative(choice.chosen)
@@ -79,5 +79,5 @@ def _competitors(case: Case, choice: Choice) -> tuple[list[Alternative], Alterna
     return [*map(_alternative, choice.candidates), *([] if usual is None else [usual])], usual, timed
 
 
-def _alternative(implementation: Implementation) -> Alternative:
+def _alternative(implementation: AnyImplementation) -> Alternative:
     return Alternative(implementation.name, implementation.run, implementation.unsupported)

@@ -19,8 +19,8 @@ from npu_patch.devices import is_simulated
 from npu_patch.measuring.measurer import Measurer
 from npu_patch.reporting.outcome import Outcome
 from npu_patch.reporting.report import Report
-from npu_patch.serving.case import Case
-from npu_patch.serving.dispatch import Dispatch, Verdict
+from npu_patch.serving.case import AnyCase
+from npu_patch.serving.dispatch import AnyDispatch, AnyVerdict
 from npu_patch.sites.journal import Journal
 from npu_patch.sites.sites import LiveModules
 from npu_patch.switches import Switches
@@ -46,21 +46,21 @@ class Decisions:
     device_type: str
     path: str | None
     checked: bool
-    waiting: list[tuple[Dispatch, dict[Hashable, Case]]] = field(default_factory=list)
-    described: list[tuple[Dispatch, Outcome]] = field(default_factory=list)
+    waiting: list[tuple[AnyDispatch, dict[Hashable, AnyCase]]] = field(default_factory=list)
+    described: list[tuple[AnyDispatch, Outcome]] = field(default_factory=list)
 
     @classmethod
     def of(cls, switches: Switches, device_type: str) -> Decisions:
         return cls(device_type, switches["triton_cache"], wanted(switches, device_type))
 
-    def add(self, dispatch: Dispatch | None, live: LiveModules | None) -> None:
+    def add(self, dispatch: AnyDispatch | None, live: LiveModules | None) -> None:
         """Of a site of the given model, or of none."""
         if dispatch is not None and live is not None:
             cases = dispatch.undecided(live, self.checked)
             if cases:
                 self.waiting.append((dispatch, cases))
 
-    def describe(self, dispatch: Dispatch | None, outcome: Outcome) -> None:
+    def describe(self, dispatch: AnyDispatch | None, outcome: Outcome) -> None:
         """In `outcome` it will be said what was decided."""
         if dispatch is not None:
             outcome.describe(dispatch)
@@ -87,7 +87,7 @@ class Decisions:
         self.waiting.sort(key=lambda each: each[0].timed)
         with _progress(sum(len(cases) for _, cases in self.waiting)) as done:
             for dispatch, cases in self.waiting:
-                verdicts: dict[Hashable, Verdict] = {}
+                verdicts: dict[Hashable, AnyVerdict] = {}
                 for key, case in cases.items():
                     competitors = case, dispatch.choice, dispatch.tuned_to
                     if time.monotonic() < deadline or measurer.knows(*competitors):

@@ -20,13 +20,13 @@ import torch
 
 from npu_patch.measuring.atomic_file import write_atomically
 from npu_patch.measuring.measured_on import here
-from npu_patch.serving.implementation import Implementation
+from npu_patch.serving.implementation import AnyImplementation
 from npu_patch.serving.signature import Signature, signature_of
 
 FORMAT = 4
 ORIGINAL = "original"
 __all__ = ["Decision", "Forced", "Signature", "Tuning", "read", "signature_for_json", "signature_of", "write"]
-Decided = Implementation[..., Any] | str | None
+Decided = AnyImplementation | str | None
 DTYPES = {str(each): each for each in vars(torch).values() if isinstance(each, torch.dtype)}
 
 
@@ -156,6 +156,6 @@ class Forced(dict[Signature, Decided]):
     def __bool__(self) -> bool:
         return True
 
-    def __contains__(self, signature: object) -> bool:
+    def __contains__(self, signature: Any) -> bool:
         self[signature] = self._decided
         return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils import _python_dispatch, checkpoint
@@ -36,7 +37,7 @@ def unseen() -> Iterator[None]:
         _replace(others, modes)
 
 
-def _replace(present: list, wanted: list) -> None:
+def _replace(present: list[Any], wanted: list[Any]) -> None:
     for _ in present:
         _python_dispatch._pop_mode()
     for mode in wanted:

@@ -84,7 +84,7 @@ def case(
 
     def inputs(tokens: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         weights = [] if weight_dtype is None else [((width,), weight_dtype)]
-        return [((tokens, width), dtype)] * 2 + weights
+        return [*[((tokens, width), dtype)] * 2, *weights]
 
     weighted = "" if weight_dtype is None else f", weight {dtype_name(weight_dtype)}"
     return Case(ADD_RMS_NORM, f"{variant.name}, {width} {dtype_name(dtype)}{weighted}", inputs, call, original)

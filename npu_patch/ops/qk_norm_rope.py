@@ -176,7 +176,7 @@ def case(
 
     def inputs(tokens: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         weights = [] if weight_dtype is None else [((head_dim,), weight_dtype)] * 2
-        return [((tokens, count * head_dim), dtype) for count in heads] + weights
+        return [*(((tokens, count * head_dim), dtype) for count in heads), *weights]
 
     weighted = "" if weight_dtype is None else f", weight {dtype_name(weight_dtype)}"
     rotated = "" if rotary == head_dim else f", {rotary} rotated"

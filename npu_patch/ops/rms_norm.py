@@ -82,7 +82,10 @@ class RMSNormVariant:
         y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         gamma = self.gamma.value(weight)
         y = y if gamma is None else y * gamma
-        return y if gate is None else y * self.gate(gate)
+        if gate is None:
+            return y
+        assert self.gate is not None
+        return y * self.gate(gate)
 
 
 def normalize(
@@ -108,7 +111,8 @@ def normalize(
     if gamma is not None and gamma.dtype not in (x.dtype, torch.float32):
         gamma = gamma.float()  # the operator takes gamma in the dtype of x or, beside half precision, in float32
     y = kernel(x, gamma, eps)
-    if gated:
+    if variant.gate is not None:
+        assert gate is not None
         y = y * variant.gate(gate.float())
     return y if y.dtype == output_dtype else y.to(output_dtype)
 
@@ -150,6 +154,7 @@ PLAIN_VARIANTS: tuple[RMSNormVariant, ...] = (
 )
 
 GATE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
+KERNELS_ACTIVATIONS = {GATE_ACTIVATIONS.get(name): name for name in of_kernels.ACTIVATIONS}
 
 
 def _gated(name: str, activation: Callable[[Tensor], Tensor], rounds_before_gate: bool) -> RMSNormVariant:
@@ -195,13 +200,7 @@ def _triton_rms_norm(
         return rms_norm(x, weight, eps, variant.gamma)
     from npu_patch.kernels.gated_rms_norm import gated_rms_norm
 
-    return gated_rms_norm(x, gate, weight, eps, _kernels_activation(variant), variant.gamma)
-
-
-def _kernels_activation(variant: RMSNormVariant) -> str | None:
-    """The kernels' name of a gate's activation."""
-    names = (name for name in of_kernels.ACTIVATIONS if GATE_ACTIVATIONS.get(name) is variant.gate)
-    return next(names, None)
+    return gated_rms_norm(x, gate, weight, eps, KERNELS_ACTIVATIONS[variant.gate], variant.gamma)
 
 
 def unsupported_by_triton(
@@ -212,7 +211,7 @@ def unsupported_by_triton(
         return reason
     if variant.gamma.kernel is None:
         return variant.gamma.why_no_kernel
-    if variant.gate is not None and _kernels_activation(variant) is None:
+    if variant.gate is not None and variant.gate not in KERNELS_ACTIVATIONS:
         return f"{variant.name}: there is no kernel for this gate"
     if not isinstance(eps, (int, float)) or eps <= 0:
         return f"eps {eps}: rows of zeros need a positive one"

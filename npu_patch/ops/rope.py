@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_patch.numerics.autograd import Context
 from npu_patch.numerics.results import changeable
 from npu_patch.numerics.rotation import HALF, INTERLEAVE, rotate_pairs, table_gradients
 from npu_patch.numerics.values import values
@@ -30,19 +31,23 @@ NPU_ROTARY_MUL = Operator("npu_rotary_mul", ("rotary_mode",))  # _Rotate is its 
 
 @dataclass(frozen=True)
 class Table:
-    """How the given cos (or sin) becomes as wide as what it rotates. `width(rotary_dim)` is the given width."""
+    """How the given cos (or sin) becomes as wide as what it rotates; `half` as wide is how it is given, or as wide."""
 
     name: str
     widen: Callable[[Tensor], Tensor]
-    width: Callable[[int], int] = lambda rotary_dim: rotary_dim
+    half: bool = False
+
+    def width(self, rotary_dim: int) -> int:
+        """The given width."""
+        return rotary_dim // 2 if self.half else rotary_dim
 
 
 TABLES: tuple[Table, ...] = (
     Table("full table", lambda table: table),
     Table("halves of the table", lambda table: _doubled(_first_half(table))),
     Table("pairs of the table", lambda table: _first_half(table).repeat_interleave(2, -1)),
-    Table("half table", lambda table: _doubled(table), lambda rotary_dim: rotary_dim // 2),
-    Table("half table in pairs", lambda table: table.repeat_interleave(2, -1), lambda rotary_dim: rotary_dim // 2),
+    Table("half table", lambda table: _doubled(table), half=True),
+    Table("half table in pairs", lambda table: table.repeat_interleave(2, -1), half=True),
 )
 
 
@@ -95,10 +100,14 @@ VARIANTS: tuple[RoPEVariant, ...] = tuple(
 )
 
 
+# Each of the tensors with its pairs turned, by tables as wide as their heads.
+Kernel = Callable[[Sequence[Tensor], Tensor, Tensor, str], list[Tensor]]
+
+
 def rotate(
-    kernel: Callable[..., Tensor], tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, variant: RoPEVariant
-) -> list[Tensor]:
-    """`variant` of each of `tensors` (`[B, N, S, D]`, `[B, S, N, D]` or `[T, N, D]`).
+    kernel: Kernel, tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, variant: RoPEVariant
+) -> Sequence[Tensor]:
+    """`variant` of each of `tensors`, one or two (`[B, N, S, D]`, `[B, S, N, D]` or `[T, N, D]`).
 
     cos and sin have as many dimensions as the tensors, one head, and the variant's table width, at most D. That is how
     the op is called.
@@ -108,26 +117,34 @@ def rotate(
         sin = -sin
     if variant.deinterleaved:
         tensors = [_deinterleave_first(tensor, cos.shape[-1]) for tensor in tensors]
-    if all([tensor.dtype == cos.dtype for tensor in tensors]):  # nothing is cast: the host's shortest way
-        return _in_pairs(kernel, variant.pairing, tensors, cos, sin)
-    dtypes = [torch.promote_types(tensor.dtype, cos.dtype) for tensor in tensors]
-    rotated: list[Tensor] = []
-    for dtype in dict.fromkeys(dtypes):  # one dtype, but for a caller that mixes them
-        # The operator casts the tables to the dtype of the input: a float32 table beside a bfloat16 input needs the
-        # input in float32, or it would lose what the original keeps.
-        same = [tensor.to(dtype) for tensor, its_dtype in zip(tensors, dtypes, strict=True) if its_dtype == dtype]
-        rotated += _in_pairs(kernel, variant.pairing, same, cos.to(dtype), sin.to(dtype))
+    first, second = tensors if len(tensors) == 2 else (tensors[0], None)
+    its_dtype = cos.dtype
+    if first.dtype == its_dtype and (second is None or second.dtype == its_dtype):
+        # Nothing is cast: the host's shortest way.
+        return _rotated(kernel, variant.pairing, cos, sin, first, second)
+    dtypes = [torch.promote_types(tensor.dtype, its_dtype) for tensor in tensors]
+    # The operator casts the tables to the dtype of the input: a float32 table beside a bfloat16 input needs the
+    # input in float32, or it would lose what the original keeps.
+    tensors_cast = [tensor.to(dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+    rotated: Sequence[Tensor]
+    if len(set(dtypes)) == 1:
+        cos, sin = cos.to(dtypes[0]), sin.to(dtypes[0])
+        rotated = _rotated(kernel, variant.pairing, cos, sin, *tensors_cast)
+    else:  # a caller that mixes them
+        rotated = [
+            y
+            for tensor, dtype in zip(tensors_cast, dtypes, strict=True)
+            for y in _rotated(kernel, variant.pairing, cos.to(dtype), sin.to(dtype), tensor)
+        ]
     if variant.output == "input":
         rotated = [y.to(tensor.dtype) for y, tensor in zip(rotated, tensors, strict=True)]
     return rotated
 
 
-def _in_pairs(
-    kernel: Callable[..., Tensor], pairing: str, tensors: Sequence[Tensor], cos: Tensor, sin: Tensor
-) -> list[Tensor]:
-    rotated: list[Tensor] = []
-    for first, second in itertools.zip_longest(tensors[::2], tensors[1::2]):
-        rotated += _Rotate.apply(kernel, pairing, cos, sin, first, second)
+def _rotated(
+    kernel: Kernel, pairing: str, cos: Tensor, sin: Tensor, first: Tensor, second: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    rotated: tuple[Tensor, ...] = _Rotate.apply(kernel, pairing, cos, sin, first, second)
     return rotated
 
 
@@ -155,46 +172,43 @@ class _Rotate(torch.autograd.Function):
     # Not `*tensors`: without gradients Dynamo takes ctx away where it counts as many arguments as parameters.
     @staticmethod
     def forward(
-        ctx: Any,
-        kernel: Callable[..., Tensor],
-        pairing: str,
-        cos: Tensor,
-        sin: Tensor,
-        first: Tensor,
-        second: Tensor | None,
+        ctx: Context, kernel: Kernel, pairing: str, cos: Tensor, sin: Tensor, first: Tensor, second: Tensor | None
     ) -> tuple[Tensor, ...]:
         tensors = (first,) if second is None else (first, second)
         ctx.kernel, ctx.pairing = kernel, pairing
-        tables_need = any(ctx.needs_input_grad[2:4])
+        needs = ctx.needs_input_grad
+        tables_need = needs[2] or needs[3]
         ctx.save_for_backward(cos, sin, *(tensors if tables_need else ()))
-        rotated = tuple(changeable(_rotate_first(kernel, tensor, cos, sin, pairing)) for tensor in tensors)
+        rotated = tuple([changeable(y) for y in _rotate_first(kernel, tensors, cos, sin, pairing)])
         if not tables_need:  # k of a frozen projection has no gradient because it is rotated together with q
             ctx.set_materialize_grads(False)
-            needed = zip(rotated, ctx.needs_input_grad[4:], strict=False)
-            ctx.mark_non_differentiable(*[each for each, need in needed if not need])
+            ctx.mark_non_differentiable(*[y for y, need in zip(rotated, needs[4:], strict=False) if not need])
         return rotated
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin, *tensors = ctx.saved_tensors
         back = _swap_pairs(sin, ctx.pairing).neg()
         needs_cos, needs_sin, *needed = ctx.needs_input_grad[2:]
-        inputs = [
-            _rotate_first(ctx.kernel, grad, cos, back, ctx.pairing) if need and grad is not None else None
-            for grad, need in itertools.zip_longest(grads, needed)
-        ]
+        needed = [need and grad is not None for need, grad in itertools.zip_longest(needed, grads)]
+        asked = [grad for grad, need in zip(grads, needed, strict=False) if need]
+        turned_back = iter(_rotate_first(ctx.kernel, asked, cos, back, ctx.pairing))
+        inputs = [next(turned_back) if need else None for need in needed]
         d_cos, d_sin = (
             table_gradients(list(zip(grads, tensors, strict=True)), cos, ctx.pairing) if tensors else (None,) * 2
         )
         return None, None, d_cos if needs_cos else None, d_sin if needs_sin else None, *inputs
 
 
-def _rotate_first(kernel: Callable[..., Tensor], x: Tensor, cos: Tensor, sin: Tensor, pairing: str) -> Tensor:
+def _rotate_first(kernel: Kernel, tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, pairing: str) -> list[Tensor]:
     """Rotates as many elements of each head as the table is wide; the rest passes through."""
     width = cos.shape[-1]
-    if width == x.shape[-1]:
-        return kernel(x, cos, sin, pairing)
-    return torch.cat((kernel(x[..., :width], cos, sin, pairing), x[..., width:]), -1)
+    narrower = [x if x.shape[-1] == width else x[..., :width] for x in tensors]
+    rotated = kernel(narrower, cos, sin, pairing)
+    return [
+        y if y.shape[-1] == x.shape[-1] else torch.cat((y, x[..., width:]), -1)
+        for y, x in zip(rotated, tensors, strict=True)
+    ]
 
 
 def _deinterleave_first(x: Tensor, width: int) -> Tensor:
@@ -215,16 +229,26 @@ def _doubled(table: Tensor) -> Tensor:
     return torch.cat((table, table), -1)
 
 
-def _npu_rotary_mul(x: Tensor, cos: Tensor, sin: Tensor, pairing: str) -> Tensor:
+def _npu_rotary_mul(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, pairing: str) -> list[Tensor]:
     """The operator reads its layout from shapes alone. Projections come as `[B, S, N, D]` seen as `[B, N, S, D]`:
     handing over the former saves the copy that the operator would make."""
-    if x.dim() == 4 and not x.is_contiguous() and x.transpose(1, 2).is_contiguous():
-        turned = _npu_rotary_mul(x.transpose(1, 2), cos.transpose(1, 2), sin.transpose(1, 2), pairing)
-        return turned.transpose(1, 2)
+    tables_turned: tuple[Tensor, Tensor] | None = None
+    rotated: list[Tensor] = []
+    for x in tensors:
+        if x.dim() != 4 or x.is_contiguous() or not (turned := x.transpose(1, 2)).is_contiguous():
+            rotated.append(_rotary_mul(x, cos, sin, pairing))
+            continue
+        tables_turned = tables_turned or (cos.transpose(1, 2), sin.transpose(1, 2))
+        rotated.append(_rotary_mul(turned, *tables_turned, pairing).transpose(1, 2))
+    return rotated
+
+
+def _rotary_mul(x: Tensor, cos: Tensor, sin: Tensor, pairing: str) -> Tensor:
     if pairing == HALF and _block_skip_is_refused(x, cos):
         shape = (x.shape[0], *cos.shape[1:])
         cos, sin = cos.expand(shape).contiguous(), sin.expand(shape).contiguous()
-    return torch.ops.npu.npu_rotary_mul(x, cos, sin, rotary_mode=pairing)
+    rotated: Tensor = torch.ops.npu.npu_rotary_mul(x, cos, sin, rotary_mode=pairing)
+    return rotated
 
 
 def _block_skip_is_refused(x: Tensor, cos: Tensor) -> bool:
@@ -237,21 +261,24 @@ def _block_skip_is_refused(x: Tensor, cos: Tensor) -> bool:
     return not aligned or x.shape[0] * x.shape[1] > 8 * x.shape[2]
 
 
-def _torch_rotary_mul(x: Tensor, cos: Tensor, sin: Tensor, pairing: str) -> Tensor:
-    x32 = x.float()
-    return (x32 * cos.float() + rotate_pairs(x32, pairing) * sin.float()).to(x.dtype)
+def _torch_rotary_mul(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, pairing: str) -> list[Tensor]:
+    cos, sin = cos.float(), sin.float()
+    wide = [x.float() for x in tensors]
+    return [(x32 * cos + rotate_pairs(x32, pairing) * sin).to(x.dtype) for x, x32 in zip(tensors, wide, strict=True)]
 
 
 def _unsupported_anywhere(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, variant: RoPEVariant) -> str | None:
     """cos and sin as `rotate` takes them, before the table is widened."""
+    device = cos.device
     for x in (*tensors, cos, sin):
         if not is_plain(x):
             return "tensor subclass"
-        if x.device != cos.device or x.dtype not in FLOAT_DTYPES or x.numel() == 0:
+        if x.device != device or x.dtype not in FLOAT_DTYPES or x.numel() == 0:
             return f"{x.dtype}, {layout(x)}, on {x.device.type}"
-    width = rotary_dim(cos, variant)
+    shape, width = cos.shape, rotary_dim(cos, variant)
+    same = shape == sin.shape and len(shape) in (3, 4) and width % 2 == 0
     for x in tensors:
-        if cos.shape != sin.shape or cos.dim() != x.dim() or x.dim() not in (3, 4) or width > x.shape[-1] or width % 2:
+        if not same or x.dim() != len(shape) or width > x.shape[-1]:
             return f"tables of another shape: {layout(cos)}, for an input of {layout(x)}"
     return None
 
@@ -262,11 +289,14 @@ def _unsupported_on_npu(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, var
     reason = _unsupported_anywhere(tensors, cos, sin, variant)
     if reason is not None:
         return reason
-    if rotary_dim(cos, variant) >= 896:
-        return f"{rotary_dim(cos, variant)} rotated dimensions, the operator takes fewer than 896"
+    width = rotary_dim(cos, variant)
+    if width >= 896:
+        return f"{width} rotated dimensions, the operator takes fewer than 896"
+    table = cos.shape
+    table_batch = table[0] if len(table) == 4 else 1
     for x in tensors:
-        batch, table_batch = (x.shape[0], cos.shape[0]) if x.dim() == 4 else (1, 1)
-        heads = _heads(x, cos)
+        batch = x.shape[0] if len(table) == 4 else 1
+        heads = _heads(x.shape, table)
         if heads is None or table_batch not in (1, batch):
             return f"tables of another shape: {layout(cos)}, for an input of {layout(x)}"
         if batch >= 1000 or heads >= 1000:
@@ -276,20 +306,19 @@ def _unsupported_on_npu(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, var
     return None
 
 
-def _heads(x: Tensor, cos: Tensor) -> int | None:
+def _heads(shape: torch.Size, table: torch.Size) -> int | None:
     """How many heads the input has where the table has one, its other dimensions being equal."""
-    for head_axis, length_axis in ((-3, -2), (-2, -3)) if x.dim() == 4 else ((-2, -3),):
-        if cos.shape[head_axis] == 1 and cos.shape[length_axis] == x.shape[length_axis]:
-            return x.shape[head_axis]
-    return None
+    if len(shape) == 4 and table[-3] == 1 and table[-2] == shape[-2]:
+        return shape[-3]
+    return shape[-2] if table[-2] == 1 and table[-3] == shape[-3] else None
 
 
 def rotary_dim(cos: Tensor, variant: RoPEVariant) -> int:
     """How many elements of a head a table rotates."""
-    return cos.shape[-1] * 2 if variant.table.width(2) == 1 else cos.shape[-1]
+    return cos.shape[-1] * 2 if variant.table.half else cos.shape[-1]
 
 
-def _exact(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, variant: RoPEVariant) -> list[Tensor]:
+def _exact(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, variant: RoPEVariant) -> Sequence[Tensor]:
     return [variant.reference(x, cos, sin) for x in tensors]
 
 
@@ -301,7 +330,7 @@ def _key(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, variant: RoPEVaria
 
 
 _by_npu, _by_torch = partial(rotate, _npu_rotary_mul), partial(rotate, _torch_rotary_mul)
-ROPE: Op[[Sequence[Tensor], Tensor, Tensor, RoPEVariant], list[Tensor]] = Op(
+ROPE: Op[[Sequence[Tensor], Tensor, Tensor, RoPEVariant], Sequence[Tensor]] = Op(
     "rope",
     (
         Implementation(
@@ -325,7 +354,8 @@ def case(variant: RoPEVariant, heads: int, head_dim: int, rotary: int, dtype: to
         angles = places.double() * 10000.0 ** -(values((width,), 7).double().abs() % 1.0)
         return [table.to(dtype) for table in (angles.cos(), angles.sin())]
 
-    def call(function: Callable[..., Any], x: Tensor) -> Any:
+    def call(function: Callable[..., Any], *inputs: Tensor) -> Any:
+        (x,) = inputs
         cos, sin = (table.to(x.device, x.dtype) for table in tables(x.shape[1]))
         return function([x.transpose(1, 2)], cos, sin, variant)
 

@@ -89,6 +89,7 @@ def torch_swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
 def _triton_swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     from npu_patch.kernels.swiglu import swiglu
 
+    assert up is not None, "gate and up in one tensor are not served"
     return swiglu(gate, up)
 
 
@@ -111,16 +112,14 @@ def _unsupported_triton(gate: Tensor, up: Tensor | None = None) -> str | None:
     return reason
 
 
-def _unsupported_tensors(*tensors: Tensor | None) -> str | None:
-    first, *_ = given = [tensor for tensor in tensors if tensor is not None]
-    for tensor in given:
-        if not is_plain(tensor):
-            return "tensor subclass"
-        if tensor.dtype not in FLOAT_DTYPES or tensor.dtype != first.dtype or tensor.shape != first.shape:
-            return f"gate and up of dtypes and shapes: {' and '.join(f'{t.dtype}, {layout(t)}' for t in given)}"
-        if tensor.numel() == 0 or tensor.dim() > 8:
-            return layout(tensor)
-    return None
+def _unsupported_tensors(gate: Tensor, up: Tensor | None) -> str | None:
+    dtype, shape = gate.dtype, gate.shape
+    if not is_plain(gate) or not (up is None or is_plain(up)):
+        return "tensor subclass"
+    if dtype not in FLOAT_DTYPES or not (up is None or (up.dtype == dtype and up.shape == shape)):
+        given = [gate] if up is None else [gate, up]
+        return f"gate and up of dtypes and shapes: {' and '.join(f'{t.dtype}, {layout(t)}' for t in given)}"
+    return layout(gate) if gate.numel() == 0 or len(shape) > 8 else None
 
 
 SWIGLU = Op(

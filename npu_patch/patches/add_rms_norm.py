@@ -165,7 +165,7 @@ def _why_another(layer: torch.nn.Module, reading: AddRMSNormReading) -> str | No
     return None
 
 
-def _is_served(cls: type) -> bool:
+def _is_served(cls: type[torch.nn.Module]) -> bool:
     """Whether this is a class of norms whose replacement takes part."""
     site = NORMS.get(cls.forward)
     return site is not None and site.calls.active

@@ -12,8 +12,8 @@ import torch
 from npu_patch.ops.readings import NotRead
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import Case
-from npu_patch.serving.dispatch import Dispatch, no_cases
-from npu_patch.serving.implementation import Call, Choice, Result
+from npu_patch.serving.dispatch import AnyDispatch, Dispatch, no_cases
+from npu_patch.serving.implementation import AnyChoice, Call, Choice, Result
 from npu_patch.serving.op import Op
 from npu_patch.sites.sites import LiveModules, Site
 from npu_patch.switches import Switches
@@ -47,6 +47,9 @@ class Context(Generic[Call, Result]):
         return () if self.live is None else self.live.of(cls)
 
 
+AnyContext = Context[..., Any]
+
+
 def by_nobody_known(model: torch.nn.Module) -> str | None:
     return None
 
@@ -64,11 +67,11 @@ class Replacement:
     `definition(*args)`: what computes a call in float64, where the original cannot.
     """
 
-    function: Callable[..., Any]
+    function: Any  # to be called, or a descriptor
     variant: str
     calls: Calls
-    choice: Choice[..., Any] | None = None
-    dispatch: Dispatch[..., Any] | None = None
+    choice: AnyChoice | None = None
+    dispatch: AnyDispatch | None = None
     alone: bool = True
     observe: Callable[[torch.nn.Module], Any] | None = None
     participant: Participant | None = None
@@ -77,7 +80,7 @@ class Replacement:
     definition: Callable[..., Callable[..., Any]] | None = None
 
 
-def layers_of_class(site: Site, context: Context[..., Any]) -> int | None:
+def layers_of_class(site: Site, context: AnyContext) -> int | None:
     """How many layers of the given model a site of a class reaches; None for other sites and without a model."""
     return len(context.live_modules(site.owner)) if isinstance(site.owner, type) and context.live else None
 
@@ -119,3 +122,6 @@ class Patch(Generic[Reading, Call, Result]):
     further_ops: tuple[Op[..., Any], ...] = ()
     called: tuple[str, ...] = ()
     around: bool = False
+
+
+AnyPatch = Patch[Any, ..., Any]

@@ -95,21 +95,24 @@ def _cases(
     cls: type, found: QKNormRoPEReading, rotation: RoPESite, live: LiveModules, context: Context
 ) -> Iterator[Case]:
     """Of the layers whose config says how many heads they have, beside the two operators one after the other."""
-    parts = [choose(each, context.device_type).chosen for each in (RMS_NORM.implementations, ROPE.implementations)]
-    if None in parts:
+    normalizes = choose(RMS_NORM.implementations, context.device_type).chosen
+    rotates = choose(ROPE.implementations, context.device_type).chosen
+    if normalizes is None or rotates is None:
         return
-    original = Alternative("RMSNorm, then RoPE", one_after_the_other(*(part.run for part in parts)))
+    original = Alternative("RMSNorm, then RoPE", one_after_the_other(normalizes.run, rotates.run))
     for layer in live.of(cls):
         config, norm = getattr(layer, "config", None), getattr(layer, found.q_norm, None)
-        site = NORMS.get(type(norm).forward) if isinstance(norm, torch.nn.Module) else None
+        q_heads, k_heads = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+        if not (isinstance(norm, torch.nn.Module) and isinstance(q_heads, int) and isinstance(k_heads, int)):
+            continue
+        site = NORMS.get(type(norm).forward)
         reading = None if site is None else site.reading_of(norm)
-        heads = [getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")]
-        if isinstance(reading, RMSNormReading) and reading.weight_name and all(isinstance(each, int) for each in heads):
+        if isinstance(reading, RMSNormReading) and reading.weight_name:
             weight = getattr(norm, reading.weight_name)
             head_dim = weight.shape[-1]
             for rotary in rotary_widths(live, config, head_dim) if rotation.reading.partial else {head_dim}:
                 variants = reading.variant, rotation.reading.variant
-                yield case(*variants, tuple(heads), head_dim, rotary, live.dtype, weight.dtype, original)
+                yield case(*variants, (q_heads, k_heads), head_dim, rotary, live.dtype, weight.dtype, original)
 
 
 def _why_not(layer: torch.nn.Module, q_norm: str, k_norm: str, device_type: str) -> str | None:

@@ -57,15 +57,15 @@ def bind_site(site: Site, found: Sequence[RMSNormReading], context: Context) -> 
         of_kind = read_rms_norm(its_class, original, gated, attributes)
         return NOT_KNOWN if isinstance(of_kind, NotRead) or len(of_kind) > 1 else of_kind[0]
 
-    configuration = {name: None for reading in found for name in reading.configuration}
+    configuration: dict[str, Any] = {name: None for reading in found for name in reading.configuration}
     readings: Readings[RMSNormReading] = Readings(read, tuple(configuration))
     for reading in found:
-        readings.note(cls, reading, configuration | reading.configuration)
+        readings.note(cls, reading, {**configuration, **reading.configuration})
     calls, dispatch = Calls(), context.dispatch(lambda live: _cases(cls, readings, live))
     live = [each for each in map(readings.of, context.live_modules(cls)) if isinstance(each, RMSNormReading)]
     variants = dict.fromkeys(reading.variant.name for reading in live or found)
     bypassed = Bypassed.by(original, *([SILU] if gated else []))
-    serve = _serving(parameter_names(original), readings, dispatch, calls, context)
+    serve = _serving(parameter_names(original) or (), readings, dispatch, calls, context)
     return Replacement(
         replacement_for(original, calls, serve, bypassed=bypassed),
         " or ".join(variants),
@@ -77,7 +77,7 @@ def bind_site(site: Site, found: Sequence[RMSNormReading], context: Context) -> 
 
 
 def _is_gated(site: Site) -> bool:
-    return len(parameter_names(site.original)) == 2
+    return len(parameter_names(site.original) or ()) == 2
 
 
 def _serving(
@@ -145,8 +145,9 @@ def _cases(cls: type, readings: Readings[RMSNormReading], live: LiveModules) -> 
     """Of the layers whose weight says how wide they are, in the model's dtype."""
     for module in live.of(cls):
         reading = readings.of(module)
-        named = isinstance(reading, RMSNormReading) and reading.weight_name
-        weight = getattr(module, reading.weight_name) if named else None
+        if isinstance(reading, NotRead) or reading.weight_name is None:
+            continue
+        weight = getattr(module, reading.weight_name)
         if weight is not None:
             yield case(reading.variant, weight.shape[-1], live.dtype, weight.dtype)
 

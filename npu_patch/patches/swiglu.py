@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from npu_patch.ops.readings import NotRead
@@ -47,11 +48,11 @@ def read_site(site: Site) -> SwiGLUReading | NotRead:
 
 
 def bind_site(site: Site, found: SwiGLUReading, context: Context) -> Replacement | NotRead:
-    cls, original, names = site.owner, site.original, parameter_names(site.original)
+    cls, original, names = site.owner, site.original, parameter_names(site.original) or ()
     activations = Activations(found.activation)
     live = context.live_modules(cls)
-    if live and not any([activations.is_silu(module) for module in live]):
-        return NotRead(f"the activation is {activations.name_of(live[0])}, not SiLU")
+    if live and not any([activations.is_silu(activations.of(module)) for module in live]):
+        return NotRead(f"the activation is {_name_of(activations.of(live[0]))}, not SiLU")
 
     def read(its_class: type, attributes: Mapping[str, Any]) -> SwiGLUReading | NotRead:
         reading = read_swiglu(its_class, original)
@@ -62,7 +63,7 @@ def bind_site(site: Site, found: SwiGLUReading, context: Context) -> Replacement
     calls, device_type, recompute = Calls(), context.device_type, context.switches["swiglu_recompute"]
     dispatch = context.dispatch(lambda live: _cases(cls, found, live))
 
-    def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
+    def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved | Unfused:
         bound = tensors_on(device_type, names, args, kwargs)
         if isinstance(bound, Unserved):
             return bound
@@ -70,11 +71,13 @@ def bind_site(site: Site, found: SwiGLUReading, context: Context) -> Replacement
         reading = readings.of(self)
         if isinstance(reading, NotRead):
             return Unserved(reading.reason)
-        if not activations.is_silu(self):
-            return Unserved(f"the activation is {activations.name_of(self)}")
-        heard = None if found.activation is None else listener(getattr(self, found.activation), found.activation)
-        if heard is not None:
-            return Unserved(heard)
+        activation = activations.of(self)
+        if found.activation is not None:
+            if not activations.is_silu(activation):
+                return Unserved(f"the activation is {_name_of(activation)}")
+            heard = listener(activation, found.activation)
+            if heard is not None:
+                return Unserved(heard)
         down = getattr(self, found.down)
         gate = getattr(self, found.gate)(x)
         up = None if found.up is None else getattr(self, found.up)(x)
@@ -82,7 +85,7 @@ def bind_site(site: Site, found: SwiGLUReading, context: Context) -> Replacement
         serving = dispatch.serving(calls, *call)
         if isinstance(serving, str):
             gate, up = gate.chunk(2, -1) if up is None else (gate, up)
-            return Unfused(down(activations.of(self)(gate) * up), serving)
+            return Unfused(down(activation(gate) * up), serving)
         kept = kept_for_the_backward(serving, *call) if recompute else None
         if kept is None:
             return down(serving.run(*call))
@@ -93,7 +96,7 @@ def bind_site(site: Site, found: SwiGLUReading, context: Context) -> Replacement
 
     def observe(layer: torch.nn.Module) -> None:
         readings.of(layer)
-        activations.is_silu(layer)
+        activations.is_silu(activations.of(layer))
 
     bypassed = Bypassed.by(original, SILU, MODULE_CALL)
     function = replacement_for(original, calls, serve, bypassed=bypassed)
@@ -118,12 +121,11 @@ class Activations:
         self._kinds: dict[Hashable, bool] = {}
 
     def of(self, module: torch.nn.Module) -> Any:
-        return torch.nn.functional.silu if self._name is None else getattr(module, self._name, None)
+        return F.silu if self._name is None else getattr(module, self._name, None)
 
-    def is_silu(self, module: torch.nn.Module) -> bool:
+    def is_silu(self, activation: Any) -> bool:
         if self._name is None:
             return True
-        activation = self.of(module)
         cls = type(activation)
         try:
             observed, silu = self._silu[activation]
@@ -144,9 +146,9 @@ class Activations:
         self._silu[activation] = cls, self._kinds[kind]
         return self._kinds[kind]
 
-    def name_of(self, module: torch.nn.Module) -> str:
-        activation = self.of(module)
-        return getattr(activation, "__name__", type(activation).__name__)
+
+def _name_of(activation: Any) -> str:
+    return getattr(activation, "__name__", type(activation).__name__)
 
 
 PATCH = Patch("swiglu", "swiglu", SWIGLU, find, read_site, bind_site, options=("swiglu_recompute",), called=("mlp",))

@@ -16,7 +16,8 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import CodeType, FunctionType
+from functools import partial
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 from weakref import ref
 
@@ -28,7 +29,17 @@ from npu_patch.numerics.findings import unless_accident
 from npu_patch.numerics.room import quiet_room, random_state_kept, silent
 from npu_patch.numerics.values import values
 from npu_patch.ops.readings import NotRead
-from npu_patch.probe.recorded_layer import Recording, Trial, arguments, attributes_of, is_module_class, loggers, make
+from npu_patch.ops.rms_norm import PLAIN_VARIANTS
+from npu_patch.probe.recorded_layer import (
+    ModuleClass,
+    Recording,
+    Trial,
+    arguments,
+    attributes_of,
+    is_module_class,
+    loggers,
+    make,
+)
 from npu_patch.probe.recorded_layer import same as same_result
 from npu_patch.probe.unknowns import NotKnown, Path, TooManyPaths, any_deferred, every_path
 from npu_patch.sites.names_used import names_used
@@ -44,7 +55,7 @@ STREAMS = (
     ((5, 1, 12), torch.float32),
 )
 MOST_RESULTS = 4  # of one module
-IsNorm = Callable[[type], bool]
+IsNorm = Callable[[ModuleClass], bool]
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,7 @@ class AddRMSNormReading:
     `norms` are given the sum. All are names of attributes. `in_tuple`: the branch is the first of several results.
     `looked_up`: every name that the code looks up, with what the class has under it, or None."""
 
-    layer: type
+    layer: ModuleClass
     code: CodeType
     mixers: tuple[str, ...]
     norms: tuple[str, ...]
@@ -61,13 +72,13 @@ class AddRMSNormReading:
     looked_up: tuple[tuple[str, Any], ...]
 
 
-def read_add_rms_norm(layer: type, is_norm: IsNorm) -> list[tuple[type, AddRMSNormReading | NotRead]]:
+def read_add_rms_norm(layer: ModuleClass, is_norm: IsNorm) -> list[tuple[type, AddRMSNormReading | NotRead]]:
     """With the class of the mixer, of each whose result is added and normalized at least once. `is_norm` says of which
     classes a replacement takes part."""
     forward, init = innermost(layer.forward), innermost(layer.__init__)
     if not isinstance(forward, FunctionType) or not isinstance(init, FunctionType):
         return []
-    made = [init.__globals__.get(name) for name in names_used(init)]
+    made = map(init.__globals__.get, names_used(init))
     classes = [each for each in made if is_module_class(each)]
     own = [each for each in classes if each.__module__ == layer.__module__ and not is_norm(each)]
     if not own or not any(map(is_norm, classes)):
@@ -76,7 +87,7 @@ def read_add_rms_norm(layer: type, is_norm: IsNorm) -> list[tuple[type, AddRMSNo
         return list(_readings(layer, is_norm))
 
 
-def _readings(layer: type, is_norm: IsNorm) -> Iterator[tuple[type, AddRMSNormReading | NotRead]]:
+def _readings(layer: ModuleClass, is_norm: IsNorm) -> Iterator[tuple[type, AddRMSNormReading | NotRead]]:
     code = innermost(layer.forward).__code__
     refusal = _why_unobservable(code)
     seen: list[_Run] = []
@@ -84,13 +95,13 @@ def _readings(layer: type, is_norm: IsNorm) -> Iterator[tuple[type, AddRMSNormRe
     try:
         for given in (False, True):
             trial = Trial(layer, given, *STREAMS[0])
-            for run in every_path(lambda path, trial=trial: _run(trial, is_norm, path)):
+            for run in every_path(partial(_run, trial, is_norm)):
                 seen.append(run)
                 if run.endless:
                     raise TooManyPaths(run.failed)
     except TooManyPaths as error:
         endless = str(error)
-    counts: dict[tuple[str, type], set[int]] = {}  # of results
+    counts: dict[tuple[str, ModuleClass], set[int]] = {}  # of results
     for run in seen:
         for name, cls in run.recording.called.items():
             counts.setdefault((name, cls), set()).add(run.recording.results.get(name, 1))
@@ -98,7 +109,7 @@ def _readings(layer: type, is_norm: IsNorm) -> Iterator[tuple[type, AddRMSNormRe
     for (name, _), results in counts.items():
         of_name.setdefault(name, set()).update(results)
     usual = {name: next(iter(results)) for name, results in of_name.items() if len(results) == 1}
-    found: dict[type, list[_Found]] = {}
+    found: dict[ModuleClass, list[_Found]] = {}
     for (name, cls), results in counts.items():
         if is_norm(cls) or "forward" not in vars(cls) or cls.__module__ != layer.__module__:
             continue
@@ -128,7 +139,7 @@ class _Found:
     `indexed`: it is asked for one of its results by number, which a tensor answers too."""
 
     mixer: str
-    cls: type
+    cls: ModuleClass
     results: int
     norms: dict[str, None] = field(default_factory=dict)
     refusal: str | None = None
@@ -137,7 +148,12 @@ class _Found:
 
 
 def _found(
-    layer: type, is_norm: IsNorm, mixer: str, cls: type, results: list[int], usual: dict[str, int]
+    layer: ModuleClass,
+    is_norm: IsNorm,
+    mixer: str,
+    cls: ModuleClass,
+    results: list[int],
+    usual: dict[str, int],
 ) -> _Found | None:
     """With as many `results` as it can have; refused if no other number does better. None if nothing is normed."""
     refused: _Found | None = None
@@ -157,12 +173,12 @@ def _found(
     return refused
 
 
-def _look(found: _Found, layer: type, is_norm: IsNorm, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def _look(found: _Found, layer: ModuleClass, is_norm: IsNorm, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Every way, until there is something to serve and a reason not to."""
     try:
         for given in (False, True):
             trial = Trial(layer, given, shape, dtype)
-            for plain, deferred in every_path(lambda path, trial=trial: _pair(trial, is_norm, path, found)):
+            for plain, deferred in every_path(partial(_pair, trial, is_norm, found)):
                 if plain.endless or deferred.endless:
                     raise TooManyPaths(plain.failed or deferred.failed)
                 if plain.impossible or plain.recording.called.get(found.mixer, found.cls) is not found.cls:
@@ -203,7 +219,7 @@ class _Run:
     seen: Any = None
 
 
-def _pair(trial: Trial, is_norm: IsNorm, path: Path, found: _Found) -> tuple[_Run, _Run]:
+def _pair(trial: Trial, is_norm: IsNorm, found: _Found, path: Path) -> tuple[_Run, _Run]:
     """The same way as it is, and with the results of the mixer put off. On a way that takes another number of results,
     a mixer with this one is not met."""
     plain = _run(trial, is_norm, path, {found.mixer: found.results}, found.usual)
@@ -240,11 +256,11 @@ def _run(
 def _attempt(trial: Trial, is_norm: IsNorm, path: Path, run: _Run) -> _Run:
     forward = innermost(trial.layer.forward)
 
-    def answer(name: str, cls: type, y: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def answer(name: str, cls: ModuleClass, y: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if is_norm(cls) and len(args) == 1 and not kwargs and isinstance(args[0], DeferredSum):
             run.norm = run.norm or name
             _only_called_by(forward, path)
-            normed = args[0].normalized(None, None, 0.0)
+            normed = args[0].normalized(PLAIN_VARIANTS[0], None, 0.0)  # whichever: `_fused` computes none
             args = (args[0].materialise(name) if normed is None else normed,)
         path.take(f"{name}, a {cls.__name__}", args, kwargs)
         tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
@@ -282,7 +298,7 @@ def _attempt(trial: Trial, is_norm: IsNorm, path: Path, run: _Run) -> _Run:
 def _only_called_by(forward: FunctionType, path: Path) -> None:
     """The norm of what waits is called by code of the layer's own file: not from within `torch.utils.checkpoint`, which
     keeps what it is given to run the code again."""
-    frame = sys._getframe(3)  # past the answer and its recorder
+    frame: FrameType | None = sys._getframe(3)  # past the answer and its recorder
     while frame is not None and frame.f_code is not forward.__code__:
         if frame.f_globals is not forward.__globals__:
             raise path.refuse(f"its norm is called by {frame.f_globals.get('__name__')}")
@@ -351,7 +367,7 @@ def _only_passed_on(code: CodeType, name: str) -> bool:
     return True
 
 
-def _looked_up(layer: type) -> tuple[tuple[str, Any], ...]:
+def _looked_up(layer: ModuleClass) -> tuple[tuple[str, Any], ...]:
     """By the layer's forward, and by the methods of its own that it calls."""
     found: dict[str, Any] = {}
     waiting = [innermost(layer.forward)]

@@ -37,7 +37,7 @@ class QKNormRoPEReading:
     name: str
 
 
-def read_qk_norm_rope(cls: type, rotation: RoPESite) -> QKNormRoPEReading | NotRead:
+def read_qk_norm_rope(cls: type[torch.nn.Module], rotation: RoPESite) -> QKNormRoPEReading | NotRead:
     """`rotation` is the replacement's of the rotary function that the forward of `cls` looks up."""
     with quiet_room(), random_state_kept():
         try:
@@ -97,9 +97,10 @@ def _difference(
         reason = why_not_fused((q.variant, k.variant), reading.variant)
         if reason is not None:
             raise Abandoned(reason)
-        given.append(tuple(name for each in (q, k) for name in names if getattr(layer, name) is each.norm))
-        heads = [Heads(each.x.transpose(1, 2), each.weight, each.eps, each.variant) for each in (q, k)]
-        return reference(*heads, cos, sin, reading.variant)
+        of_norm = dict(zip(modules, names, strict=True))
+        given.append((of_norm[q.norm], of_norm[k.norm]))
+        q_heads, k_heads = (Heads(each.x.transpose(1, 2), each.weight, each.eps, each.variant) for each in (q, k))
+        return reference(q_heads, k_heads, cos, sin, reading.variant)
 
     deferral = Deferral(modules, rotate)
 

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -24,13 +24,15 @@ from npu_patch.sites.names_used import names_used
 from npu_patch.sites.sites import innermost
 from npu_patch.waiting.contract import Waiting
 
+ModuleClass = type[torch.nn.Module]
+
 
 @dataclass(frozen=True)
 class Trial:
     """One way to run a layer. `given`: arguments that may be left out are there, and of flags and numbers that the
     layer's `__init__` sets nothing is known, for they may be set anew."""
 
-    layer: type
+    layer: ModuleClass
     given: bool
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -41,21 +43,21 @@ class Recording:
     """Of one run: how many `results` each module returns, the class of each that was `called`, and the `last` one."""
 
     results: dict[str, int] = field(default_factory=dict)
-    called: dict[str, type] = field(default_factory=dict)
+    called: dict[str, ModuleClass] = field(default_factory=dict)
     last: str | None = None
 
 
 # What a module (the name of its attribute, its class) returns first for a tensor and its arguments.
-Answer = Callable[[str, type, Tensor, tuple[Any, ...], dict[str, Any]], Any]
+Answer = Callable[[str, ModuleClass, Tensor, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class Recorder:
     """A module of the layer: `isinstance` takes it for what it would be."""
 
-    def __init__(self, cls: type, trial: Trial, path: Path, recording: Recording, answer: Answer) -> None:
+    def __init__(self, cls: ModuleClass, trial: Trial, path: Path, recording: Recording, answer: Answer) -> None:
         vars(self).update(_cls=cls, _trial=trial, _path=path, _recording=recording, _answer=answer, _name="")
 
-    @property
+    @property  # type: ignore[misc]  # nobody sets it
     def __class__(self) -> type:
         return self._cls
 
@@ -94,7 +96,7 @@ def make(trial: Trial, path: Path, recording: Recording, answer: Answer) -> torc
     namespace["__builtins__"] = init.__globals__.get("__builtins__", __builtins__)
     own = FunctionType(init.__code__, namespace, init.__name__, init.__defaults__, init.__closure__)
     own.__kwdefaults__ = init.__kwdefaults__
-    made = object.__new__(trial.layer)
+    made: torch.nn.Module = object.__new__(trial.layer)
     required = [
         parameter
         for parameter in _parameters(init)
@@ -154,7 +156,7 @@ def loggers(functions: Sequence[FunctionType]) -> list[logging.Logger]:
     return [value for each in functions for value in each.__globals__.values() if isinstance(value, logging.Logger)]
 
 
-def is_module_class(value: Any) -> bool:
+def is_module_class(value: Any) -> TypeGuard[ModuleClass]:
     return isinstance(value, type) and issubclass(value, torch.nn.Module)
 
 

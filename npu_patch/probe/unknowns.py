@@ -91,6 +91,9 @@ def every_path(run: Callable[[Path], T]) -> Iterator[T]:
 class Unknown:
     """A value of which nothing is known but where it comes from. Beside a tensor it counts as 1."""
 
+    _path: Path
+    _text: str
+
     def __init__(self, path: Path, text: str) -> None:
         vars(self).update(_path=path, _text=text)
 

@@ -39,7 +39,7 @@ class Alternative:
 class Calling(Protocol[Call]):
     """How a function that takes an op's calls is called on a case's inputs."""
 
-    def __call__(self, function: Callable[Call, Returned], /, *inputs: Tensor) -> Returned: ...
+    def __call__(self, function: Callable[Call, Returned], /, *inputs: Any, **none: Any) -> Returned: ...
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,9 @@ class Case(Generic[Call, Result]):
 
     def definition(self, *inputs: Tensor) -> Result:
         return self.call(self.op.exact, *inputs)
+
+
+AnyCase = Case[..., Any]
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ from npu_patch.sites.sites import innermost, is_own
 CALLS_OF_MODULES = (torch.nn.Module._call_impl.__code__, torch.nn.Module._wrapped_call_impl.__code__)
 NO_MODELS = frozenset(("npu_patch", *sys.stdlib_module_names))
 COMPUTE_ANEW = (torch.nn.Linear, torch.nn.Embedding, torch.nn.LayerNorm, torch.nn.modules.conv._ConvNd)
+NOTHING: frozenset[int | str] = frozenset()
+FIRST = frozenset[int | str]([0, "input"])  # what a layer of torch's is given
 DEEPEST = 3  # of calls within calls that are looked into
 Way = tuple[tuple[CodeType, int], ...]  # from the inside out, each frame's code, and which of its instructions calls
 Ways = list[tuple[Way, "str | None"]]
@@ -142,9 +144,9 @@ class _Effects:
 
     def _of_module(self, found: torch.nn.Module) -> Effect | None:
         if isinstance(found, COMPUTE_ANEW):
-            return Effect(frozenset(), frozenset())
+            return Effect(NOTHING, NOTHING)
         if getattr(found, "inplace", False) is True:
-            return Effect(frozenset([0, "input"]), frozenset([0, "input"]))
+            return Effect(FIRST, FIRST)
         if isinstance(found, torch.nn.Sequential):
             return self._of_sequence(list(found))
         return self._of(innermost(type(found).forward), True, found)
@@ -153,12 +155,11 @@ class _Effects:
         """What it is given goes on as long as a module may return it, as one of which nothing is known may."""
         changes = False
         for module in modules:
-            effect = self._of_module(module) or Effect(frozenset(), frozenset([0]))
+            effect = self._of_module(module) or Effect(NOTHING, frozenset([0]))
             changes = changes or 0 in effect.changes
             if 0 not in effect.returns:
-                return Effect(frozenset([0, "input"] if changes else ()), frozenset())
-        both = frozenset([0, "input"])
-        return Effect(both if changes else frozenset(), both)
+                return Effect(FIRST if changes else NOTHING, NOTHING)
+        return Effect(FIRST if changes else NOTHING, FIRST)
 
     def _of(self, function: Any, bound: bool, module: torch.nn.Module | None) -> Effect | None:
         if not isinstance(function, FunctionType) or self.depth == DEEPEST or not _is_own(function.__module__ or ""):

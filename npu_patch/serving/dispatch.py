@@ -184,6 +184,10 @@ class Dispatch(Generic[Call, Result]):
         return found
 
 
+AnyDispatch = Dispatch[..., Any]
+AnyVerdict = Verdict[..., Any]
+
+
 def _milliseconds(measured: Measured) -> str:
     return measured.wrong or f"{(measured.seconds or 0.0) * 1e3:.3g} ms"
 

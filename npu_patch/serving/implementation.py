@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,9 @@ class Implementation(Generic[Call, Result]):
     partly: Mapping[str, Operator] = field(default_factory=dict)
 
 
+AnyImplementation = Implementation[..., Any]
+
+
 @dataclass(frozen=True)
 class Choice(Generic[Call, Result]):
     """The implementation that serves a device, and why each other one does not.
@@ -53,6 +56,9 @@ class Choice(Generic[Call, Result]):
 
     def why_none(self) -> str:
         return "no implementation: " + "; ".join(f"{name}: {reason}" for name, reason in self.declined.items())
+
+
+AnyChoice = Choice[..., Any]
 
 
 def choose(

@@ -80,10 +80,10 @@ class Kernel:
             shared.device = memory.device_index(kwargs.get("device"), shared.device)
             named.pop("pin_memory", None)
         if shared.device is None:
-            shared.device = torch.npu.current_device()
+            shared.device = torch.get_device_module("npu").current_device()
         with torch._C._AutoDispatchBelowAutograd():
             if self.is_random:
-                result = self._drawn(shared, on_cpu, named)
+                result = self._drawn(rng.next_seed_and_offset(shared.generator, shared.device), on_cpu, named)
             else:
                 result = _run(self.compute, on_cpu, named, self.mutable)
             for key, value in fresh.items():
@@ -92,17 +92,16 @@ class Kernel:
             self._count(on_cpu, named, result)
         return self._given(shared, result, args, kwargs)
 
-    def _drawn(self, shared: Shared, on_cpu: list[Any], named: dict[str, Any]) -> Any:
+    def _drawn(self, state: tuple[int, int], on_cpu: list[Any], named: dict[str, Any]) -> Any:
         """With the numbers that come next of the given generator, or of the device's."""
-        seed, offset = rng.next_seed_and_offset(shared.generator, shared.device)
         if not self.takes_generator:
-            with rng.default_cpu_generator(seed, offset):
+            with rng.default_cpu_generator(*state):
                 return _run(self.compute, on_cpu, named, self.mutable)
         at = self.position["generator"]
         if "generator" in named or len(on_cpu) <= at:
-            named["generator"] = rng.cpu_generator(seed, offset)
+            named["generator"] = rng.cpu_generator(*state)
         else:
-            on_cpu[at] = rng.cpu_generator(seed, offset)
+            on_cpu[at] = rng.cpu_generator(*state)
         return _run(self.compute, on_cpu, named, self.mutable)
 
     def _count(self, on_cpu: list[Any], named: dict[str, Any], result: Any) -> None:

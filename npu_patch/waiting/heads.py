@@ -138,9 +138,10 @@ def rotate_deferred(
         raise Abandoned("one of q and k is rotated without the other")
     if reading.signature.sections or dimension != 1 or not (isinstance(cos, Tensor) and isinstance(sin, Tensor)):
         raise Abandoned("the tables are laid out in another way")
-    for each in tensors:
-        each.check()
-    rotated = deferral.rotate(reading, *tensors, cos, sin)
+    q, k = tensors
+    q.check()
+    k.check()
+    rotated = deferral.rotate(reading, q, k, cos, sin)
     deferral.done = deferral.over = True
     return rotated
 

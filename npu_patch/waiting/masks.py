@@ -46,10 +46,12 @@ class PatternMask(torch.Tensor, Waiting):
         mask.pattern, mask._build, mask._built = pattern, build, None
         return mask
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch says to do
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub has it without `func`
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         def written_out(mask: PatternMask) -> Tensor:
             mask.pattern = None  # whoever holds the tensor, or a view of it, may write to it
             return mask.materialise(name_of(func))
@@ -79,7 +81,7 @@ class PatternMask(torch.Tensor, Waiting):
     def tolist(self) -> list[Any]:
         return self.materialise("tolist").tolist()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # mypy drops its names
         written_out = f", written out for {self._used_by}" if self.settled else ""
         return f"PatternMask({tuple(self.shape)}, {self.pattern}{written_out})"
 
@@ -142,7 +144,7 @@ def _factories() -> dict[Any, Callable[[dict[str, Any]], MaskFunctionReading | N
         ),
         ("remap_positions_for_packed_sequence", (masking_utils.causal_mask_function, zero), _by_position),
     )
-    found = {}
+    found: dict[Any, Callable[[dict[str, Any]], MaskFunctionReading | None]] = {}
     for name, arguments, meaning in known:
         factory = getattr(masking_utils, name, None)
         if factory is not None:

@@ -121,45 +121,45 @@ class DeferredBranch(Deferred):
 class DeferredSum(Deferred):
     """x + residual, both `[..., D]`, of one dtype and on one device; a tensor from its norm on."""
 
-    __slots__ = ("_addition", "_residual", "_total", "_x")
+    __slots__ = ("_addition", "_value")
 
     def __init__(self, x: Tensor, residual: Tensor, addition: Addition) -> None:
-        self._x: Tensor | None = x
-        self._residual: Tensor | None = residual
         self._addition = addition
-        self._total: Tensor | None = None
+        self._value: tuple[Tensor, Tensor] | Tensor = x, residual  # or what became of them
 
     def normalized(self, variant: RMSNormVariant, weight: Tensor | None, eps: float) -> Tensor | None:
         """Its RMSNorm, or None where that is not computed together with the sum."""
-        if self._total is not None:
+        if isinstance(self._value, Tensor):
             return None
-        found = self._addition.fuse(variant, self._x, self._residual, weight, eps)
+        found = self._addition.fuse(variant, *self._value, weight, eps)
         if isinstance(found, str):
-            self._become(self._residual + self._x, found)
+            self._give_up(found)
             return None
-        normed, total = found
-        self._become(total)
+        normed, self._value = found
         return normed
 
     def like(self) -> Tensor:
-        return self._x if self._total is None else self._total
+        return self._value if isinstance(self._value, Tensor) else self._value[0]
 
     def materialise(self, used_by: str) -> Tensor:
-        if self._total is None:
-            self._become(self._residual + self._x, f"the sum is used ({used_by}) before its norm")
-        return self._total
+        if isinstance(self._value, Tensor):
+            return self._value
+        return self._give_up(f"the sum is used ({used_by}) before its norm")
 
     @property
     def settled(self) -> bool:
-        return self._total is not None
+        return isinstance(self._value, Tensor)
 
     def peek(self) -> Tensor:
-        return self._residual + self._x if self._total is None else self._total
+        if isinstance(self._value, Tensor):
+            return self._value
+        x, residual = self._value
+        return residual + x
 
-    def _become(self, total: Tensor, why_not_fused: str | None = None) -> None:
-        self._total, self._x, self._residual = total, None, None
-        if why_not_fused is not None:
-            self._addition.not_fused(why_not_fused)
+    def _give_up(self, reason: str) -> Tensor:
+        self._value = total = self.peek()
+        self._addition.not_fused(reason)
+        return total
 
 
 # What `tensor + deferred` arrives as. Not `torch.add`: the probe observes operators only, and there serves no other.
@@ -185,4 +185,3 @@ for _name in (
 ):
     if hasattr(Tensor, f"__{_name}__"):
         setattr(Deferred, f"__{_name}__", _operator(f"__{_name}__"))
-Deferred.__hash__ = object.__hash__

@@ -66,14 +66,14 @@ def providers(mode):
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     _simulate_if(mode)
     from npu_patch.patches import CATALOGUE
-    from npu_patch.serving.implementation import choose
+    from npu_patch.serving.implementation import AnyChoice, choose
     from npu_patch.switches import resolve
 
     switches = resolve()
     found = {}
     further = [(op.name, op) for patch in CATALOGUE for op in patch.further_ops]
     for name, op in [*((patch.name, patch.op) for patch in CATALOGUE), *further]:
-        choice = choose(op.implementations, "npu", switches["triton"], switches.sources["triton"])
+        choice: AnyChoice = choose(op.implementations, "npu", switches["triton"], switches.sources["triton"])
         measured = {} if choice.forced else {each.name: WHERE_FASTER for each in choice.candidates}
         used = [choice.chosen, *(choice.candidates if choice.forced else ())]
         why = measured | choice.declined

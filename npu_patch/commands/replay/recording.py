@@ -98,7 +98,7 @@ class Ran:
 
 
 def run_replacement(held: PatchedSite, call: Call) -> Ran:
-    return _run(function_of(held), *_fresh(call, plain_masks=False))
+    return _run(held.replacement.function, *_fresh(call, plain_masks=False))
 
 
 def run_original(held: PatchedSite, call: Call) -> Ran:
@@ -138,7 +138,7 @@ def timed_forms(held: PatchedSite, call: Call) -> tuple[Callable[[], None], Call
 
         return run
 
-    return ready(function_of(held), False), ready(held.site.original, True)
+    return ready(held.replacement.function, False), ready(held.site.original, True)
 
 
 def _run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ran:

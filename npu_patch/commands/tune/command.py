@@ -18,19 +18,20 @@ from npu_patch import devices
 from npu_patch.applying import api as lifecycle
 from npu_patch.applying.patched_site import PatchedSite
 from npu_patch.applying.state import patched_sites
-from npu_patch.commands.bench.command import DTYPES, prepared, recorded_step
+from npu_patch.commands.bench.command import prepared, recorded_step
 from npu_patch.commands.console.output_file import output_file
 from npu_patch.commands.console.result import CommandError, Result
 from npu_patch.commands.console.steps import Steps, steps
 from npu_patch.commands.replay.bars import why_not
 from npu_patch.commands.replay.recording import Call, function_of, run_in_float64, run_original, timed_forms
+from npu_patch.commands.subject.models import DTYPES
 from npu_patch.commands.verify.command import compared
 from npu_patch.measuring.in_turns import Timing, in_turns
-from npu_patch.measuring.tuning import ORIGINAL, Decision, Forced, signature_for_json, write
+from npu_patch.measuring.tuning import ORIGINAL, Decided, Decision, Forced, signature_for_json, write
 from npu_patch.patches import CATALOGUE
 from npu_patch.reporting.rows import short_name
-from npu_patch.serving.dispatch import Dispatch
-from npu_patch.serving.implementation import Implementation
+from npu_patch.serving.dispatch import AnyDispatch
+from npu_patch.serving.implementation import AnyImplementation
 from npu_patch.serving.signature import Signature
 from npu_patch.switches import TUNE, resolve
 
@@ -89,24 +90,23 @@ def _tune(
         recording = recorded_step(model, batch, device, sites)
         pairs = []
         for held in sites:
-            fixed = held.replacement.dispatch is None or function_of(held) is None
-            if held.outcome.patch in tunable and not fixed:
-                pairs += [(held, call) for call in recording.of(held)]
+            dispatch = held.replacement.dispatch
+            if held.outcome.patch in tunable and dispatch is not None and function_of(held) is not None:
+                pairs += [(held, dispatch, call) for call in recording.of(held)]
             else:
                 left.append(f"{held.outcome.patch} {short_name(held.outcome.site)}: chooses by itself at every call")
         progress.of(len(pairs))
-        for held, call in pairs:
-            ways = alternatives(held, device.type)
-            decision = decide(held, call, ways, device, options.samples, DTYPES[options.dtype])
+        for held, dispatch, call in pairs:
+            ways = alternatives(dispatch, device.type)
+            decision = decide(held, dispatch, call, ways, device, options.samples, DTYPES[options.dtype])
             if decision is not None:
                 found.append(Tuned(short_name(held.outcome.site), call.shapes, decision))
             progress.done()
     return found, left
 
 
-def alternatives(held: PatchedSite, device_type: str) -> dict[str, Implementation]:
+def alternatives(dispatch: AnyDispatch, device_type: str) -> dict[str, AnyImplementation]:
     """By name, the site's implementation, and each other one that this machine has."""
-    dispatch = held.replacement.dispatch
     found = {} if dispatch.choice.chosen is None else {dispatch.choice.chosen.name: dispatch.choice.chosen}
     for each in dispatch.op.implementations:
         if each.optional and devices.is_simulated(device_type):
@@ -118,8 +118,9 @@ def alternatives(held: PatchedSite, device_type: str) -> dict[str, Implementatio
 
 def decide(
     held: PatchedSite,
+    dispatch: AnyDispatch,
     call: Call,
-    ways: Mapping[str, Implementation],
+    ways: Mapping[str, AnyImplementation],
     device: torch.device,
     samples: int,
     dtype: torch.dtype,
@@ -133,7 +134,6 @@ def decide(
     declined: dict[str, str] = {}
     forms: dict[str, Callable[[], None]] = {}
     signature: Signature = ()
-    dispatch, outcome = held.replacement.dispatch, held.outcome
     try:
         for name, implementation in ways.items():
             dispatch.tuned = forced = Forced(implementation)
@@ -152,12 +152,12 @@ def decide(
         dispatch.tuned = {}
     medians = {name: timing.median for name, timing in times.items()}
     quartiles = {name: (timing.low, timing.high) for name, timing in times.items()}
-    site = outcome.patch, outcome.site, outcome.variant
+    site = held.outcome.patch, held.outcome.site, held.outcome.variant
     return Decision(*site, signature, fastest(times), medians, quartiles, refused, declined)
 
 
 def _as_installed(
-    dispatch: Dispatch, decided: Mapping[Signature, Implementation], form: Callable[[], None]
+    dispatch: AnyDispatch, decided: Mapping[Signature, Decided], form: Callable[[], None]
 ) -> Callable[[], None]:
     """As `apply()` will call it under the file: the shapes of the call are looked up first."""
 

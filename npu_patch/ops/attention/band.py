@@ -42,6 +42,8 @@ class Band:
 
     def within(self, queries: int, keys: int) -> Band:
         """The same band without the limits that lie beyond all the keys."""
+        if self.before is None and self.after is None:
+            return self
         shift = keys - queries if self.bottom_right else 0
         before = None if self.before is None or self.before >= queries - 1 + shift else self.before
         after = None if self.after is None or self.after >= keys - 1 - shift else self.after

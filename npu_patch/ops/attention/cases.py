@@ -61,10 +61,10 @@ def _case(form: str, all_heads: tuple[int, int], widths: tuple[int, int], dtype:
     def inputs(keys: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         queries = few or keys
         shapes = [(queries, heads, head_dim), (keys, key_heads, head_dim), (keys, key_heads, value_dim)]
-        sink = [((heads,), dtype)] if sinks else []
+        others: list[tuple[tuple[int, ...], torch.dtype]] = [((heads,), dtype)] if sinks else []
         if form == "bias":
-            sink.append(((1, heads, queries, keys), dtype))
-        return [((samples, *shape), dtype) for shape in shapes] + sink
+            others.append(((1, heads, queries, keys), dtype))
+        return [((samples, *shape), dtype) for shape in shapes] + others
 
     def asked(query: Tensor, key: Tensor, value: Tensor, *others: Tensor) -> tuple[Any, ...]:
         """As models have them: `[B, N, S, D]`, `[B, S, N, D]` in memory but in a cache."""

@@ -42,8 +42,8 @@ def _npu_attention(query: Tensor, key: Tensor, value: Tensor, attention: Attenti
     if attention_decode.serves(query, key, value, attention):
         return attention_decode.decode(query, key, value, attention)
     if _fewer_copies_in_bsnd(query, key, value):
-        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        return _fusion_attention(query, key, value, attention, "BSND")
+        turned = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return _fusion_attention(*turned, attention, "BSND")
     out = _fusion_attention(query, key, value, attention, "BNSD")
     return out.transpose(1, 2).contiguous()
 
@@ -113,24 +113,28 @@ def _fewer_copies_in_bsnd(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 def _unsupported(query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> str | None:
     """Limits of npu_fusion_attention (operator documentation) and of torch_npu's own use of it."""
-    tensors = (query, key, value)
-    if not all(is_plain(tensor) for tensor in tensors):
+    if not (is_plain(query) and is_plain(key) and is_plain(value)):
         return "tensor subclass"
-    if query.dtype not in FLOAT_DTYPES or any(t.dtype != query.dtype or t.device != query.device for t in tensors):
+    tensors, dtype, device = (query, key, value), query.dtype, query.device
+    alike = key.dtype == value.dtype == dtype and key.device == value.device == device
+    if not alike or dtype not in FLOAT_DTYPES:
         return f"query, key and value of {', '.join(f'{t.dtype} on {t.device.type}' for t in tensors)}"
+    shape, key_shape, value_shape = query.shape, key.shape, value.shape
     packed = attention.ends is not None
-    if any(tensor.dim() != (3 if packed else 4) or tensor.numel() == 0 for tensor in tensors):
-        return f"query, key and value of shapes {[tuple(tensor.shape) for tensor in tensors]}"
-    heads, key_heads = query.shape[1], key.shape[1]
-    head_dim, value_dim = query.shape[-1], value.shape[-1]
-    same = key.shape[:-1] == value.shape[:-1] and head_dim == key.shape[-1] and (packed or len(query) == len(key))
+    if not len(shape) == len(key_shape) == len(value_shape) == (3 if packed else 4):
+        return _of_shapes(*tensors)
+    if not (query.numel() and key.numel() and value.numel()):
+        return _of_shapes(*tensors)
+    heads, key_heads = shape[1], key_shape[1]
+    head_dim, value_dim = shape[-1], value_shape[-1]
+    same = key_shape[:-1] == value_shape[:-1] and head_dim == key_shape[-1] and (packed or shape[0] == key_shape[0])
     if not same or heads % key_heads:
-        return f"query, key and value of shapes {[tuple(tensor.shape) for tensor in tensors]}"
+        return _of_shapes(*tensors)
     if heads > MOST_HEADS or head_dim > WIDEST_HEAD or value_dim > head_dim:
         return (
             f"{heads} heads of {head_dim}, values of {value_dim}: the operator takes up to 256 of 768, values no wider"
         )
-    if query.dtype == torch.float32 and (head_dim % 4 or value_dim % 4):
+    if dtype == torch.float32 and (head_dim % 4 or value_dim % 4):
         return f"float32 heads of {head_dim}, values of {value_dim}: torch_npu keeps the operator to multiples of 4"
     if not 0.0 <= attention.dropout < 1.0:
         return f"dropout {attention.dropout}"
@@ -140,7 +144,11 @@ def _unsupported(query: Tensor, key: Tensor, value: Tensor, attention: Attention
         return _unsupported_packing(attention, *attention.ends)
     if attention.bias is not None and (reason := _unsupported_bias(query, key, attention.bias)):
         return reason
-    return why_no_band(attention.band.within(query.shape[2], key.shape[2]), query.shape[2], key.shape[2])
+    return why_no_band(attention.band.within(shape[2], key_shape[2]), shape[2], key_shape[2])
+
+
+def _of_shapes(*tensors: Tensor) -> str:
+    return f"query, key and value of shapes {[tuple(tensor.shape) for tensor in tensors]}"
 
 
 def _unsupported_sink(sink: Tensor, heads: int) -> str | None:

@@ -43,8 +43,8 @@ def _form(query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> st
 
 def _exact(query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> Tensor:
     """`[B, Sq, N, Dv]`, packed `[T, N, Dv]`, in plain torch."""
-    packed = attention.ends is not None
-    if packed:
+    ends = attention.ends
+    if ends is not None:
         query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
     queries, keys, key_heads = query.shape[2], key.shape[2], key.shape[1]
     grouped = query.unflatten(1, (key_heads, -1)).flatten(2, 3)  # heads that share a key head, one below the other
@@ -52,8 +52,8 @@ def _exact(query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> T
     if attention.bias is not None:
         scores = scores + attention.bias
     seen = attention.band.visible(queries, keys)
-    if packed:
-        sequence = torch.bucketize(torch.arange(keys), torch.tensor(attention.ends[1]), right=True)
+    if ends is not None:
+        sequence = torch.bucketize(torch.arange(keys), torch.tensor(ends[1]), right=True)
         seen = seen & (sequence[:, None] == sequence)
     if attention.hidden is not None:
         seen = seen & ~attention.hidden
@@ -64,7 +64,7 @@ def _exact(query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> T
     else:
         weights = scores.softmax(-1)
     out = (weights.view(*grouped.shape[:3], keys) @ value).view(*query.shape[:3], -1).transpose(1, 2)
-    return out[0] if packed else out
+    return out if ends is None else out[0]
 
 
 ATTENTION = Op("attention", (IMPLEMENTATION,), _key, _exact)

@@ -31,7 +31,8 @@ def case(experts: Experts) -> Case:
         return [(shape, form.dtype) for shape in shapes]
 
     def layer(tensors: Iterator[Tensor], shapes: list[tuple[int, ...]]) -> Weights:
-        *weights, bias = [next(tensors) for _ in shapes] if form.biased else [*(next(tensors) for _ in shapes), None]
+        weights = [next(tensors) for _ in (shapes[:-1] if form.biased else shapes)]
+        bias = next(tensors) if form.biased else None
         width = weights[0].shape[-1 if form.transposed else -2]
         # Smaller by the width of what they multiply, as trained ones are; by a power of two, which rounds nothing.
         weights = [weight * 2.0 ** -round(math.log2(width) / 2) for weight in weights]

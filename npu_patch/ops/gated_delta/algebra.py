@@ -85,7 +85,7 @@ def backward(
     d_out = _output_gradient(problem, do, len(inverse))
     d_written = torch.bmm(chunks.pairs[:, :c].mT, d_out[:, :c])
     ends = None if d_final is None or problem.bounds is None else _Ends(problem, chunks)
-    if ends is not None:
+    if ends is not None and d_final is not None:
         ends.remember(states, written)
         ends.add_written_gradient(d_written, d_final)
     torch.bmm(inverse.mT, d_written, out=d_out[:, c:])
@@ -93,7 +93,7 @@ def backward(
     d_states = _state_gradients(chunks, states, d_out, ends, d_final)
     scan_backward(transitions, d_states)
     d_initial = None
-    if needs_state:
+    if needs_state and problem.initial_state is not None:
         d_initial = d_states[0, 0].view(problem.initial_state.shape).to(problem.initial_state.dtype)
     del transitions
     d_leaving = d_states[1:].view_as(entering)
@@ -184,12 +184,12 @@ class _Local:
     enters with a minus.
     """
 
+    d_carry: Tensor
+
     def __init__(self, problem: Problem, chunks: Chunks) -> None:
         self.problem, self.chunks = problem, chunks
         chunks.qk = chunks.qk.to(problem.dtype)
         self.c, (_, self.per_key) = problem.layout.chunk, problem.heads
-        self.d_carry: Tensor | None = None
-        self.last: Tensor | None = None
         self.at_ends: Tensor | None = None
 
     def add_pairs(self, d_pairs: Tensor) -> None:

@@ -62,6 +62,7 @@ def _run_convolution(call: ConvolutionCall) -> Tensor:
 
 
 def _run_update(call: ConvolutionCall) -> Tensor:
+    assert call.state is not None
     return causal_conv1d_update(call.x, call.state, call.weight, call.bias, call.activation)
 
 

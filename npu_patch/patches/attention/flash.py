@@ -68,9 +68,10 @@ def serve(original: Callable[..., Any], device_type: str, attend: Attend) -> Cal
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         band = _band(bool(is_causal), sliding_window, queries, keys)
-        hidden = None
+        hidden: Tensor | None = None
+        packed: list[Tensor] = []
         if attention_mask is not None and queries == 1 and band.within(1, attention_mask.shape[1]).is_full:
-            packed, indices, ends, band = [], None, None, FULL
+            indices, ends, band = None, None, FULL
             hidden = _hidden(attention_mask, keys)
         else:
             lengths = cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
@@ -81,7 +82,7 @@ def serve(original: Callable[..., Any], device_type: str, attend: Attend) -> Cal
             out = attend(query, key, value, attention)
             return Unserved(out) if isinstance(out, str) else (out, None)
         attention = Attention(scale, band, sink=s_aux, dropout=dropout, ends=ends)
-        out = attend(*packed, attention)
+        out = attend(packed[0], packed[1], packed[2], attention)
         if isinstance(out, str):
             return Unserved(out)
         if indices is not None:
@@ -112,9 +113,11 @@ def _dtype_of_model(query: Tensor, module: torch.nn.Module) -> torch.dtype:
         return query.dtype
     if torch.is_autocast_enabled(query.device.type):
         return torch.get_autocast_dtype(query.device.type)
-    if hasattr(module.config, "_pre_quantization_dtype"):
-        return module.config._pre_quantization_dtype
-    return next(layer for layer in module.modules() if isinstance(layer, torch.nn.Linear)).weight.dtype
+    config: Any = module.config
+    if hasattr(config, "_pre_quantization_dtype"):
+        dtype: torch.dtype = config._pre_quantization_dtype
+        return dtype
+    return next(layer.weight.dtype for layer in module.modules() if isinstance(layer, torch.nn.Linear))
 
 
 def _band(is_causal: bool, sliding_window: int | None, queries: int, keys: int) -> Band:
@@ -144,7 +147,8 @@ def _packed(
     if mask is not None:
         return _gather(query, key, value, mask)
     if all(each is not None for each in lengths):
-        return _flat(query, key, value), None, HOST_READS.ends_of_lengths(*lengths[:2])
+        query_ends, key_ends = HOST_READS.ends_of_lengths(*lengths[:2])
+        return _flat(query, key, value), None, (query_ends, key_ends)
     found = _ends_of_positions(positions, query.shape[0])
     return _flat(query, key, value), None, None if found is None else (found, found)
 

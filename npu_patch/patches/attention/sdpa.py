@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -80,7 +79,7 @@ def serve(original: Callable[..., Any], device_type: str, attend: Attend) -> Cal
         result = serve_fused(given, others)
         if s_aux is not None and isinstance(result, Unserved) and refused(others) is None:
             # The original would leave the sinks out without a word.
-            return Unfused((_with_sinks(given), None), result.reason)
+            return Unfused((_with_sinks(given, s_aux), None), result.reason)
         return result
 
     def serve_fused(given: _Given, others: dict[str, Any]) -> tuple[Tensor, None] | Unserved | Unfused:
@@ -105,7 +104,7 @@ def serve(original: Callable[..., Any], device_type: str, attend: Attend) -> Cal
             # Causality is aligned to the top left: later keys are not seen, and transformers cuts the bias too.
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
             position_bias = position_bias[..., : query.shape[2]]
-        attention = _dense(query, key, given, position_bias, causal)
+        attention = _dense(query.shape, key.shape, given, position_bias, causal)
         if isinstance(attention, Unserved):
             return attention
         out = attend(query, key, value, attention)
@@ -137,52 +136,54 @@ def _packed(
         return None
     if mask.shape[2] != query.shape[2] or mask.shape[3] != key.shape[2] or mask.shape[0] != query.shape[0]:
         return None
-    tokens = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+    query, key, value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
     ends = (mask.pattern.ends, mask.pattern.ends)
-    return (*tokens, Attention(given.scale, mask.pattern.band, sink=given.sink, dropout=given.dropout, ends=ends))
+    return query, key, value, Attention(given.scale, mask.pattern.band, None, None, given.sink, given.dropout, ends)
 
 
 def _dense(
-    query: Tensor, key: Tensor, given: _Given, position_bias: Tensor | None, causal: bool
+    shape: torch.Size, key_shape: torch.Size, given: _Given, position_bias: Tensor | None, causal: bool
 ) -> Attention | Unserved:
-    wanted = (*query.shape[:3], key.shape[2])
+    """For query and key of these shapes."""
+    queries, keys = shape[2], key_shape[2]
+    band, hidden, bias = _band(given.mask, causal, queries, keys), None, position_bias
     # transformers adds the lowest number to a position bias to hide a key: a row without any averages the values.
     # Without a position bias, torch's attention gives such a row zeros.
-    attention = Attention(
-        given.scale,
-        bias=position_bias,
-        sink=given.sink,
-        dropout=given.dropout,
-        empty_rows_give_zero=position_bias is None,
-        decodes=query.shape[2] == 1 < key.shape[2] and given.causal,
-    )
-    band = _band(given.mask, causal, wanted)
-    if band is not None:
-        return replace(attention, band=band)
-    mask = materialised(given.mask, "attention")
-    if mask.dtype == torch.bool:
-        hidden = _INVERTED.of((mask,), lambda: inverted(mask))
-    elif mask.is_floating_point():
-        if position_bias is None and not mask.requires_grad:
-            hidden, bias = _SPLIT.of((mask,), lambda: _split(mask))
+    empty_rows_give_zero = position_bias is None
+    if band is None:
+        band, mask = FULL, materialised(given.mask, "attention")
+        if mask.dtype == torch.bool:
+            hidden = _INVERTED.of((mask,), lambda: inverted(mask))
+        elif mask.is_floating_point():
+            empty_rows_give_zero = True
+            if position_bias is None and not mask.requires_grad:
+                hidden, bias = _SPLIT.of((mask,), lambda: _split(mask))
+            else:
+                hidden, bias = _split(mask if position_bias is None else position_bias + mask)
         else:
-            hidden, bias = _split(mask if position_bias is None else position_bias + mask)
-        attention = replace(attention, bias=bias, empty_rows_give_zero=True)
-    else:
-        return Unserved(f"a mask of {mask.dtype}")
-    hidden = in_operator_shape(hidden, *wanted)
-    if hidden is None:
-        return Unserved(f"a mask of another shape than the scores, {mask.dim()} dimensions")
-    return replace(attention, hidden=hidden)
+            return Unserved(f"a mask of {mask.dtype}")
+        hidden = in_operator_shape(hidden, shape[0], shape[1], queries, keys)
+        if hidden is None:
+            return Unserved(f"a mask of another shape than the scores, {mask.dim()} dimensions")
+    return Attention(
+        given.scale,
+        band,
+        hidden,
+        bias,
+        given.sink,
+        given.dropout,
+        empty_rows_give_zero=empty_rows_give_zero,
+        decodes=queries == 1 < keys and given.causal,
+    )
 
 
-def _band(mask: Tensor | None, causal: bool, scores: tuple[int, ...]) -> Band | None:
+def _band(mask: Tensor | None, causal: bool, queries: int, keys: int) -> Band | None:
     """The band that a mask, or the lack of one, stands for; None where a mask has to be applied."""
     if mask is None:
         return CAUSAL_TOP_LEFT if causal else FULL
     if not isinstance(mask, PatternMask) or mask.pattern is None or mask.pattern.ends is not None:
         return None
-    return mask.pattern.band if tuple(mask.shape[2:]) == scores[2:] else None
+    return mask.pattern.band if mask.shape[2] == queries and mask.shape[3] == keys else None
 
 
 def _split(additive: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,8 +193,8 @@ def _split(additive: Tensor) -> tuple[Tensor, Tensor]:
     return hidden, additive.masked_fill(hidden, 0.0)
 
 
-def _with_sinks(given: _Given) -> Tensor:
-    """torch's attention with one more key for each head, whose score is the sink `[N]` and whose value is zero."""
+def _with_sinks(given: _Given, sinks: Tensor) -> Tensor:
+    """torch's attention with one more key for each head, whose score is of `sinks` `[N]` and whose value is zero."""
     query, key, value, position_bias = given.query, given.key, given.value, given.position_bias
     heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
     mask = materialised(given.mask, "attention")
@@ -204,7 +205,7 @@ def _with_sinks(given: _Given) -> Tensor:
         hides = mask.dtype == torch.bool
         additive = torch.where(mask, additive, float("-inf")) if hides else additive + mask
     additive = additive.expand(len(query), heads, queries, keys)
-    column = given.sink.to(additive.dtype).view(1, heads, 1, 1).expand(len(query), heads, queries, 1)
+    column = sinks.to(additive.dtype).view(1, heads, 1, 1).expand(len(query), heads, queries, 1)
     key, value = (F.pad(tensor, (0, 0, 0, 1)) for tensor in (key, value))
     return _exact(query, key, value, torch.cat((additive, column), -1), None, given.scale, given.dropout)
 

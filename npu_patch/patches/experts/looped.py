@@ -104,7 +104,7 @@ def _bind_forward(site: Site, found: AsNamed | BlockReading, context: Context) -
     calls, layers = Calls(), FeedForwards()
     dispatch = context.dispatch(lambda live: checks(map(layers.experts_if_plain, live.of(cls))))
 
-    def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def serve(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = bind(names, args, kwargs)
         if bound is None or not isinstance(bound[0], Tensor) or bound[0].dim() != 3:
             return Unserved("arguments that are no [B, S, H] tensor")
@@ -209,6 +209,7 @@ class FeedForwards:
     def experts(self, block: torch.nn.Module) -> Experts:
         own, identities = self._split(block)
         found = self._feed_forward(type(own[0]))
+        assert isinstance(found, _FeedForward)  # as `why_not` found it
         reading, activations = found.reading, found.activations
 
         def of_each(name: str) -> Weights:
@@ -221,11 +222,11 @@ class FeedForwards:
         return Experts(
             up=tuple(of_each(name) for name in (reading.gate, reading.up) if name is not None),
             down=of_each(reading.down),
-            gate=None if activations.is_silu(own[0]) else gate,
+            gate=None if activations.is_silu(activations.of(own[0])) else gate,
             sentinels=bool(identities),
         )
 
-    def experts_if_plain(self, block: torch.nn.Module) -> Experts | None:
+    def experts_if_plain(self, block: Any) -> Experts | None:
         is_list = isinstance(getattr(block, "experts", None), torch.nn.ModuleList) and len(block.experts) > 0
         return self.experts(block) if is_list and self.why_not(block) is None else None
 
@@ -233,14 +234,14 @@ class FeedForwards:
         for expert in self._split(block)[0]:
             found = self._feed_forward(type(expert))
             if isinstance(found, _FeedForward):
-                found.activations.is_silu(expert)
+                found.activations.is_silu(found.activations.of(expert))
 
-    def _split(self, block: torch.nn.Module) -> tuple[list[torch.nn.Module], list[torch.nn.Module]]:
+    def _split(self, block: Any) -> tuple[list[torch.nn.Module], list[torch.nn.Module]]:
         every = list(block.experts)
         count = next((i for i, each in enumerate(every) if type(each) is not type(every[0])), len(every))
         return every[:count], every[count:]
 
-    def _feed_forward(self, cls: type) -> _FeedForward | NotRead:
+    def _feed_forward(self, cls: type[torch.nn.Module]) -> _FeedForward | NotRead:
         found = self._known.get(cls)
         if found is None:
             reading = read_swiglu(cls, innermost(cls.forward))

@@ -48,7 +48,7 @@ def read_site(site: Site) -> ExpertsReading | NotRead:
 
 def bind_site(site: Site, context: Context) -> Replacement:
     """Each layer is read as its settings are."""
-    cls, original, names = site.owner, site.original, parameter_names(site.original)
+    cls, original, names = site.owner, site.original, parameter_names(site.original) or ()
 
     def read(its_class: type, attributes: Mapping[str, Any]) -> ExpertsReading | NotRead:
         return read_experts(its_class, original, attributes, undeclared_conventions())
@@ -104,7 +104,7 @@ def listener_in(module: torch.nn.Module) -> str | None:
     return "an _apply_gate of its own" if "_apply_gate" in vars(module) else listener_among(module)
 
 
-def experts_of(module: torch.nn.Module, reading: ExpertsReading) -> Experts | None:
+def experts_of(module: Any, reading: ExpertsReading) -> Experts | None:
     """The experts of a packed layer at this call: each weight is read once, and nothing of it is kept."""
     convention = reading.convention
     up, down = getattr(module, convention.up_name), module.down_proj

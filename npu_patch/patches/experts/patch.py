@@ -110,7 +110,10 @@ def _bind_entry(site: Site, context: Context) -> Replacement:
         if heard is not None:
             return Unserved(heard)
         experts = experts_of(self, reading)
-        result = route(dispatch, calls, *bound, experts)
+        if experts is None:
+            return Unserved("it has no experts")
+        tokens, indices, weights = bound
+        result = route(dispatch, calls, tokens, indices, weights, experts)
         return Unserved(result) if isinstance(result, str) else result
 
     def observe(layer: torch.nn.Module) -> None:
@@ -123,9 +126,10 @@ def _bind_entry(site: Site, context: Context) -> Replacement:
 
 def layers(site: Site, context: Context) -> int | None:
     """Of a registry's entry: the live experts that it serves."""
-    if site.owner is not registry() or context.live is None:
+    entries = registry()
+    if entries is None or site.owner is not entries or context.live is None:
         return layers_of_class(site, context)
-    experts = [module for module in context.live if _looks_up(type(module), site.owner)]
+    experts = [module for module in context.live if _looks_up(type(module), entries)]
     return len([module for module in experts if _asked_for(module) == site.name and _why_unserved(module) is None])
 
 
@@ -159,7 +163,7 @@ def _why_unserved(module: torch.nn.Module) -> str | None:
     return reading.reason if isinstance(reading, NotRead) else None
 
 
-def _read(cls: type, attributes: Mapping[str, Any]) -> ExpertsReading | NotRead:
+def _read(cls: type[torch.nn.Module], attributes: Mapping[str, Any]) -> ExpertsReading | NotRead:
     """The truth is the class's own forward, inside the decorator's."""
     return read_experts(cls, innermost(cls.forward), attributes, [declared(attributes)])
 

@@ -33,7 +33,7 @@ from npu_patch.sites.names_used import names_used
 from npu_patch.sites.sites import Site
 
 # What the layers ask their config for, tiny and without two sizes that could be confused.
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 12,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,

@@ -28,19 +28,24 @@ from npu_patch.ops.readings import AsNamed, NotRead
 from npu_patch.patches.gated_delta import inline_convolution as door
 from npu_patch.patches.gated_delta import packing
 from npu_patch.patches.gated_delta.serve import serve
-from npu_patch.patches.patch import Context, Patch, Replacement, layers_of_class
+from npu_patch.patches.patch import AnyContext, Patch, Replacement, layers_of_class
 from npu_patch.probe.gated_delta import CONVOLUTION, RULE, UPDATE, Reading, kind_of, parameters_of, read
 from npu_patch.probe.gated_delta_checks import why_wrong_convolution, why_wrong_rule
 from npu_patch.serving.bypassed import CONVOLVED, MODULE_CALL, Bypassed
 from npu_patch.serving.calls import Calls
-from npu_patch.serving.dispatch import Dispatch, in_order
-from npu_patch.serving.implementation import Implementation, choose
+from npu_patch.serving.dispatch import AnyDispatch, in_order
+from npu_patch.serving.implementation import AnyChoice, AnyImplementation, choose
+from npu_patch.serving.op import Op
 from npu_patch.serving.replacement import replacement_for
 from npu_patch.sites.names_used import names_used
 from npu_patch.sites.sites import Site, functions, innermost, unwrapped
 
-OPS = {RULE: GATED_DELTA_RULE, CONVOLUTION: CAUSAL_CONV1D, UPDATE: CAUSAL_CONV1D_UPDATE}
-CHECKS = {RULE: why_wrong_rule, CONVOLUTION: why_wrong_convolution, UPDATE: why_wrong_convolution}
+OPS: dict[str, Op[..., Any]] = {RULE: GATED_DELTA_RULE, CONVOLUTION: CAUSAL_CONV1D, UPDATE: CAUSAL_CONV1D_UPDATE}
+CHECKS: dict[str, Callable[..., str | None]] = {
+    RULE: why_wrong_rule,
+    CONVOLUTION: why_wrong_convolution,
+    UPDATE: why_wrong_convolution,
+}
 # What transformers <= 5.14 binds from packages. They do not run on a CPU: that they are these very functions is what
 # says what they compute.
 PUBLISHED = {
@@ -97,7 +102,7 @@ def read_site(site: Site) -> Reading | AsNamed | NotRead:
     return reading
 
 
-def bind_site(site: Site, reading: Reading | AsNamed, context: Context) -> Replacement:
+def bind_site(site: Site, reading: Reading | AsNamed, context: AnyContext) -> Replacement:
     if isinstance(reading, AsNamed):
         return packing.watch(site)
     if isinstance(site.owner, type):
@@ -106,11 +111,11 @@ def bind_site(site: Site, reading: Reading | AsNamed, context: Context) -> Repla
     served = serve(reading, _dispatch(reading, context), context.device_type, calls)
     replacement = replacement_for(site.original, calls, served, named_after=unwrapped(site.original))
     _OWN[replacement] = calls
-    choice = choose(OPS[reading.kind].implementations, context.device_type)
+    choice: AnyChoice = choose(OPS[reading.kind].implementations, context.device_type)
     return Replacement(replacement, _variant(reading), calls, choice)
 
 
-def _open_door(site: Site, reading: Reading, context: Context) -> Replacement:
+def _open_door(site: Site, reading: Reading, context: AnyContext) -> Replacement:
     calls = Calls()
     served = serve(reading, _dispatch(reading, context), context.device_type, calls, door.why_inline)
     bypassed = Bypassed.by(door.inline, CONVOLVED, MODULE_CALL)
@@ -119,12 +124,12 @@ def _open_door(site: Site, reading: Reading, context: Context) -> Replacement:
     return Replacement(door.Door(site.name, replacement), CONVOLUTION, calls, choice)
 
 
-def _dispatch(reading: Reading, context: Context) -> Dispatch:
-    check = CHECKS[reading.kind] if context.switches["self_check"] else _unchecked
+def _dispatch(reading: Reading, context: AnyContext) -> AnyDispatch:
+    check: Callable[..., str | None] = CHECKS[reading.kind] if context.switches["self_check"] else _unchecked
     return in_order(OPS[reading.kind], context.device_type, check)
 
 
-def _unchecked(implementation: Implementation, call: Any) -> None:
+def _unchecked(implementation: AnyImplementation, call: Any) -> None:
     """What is wrong with it, if the user says that nothing is."""
 
 
@@ -143,7 +148,7 @@ def _variant(reading: Reading) -> str:
     return f"{RULE} over chunks" if "chunk_size" in reading.names else f"{RULE} by token"
 
 
-def layers(site: Site, context: Context) -> int | None:
+def layers(site: Site, context: AnyContext) -> int | None:
     """The layer itself; of a module's function, the live layers that look it up when called or that have kept it."""
     if context.live is None or isinstance(site.owner, type):
         return layers_of_class(site, context)
@@ -160,7 +165,7 @@ def _reaches(site: Site, layer: torch.nn.Module) -> bool:
     return looked_up or (_is_replaced(current) and any(value is current for value in vars(layer).values()))
 
 
-PATCH = Patch(
+PATCH: Patch[Reading | AsNamed, ..., Any] = Patch(
     "gated_delta_net",
     "fla",
     GATED_DELTA_RULE,

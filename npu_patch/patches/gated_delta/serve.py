@@ -56,8 +56,7 @@ def serve(
     def serve_call(*args: Any, **kwargs: Any) -> Any:
         reason = None
         if why_not is not None:
-            layer, *args = args
-            reason = why_not(layer)
+            reason, args = why_not(args[0]), args[1:]
         given = _bound(reading, args, kwargs) if reason is None else Unserved(reason)
         if reading.kind != UPDATE and not any(kwargs.get(name) is not None for name in BOUNDARIES):
             refuse_if_untold(reading.kind)
@@ -103,12 +102,17 @@ def _bound(reading: Reading, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
 
 
 def _rule_call(given: Mapping[str, Any], device: torch.device) -> RuleCall | None:
-    leading = [given.get(name) for name in ("q", "k", "v", "g", "beta")]
+    leading: list[Any] = [given.get(name) for name in ("q", "k", "v", "g", "beta")]
     if not all(isinstance(tensor, Tensor) for tensor in leading):
         return None
+    q, k, v, g, beta = leading
     cu_seqlens = _cumulative_lengths(given, device)
     return RuleCall(
-        *leading,
+        q,
+        k,
+        v,
+        g,
+        beta,
         initial_state=given.get("initial_state"),
         output_final_state=bool(given.get("output_final_state")),
         normalize=bool(given.get("use_qk_l2norm_in_kernel")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import statistics
 from typing import Any
 
@@ -153,6 +154,18 @@ def test_no_tokens(npu: torch.device) -> None:
     with npu_patch.applied(module) as report:
         assert module(*empty).shape == (0, 24)
     assert fell_through(report) == {"no tokens": 1}
+
+
+def test_a_registered_layer_without_weights_fails_as_the_original_does(npu: torch.device) -> None:
+    module, given = case("qwen3_moe.Qwen3MoeExperts")
+    module.config._experts_implementation = "grouped_mm"
+    module.register_parameter("gate_up_proj", None)
+    call = [each.to(npu) for each in (given.tokens, given.indices, given.router_weights)]
+    with pytest.raises(AttributeError) as own:
+        module.to(npu)(*call)
+    with npu_patch.applied(module) as report, pytest.raises(AttributeError, match=re.escape(str(own.value))):
+        module(*call)
+    assert fell_through(report) == {"it has no experts": 1}
 
 
 SENTINEL_CLASSES = ["qwen3_moe", "aria", "gpt_oss", "muse_spark", "nemotron_h", "minimax_m3_vl"]
