@@ -28,7 +28,7 @@ from npu_patch.kernels.lora import input_side, output_side
 from npu_patch.kernels.lora.adapted_linears import LARGEST_SEED, Group, adapted_linears
 from npu_patch.kernels.lora.expand import expand_
 from npu_patch.kernels.lora.shrink import shrink
-from tests.kernels.mask_kernel import mask
+from tests.kernels.lora.mask_kernel import mask
 
 LAYERS = {
     "q, k, v": (2048, (2048, 1024, 1024)),

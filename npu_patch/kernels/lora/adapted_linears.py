@@ -44,11 +44,10 @@ def adapted_linears(
 
 class _AdaptedLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, group: Group, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        weights, biases, downs, ups = (tensors[index::OF_EACH] for index in range(OF_EACH))
-        _, needs_x, *needed = ctx.needs_input_grad
+    def forward(ctx: Any, group: Group, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+        weights, biases = tensors[0::OF_EACH], tensors[1::OF_EACH]
+        downs, ups = ([each.contiguous() for each in tensors[index::OF_EACH]] for index in (2, 3))
         own = rows_of(_in(group.product, x))
-        downs, ups = [each.contiguous() for each in downs], [each.contiguous() for each in ups]
         seed = torch.randint(LARGEST_SEED, (1,), device=x.device) if group.dropout else None
         h = shrink(own, downs, seed, group.dropout)
         ys = [
@@ -56,9 +55,10 @@ class _AdaptedLinears(torch.autograd.Function):
             for weight, bias in zip(weights, biases, strict=True)
         ]
         expand_(ys, h, ups, group.scaling)
-        needs_down, needs_up = any(needed[2::OF_EACH]), any(needed[3::OF_EACH])
+        _, needs_x, *needed = ctx.needs_input_grad
+        needs_weight, needs_down, needs_up = (any(needed[index::OF_EACH]) for index in (0, 2, 3))
         ctx.save_for_backward(
-            x if needs_down or any(needed[0::OF_EACH]) else None,
+            x if needs_down or needs_weight else None,
             h if needs_up else None,
             seed if needs_x or needs_down else None,
             *[weight if needs_x else None for weight in weights],
@@ -83,58 +83,42 @@ class _AdaptedLinears(torch.autograd.Function):
 
 
 def _backward(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    (x, h, seed, *saved), count = ctx.saved_tensors, len(gradients)
+    (x, h, seed, *saved), count, group = ctx.saved_tensors, len(gradients), ctx.group
     weights, downs, ups = saved[:count], saved[count : 2 * count], saved[2 * count :]
-    (shape, x_dtype), group = ctx.like, ctx.group
     _, needs_x, *needed = ctx.needs_input_grad
-    used = [dy is not None for dy in gradients]
-    needs = [need and used[index // OF_EACH] for index, need in enumerate(needed)]
-    needs_down, needs_up = any(needs[2::OF_EACH]), any(needs[3::OF_EACH])
-    like = next(dy for dy in gradients if dy is not None)
-    rows = like.numel() // like.shape[-1]
-    down_shapes, up_shapes = ctx.shapes
-    # An output that nothing used has a gradient of zeros for the others' sake, and its own layer gets none.
-    dys = [
-        like.new_zeros(rows, up[0]) if dy is None else rows_of(dy) for dy, up in zip(gradients, up_shapes, strict=True)
-    ]
-    own = None if x is None else rows_of(_in(group.product, x))
-    dx = _through_layers(gradients, weights, group.product, x_dtype) if needs_x else None
-
-    up_sizes = [shape.numel() for shape in up_shapes] if needs_up else []
-    down_sizes = [shape.numel() for shape in down_shapes] if needs_down else []
-    partial = None
-    if needs_up or needs_down:
-        splits = rows_are_split_in(down_shapes[0][1], rows, down_shapes[0][0], like.device)
-        size = sum(up_sizes) + sum(down_sizes)
-        partial = torch.empty(splits, size, dtype=torch.float32, device=like.device)
-    if needs_up:
-        sum_ups(partial, dys, h, group.scaling)
-    if needs_x or needs_down:
-        through = through_adapters(dys, ups, group.scaling / (1.0 - group.dropout))
-        rest = partial[:, sum(up_sizes) :] if needs_down else None
-        own_again = own if needs_down else None
-        add_input_side(dx, rest, own_again, through, downs, down_shapes[0][1], seed, group.dropout, group.product)
-    sums = [] if partial is None else sum_rows(partial, ctx.dtypes[2]).split(up_sizes + down_sizes)
-    d_ups = [part.view(shape) for part, shape in zip(sums, up_shapes, strict=False)] if needs_up else None
-    d_downs = [part.view(shape) for part, shape in zip(sums[len(up_sizes) :], down_shapes, strict=False)]
-
+    needs = [need and gradients[index // OF_EACH] is not None for index, need in enumerate(needed)]
+    own: Any = None if x is None else rows_of(_in(group.product, x))
+    dys = _all_rows(gradients, ctx.shapes[1])
+    shape, dtype = ctx.like
+    dx = _through_layers(gradients, weights, group.product, dtype) if needs_x else None
+    needs_adapters = any(needs[2::OF_EACH]), any(needs[3::OF_EACH])
+    sums = _through_adapters(group, dx, own, h, seed, dys, downs, ups, ctx.shapes, needs_adapters, ctx.dtypes[2])
     found: list[Tensor | None] = []
-    for index, dy in enumerate(dys):
-        needs_weight, needs_bias, needs_this_down, needs_this_up = needs[OF_EACH * index :][:OF_EACH]
+    for index, (dy, d_down, d_up) in enumerate(zip(dys, *sums, strict=True)):
+        needs_weight, needs_bias, needs_down, needs_up = needs[OF_EACH * index :][:OF_EACH]
         found += [
-            (dy.t() @ own).to(ctx.dtypes[OF_EACH * index]) if needs_weight else None,
-            dy.sum(0).to(ctx.dtypes[OF_EACH * index + 1]) if needs_bias else None,
-            d_downs[index] if needs_this_down else None,
-            d_ups[index] if needs_this_up else None,
+            _in(ctx.dtypes[OF_EACH * index], dy.t() @ own) if needs_weight else None,
+            _in(ctx.dtypes[OF_EACH * index + 1], dy.sum(0)) if needs_bias else None,
+            d_down if needs_down else None,
+            d_up if needs_up else None,
         ]
     return None, None if dx is None else dx.view(shape), *found
 
 
+def _all_rows(gradients: Sequence[Tensor | None], ups: Sequence[torch.Size]) -> list[Tensor]:
+    """As `[T, out]`: zeros for an output that nothing used, for the others' sake. Its own layer gets no gradient."""
+    like = next(dy for dy in gradients if dy is not None)
+    rows = like.numel() // like.shape[-1]
+    return [
+        like.new_zeros(rows, shape[0]) if dy is None else rows_of(dy) for dy, shape in zip(gradients, ups, strict=True)
+    ]
+
+
 def _through_layers(
     gradients: Sequence[Tensor | None], weights: Sequence[Tensor], product: torch.dtype, dtype: torch.dtype
-) -> Tensor:
+) -> Any:
     """The sum of dy_i W_i, in the dtype of x, which autocast may have narrowed."""
-    total = None
+    total: Tensor | None = None
     for dy, weight in zip(gradients, weights, strict=True):
         if dy is None:
             continue
@@ -146,6 +130,35 @@ def _through_layers(
         else:
             total.add_(dy @ weight)
     return total
+
+
+def _through_adapters(
+    group: Group, dx: Tensor | None, own: Tensor | None, h: Any, seed: Tensor | None, dys: list[Tensor],
+    downs: list[Any], ups: list[Tensor], shapes: tuple[list[torch.Size], list[torch.Size]],
+    needs: tuple[bool, bool], dtype: torch.dtype,
+) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:  # fmt: skip
+    """Adds to dx what goes through the adapters, and returns the gradients of all A and of all B: one sum of partial
+    sums for all of them."""
+    needs_down, needs_up = needs
+    (down_shapes, up_shapes), rows = shapes, dys[0].shape[0]
+    rank, width = down_shapes[0]
+    of_downs, of_ups = down_shapes if needs_down else [], up_shapes if needs_up else []
+    sizes = [shape.numel() for shape in (*of_ups, *of_downs)]
+    splits = rows_are_split_in(width, rows, rank, dys[0].device)
+    partial = torch.empty(splits, sum(sizes), dtype=torch.float32, device=dys[0].device) if sizes else None
+    if partial is not None and needs_up:
+        sum_ups(partial, dys, h, group.scaling)
+    if dx is not None or needs_down:
+        through = through_adapters(dys, ups, group.scaling / (1.0 - group.dropout))
+        rest = partial[:, sum(sizes[: len(of_ups)]) :] if partial is not None and needs_down else None
+        x = own if needs_down else None
+        add_input_side(dx, rest, x, through, downs, width, seed, group.dropout, group.product)
+    absent = [None] * len(dys)
+    if partial is None:
+        return absent, absent
+    parts = sum_rows(partial, dtype).split(sizes)
+    found = [part.view(shape) for part, shape in zip(parts, (*of_ups, *of_downs), strict=True)]
+    return (found[len(of_ups) :] if needs_down else absent), (found[: len(of_ups)] if needs_up else absent)
 
 
 def _in(dtype: torch.dtype, x: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def add_input_side(
     what the mask keeps already divided by its probability."""
     count, rows, rank = through.shape
     machine = launch.machine_of(through.device)
-    constants = tiling(machine, rows, width, rank, TILE)
+    constants = tiling(machine, rows, width, rank, TILE, count)
     parts = rows_are_split_in(width, rows, rank, through.device) if partial is None else partial.shape[0]
     launch.launch(
         _input_side,

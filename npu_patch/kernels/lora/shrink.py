@@ -21,7 +21,7 @@ def shrink(x: Tensor, downs: list[Tensor], seed: Tensor | None, dropout: float) 
     rank = downs[0].shape[0]
     h = torch.empty(len(downs), rows, rank, dtype=torch.float32, device=x.device)
     machine = launch.machine_of(x.device)
-    constants = tiling(machine, rows, width, rank, TILE)
+    constants = tiling(machine, rows, width, rank, TILE, len(downs))
     launch.launch(
         _shrink,
         x.device,

@@ -17,17 +17,21 @@ MOST_SPLITS = 16
 
 
 @functools.lru_cache(launch.KEPT)
-def tiling(machine: launch.Machine, rows: int, width: int, rank: int, tile: launch.Tile) -> Mapping[str, Any]:
-    """BLOCK rows by BLOCK_K columns (of the wide side) by R, STAGES of which are in flight."""
-    columns = min(COLUMNS, max(LEAST, launch.power_of_two(width)))
+def tiling(
+    machine: launch.Machine, rows: int, width: int, rank: int, tile: launch.Tile, at_once: int = 1
+) -> Mapping[str, Any]:
+    """BLOCK rows by BLOCK_K columns (of the wide side) by R, STAGES of which are in flight. A program holds
+    `at_once` adapters."""
     padded = padded_rank(rank)
+    most = COLUMNS if padded <= 64 else COLUMNS // 2
+    columns = min(most, max(LEAST, launch.power_of_two(width)))
     block = max(LEAST, launch.tile_rows(machine, tile, max(columns, padded), rows))
     return {
         "BLOCK": block,
         "BLOCK_K": columns,
         "R": padded,
         "STAGES": launch.stages(machine, tile),
-        "num_warps": 4 if padded <= 32 else 8,
+        "num_warps": 4 if padded * at_once <= 32 else 8,
     }
 
 

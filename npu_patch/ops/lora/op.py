@@ -8,9 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_patch.devices import ACCELERATORS
 from npu_patch.ops.lora.adapted_linear import Adapter, adapted_linear, adapted_linears, definition, why_unsupported
+from npu_patch.ops.lora.triton_kernels import (
+    triton_adapted_linear,
+    triton_adapted_linears,
+    why_unsupported_by_triton,
+)
 from npu_patch.serving.case import ALLOWED_OF_PRODUCTS, Case
-from npu_patch.serving.implementation import Implementation, dtype_name
+from npu_patch.serving.implementation import TRITON, Implementation, dtype_name, needs_triton
 from npu_patch.serving.op import Op
 
 CASE_SCALING = 0.75
@@ -22,12 +28,17 @@ def _key(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Ha
 
 ADAPTED_LINEAR = Op(
     "lora",
-    (Implementation("one function", ("npu", "cuda", "cpu"), adapted_linear, why_unsupported),),
+    (
+        Implementation(
+            TRITON, ACCELERATORS, triton_adapted_linear, why_unsupported_by_triton, needs_triton, optional=True
+        ),
+        Implementation("one function", ("npu", "cuda", "cpu"), adapted_linear, why_unsupported),
+    ),
     _key,
     definition,
 )
 # By its name, what computes several calls of one input at once, and each as it does.
-TOGETHER = {"one function": adapted_linears}
+TOGETHER = {TRITON: triton_adapted_linears, "one function": adapted_linears}
 
 
 def case(width_out: int, width_in: int, rank: int, product: torch.dtype, compute: torch.dtype) -> Case:
