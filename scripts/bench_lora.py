@@ -204,7 +204,9 @@ def make(job: Job, with_liger: bool) -> Any:
     with torch.device("cuda"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     torch.set_default_dtype(torch.float32)
-    adapters = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear")
+    linear = [name for name, each in model.named_modules() if type(each) is torch.nn.Linear]
+    targets = sorted({name.rsplit(".", 1)[-1] for name in linear} - {"lm_head"})  # "all-linear" means experts, too
+    adapters = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=targets)
     model = get_peft_model(model, adapters)
     for parameter in model.parameters():
         if parameter.requires_grad:

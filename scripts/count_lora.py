@@ -35,6 +35,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "lora": {**ALONE, "loss": False},
     "loss": {**ALONE, "lora": False},
     "all": {},
+    "all, triton": {"triton": True},
 }
 
 
@@ -62,7 +63,7 @@ def main() -> None:
                 f"{counted.host_copies}",
                 f"{peak / 1e6:.2f}",
             )
-            print(f"{family:<12}{way:<12}" + "".join(f"{cell:>11}" for cell in cells), flush=True)
+            print(f"{family:<12}{way:<14}" + "".join(f"{cell:>11}" for cell in cells), flush=True)
             often = sorted(counted.by_op.items(), key=lambda each: -each[1][0])[: options.by_operator]
             for name, (launches, moved) in often:
                 print(f"    {launches:>8} {moved / 1e6:>10.3f} MB  {name}")
@@ -72,7 +73,9 @@ def counts(family: str, tokens: int, switches: dict[str, Any]) -> tuple[simulato
     """Of one step after another one, and the bytes of device memory that it needs at most beyond the model's."""
     model = models.source_of(family).make(0, False).bfloat16()
     batch = {name: each.to("npu") for name, each in models.batch_for(model, batch=1, length=tokens).items()}
-    adapters = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear")
+    linear = [name for name, each in model.named_modules() if type(each) is torch.nn.Linear]
+    targets = sorted({name.rsplit(".", 1)[-1] for name in linear} - {"lm_head"})  # "all-linear" means experts, too
+    adapters = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=targets)
     model = get_peft_model(model, adapters).train().to("npu")
     for parameter in model.parameters():
         if parameter.requires_grad:
