@@ -116,7 +116,7 @@ def errors_of(made: Made, dropout: float) -> list[tuple[float, float]]:
     seed = torch.randint(LARGEST_SEED, (1,), device="cuda") if dropout else None
 
     def drop(x: Tensor, index: int) -> Tensor:
-        return x if seed is None else x * (mask(seed, index, *x.shape, dropout).to(x.dtype) / (1 - dropout))
+        return x if seed is None else torch.where(mask(seed, index, *x.shape, dropout), x, 0.0) / (1 - dropout)
 
     exact = Made(*(_double(part) for part in vars(made).values()))
     torch.manual_seed(SEED)

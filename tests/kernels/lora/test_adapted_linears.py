@@ -188,7 +188,7 @@ def peft(setting: Setting) -> Callable[..., tuple[Tensor, ...]]:
             dropped = x.to(down.dtype)
             if setting.dropout:
                 kept = mask(seed, index, setting.rows, setting.width, setting.dropout)
-                dropped = dropped * (kept.view(x.shape) / (1 - setting.dropout)).to(x.dtype)
+                dropped = torch.where(kept.view(x.shape), dropped, 0.0) / (1 - setting.dropout)
             results.append((y + F.linear(F.linear(dropped, down), up) * setting.scaling).to(y.dtype))
         return tuple(results)
 
