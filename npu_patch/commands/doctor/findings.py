@@ -46,6 +46,7 @@ OPERATORS: Mapping[str, str] = {
     "npu_chunk_gated_delta_rule": "gated delta nets: declined",
     "npu_recurrent_gated_delta_rule": "gated delta nets: declined",
     "npu_fused_causal_conv1d": "gated delta nets: declined",
+    "npu_cross_entropy_loss": "cross_entropy",
 }
 
 
