@@ -21,6 +21,7 @@ import torch
 # exhausted. The compiler refuses a kernel that needs more, and double-buffers one that needs less than half.
 UNIFIED_BUFFER = 192 * 1024
 MOST_WARPS = 16
+LEAST_INT32, MOST_INT32 = -(2**31), 2**31 - 1
 KEPT = 1024  # tilings, by shapes: a training with packing or padding meets many lengths
 # What runs the kernels of a device type instead of triton's own launcher: the simulator's, for "npu".
 RUNNERS: dict[str, Callable[[Any, int, tuple[Any, ...], dict[str, Any]], None]] = {}
@@ -104,6 +105,11 @@ def stages(machine: Machine, tile: Tile) -> int:
     return tile.stages if machine.device_type == "cuda" else 1
 
 
+def blocks_of(length: int, block: int) -> int:
+    """How many blocks hold `length`. Since triton 3.6 `triton.cdiv` costs the host more than the rest of a grid."""
+    return -(-length // block)
+
+
 def power_of_two(length: int) -> int:
     """The smallest that is no less than `length`."""
     return 1 << max(0, length - 1).bit_length()
@@ -126,7 +132,7 @@ def launch(
     if runner is not None:
         runner(kernel, grid, arguments, constants)
         return
-    key = (id(kernel), device, num_warps, *map(_specialization, arguments), *constants.values())
+    key = _key(kernel, device, num_warps, arguments, constants)
     compiled = _COMPILED.get(key)
     with _current(device):
         if compiled is not None:
@@ -157,14 +163,27 @@ def _keep(key: tuple[Any, ...], kernel: Any, made: Any, constants: dict[str, Any
     _COMPILED[key] = _Compiled(made, tuple(passed) if "constexpr" in signature.values() else ())
 
 
-def _specialization(value: Any) -> Any:
-    """What triton looks at in an argument: a tensor's dtype and alignment; whether an integer is 1 or a multiple of 16,
-    and its width."""
-    if isinstance(value, torch.Tensor):
-        return value.dtype if value.data_ptr() % 16 == 0 else (value.dtype, "unaligned")
-    if type(value) is int:
-        return 1 if value == 1 else (value % 16 == 0, -(2**31) <= value < 2**31)
-    return type(value)
+def _key(
+    kernel: Any, device: torch.device, num_warps: int | None, arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> tuple[Any, ...]:
+    """All that triton compiles a kernel anew for: of a tensor, its dtype and alignment; of an integer, whether it is 1
+    or a multiple of 16, and its width. In one loop: it is made for every launch."""
+    found: list[Any] = [id(kernel), device, num_warps]
+    add = found.append
+    for value in arguments:
+        kind = type(value)
+        if kind is torch.Tensor or isinstance(value, torch.Tensor):
+            add(value.dtype)
+            if value.data_ptr() & 15:
+                add("unaligned")
+        elif kind is int:
+            add(1 if value == 1 else 16 if not value & 15 else 0)
+            if not LEAST_INT32 <= value <= MOST_INT32:
+                add("wide")
+        else:
+            add(kind)
+    found.extend(constants.values())
+    return tuple(found)
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:

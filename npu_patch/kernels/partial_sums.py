@@ -30,7 +30,7 @@ def sum_rows(partial: Tensor, dtype: torch.dtype) -> Tensor:
     machine = launch.machine_of(partial.device)
     block_rows, block_columns = BLOCKS.get(machine.device_type, OTHER_BLOCKS)
     total = torch.empty(columns, dtype=dtype, device=partial.device)
-    grid = launch.programs(machine, triton.cdiv(columns, block_columns), TILE)
+    grid = launch.programs(machine, launch.blocks_of(columns, block_columns), TILE)
     launch.launch(
         _sum_rows,
         partial.device,

@@ -12,7 +12,6 @@ import functools
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -240,7 +239,7 @@ def _tiling(machine: launch.Machine, q: torch.Size, k_heads: int, rotary: int, t
         "TABLE_K": k_block if per_head else 1,
         "STAGES": launch.stages(machine, tile),
     }
-    q_blocks, k_blocks = (batch * triton.cdiv(length, tokens) for tokens in (q_tokens, k_tokens))
+    q_blocks, k_blocks = (batch * launch.blocks_of(length, tokens) for tokens in (q_tokens, k_tokens))
     return _Tiling(q_blocks, k_blocks, launch.warps(tile, q_tokens * q_block * row), constants)
 
 

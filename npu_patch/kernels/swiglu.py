@@ -90,7 +90,7 @@ def _rows(tensors: list[Tensor]) -> tuple[list[Tensor], int, int]:
 @functools.lru_cache(launch.KEPT)
 def _tiling(machine: launch.Machine, rows: int, columns: int, tile: launch.Tile) -> tuple[int, int, int]:
     block = min(launch.tile_rows(machine, tile, 1, rows * columns), launch.power_of_two(columns))
-    return block, launch.programs(machine, rows * triton.cdiv(columns, block), tile), launch.warps(tile, block)
+    return block, launch.programs(machine, rows * launch.blocks_of(columns, block), tile), launch.warps(tile, block)
 
 
 @triton.jit

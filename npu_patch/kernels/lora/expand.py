@@ -20,7 +20,9 @@ def expand_(ys: list[Tensor], h: Tensor, ups: list[Tensor], scaling: float) -> N
     widths = [y.shape[1] for y in ys]
     machine = launch.machine_of(h.device)
     constants = tiling(machine, rows, max(widths), rank, TILE)
-    blocks = triton.cdiv(rows, constants["BLOCK"]) * sum(triton.cdiv(width, constants["BLOCK_K"]) for width in widths)
+    blocks = launch.blocks_of(rows, constants["BLOCK"]) * sum(
+        launch.blocks_of(width, constants["BLOCK_K"]) for width in widths
+    )
     launch.launch(
         _expand,
         h.device,

@@ -20,7 +20,7 @@ def rows_are_split_in(width: int, rows: int, rank: int, device: torch.device) ->
     """How many partial sums this leaves."""
     machine = launch.machine_of(device)
     constants = tiling(machine, rows, width, rank, TILE)
-    return splits(machine, triton.cdiv(width, constants["BLOCK_K"]), triton.cdiv(rows, constants["BLOCK"]))
+    return splits(machine, launch.blocks_of(width, constants["BLOCK_K"]), launch.blocks_of(rows, constants["BLOCK"]))
 
 
 def add_input_side(
@@ -44,7 +44,7 @@ def add_input_side(
     launch.launch(
         _input_side,
         through.device,
-        launch.programs(machine, parts * triton.cdiv(width, constants["BLOCK_K"]), TILE),
+        launch.programs(machine, parts * launch.blocks_of(width, constants["BLOCK_K"]), TILE),
         dx,
         partial,
         x,

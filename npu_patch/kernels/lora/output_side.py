@@ -28,7 +28,7 @@ def through_adapters(dys: list[Tensor], ups: list[Tensor], scaling: float) -> Te
     launch.launch(
         _through,
         through.device,
-        launch.programs(machine, len(dys) * triton.cdiv(rows, constants["BLOCK"]), THROUGH),
+        launch.programs(machine, len(dys) * launch.blocks_of(rows, constants["BLOCK"]), THROUGH),
         *of_most(dys),
         *of_most(ups),
         through,
@@ -48,7 +48,7 @@ def sum_ups(partial: Tensor, dys: list[Tensor], h: Tensor, scaling: float) -> No
     _, rows, rank = h.shape
     machine = launch.machine_of(h.device)
     constants = tiling(machine, rows, max(dy.shape[1] for dy in dys), rank, UP)
-    blocks = partial.shape[0] * sum(triton.cdiv(dy.shape[1], constants["BLOCK_K"]) for dy in dys)
+    blocks = partial.shape[0] * sum(launch.blocks_of(dy.shape[1], constants["BLOCK_K"]) for dy in dys)
     launch.launch(
         _sum_ups,
         h.device,

@@ -25,7 +25,7 @@ def shrink(x: Tensor, downs: list[Tensor], seed: Tensor | None, dropout: float) 
     launch.launch(
         _shrink,
         x.device,
-        launch.programs(machine, triton.cdiv(rows, constants["BLOCK"]), TILE),
+        launch.programs(machine, launch.blocks_of(rows, constants["BLOCK"]), TILE),
         x,
         *of_most(downs),
         seed,
