@@ -148,9 +148,11 @@ def test_gates_without_a_kernel_are_declined_by_it() -> None:
     assert rms_norm.unsupported_by_triton(variant, x, weight, 1e-6, x) == "tanh gate: there is no kernel for this gate"
 
 
-def test_fused_patches_are_not_tunable() -> None:
+def test_patches_that_choose_at_every_call_are_not_tunable() -> None:
     assert {patch.name for patch in CATALOGUE if not patch.tunable} == {
         "qk_norm_rope",
         "add_rms_norm",
         "gated_delta_net",
+        "lora",
+        "cross_entropy",
     }

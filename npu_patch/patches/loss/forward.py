@@ -22,7 +22,6 @@ from npu_patch.sites.sites import Site, rebindable_forwards
 from npu_patch.waiting.head_call import layers_of, put_off
 
 LABELS, LOSS, HEAD = "labels", "loss_function", "get_output_embeddings"
-NO_LABELS = "called without labels: its logits are what is asked for"
 
 
 def find(module: ModuleType) -> Iterator[Site]:
@@ -53,7 +52,7 @@ def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
             return TakenOver(original(self, *args, **kwargs))
         labels = kwargs.get(LABELS, args[at] if len(args) > at else None)
         if labels is None and not any_of_tokens():
-            return Unserved(NO_LABELS)
+            return TakenOver(original(self, *args, **kwargs))  # its logits are what is asked for: no call of this patch
         if labels is not None and not ends_here(self.loss_function):
             return Unserved(f"its loss is {getattr(self.loss_function, '__qualname__', 'another')}, which is not known")
         head = getattr(self, HEAD)()

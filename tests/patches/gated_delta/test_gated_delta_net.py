@@ -26,7 +26,7 @@ from tests.support.gradients import in_float64, loss_and_gradients, relative_err
 from tests.support.parity import RATIO, apart, ratios, why_unequal
 from tests.support.tiny_models import tiny, tiny_batch
 
-OTHERS_OFF = {"fused_ops": False, "moe_patch": False}
+OTHERS_OFF = {"fused_ops": False, "moe_patch": False, "lora": False, "loss": False}
 applied = functools.partial(npu_patch.applied, **OTHERS_OFF)
 GATED_DELTA = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
 LINEAR_ONLY = {"layer_types": ["linear_attention"] * 2, "num_hidden_layers": 2}
@@ -247,7 +247,7 @@ def test_switched_off_alone(npu: torch.device) -> None:
     with npu_patch.applied(model, fla=False) as report:
         assert not [outcome for outcome in report if outcome.patch == "gated_delta_net"]
         assert any(outcome.patch == "rms_norm" for outcome in report.patched)
-    with npu_patch.applied(model, fused_ops=False, moe_patch=False) as report:
+    with npu_patch.applied(model, fused_ops=False, moe_patch=False, lora=False, loss=False) as report:
         assert {outcome.patch for outcome in report} == {"gated_delta_net"}
 
 

@@ -16,7 +16,7 @@ from tests.support.parity import NEAR, why_unequal
 from tests.support.tiny_models import tiny, tiny_batch
 
 FAMILIES = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
-OTHERS_OFF = {"fused_ops": False, "moe_patch": False}
+OTHERS_OFF = {"fused_ops": False, "moe_patch": False, "lora": False, "loss": False}
 LINEAR_ONLY = {"layer_types": ["linear_attention"] * 2, "num_hidden_layers": 2}
 TRAINING = ("causal convolution", "gated delta rule over chunks")
 DECODING = ("causal convolution's update", "gated delta rule by token")

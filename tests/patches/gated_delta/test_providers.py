@@ -26,7 +26,7 @@ from tests.support.parity import RATIO
 from tests.support.tiny_models import tiny, tiny_batch
 from tests.support.torch_npu_profiles import installed, presenting
 
-OTHERS_OFF = {"fused_ops": False, "moe_patch": False}
+OTHERS_OFF = {"fused_ops": False, "moe_patch": False, "lora": False, "loss": False}
 OWN = "torch, float32"
 MINDSPEED, FLA = "MindSpeed chunk_gated_delta_rule", "fla chunk_gated_delta_rule"
 applied = functools.partial(npu_patch.applied, **OTHERS_OFF)
