@@ -17,7 +17,6 @@ from pathlib import Path
 from unittest import mock
 
 from npu_patch import simulator
-from tests.support.parity import why_unequal
 
 if simulator.real_device() is None:
     simulator.start()
@@ -31,6 +30,7 @@ from npu_patch.kernels.readiness import why_not
 from npu_patch.patches import CATALOGUE
 from npu_patch.patches.patch import Patch
 from tests.support.gradients import loss_and_gradients
+from tests.support.parity import why_unequal
 from tests.support.tiny_models import FAMILIES, tiny, tiny_batch
 from tests.support.what_ran import why_not_ran
 
