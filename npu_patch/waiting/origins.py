@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +30,12 @@ class Origin:
         self.numbers: weakref.WeakSet[Numbers] = weakref.WeakSet()
         self.tensors: weakref.WeakSet[Tensor] = weakref.WeakSet()
         self._count: Callable[[str], None] | None = count
-        self._parts: list[tuple[str, Tensor, int | None]] = []
+        self._parts: list[tuple[str, Tensor, Any]] = []
 
     def product(self, term: Term) -> Numbers:
         for name, tensor in zip((ROWS, "weight", "bias"), term.tensors, strict=True):
             if tensor is not None:
-                self._parts.append((name, tensor, version_of(tensor)))
+                self._parts.append((name, tensor, _state(tensor)))
         if any(each.is_leaf and each.requires_grad for each in self.parameters):
             STEPS.watch_for(self)
         return Numbers(self, lambda: self._multiplied(term))
@@ -60,11 +61,13 @@ class Origin:
             self._count = None
 
     def why_too_late(self) -> str | None:
-        for name, tensor, version in self._parts:
+        for name, tensor, (version, *where) in self._parts:
             if version_of(tensor) != version:
                 return f"the {name} changed in place"
             if tensor.untyped_storage().size() == 0:
                 return f"the memory of the {name} was given back"
+            if _state(tensor)[1:] != where:
+                return f"the {name} was moved, cast or given other numbers"
         return None
 
     def _multiplied(self, term: Term) -> Tensor:
@@ -77,6 +80,11 @@ class Origin:
         with torch.no_grad(), torch.autocast(term.rows.device.type, enabled=False):
             bias = None if term.bias is None else term.bias.detach()
             return F.linear(term.rows.detach(), term.weight.detach(), bias)
+
+
+def _state(tensor: Tensor) -> list[Any]:
+    """What `.data = ` and `model.to()` change without a new version."""
+    return [version_of(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.data_ptr()]
 
 
 class Numbers:

@@ -27,8 +27,10 @@ LayerCall = tuple[Tensor, Tensor, "Tensor | None", Adapter]
 
 
 class Waiting(NamedTuple):
-    """The result of a layer's call that has not come yet. `versions`: of the tensors of that call."""
+    """The result of a layer's call that has not come yet. `versions`: of the tensors of that call; `leader`: the layer
+    that was called first."""
 
+    leader: Module
     call: LayerCall
     versions: tuple[int, ...]
     with_gradients: bool
@@ -59,6 +61,10 @@ class Groups:
         found = waiting.pop(layer, None)
         if found is None:
             return None
+        if found.call[0] is not call[0]:  # cross attention: k and v are given something else than q, and will be again
+            self.following[found.leader] = None, ()
+            waiting.clear()
+            return None
         same = all(one is other for one, other in zip(_tensors(found.call), _tensors(call), strict=True))
         if not same or found.versions != _versions(call) or found.call[3][2:] != call[3][2:]:
             return None
@@ -78,11 +84,11 @@ class Groups:
                 if type(other) is self.cls:
                     yield other
 
-    def wait(self, calls: Mapping[Module, LayerCall], results: Sequence[Tensor]) -> None:
+    def wait(self, leader: Module, calls: Mapping[Module, LayerCall], results: Sequence[Tensor]) -> None:
         """In place of what still waits, for which nobody has asked."""
         enabled = torch.is_grad_enabled()
         self.of_thread.waiting = {
-            layer: Waiting(call, _versions(call), enabled, result)
+            layer: Waiting(leader, call, _versions(call), enabled, result)
             for (layer, call), result in zip(calls.items(), results, strict=True)
         }
 

@@ -88,7 +88,7 @@ def bind_site(site: Site, found: AsNamed, context: Context) -> Replacement:
         if together is None or not others:
             return serving.run(*call)
         result, *results = together(x, [each[1:] for each in (call, *others.values())])
-        groups.wait(others, results)
+        groups.wait(self, others, results)
         return result
 
     function = replacement_for(original, calls, serve, bypassed=Bypassed.by(original, LINEAR, DROPOUT, MODULE_CALL))

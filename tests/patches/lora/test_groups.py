@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear as AdaptedLinear
 from torch import Tensor, nn
 
@@ -290,3 +291,26 @@ def test_what_a_group_saves_in_launches(npu: torch.device, monkeypatch: pytest.M
     # gradients, and casting them back, is two launches for each group; and of what has a gradient, two sums and one.
     casts, scaled, sums = 2 * (4 + 2), 2 * (4 + 2), 2 * (2 + 1) - 2
     assert alone - together == casts + scaled + sums
+
+
+class CrossAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor, states: Tensor | None = None) -> Tensor:
+        states = x if states is None else states
+        return self.q_proj(x) + self.k_proj(states) * self.v_proj(states)
+
+
+def test_what_cross_attention_is_given_is_computed_together_with_its_query_once_at_most(npu: torch.device) -> None:
+    config = LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj", "k_proj", "v_proj"])
+    model = get_peft_model(CrossAttention(), config).train().to(npu)
+    x, states = torch.randn(2, 3, 16, device=npu), torch.randn(2, 3, 16, device=npu)
+    drawn = []
+    with npu_patch.applied(**ALONE):
+        for _ in range(3):
+            with simulator.count() as counted:
+                model(x, states)
+            drawn.append(sum(launches for name, (launches, _) in counted.by_op.items() if "dropout" in name))
+    assert drawn[1:] == [3, 3]
