@@ -52,7 +52,7 @@ def words(text: str) -> str:
 
 
 def test_a_moe_of_94_layers_fits_one_screen(npu: torch.device, large_moe: torch.nn.Module) -> None:
-    text = str(npu_patch.apply(large_moe))
+    text = str(npu_patch.apply(large_moe, lora=False))  # it has no adapters
     lines = text.splitlines()
     assert len(lines) <= 40
     assert max(map(len, lines)) <= 100

@@ -279,6 +279,8 @@ MAY = {
     "waiting/origins.py": "logits of a head that an optimizer is about to change are made before",
     "patches/attention/sdpa.py": "a mask that is trained is split anew, in the same way",
     "patches/attention/patch.py": "a copy of a result that is changed in place, and that a backward has kept",
+    "patches/lora/patch.py": "a copy of an input that is changed in place, and that a backward will need",
+    "patches/lora/groups.py": "a result that waits is of the call that was made in the same mode, or made again",
     "patches/rms_norm.py": "a copy of an input that is changed in place, and that a backward will need",
 }
 
