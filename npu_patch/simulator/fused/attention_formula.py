@@ -135,7 +135,8 @@ def _attend_backward(
     dtype = query.dtype
     wide = grad.float()
     probabilities = (scores.of(query, key) - maximum[..., None]).exp() / total[..., None]
-    probabilities = probabilities.masked_fill(total[..., None] == HIGHEST, 0.0)  # rows that attend marked as empty
+    empty = total == HIGHEST  # rows that attend marked so
+    probabilities = probabilities.masked_fill(empty[..., None], 0.0)
     dropped = probabilities if scores.kept is None else probabilities * scores.kept / scores.keep_prob
     by_probability = wide @ value.float().mT
     if scores.kept is not None:
@@ -148,7 +149,7 @@ def _attend_backward(
         dpse = by_score if scores.pse_last else by_score * scores.scale
     dsink = None
     if scores.sink is not None:
-        sink_probability = (scores.sink.float()[:, None] - maximum).exp() / total
+        sink_probability = ((scores.sink.float()[:, None] - maximum).exp() / total).masked_fill(empty, 0.0)
         dsink = -(sink_probability * delta.squeeze(-1)).sum(-1)
     return (
         rounded @ key.float() * scores.scale,
