@@ -127,7 +127,7 @@ def test_prompt_attention() -> None:
 
 @pytest.mark.parametrize("pse_type", [0, 1])
 def test_fusion_attention_v2_adds_pse_before_or_after_scaling(pse_type: int) -> None:
-    from tests.simulator import test_attention as training
+    from tests.simulator.fused import test_attention as training
 
     some = {**training.inputs(), "pse": randn(2, HEADS, 5, 7)}
     training.check_operator(
