@@ -32,6 +32,7 @@ def cross_entropy(
     return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 
+@quiet_room()
 def read_cross_entropy(function: Callable[..., Any]) -> AsNamed | NotRead:
     """Of `function(source, target)`, as transformers' `fixed_cross_entropy`, which its losses call with float32 logits:
     over targets that are not `ignore_index`, divided by `num_items_in_batch` if that is given."""
@@ -68,6 +69,7 @@ def entropy(logits: Tensor) -> Tensor:
     return -(each.exp() * each).sum(-1)
 
 
+@quiet_room()
 def read_log_probabilities(function: Callable[..., Any]) -> AsNamed | NotRead:
     """Of `function(logits, index)`, as trl's `selective_log_softmax`."""
     names = tuple(inspect.signature(function).parameters)
@@ -82,6 +84,7 @@ def read_log_probabilities(function: Callable[..., Any]) -> AsNamed | NotRead:
     return _as_named(function, log_probabilities, calls, "log-probabilities of tokens")
 
 
+@quiet_room()
 def read_entropy(function: Callable[..., Any]) -> AsNamed | NotRead:
     """Of `function(logits)`, as trl's `entropy_from_logits`."""
     parameters = list(inspect.signature(function).parameters.values())
@@ -98,17 +101,16 @@ def _as_named(
     logits: str = "logits",
     shape: tuple[int, ...] = (BATCH, TOKENS, VOCABULARY),
 ) -> AsNamed | NotRead:
-    with quiet_room():
-        for call in calls:
-            for dtype in (torch.float32, torch.bfloat16):
-                ours, theirs = (values(shape, 1, dtype).requires_grad_() for _ in range(2))
-                try:
-                    observed = function(**call, **{logits: theirs})
-                except Exception as error:
-                    unless_accident(error)
-                    return NotRead(f"cannot be called as the {name} is: {type(error).__name__}: {error}"[:160])
-                if distance([observed], [expected(**call, **{logits: ours})], [theirs], [ours]) > 1.0:
-                    return NotRead(f"computes something else than the {name}")
+    for call in calls:
+        for dtype in (torch.float32, torch.bfloat16):
+            ours, theirs = (values(shape, 1, dtype).requires_grad_() for _ in range(2))
+            try:
+                observed = function(**call, **{logits: theirs})
+            except Exception as error:
+                unless_accident(error)
+                return NotRead(f"cannot be called as the {name} is: {type(error).__name__}: {error}"[:160])
+            if distance([observed], [expected(**call, **{logits: ours})], [theirs], [ours]) > 1.0:
+                return NotRead(f"computes something else than the {name}")
     return AsNamed(name)
 
 

@@ -178,7 +178,7 @@ def test_a_transform_of_torch_func_is_left_outside(transform: Callable[..., Any]
     def function(x: torch.Tensor) -> torch.Tensor:
         layer = torch.nn.Module()
         layer.act = torch.nn.SiLU()
-        found.append(Activations("act").is_silu(layer))
+        found.append(Activations("act").is_silu(layer.act))
         return x.sum()
 
     transform(function)(torch.ones(2, 3) if transform is torch.func.vmap else torch.ones(3))
@@ -190,7 +190,7 @@ def test_tensors_without_numbers_are_left_outside(mode: Callable[[], contextlib.
     layers = dense_and_mixed().model.layers
     with mode():
         assert experts.READINGS.of(layers[1].mlp.experts).fused
-        assert Activations("act_fn").is_silu(layers[0].mlp)
+        assert Activations("act_fn").is_silu(layers[0].mlp.act_fn)
 
 
 @pytest.mark.parametrize("mode", [FakeTensorMode, lambda: torch.device("meta")], ids=["fake tensors", "meta device"])
@@ -239,8 +239,8 @@ def test_a_memory_error_inside_an_observed_forward_is_an_accident(monkeypatch: p
     activations = Activations("act_fn")
     with monkeypatch.context() as scarcity, pytest.raises(findings.Unobserved):
         scarcity.setattr(type(activation), "forward", scarce)  # one of its own is for the model's calls
-        activations.is_silu(model.model.layers[0].mlp)
-    assert activations.is_silu(model.model.layers[0].mlp)
+        activations.is_silu(activation)
+    assert activations.is_silu(activation)
 
 
 def test_nothing_that_was_found_survives_restore(npu: torch.device) -> None:
@@ -289,16 +289,16 @@ class Learned(torch.nn.SiLU):
 def test_an_activation_that_is_silu_at_times_is_none(activation: type[torch.nn.Module], training: bool) -> None:
     layer = torch.nn.Module()
     layer.act = activation().train(training)
-    assert not Activations("act").is_silu(layer)
+    assert not Activations("act").is_silu(layer.act)
 
 
 def test_a_copy_of_an_activation_is_not_observed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = torch.nn.Module()
     layer.act = torch.nn.SiLU()
     activations = Activations("act")
-    assert activations.is_silu(layer)
+    assert activations.is_silu(layer.act)
     monkeypatch.setattr("npu_patch.patches.swiglu.computes_silu", lambda activation: False)
-    assert activations.is_silu(copy.deepcopy(layer))
+    assert activations.is_silu(copy.deepcopy(layer.act))
 
 
 def test_hooks_of_an_activation_hear_nothing_of_its_observation() -> None:
@@ -306,7 +306,7 @@ def test_hooks_of_an_activation_hear_nothing_of_its_observation() -> None:
     layer.act = torch.nn.SiLU()
     heard: list[Any] = []
     layer.act.register_forward_hook(lambda *_: heard.append(1))
-    assert Activations("act").is_silu(layer) and not heard
+    assert Activations("act").is_silu(layer.act) and not heard
 
 
 def test_what_probes_call_is_not_counted(npu: torch.device) -> None:
