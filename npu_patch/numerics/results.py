@@ -12,3 +12,7 @@ def changeable(result: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or not result._is_view():
         return result
     return result.data
+
+
+def in_dtype(dtype: torch.dtype, x: Tensor) -> Tensor:
+    return x if x.dtype is dtype else x.to(dtype)  # to() costs the host something where it does nothing, too

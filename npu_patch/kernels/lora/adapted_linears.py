@@ -21,6 +21,7 @@ from npu_patch.kernels.lora.output_side import sum_ups, through_adapters
 from npu_patch.kernels.lora.shrink import shrink
 from npu_patch.kernels.partial_sums import sum_rows
 from npu_patch.kernels.rows import rows_of
+from npu_patch.numerics.results import in_dtype
 
 OF_EACH = 4  # tensors that a layer brings: weight, bias, down, up
 LARGEST_SEED = 2**63 - 1
@@ -47,11 +48,11 @@ class _AdaptedLinears(torch.autograd.Function):
     def forward(ctx: Any, group: Group, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
         weights, biases = tensors[0::OF_EACH], tensors[1::OF_EACH]
         downs, ups = ([each.contiguous() for each in tensors[index::OF_EACH]] for index in (2, 3))
-        own = rows_of(_in(group.product, x))
+        own = rows_of(in_dtype(group.product, x))
         seed = torch.randint(LARGEST_SEED, (1,), device=x.device) if group.dropout else None
         h = shrink(own, downs, seed, group.dropout)
         ys = [
-            F.linear(own, _in(group.product, weight), None if bias is None else _in(group.product, bias))
+            F.linear(own, in_dtype(group.product, weight), None if bias is None else in_dtype(group.product, bias))
             for weight, bias in zip(weights, biases, strict=True)
         ]
         expand_(ys, h, ups, group.scaling)
@@ -87,7 +88,7 @@ def _backward(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | 
     weights, downs, ups = saved[:count], saved[count : 2 * count], saved[2 * count :]
     _, needs_x, *needed = ctx.needs_input_grad
     needs = [need and gradients[index // OF_EACH] is not None for index, need in enumerate(needed)]
-    own: Any = None if x is None else rows_of(_in(group.product, x))
+    own: Any = None if x is None else rows_of(in_dtype(group.product, x))
     dys = _all_rows(gradients, ctx.shapes[1])
     shape, dtype = ctx.like
     dx = _through_layers(gradients, weights, group.product, dtype) if needs_x else None
@@ -97,8 +98,8 @@ def _backward(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | 
     for index, (dy, d_down, d_up) in enumerate(zip(dys, *sums, strict=True)):
         needs_weight, needs_bias, needs_down, needs_up = needs[OF_EACH * index :][:OF_EACH]
         found += [
-            _in(ctx.dtypes[OF_EACH * index], dy.t() @ own) if needs_weight else None,
-            _in(ctx.dtypes[OF_EACH * index + 1], dy.sum(0)) if needs_bias else None,
+            in_dtype(ctx.dtypes[OF_EACH * index], dy.t() @ own) if needs_weight else None,
+            in_dtype(ctx.dtypes[OF_EACH * index + 1], dy.sum(0)) if needs_bias else None,
             d_down if needs_down else None,
             d_up if needs_up else None,
         ]
@@ -122,9 +123,9 @@ def _through_layers(
     for dy, weight in zip(gradients, weights, strict=True):
         if dy is None:
             continue
-        dy, weight = rows_of(dy), _in(product, weight)
+        dy, weight = rows_of(dy), in_dtype(product, weight)
         if total is None:
-            total = _in(dtype, dy @ weight)
+            total = in_dtype(dtype, dy @ weight)
         elif total.dtype == dy.dtype:
             total.addmm_(dy, weight)
         else:
@@ -159,7 +160,3 @@ def _through_adapters(
     parts = sum_rows(partial, dtype).split(sizes)
     found = [part.view(shape) for part, shape in zip(parts, (*of_ups, *of_downs), strict=True)]
     return (found[len(of_ups) :] if needs_down else absent), (found[: len(of_ups)] if needs_up else absent)
-
-
-def _in(dtype: torch.dtype, x: Tensor) -> Tensor:
-    return x if x.dtype is dtype else x.to(dtype)  # to() costs the host something where it does nothing, too

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
+from npu_patch.numerics.results import in_dtype
 from npu_patch.serving.implementation import layout
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -87,15 +88,15 @@ class _AdaptedLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, adapters: tuple[Adapter, ...], x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
         product, compute = adapters[0].product, adapters[0].compute
-        own = _rows(_in(product, x))
-        wide = _in(compute, own)
+        own = _rows(in_dtype(product, x))
+        wide = in_dtype(compute, own)
         used = _all_in(compute, [each for adapter in adapters for each in (adapter.down, adapter.up)])
         _, needs_x, *needed = ctx.needs_input_grad
         results, saved, keeps_x = [], [], False
         for index, adapter in enumerate(adapters):
             (weight, bias), (down, up) = tensors[OF_EACH * index :][:2], used[2 * index :][:2]
             needs_weight, _, needs_down, needs_up = needed[OF_EACH * index :][:OF_EACH]
-            y = F.linear(own, _in(product, weight), None if bias is None else _in(product, bias))
+            y = F.linear(own, in_dtype(product, weight), None if bias is None else in_dtype(product, bias))
             dropped, mask = wide, None
             if adapter.dropout:
                 dropped, mask = torch.native_dropout(wide, adapter.dropout, True)
@@ -131,8 +132,8 @@ def _backward(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | 
     x, *saved = ctx.saved_tensors
     _, needs_x, *needed = ctx.needs_input_grad
     (shape, x_dtype), product, compute = ctx.like, ctx.adapters[0].product, ctx.adapters[0].compute
-    own: Any = None if x is None else _rows(_in(product, x))
-    wide = None if own is None else _in(compute, own)
+    own: Any = None if x is None else _rows(in_dtype(product, x))
+    wide = None if own is None else in_dtype(compute, own)
     of_adapters = _OfAdapters(ctx.adapters, [each is not None for each in gradients], needed, compute, ctx.dtypes)
     d_x: Tensor | None = None
     found: list[Tensor | None] = [None] * len(needed)
@@ -143,7 +144,7 @@ def _backward(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | 
         weight, down, up, shrunk, mask = saved[5 * index :][:5]
         needs_weight, needs_bias, needs_down, needs_up = needed[first:][:OF_EACH]
         dy = _rows(dy)
-        dy_used = _in(compute, dy)
+        dy_used = in_dtype(compute, dy)
         if needs_up:
             torch.mm(dy_used.t(), shrunk, out=of_adapters.places[first + 3])
         through: Any = dy_used @ up if needs_x or needs_down else None
@@ -154,11 +155,11 @@ def _backward(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | 
         if needs_bias:
             found[first + 1] = dy.sum(0).to(ctx.dtypes[first + 1])
         if needs_x:
-            d_x = _sum_with(d_x, dy, _in(product, weight), x_dtype)
+            d_x = _sum_with(d_x, dy, in_dtype(product, weight), x_dtype)
             if mask is None:
                 _add_product(d_x, through, down, adapter.scaling)
             else:
-                by_adapter = _in(torch.promote_types(d_x.dtype, compute), through @ down)
+                by_adapter = in_dtype(torch.promote_types(d_x.dtype, compute), through @ down)
                 d_x.add_(_kept(by_adapter, mask, adapter), alpha=adapter.scaling)
     for place, gradient in of_adapters.scaled():
         found[place] = gradient
@@ -203,21 +204,17 @@ class _OfAdapters:
 def _sum_with(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """`total + left right`. Where autocast narrowed x, its gradients are summed in the dtype that it had."""
     if total is None:
-        return _in(dtype, left @ right)
+        return in_dtype(dtype, left @ right)
     _add_product(total, left, right, 1.0)
     return total
 
 
 def _all_in(dtype: torch.dtype, tensors: list[Tensor]) -> list[Tensor]:
     if len(tensors) <= 2 or any(each.dtype is dtype or each.dtype is not tensors[0].dtype for each in tensors):
-        return [_in(dtype, each) for each in tensors]
+        return [in_dtype(dtype, each) for each in tensors]
     flat = torch.cat([each.reshape(-1) for each in tensors]).to(dtype)
     parts = flat.split([each.numel() for each in tensors])
     return [part.view(each.shape) for part, each in zip(parts, tensors, strict=True)]
-
-
-def _in(dtype: torch.dtype, x: Tensor) -> Tensor:
-    return x if x.dtype is dtype else x.to(dtype)  # to() costs the host something where it does nothing, too
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -243,5 +240,5 @@ def _scaled(gradient: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """In the dtype of its parameter, rounded no more often than that takes."""
     if gradient.dtype != dtype and math.frexp(scaling)[0] in (0.5, -0.5):  # a power of 2 rounds nothing
         return torch.mul(gradient, scaling, out=torch.empty_like(gradient, dtype=dtype))
-    gradient = _in(dtype, gradient)
+    gradient = in_dtype(dtype, gradient)
     return gradient if scaling == 1.0 else gradient.mul_(scaling)
