@@ -50,6 +50,11 @@ def unpermute(rows: Tensor, positions: Tensor, router_weights: Tensor) -> Tensor
     return torch.mm(router_weights.detach().to(rows.dtype), rows[: router_weights.shape[1]])
 
 
+def cross_entropy_loss(logits: Tensor, labels: Tensor, **_: Any) -> tuple[Tensor | None, ...]:
+    log_probabilities = torch.log_softmax(logits, -1)
+    return log_probabilities[:, 0], log_probabilities, None, None
+
+
 def histogram(numbers: Tensor, bins: int, **_: Any) -> Tensor:
     """The CPU has none of whole numbers."""
     if numbers.is_floating_point():
@@ -64,6 +69,7 @@ STAND_INS = {
     "npu_swiglu": swiglu,
     "npu_fusion_attention": attention,
     "npu_grouped_matmul": grouped_matmul,
+    "npu_cross_entropy_loss": cross_entropy_loss,
     "npu_moe_token_permute": permute,
     "npu_moe_token_unpermute": unpermute,
 }
