@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npu_patch.devices import ACCELERATORS
-from npu_patch.kernels import variants as of_kernels
-from npu_patch.kernels.gamma import GAMMAS, NONE, ONE_PLUS_WEIGHT, ROUNDED_ONE_PLUS_WEIGHT, WEIGHT, Gamma
+from npu_patch.kernels.gamma import ACTIVATIONS, GAMMAS, NONE, ONE_PLUS_WEIGHT, ROUNDED_ONE_PLUS_WEIGHT, WEIGHT, Gamma
 from npu_patch.serving.case import Case
 from npu_patch.serving.implementation import (
     TRITON,
@@ -154,7 +153,7 @@ PLAIN_VARIANTS: tuple[RMSNormVariant, ...] = (
 )
 
 GATE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
-KERNELS_ACTIVATIONS = {GATE_ACTIVATIONS.get(name): name for name in of_kernels.ACTIVATIONS}
+KERNELS_ACTIVATIONS = {GATE_ACTIVATIONS.get(name): name for name in ACTIVATIONS}
 
 
 def _gated(name: str, activation: Callable[[Tensor], Tensor], rounds_before_gate: bool) -> RMSNormVariant:
@@ -195,7 +194,7 @@ def _triton_rms_norm(
 ) -> Tensor:
     """In float32 up to the last rounding, whatever `gate_in_float32` says."""
     if gate is None:
-        from npu_patch.kernels.add_rms_norm import rms_norm
+        from npu_patch.kernels.rms_norm import rms_norm
 
         return rms_norm(x, weight, eps, variant.gamma)
     from npu_patch.kernels.gated_rms_norm import gated_rms_norm
@@ -228,9 +227,9 @@ def _too_wide_for_triton(x: Tensor, gated: bool) -> str | None:
     """The kernels hold whole rows: an NPU's compiler refuses one that does not fit on chip."""
     if x.device.type != "npu":
         return None
-    from npu_patch.kernels import add_rms_norm, gated_rms_norm, launch
+    from npu_patch.kernels import gated_rms_norm, launch, rms_norm
 
-    kernels = gated_rms_norm if gated else add_rms_norm
+    kernels = gated_rms_norm if gated else rms_norm
     return launch.why_too_wide(x.device, x.shape[-1], *kernels.TILES)
 
 
