@@ -15,7 +15,7 @@ import torch
 import npu_patch
 from npu_patch.ops.gated_delta import fla
 from npu_patch.ops.gated_delta.calls import ConvolutionCall, RuleCall
-from npu_patch.ops.gated_delta.rule import recurrent_gated_delta_rule
+from npu_patch.ops.gated_delta.rule import gated_delta_rule
 from npu_patch.probe import gated_delta_checks as gated_delta_providers
 from npu_patch.probe.gated_delta_checks import why_wrong_convolution, why_wrong_rule
 from npu_patch.probe.gated_delta_reference import recurrence
@@ -313,9 +313,7 @@ def test_states_in_bfloat16_are_further_from_float64_than_the_bar() -> None:
         outputs = []
         for t in range(tokens):
             now = (x[:, t : t + 1] for x in (q, k, v, g, beta))
-            o, state = recurrent_gated_delta_rule(
-                *now, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True
-            )
+            o, state = gated_delta_rule(RuleCall(*now, state, output_final_state=True, normalize=True))
             state = state.to(dtype).float()
             outputs.append(o)
         return relative_error(torch.cat(outputs, 1).double(), exact)
