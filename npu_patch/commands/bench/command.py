@@ -21,8 +21,7 @@ from npu_patch.applying.state import patched_sites
 from npu_patch.commands.bench.measured import Measured
 from npu_patch.commands.console.output_file import output_file
 from npu_patch.commands.console.result import CommandError, Result, named
-from npu_patch.commands.console.steps import Steps, steps
-from npu_patch.commands.console.terminal import table
+from npu_patch.commands.console.terminal import Steps, steps, table
 from npu_patch.commands.replay.recording import Recording, function_of, recorded, timed_forms
 from npu_patch.commands.subject import models
 from npu_patch.commands.subject.lora_step import RANK, lora_step
@@ -43,7 +42,7 @@ def run(options: argparse.Namespace) -> Result:
         output_file("--png", png, ending=".png")
         require_matplotlib()
     device, model, batch = prepared(options)
-    with steps(options, "measuring") as progress:
+    with steps("measuring", options.json) as progress:
         measured = _ops(model, batch, device, options.samples, progress)
         measured.append(_step(model, batch, device, options.samples))
         progress.done()

@@ -21,8 +21,7 @@ from npu_patch.applying import api as lifecycle
 from npu_patch.applying.patched_site import PatchedSite
 from npu_patch.applying.state import patched_sites
 from npu_patch.commands.console.result import CommandError, Result, named
-from npu_patch.commands.console.steps import Steps, steps
-from npu_patch.commands.console.terminal import table
+from npu_patch.commands.console.terminal import Steps, steps, table
 from npu_patch.commands.replay.bars import FLOORS, Error, relative_error, why_not, worst
 from npu_patch.commands.replay.float64 import everything_in_float64, in_float64
 from npu_patch.commands.replay.recording import (
@@ -89,7 +88,7 @@ def run(options: argparse.Namespace) -> Result:
     names = options.dtype or ["float32", "bfloat16"]
     checks: list[Check] = []
     notes: dict[str, None] = {}
-    with steps(options, "verifying") as progress:
+    with steps("verifying", options.json) as progress:
         progress.of(len(names) * options.seeds)
         for name in names:
             found, said = _verify(source, device, name, options.seeds, progress)
