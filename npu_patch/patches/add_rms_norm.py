@@ -66,7 +66,7 @@ def read_site(site: Site) -> Sequence[AddRMSNormReading] | NotRead:
 
 def bind_site(site: Site, readings: Sequence[AddRMSNormReading], context: Context) -> Replacement:
     original = site.original
-    calls, device_type, callers = Calls(), context.device_type, Callers(readings)
+    calls, device_type = Calls(), context.device_type
     dispatch = context.dispatch(lambda live: _cases(readings, live, context))
 
     def fuse(
@@ -92,7 +92,7 @@ def bind_site(site: Site, readings: Sequence[AddRMSNormReading], context: Contex
         reason = listener(self, "it")
         if reason is not None:
             return Unserved(reason)
-        caller = callers.of(self, sys._getframe(1))
+        caller = _caller(readings, self, sys._getframe(1))
         if caller is None:
             return Unserved("not called by the forward of its layer")
         reading, layer = caller
@@ -117,22 +117,18 @@ def bind_site(site: Site, readings: Sequence[AddRMSNormReading], context: Contex
     return Replacement(function, f"in {names}", calls, None, dispatch, alone=False)
 
 
-class Callers:
-    """The layers that call a mixer: live ones, told from the code that is running."""
-
-    def __init__(self, readings: Sequence[AddRMSNormReading]) -> None:
-        self._readings = readings
-
-    def of(self, mixer: torch.nn.Module, frame: FrameType | None) -> tuple[AddRMSNormReading, torch.nn.Module] | None:
-        """The layer in whose observed forward `frame` is, with nothing but module calls and our own between; there the
-        branch is safe. None for every other caller."""
-        while frame is not None and _is_passed_through(frame):
-            frame = frame.f_back
-        for reading in self._readings:
-            if frame is not None and frame.f_code is reading.code:
-                layer = _layer_in(frame)
-                return (reading, layer) if isinstance(layer, reading.layer) and _holds(layer, reading, mixer) else None
-        return None
+def _caller(
+    readings: Sequence[AddRMSNormReading], mixer: torch.nn.Module, frame: FrameType | None
+) -> tuple[AddRMSNormReading, torch.nn.Module] | None:
+    """The live layer in whose observed forward `frame` is, with nothing but module calls and our own between; there the
+    branch is safe. None for every other caller."""
+    while frame is not None and _is_passed_through(frame):
+        frame = frame.f_back
+    for reading in readings:
+        if frame is not None and frame.f_code is reading.code:
+            layer = _layer_in(frame)
+            return (reading, layer) if isinstance(layer, reading.layer) and _holds(layer, reading, mixer) else None
+    return None
 
 
 def _layer_in(frame: FrameType) -> Any:
