@@ -57,6 +57,9 @@ DECLARATIONS = {"is_transposed": False, "has_bias": False, "has_gate": True, "ha
 SETTINGS = ("act_fn", *DECLARATIONS)  # which are looked at here, whatever a forward asks for
 
 
+ARGUMENTS = ("tokens", "indices", "router_weights")
+
+
 @dataclass(frozen=True)
 class Convention:
     """How a forward is called and how its weights are stored.
@@ -65,7 +68,7 @@ class Convention:
     `[T, E]`, not `[T, k]`; `identities`: indices beyond the experts return the token itself.
     """
 
-    arguments: tuple[str, ...] = ("tokens", "indices", "router_weights")
+    arguments: tuple[str, ...] = ARGUMENTS
     dense: bool = False
     transposed: bool = True  # weights [E, N, K], as nn.Linear stores them
     has_bias: bool = False
@@ -147,7 +150,7 @@ def read_experts(
 
 def undeclared_conventions() -> Iterator[Convention]:
     """Those of forwards of three arguments that transformers says nothing about, in all versions."""
-    orders = (("tokens", "indices", "router_weights"), ("tokens", "router_weights", "indices"))
+    orders = (ARGUMENTS, ("tokens", "router_weights", "indices"))
     # With identities first: without any token that is given to one, both look alike.
     for identities, arguments, dense, transposed, has_bias in product(
         (True, False), orders, (False, True), (True, False), (False, True)
