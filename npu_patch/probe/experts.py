@@ -90,10 +90,6 @@ class ExpertsReading:
     gate: str
     batched: bool = False
 
-    @property
-    def fused(self) -> bool:
-        return self.gate == "SwiGLU"
-
 
 def _apply_gate(module: Any, up: Tensor) -> Tensor:
     return module._apply_gate(up)
@@ -126,7 +122,7 @@ GATES: dict[str, Callable[[Any, Tensor], Tensor]] = {
 
 def gate_of(reading: ExpertsReading, module: Any) -> Callable[[Tensor], Tensor] | None:
     """None for SwiGLU, for which there is a kernel."""
-    return None if reading.fused else lambda up: GATES[reading.gate](module, up)
+    return None if reading.gate == "SwiGLU" else lambda up: GATES[reading.gate](module, up)
 
 
 def read_experts(
@@ -293,14 +289,11 @@ def _settings(attributes: Mapping[str, Any]) -> dict[str, Any]:
     has_tensors = isinstance(activation, torch.nn.Module) and any(
         True for tensors in (activation.parameters(), activation.buffers()) for _ in tensors
     )
+    if isinstance(activation, torch.nn.Module):
+        activation = activation.forward  # without the hooks of a live one
     # Where it is applied is what is observed; what it computes is its own business when it runs.
-    plain["act_fn"] = _some_activation if has_tensors or activation is None else _unheard(activation)
+    plain["act_fn"] = _some_activation if has_tensors or activation is None else activation
     return plain | SIZES | {"post_expert_norm": _some_norm, "identity_expert": _identity}
-
-
-def _unheard(activation: Any) -> Any:
-    """Without the hooks of a live one."""
-    return activation.forward if isinstance(activation, torch.nn.Module) else activation
 
 
 def _some_activation(x: Tensor) -> Tensor:
