@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from npu_patch.devices import ACCELERATORS
 from npu_patch.kernels.gamma import ACTIVATIONS, GAMMAS, NONE, ONE_PLUS_WEIGHT, ROUNDED_ONE_PLUS_WEIGHT, WEIGHT, Gamma
 from npu_patch.serving.case import Case
 from npu_patch.serving.implementation import (
+    FLOAT_DTYPES,
+    HALF_DTYPES,
     TRITON,
     Implementation,
     dtype_name,
@@ -37,8 +40,6 @@ from npu_patch.serving.op import Op
 from npu_patch.serving.operators import Operator
 
 CASE_EPS = 1e-6
-HALF_DTYPES = (torch.float16, torch.bfloat16)
-FLOAT_DTYPES = (torch.float32, *HALF_DTYPES)
 NPU_RMS_NORM = Operator("npu_rms_norm", ("epsilon",), gradient=True)
 # By `RMSNormVariant.output`, from the dtypes of input and weight.
 OUTPUT_DTYPES: dict[str, Callable[[torch.dtype, torch.dtype], torch.dtype]] = {
@@ -220,17 +221,17 @@ def unsupported_by_triton(
         return f"a weight of {dtype_name(weight.dtype)} beside float32"
     if any(tensor is not None and tensor.stride(-1) != 1 for tensor in (x, weight, gate)):
         return "a last dimension that is not contiguous"
-    return _too_wide_for_triton(x, gate is not None)
+    return too_wide(x, "rms_norm" if gate is None else "gated_rms_norm")
 
 
-def _too_wide_for_triton(x: Tensor, gated: bool) -> str | None:
-    """The kernels hold whole rows: an NPU's compiler refuses one that does not fit on chip."""
+def too_wide(x: Tensor, kernels: str) -> str | None:
+    """For the module `kernels`, whose kernels hold whole rows: an NPU's compiler refuses one that does not fit on
+    chip."""
     if x.device.type != "npu":
         return None
-    from npu_patch.kernels import gated_rms_norm, launch, rms_norm
+    from npu_patch.kernels import launch
 
-    kernels = gated_rms_norm if gated else rms_norm
-    return launch.why_too_wide(x.device, x.shape[-1], *kernels.TILES)
+    return launch.why_too_wide(x.device, x.shape[-1], *import_module(f"npu_patch.kernels.{kernels}").TILES)
 
 
 def _unsupported(
