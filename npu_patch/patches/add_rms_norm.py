@@ -32,15 +32,14 @@ from npu_patch.probe.add_rms_norm import AddRMSNormReading, read_add_rms_norm
 from npu_patch.serving.bypassed import Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import Alternative, Case
+from npu_patch.serving.changed_later import CALLS_OF_MODULES, module_of
 from npu_patch.serving.implementation import choose, is_plain
 from npu_patch.serving.listeners import listener
 from npu_patch.serving.replacement import TakenOver, Unfused, Unserved, replacement_for
-from npu_patch.sites.sites import LiveModules, Site, forwards, innermost, is_checkpointing_layer
+from npu_patch.sites.sites import LiveModules, Site, forwards, is_checkpointing_layer
 from npu_patch.waiting.heads import NORMS
 from npu_patch.waiting.sums import Addition, DeferredBranch
 
-# What a forward called by its layer finds between itself and that layer.
-CALLS_OF_MODULES = (torch.nn.Module._call_impl.__code__, torch.nn.Module._wrapped_call_impl.__code__)
 # By the class of the mixer.
 _READINGS: WeakKeyDictionary[type, list[AddRMSNormReading | NotRead]] = WeakKeyDictionary()
 
@@ -126,25 +125,13 @@ def _caller(
         frame = frame.f_back
     for reading in readings:
         if frame is not None and frame.f_code is reading.code:
-            layer = _layer_in(frame)
+            layer = module_of(frame) or frame.f_locals.get(frame.f_code.co_varnames[0])
             return (reading, layer) if isinstance(layer, reading.layer) and _holds(layer, reading, mixer) else None
     return None
 
 
-def _layer_in(frame: FrameType) -> Any:
-    """Whose forward `frame` is. A frame that was asked for its locals keeps them alive to its end, so the module call
-    around it is asked, if there is one: that keeps its arguments anyway."""
-    caller = frame.f_back
-    while caller is not None and caller.f_code not in CALLS_OF_MODULES and caller.f_code is not frame.f_code:
-        caller = caller.f_back
-    if caller is not None and caller.f_code in CALLS_OF_MODULES:
-        module = caller.f_locals[caller.f_code.co_varnames[0]]
-        if innermost(type(module).forward).__code__ is frame.f_code:
-            return module
-    return frame.f_locals.get(frame.f_code.co_varnames[0])
-
-
 def _is_passed_through(frame: FrameType) -> bool:
+    """What a forward called by its layer finds between itself and that layer."""
     return frame.f_code in CALLS_OF_MODULES or frame.f_globals.get("__name__", "").startswith("npu_patch.")
 
 
