@@ -27,15 +27,11 @@ def run(options: argparse.Namespace) -> Result:
         raise CommandError(f"--python {options.python}: accepted is the path of a Python interpreter")
     if not options.timeout > 0:
         raise CommandError(f"--timeout {options.timeout:g}: accepted are seconds above 0")
-    findings = _findings(python, options)
+    with steps("looking around", options.json) as progress:
+        findings = look(python, os.environ, timeout=options.timeout, simulated=is_simulated(), progress=progress)
     found = list(complaints(findings))
     content = _content(findings, found)
     return Result(content, lambda: _shown(content), fine=not any(each.serious for each in found))
-
-
-def _findings(python: str, options: argparse.Namespace) -> Findings:
-    with steps("looking around", options.json) as progress:
-        return look(python, os.environ, timeout=options.timeout, simulated=is_simulated(), progress=progress)
 
 
 def _content(findings: Findings, found: list[Complaint]) -> dict[str, Any]:
