@@ -10,6 +10,7 @@ import argparse
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,9 +101,10 @@ def _ops(
         pairs = [(held, call) for held in sites for call in recording.of(held)]
         progress.of(len(pairs) + 1)  # and the step
         for held, call in pairs:
-            forms = timed_forms(held, call)
-            name = short_name(held.outcome.site)
-            found.append(_measure(held.outcome.patch, name, call.shapes, *forms, device, samples))
+            patched, original = timed_forms(held, call)
+            what = held.outcome.patch, short_name(held.outcome.site), call.shapes
+            timed = partial(in_turns, {"patched": patched, "original": original}, device, samples=samples)
+            found.append(_measure(what, patched, original, device, timed))
             progress.done()
         found += [
             Measured(each.patch, short_name(each.site), "", failure=f"not patched: {each.reason}")
@@ -135,13 +137,7 @@ def _step(model: torch.nn.Module, batch: dict[str, torch.Tensor], device: torch.
             step()
 
     what = ("step", f"LoRA, r={RANK}", _shapes(batch))
-    if devices.is_simulated(device.type):
-        return _measure(*what, patched, step, device, samples)
-    try:
-        forms = in_blocks(adapted, step, device, samples)
-    except Exception as error:
-        return Measured(*what, failure=f"raises {named(error)}")
-    return Measured(*what, forms["patched"], forms["original"])
+    return _measure(what, patched, step, device, partial(in_blocks, adapted, step, device, samples))
 
 
 def in_blocks(
@@ -157,23 +153,20 @@ def in_blocks(
 
 
 def _measure(
-    patch: str,
-    site: str,
-    shapes: str,
+    what: tuple[str, str, str],
     patched: Callable[[], None],
     original: Callable[[], None],
     device: torch.device,
-    samples: int,
+    timed: Callable[[], dict[str, Timing]],
 ) -> Measured:
     try:
         if devices.is_simulated(device.type):
-            counted = [_counted(form) for form in (patched, original)]
-            launches, moved = zip(*counted, strict=True)
-            return Measured(patch, site, shapes, launches=tuple(launches), bytes=tuple(moved))
-        timings = in_turns({"patched": patched, "original": original}, device, samples=samples)
+            launches, moved = zip(_counted(patched), _counted(original), strict=True)
+            return Measured(*what, launches=launches, bytes=moved)
+        timings = timed()
     except Exception as error:
-        return Measured(patch, site, shapes, failure=f"raises {named(error)}")
-    return Measured(patch, site, shapes, timings["patched"], timings["original"])
+        return Measured(*what, failure=f"raises {named(error)}")
+    return Measured(*what, timings["patched"], timings["original"])
 
 
 def _counted(form: Callable[[], None]) -> tuple[int, int]:
