@@ -56,19 +56,13 @@ def is_modeling_module(name: str) -> bool:
     return name.startswith(MODELING_PACKAGES) and name.rsplit(".", 1)[-1].startswith("modeling_")
 
 
-def loaded_modeling_modules() -> list[ModuleType]:
-    modules = [module for name, module in list(sys.modules.items()) if is_modeling_module(name)]
-    return [module for module in modules if isinstance(module, ModuleType)]
-
-
 def is_within(name: str, libraries: Iterable[str]) -> bool:
     """Whether a module is one of `libraries`, packages or modules by their dotted names, or inside one."""
     return any(name == each or name.startswith(f"{each}.") for each in libraries)
 
 
-def loaded_modules_of(libraries: Iterable[str]) -> list[ModuleType]:
-    libraries = tuple(libraries)
-    modules = [module for name, module in list(sys.modules.items()) if is_within(name, libraries)]
+def loaded_modules(wanted: Callable[[str], bool]) -> list[ModuleType]:
+    modules = [module for name, module in list(sys.modules.items()) if wanted(name)]
     return [module for module in modules if isinstance(module, ModuleType)]
 
 
@@ -169,7 +163,6 @@ class BoundForward:
     """A forward on a live instance that keeps a class-level rebinding from reaching it. `name`: under which
     attribute the instance keeps it; `reachable`: it is the class's own, so it can be bound anew."""
 
-    module: torch.nn.Module
     name: str
     bound: Any
     reachable: bool
@@ -187,7 +180,7 @@ def bound_forward(module: torch.nn.Module, originals: Sequence[Any]) -> BoundFor
     bound = namespace[name]
     is_method = isinstance(bound, MethodType) and bound.__self__ is module
     reachable = is_method and any(innermost(bound) is innermost(original) for original in originals)
-    return BoundForward(module, name, bound, reachable)
+    return BoundForward(name, bound, reachable)
 
 
 def kept_functions(module: torch.nn.Module) -> Iterator[tuple[Any, str, FunctionType]]:

@@ -21,7 +21,7 @@ from npu_patch.applying.state import patched_sites
 from npu_patch.commands.bench.command import prepared, recorded_step
 from npu_patch.commands.console.output_file import output_file
 from npu_patch.commands.console.result import CommandError, Result
-from npu_patch.commands.console.steps import Steps, steps
+from npu_patch.commands.console.terminal import Steps, steps, table
 from npu_patch.commands.replay.bars import why_not
 from npu_patch.commands.replay.recording import Call, function_of, run_in_float64, run_original, timed_forms
 from npu_patch.commands.subject.models import DTYPES
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> Result:
         note = "simulated NPU: its times mean nothing; this file is of no use on a real one, where it is refused"
     else:
         note = None
-    with steps(options, "measuring") as progress:
+    with steps("measuring", options.json) as progress:
         found, left = _tune(model, batch, device, options, progress)
     write(options.output, device.type, [each.decision for each in found])
     content = {
@@ -193,8 +193,6 @@ def _times(forms: Mapping[str, Callable[[], None]], device: torch.device, sample
 
 
 def _shown(content: dict[str, Any], found: list[Tuned]) -> Iterator[Any]:
-    from npu_patch.commands.console.terminal import table
-
     yield f"{content['model']} on {content['device']} ({content['chip']}): forward and backward, median ms"
     if content["note"]:
         yield content["note"]
