@@ -20,7 +20,7 @@ from npu_patch.applying.patched_site import PatchedSite
 from npu_patch.applying.state import patched_sites
 from npu_patch.commands.bench.command import prepared, recorded_step
 from npu_patch.commands.console.output_file import output_file
-from npu_patch.commands.console.result import CommandError, Result
+from npu_patch.commands.console.result import CommandError, Result, named
 from npu_patch.commands.console.terminal import Steps, steps, table
 from npu_patch.commands.replay.bars import why_not
 from npu_patch.commands.replay.recording import Call, function_of, run_in_float64, run_original, timed_forms
@@ -147,7 +147,7 @@ def decide(
             else:
                 refused[name] = wrong
         forms.setdefault(ORIGINAL, lambda: None)
-        times = _times(forms, device, samples) if len(forms) > 1 else {}
+        times = in_turns(forms, device, samples=samples) if len(forms) > 1 else {}
     finally:
         dispatch.tuned = {}
     medians = {name: timing.median for name, timing in times.items()}
@@ -181,15 +181,11 @@ def why_wrong(held: PatchedSite, call: Call, original: Any, exact: Mapping[str, 
     try:
         errors = compared(held, call, original, exact)
     except Exception as error:
-        return f"raises {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return f"raises {named(error)}"
     passed_on = calls.fell_through - fell_through
     if passed_on:
         return f"{DECLINES}{next(iter(passed_on))}"
     return errors if isinstance(errors, str) else why_not(errors, dtype)
-
-
-def _times(forms: Mapping[str, Callable[[], None]], device: torch.device, samples: int) -> Mapping[str, Timing]:
-    return in_turns(forms, device, samples=samples)
 
 
 def _shown(content: dict[str, Any], found: list[Tuned]) -> Iterator[Any]:
