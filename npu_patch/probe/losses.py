@@ -106,7 +106,9 @@ def read_label_smoothing(smoother: Any, function: Callable[..., Any]) -> AsNamed
     def expected(logits: Tensor, **others: Any) -> Tensor:
         return smoothed_cross_entropy(model_output=(logits,), **others)
 
-    found = [_as_named(called(in_dict), expected, calls, "cross entropy of smoothed labels") for in_dict in (True, False)]
+    found = [
+        _as_named(called(in_dict), expected, calls, "cross entropy of smoothed labels") for in_dict in (True, False)
+    ]
     return next((each for each in found if isinstance(each, NotRead)), found[0])
 
 

@@ -34,6 +34,7 @@ from npu_patch.serving.implementation import Implementation
 from npu_patch.serving.listeners import first_listener
 from npu_patch.serving.replacement import Unserved, replacement_for
 from npu_patch.sites.sites import LiveModules, Site, rebindable_forwards
+from npu_patch.waiting.head_call import is_put_off
 
 OF_LINEAR, OF_DROPOUT, OF_IDENTITY = Linear.forward, Dropout.forward, Identity.forward  # whoever binds them anew
 DROPOUT = (F, "dropout")
@@ -130,7 +131,7 @@ def _call_of(layer: Any, x: Tensor) -> Call | str:
             return f"{its_name} is a {type(part).__name__}"
     heard = first_listener(((base, "base_layer"), (down, "lora_A"), (up, "lora_B"), (dropout, "lora_dropout")))
     if heard is not None:
-        return heard
+        return "its product waits for the loss" if is_put_off(base) else heard
     probability = _probability(dropout)
     if isinstance(probability, str):
         return probability

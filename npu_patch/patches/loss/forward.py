@@ -59,9 +59,17 @@ def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
         layers = "it has no head" if head is None else layers_of(head)
         if isinstance(layers, str):
             return Unserved(layers)
-        with put_off(head, layers, device_type, looked_at) as call:
+        with put_off(head, layers, device_type, looked_at, _embeddings_of(self)) as call:
             result = original(self, *args, **kwargs)
         return result if call.waited else Unfused(result, call.why_not or "it does not call its head")
 
     function = replacement_for(original, calls, serve, bypassed=Bypassed())
     return Replacement(function, reading.name, calls, alone=False)
+
+
+def _embeddings_of(model: torch.nn.Module) -> Any:
+    found: Any = getattr(model, "get_input_embeddings", lambda: None)
+    try:
+        return found()
+    except NotImplementedError:
+        return None
