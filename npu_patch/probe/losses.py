@@ -89,12 +89,12 @@ def read_label_smoothing(smoother: Any, function: Callable[..., Any]) -> AsNamed
     if names[:2] != ("model_output", "labels") or not set(names[2:]) <= {SHIFTED, NUMBER}:
         return NotRead(f"takes {', '.join(names)}, whose meaning is not known")
     labels = _integers((LABELS, INDEX[1]))
-    calls: list[dict[str, Any]] = [{}, {IGNORED: 3}, {EPSILON: 0.0}]
+    differing: list[Call] = [{}, {IGNORED: 3}, {EPSILON: 0.0}]
     if SHIFTED in names:
-        calls.append({SHIFTED: True})
+        differing.append({SHIFTED: True})
     if NUMBER in names:
-        calls += [{NUMBER: 5}, {NUMBER: _integers(3), SHIFTED: True}]
-    calls = [{EPSILON: 0.3, IGNORED: NO_LABEL, "labels": labels, **call} for call in calls]
+        differing += [{NUMBER: 5}, {NUMBER: _integers(3)}]
+    calls: list[Call] = [{EPSILON: 0.3, IGNORED: NO_LABEL, "labels": labels, **call} for call in differing]
 
     def called(in_dict: bool) -> Callable[..., Any]:
         def call(epsilon: float, ignore_index: int, logits: Tensor, **others: Any) -> Any:
