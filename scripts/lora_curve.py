@@ -4,9 +4,9 @@
     python scripts/lora_curve.py --families llama --steps 100
 
 A small frozen model in bfloat16 with float32 adapters on its linear layers, autocast to bfloat16 and dropout 0.05,
-learns a chain in which each word is followed by one of four (at best, a loss of 1.386). A seed decides the adapters, the
-order of the data and what is dropped. The losses of every 20 steps are averaged; patched and unpatched, from one seed,
-may differ by no more than two seeds do, on average and at most. Ends with 1 where they do.
+learns a chain in which each word is followed by one of four (at best, a loss of 1.386). A seed decides the adapters,
+the order of the data and what is dropped. The losses of every 20 steps are averaged; patched and unpatched, from one
+seed, may differ by no more than two seeds do, on average and at most. Ends with 1 where they do.
 """
 
 from __future__ import annotations
