@@ -221,6 +221,19 @@ def test_a_job_of_the_trainer_learns_the_same_without_logits(
     assert len(original) == 3 and patched == pytest.approx(original, rel=2e-2 if bf16 else 1e-5)
 
 
+def test_a_job_of_trl_learns_the_same(tmp_path: Path, npu: torch.device) -> None:
+    pytest.importorskip("trl")
+    from tests.patches.loss.test_loss_trainers import by_sft
+
+    original = by_sft(model_of("qwen3"), tmp_path, label_smoothing_factor=0.1, bf16=False)
+    npu_patch.apply(fused_ops=False, moe_patch=False, fla=False)
+    patched = by_sft(model_of("qwen3"), tmp_path, label_smoothing_factor=0.1, bf16=False)
+    ran, reasons = calls_of(npu_patch.report())
+    assert ran["loss"] == 2, reasons
+    for one, other in zip(patched, original, strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
 def test_the_call_is_put_back(npu: torch.device) -> None:
     npu_patch.apply()
     assert LabelSmoother.__call__ is not ORIGINAL
