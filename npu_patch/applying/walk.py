@@ -14,6 +14,7 @@ from npu_patch.applying.options_kept import Kept, kept_at
 from npu_patch.applying.patched_site import PatchedSite
 from npu_patch.applying.request import Request
 from npu_patch.applying.state import STATE, PatchError, patched_sites
+from npu_patch.ops.readings import NotRead
 from npu_patch.patches.patch import AnyContext, AnyPatch, Context, Replacement
 from npu_patch.reporting.outcome import FAILED, PATCHED, SKIPPED, Outcome
 from npu_patch.reporting.report import Report
@@ -72,10 +73,10 @@ class Walk:
                     if theirs is not None:
                         self.report.notes.append(f"{patch.name}: {site.label} was {theirs}; this patch is on top of it")
                 elif decision is LEFT_AS_TUNED:
-                    self._skip(patch, site, decision.reason, layers)
+                    self._skip(patch, site, decision, layers)
                     self._note_unfused(patch, site)
                 elif decision.notable:
-                    self._skip(patch, site, theirs or decision.reason, layers)
+                    self._skip(patch, site, NotRead(theirs) if theirs else decision, layers)
         except Exception as error:
             self._failed(patch, site.label, error)
 
@@ -103,8 +104,9 @@ class Walk:
         self.bind(PatchedSite(site, replacement, outcome, patch.around, self.request.switches))
         self.report.outcomes.append(outcome)
 
-    def _skip(self, patch: AnyPatch, site: Site, reason: str, layers: int | None) -> None:
-        self.report.outcomes.append(Outcome(patch.name, site.label, SKIPPED, reason, layers=layers))
+    def _skip(self, patch: AnyPatch, site: Site, why: NotRead, layers: int | None) -> None:
+        outcome = Outcome(patch.name, site.label, SKIPPED, why.reason, layers=layers, in_order=why.in_order)
+        self.report.outcomes.append(outcome)
 
     def _note_unfused(self, patch: AnyPatch, site: Site) -> None:
         """Patches that fuse what this site computes with what follows find nothing to build on."""
