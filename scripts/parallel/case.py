@@ -1,4 +1,4 @@
-"""One cell of the table: a model of a family, patched or not, before its engine wraps it or after, and one step of it."""
+"""One cell of the table: a model of a family, patched before its engine wraps it, after or never; and a step of it."""
 
 from __future__ import annotations
 

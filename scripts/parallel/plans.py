@@ -103,7 +103,7 @@ def prepared(case: Case, **parallel: int) -> tuple[Any, nn.Module]:
 
 
 def accelerate_fsdp(case: Case) -> Step:
-    its, model = prepared(case, dp_shard_size=world())
+    _, model = prepared(case, dp_shard_size=world())
     return step(model, mine())
 
 

@@ -33,11 +33,12 @@ FOLDER = Path(sys.argv[1])
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 NEAR, ROUNDED = FLOORS[torch.float32], FLOORS[torch.bfloat16]
 LUCK = 1.5  # of the roundings in one small model, as a mean over its gradients
+SAID = ("engine", "family", "lora", "when", "status", "error", "reason")
 started = 0
 
 
 def start_groups() -> Any:
-    """Anew after a failure: a communicator that failed is of no more use. The group on the host agrees what comes next."""
+    """Anew after a failure: a communicator that failed is of no more use. On the host ranks agree what is next."""
     global started
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -197,8 +198,8 @@ def cells(asked: dict[str, Any], host: Any) -> list[dict[str, Any]]:
                     made, host = cell(engine, Case(family, lora, when, engine.change), host)
                     found.append(made)
                     if RANK == 0:
-                        print(*(made[name] for name in ("engine", "family", "lora", "when", "status", "error", "reason")),
-                              f"{made['seconds']:.1f} s", file=sys.stderr, flush=True)  # fmt: skip
+                        said = [str(made[name]) for name in SAID]
+                        print(*said, f"{made['seconds']:.1f} s", file=sys.stderr, flush=True)
     return found
 
 
