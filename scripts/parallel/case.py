@@ -152,6 +152,6 @@ class Case:
     def left(self) -> Iterator[str]:
         """What was left to the original, and why."""
         for outcome in self.report or ():
-            if outcome.status != "patched" and outcome.status != "skipped":
+            if outcome.status == "failed" or (outcome.status == "skipped" and outcome.layers):
                 yield f"{outcome.patch}: {outcome.status}: {outcome.reason}"
             yield from (f"{outcome.patch}: {reason}" for reason in outcome.calls.fell_through)

@@ -66,5 +66,12 @@ def test_attention_is_left_to_torchs_context_parallelism(cells: list[dict[str, A
         assert any("scaled_dot_product_attention was bound anew by torch" in reason for reason in cell["left"])
 
 
+def test_norms_of_heads_are_served_under_tensor_parallelism(cells: list[dict[str, Any]]) -> None:
+    """transformers binds forwards to them that close over the class's."""
+    mine = [cell for cell in cells if cell["engine"] == "transformers, tp_plan"]
+    assert {cell["when"] for cell in mine} == {"before", "after"}
+    assert [reason for cell in mine for reason in cell["left"] if reason.startswith("rms_norm")] == []
+
+
 def test_both_orders_are_there(cells: list[dict[str, Any]]) -> None:
     assert {cell["when"] for cell in cells} == {"before", "after"}
