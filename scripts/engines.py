@@ -40,6 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--orders", nargs="+", default=["before", "after"], choices=("before", "after"))
     parser.add_argument("--half", action="store_true", help="each cell in one order, in turn: what the tests run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="everything that was found")
+    parser.add_argument("--counts", action="store_true", help="collectives and bytes of a step, patched and unpatched")
     parser.add_argument("--served", action="store_true", help="say which patches ran, and what was left to originals")
     return parser.parse_args()
 
@@ -48,7 +49,7 @@ def launch(options: argparse.Namespace) -> list[dict[str, Any]]:
     """What each rank wrote down, by scripts/parallel/ranks.py."""
     start = ["-m", "torch.distributed.run"] if simulator.real_device() else ["-m", "npu_patch.simulator", "torchrun"]
     with tempfile.TemporaryDirectory() as folder:
-        asked = {name: getattr(options, name) for name in ("families", "engines", "lora", "orders", "half")}
+        asked = {name: getattr(options, name) for name in ("families", "engines", "lora", "orders", "half", "counts")}
         Path(folder, "asked.json").write_text(json.dumps(asked))
         ranks = [
             "--standalone",
@@ -82,10 +83,32 @@ def table(cells: list[dict[str, Any]], ranks: int) -> str:
     return "\n".join(lines)
 
 
+def counts_table(cells: list[dict[str, Any]]) -> str:
+    """What rank 0 called and sent in a step."""
+    lines = ["| engine | family | trained | collectives | kB sent | by call | unpatched |", "|" + " --- |" * 7]
+    for cell in cells:
+        own, other = (
+            [sum(each) for each in zip(*counts.values(), strict=True)] or [0, 0] for counts in counts_of(cell)
+        )
+        by_call = ", ".join(f"{calls} {name.removeprefix('Hccl')}" for name, (calls, _) in cell["collectives"].items())
+        same = "the same" if own == other else f"{other[0]}, {other[1] / 1e3:.1f} kB"
+        trained = "LoRA" if cell["lora"] else "full"
+        row = (cell["engine"], cell["family"], trained, str(own[0]), f"{own[1] / 1e3:.1f}", by_call, same)
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def counts_of(cell: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    return cell["collectives"], cell["collectives unpatched"] or {}
+
+
 def main() -> int:
     options = arguments()
-    cells = [merged(each) for each in zip(*launch(options), strict=True)]
+    found = launch(options)
+    cells = [merged(each) for each in zip(*found, strict=True)]
     print(table(cells, options.ranks))
+    if options.counts:
+        print(f"\n{counts_table([cell for cell in found[0] if cell['when'] == options.orders[0]])}")
     if options.served:
         for cell in cells:
             name = f"{cell['engine']}, {cell['family']}, {'LoRA' if cell['lora'] else 'full'}, {cell['when']}"

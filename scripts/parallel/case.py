@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import npu_patch
+from npu_patch import simulator
 from tests.support.tiny_models import tiny
 
 Step = dict[str, Tensor]
-"""The loss, as "loss", and the gradient of each parameter: of the whole batch, whole, float64 on the CPU."""
+"""The loss, as "loss", and the gradient of each parameter, or the "logits": of the whole batch, float64 on the CPU."""
 Change = Callable[[nn.Module], None]
 LENGTH = 16
 ROWS = 2  # of each rank
@@ -99,9 +101,29 @@ def mean_over_ranks(loss: Tensor) -> Tensor:
 
 def step(model: nn.Module, batch: Tensor) -> Step:
     """Of an engine that averages what each rank computed of its rows, or whose ranks all have the same rows."""
-    loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-    loss.backward()
+    with counting():
+        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        loss.backward()
     return {"loss": mean_over_ranks(loss), **gradients(model)}
+
+
+@torch.no_grad()
+def evaluated(model: nn.Module, batch: Tensor) -> Step:
+    with counting():
+        logits = model.eval()(input_ids=batch, use_cache=False).logits
+    return {"logits": whole(logits)}
+
+
+COUNTS: dict[str, tuple[int, int]] = {}
+"""Of the last step of an engine: each function of HCCL, with its calls and the bytes that this rank sent by it."""
+
+
+@contextmanager
+def counting() -> Iterator[None]:
+    with simulator.count() as counted:
+        yield
+    COUNTS.clear()
+    COUNTS.update(counted.collectives_by_call)
 
 
 @dataclass(frozen=True)
@@ -115,6 +137,8 @@ class Engine:
     """It computes or sends 16-bit numbers: a patched model may be as far off as an unpatched one."""
     in_one_row: bool = False
     """All tokens are one sequence, of which each rank has a part."""
+    evaluates: bool = False
+    """No gradients: logits are compared."""
     change: Change | None = None
     """What is different about the model."""
 

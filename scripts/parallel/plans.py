@@ -17,6 +17,8 @@ from .case import (
     Change,
     Engine,
     Step,
+    counting,
+    evaluated,
     gradients,
     ids,
     mean_over_ranks,
@@ -73,6 +75,20 @@ def experts_all_reduce(case: Case) -> Step:
     return step(loaded(case, tp_size=world(), ep_size=world(), ep_implementation="all_reduce"), ids())
 
 
+def tensor_parallel_evaluated(case: Case) -> Step:
+    return evaluated(loaded(case, tp_size=world()), ids())
+
+
+def experts_evaluated(case: Case) -> Step:
+    """By "auto": as they are reached at inference."""
+    return evaluated(loaded(case, tp_size=world(), ep_size=world()), ids())
+
+
+def own_pipeline_evaluated(case: Case) -> Step:
+    """It passes no gradients on."""
+    return evaluated(loaded(case, pp_size=world()), ids())
+
+
 def experts_and_fsdp(case: Case) -> Step:
     return step(loaded(case, fsdp_size=world(), ep_size=world()), mine())
 
@@ -114,10 +130,11 @@ def context_parallel(case: Case) -> Step:
     labels = batch.roll(-1, 1)
     labels[0, -1] = batch[0, 0]
     positions = torch.arange(batch.shape[1], device=npu())[None]
-    with its.maybe_context_parallel(
-        buffers=[batch, labels, positions], buffer_seq_dims=[1, 1, 1], no_restore_buffers={batch, labels, positions}
-    ):
-        loss = model(input_ids=batch, position_ids=positions, labels=labels, shift_labels=labels, use_cache=False).loss
+    buffers = [batch, labels, positions]
+    sharding = its.maybe_context_parallel(buffers=buffers, buffer_seq_dims=[1, 1, 1], no_restore_buffers=set(buffers))
+    with sharding, counting():
+        given = {"position_ids": positions, "labels": labels, "shift_labels": labels}
+        loss = model(input_ids=batch, **given, use_cache=False).loss
         its.backward(loss)
     return {"loss": mean_over_ranks(loss), **gradients(model)}
 
@@ -141,6 +158,9 @@ ENGINES = (
     Engine("transformers, experts and FSDP2", experts_and_fsdp, MIXTURES),
     Engine("the same, ranks without tokens", experts_and_fsdp, MIXTURES, change=to_the_first_experts),
     Engine("all_reduce, ranks without tokens", experts_all_reduce, MIXTURES, change=to_the_first_experts),
+    Engine("transformers, tp_plan, evaluated", tensor_parallel_evaluated, evaluates=True),
+    Engine("transformers, experts, evaluated", experts_evaluated, MIXTURES, evaluates=True),
+    Engine("transformers, pipeline, evaluated", own_pipeline_evaluated, evaluates=True),
     Engine("accelerate, FSDP2", accelerate_fsdp, adapters=True),
     Engine("accelerate, context parallel", context_parallel, adapters=True, in_one_row=True),
 )

@@ -26,7 +26,7 @@ from torch import nn
 import npu_patch
 from npu_patch.commands.replay.bars import FLOORS, GROSS, relative_error
 from scripts.parallel import plans, torchs
-from scripts.parallel.case import Case, Engine, Step, gradients, ids, npu, plain
+from scripts.parallel.case import COUNTS, Case, Engine, Step, evaluated, gradients, ids, npu, plain
 from tests.support.gradients import in_float64
 
 FOLDER = Path(sys.argv[1])
@@ -56,6 +56,8 @@ def start_groups() -> Any:
 def whole_batch(engine: Engine, model: nn.Module) -> Step:
     device = next(model.parameters()).device
     batch = ids().to(device)
+    if engine.evaluates:
+        return evaluated(model, batch)
     if engine.in_one_row:
         batch = batch.reshape(1, -1)
         labels = batch.roll(-1, 1)
@@ -79,7 +81,7 @@ def exact(engine: Engine, family: str, lora: bool) -> Step:
 
 def key(engine: Engine) -> Engine:
     """Those with the same model and batch have the same reference."""
-    return Engine("", torchs.ddp, in_one_row=engine.in_one_row, change=engine.change)
+    return Engine("", torchs.ddp, in_one_row=engine.in_one_row, evaluates=engine.evaluates, change=engine.change)
 
 
 def errors_of(found: Step, expected: Step) -> dict[str, float]:
@@ -117,6 +119,7 @@ def first_line(error: BaseException) -> str:
 def tried(engine: Engine, case: Case, host: Any) -> tuple[Step | str, Any]:
     """The step, or why there is none on some rank; and the host's group, a new one in that case."""
     found: Step | str
+    COUNTS.clear()
     try:
         torch.npu.set_device(int(os.environ["LOCAL_RANK"]))
         with warnings.catch_warnings():
@@ -143,20 +146,24 @@ def anywhere(flag: bool, host: Any) -> bool:
     return any(flags)
 
 
-def cell(engine: Engine, case: Case, host: Any) -> tuple[dict[str, Any], Any]:
+def cell(engine: Engine, case: Case, host: Any, counted: bool) -> tuple[dict[str, Any], Any]:
     """Status "equal"; "as unpatched", where an unpatched model is as far off under this engine, or fails as well;
     "unequal"."""
     begun = time.process_time()
     found, host = tried(engine, case, host)
+    counts = dict(COUNTS)
     error, reason = (math.inf, found) if isinstance(found, str) else judged(engine, case, found)
     status = "equal"
-    if anywhere(reason is not None, host):
+    own_counts = None
+    if anywhere(reason is not None, host) or counted:
         own, host = tried(engine, Case(case.family, case.lora, "never", case.change), host)
-        status, reason = beside_unpatched(engine, case, found, own, reason)
+        own_counts = dict(COUNTS)
+        if reason is not None:
+            status, reason = beside_unpatched(engine, case, found, own, reason)
     return {
         "engine": engine.name, "family": case.family, "lora": case.lora, "when": case.when, "status": status,
         "error": error, "reason": reason, "ran": list(case.ran()), "left": list(case.left()),
-        "seconds": time.process_time() - begun,
+        "seconds": time.process_time() - begun, "collectives": counts, "collectives unpatched": own_counts,
     }, host  # fmt: skip
 
 
@@ -195,7 +202,7 @@ def cells(asked: dict[str, Any], host: Any) -> list[dict[str, Any]]:
                     orders = [("before", "after")[turn % 2]]
                     turn += 1
                 for when in orders:
-                    made, host = cell(engine, Case(family, lora, when, engine.change), host)
+                    made, host = cell(engine, Case(family, lora, when, engine.change), host, asked["counts"])
                     found.append(made)
                     if RANK == 0:
                         said = [str(made[name]) for name in SAID]

@@ -18,6 +18,7 @@ from .case import (
     Case,
     Engine,
     Step,
+    counting,
     gradients,
     ids,
     mean_over_ranks,
@@ -59,11 +60,12 @@ def ddp_no_sync(case: Case) -> Step:
     """Row after row, and the gradients are averaged once."""
     model = data_parallel(case)
     first, second = (mine()[i : i + 1] for i in range(2))
-    with model.no_sync():
-        one = model(input_ids=first, labels=first).loss / 2
-        one.backward()
-    two = model(input_ids=second, labels=second).loss / 2
-    two.backward()
+    with counting():
+        with model.no_sync():
+            one = model(input_ids=first, labels=first).loss / 2
+            one.backward()
+        two = model(input_ids=second, labels=second).loss / 2
+        two.backward()
     return {"loss": mean_over_ranks(one + two), **gradients(model)}
 
 
@@ -120,8 +122,9 @@ def fsdp1_step(case: Case, use_orig_params: bool) -> tuple[nn.Module, Tensor]:
     for i, layer in enumerate(layers):
         layers[i] = FullyShardedDataParallel(layer, device_id=npu(), use_orig_params=use_orig_params)
     model = case.after(FullyShardedDataParallel(model, device_id=npu(), use_orig_params=use_orig_params))
-    loss = model(input_ids=mine(), labels=mine(), use_cache=False).loss
-    loss.backward()
+    with counting():
+        loss = model(input_ids=mine(), labels=mine(), use_cache=False).loss
+        loss.backward()
     return model, loss
 
 
@@ -221,8 +224,9 @@ def sequence_parallel_norms(case: Case) -> Step:
     }
     model = case.after(tensor.parallelize_module(model, mesh, ends))
     positions = torch.arange(ids().shape[1], device=npu())[None]
-    loss = model(input_ids=ids(), labels=ids(), position_ids=positions, use_cache=False).loss
-    loss.backward()
+    with counting():
+        loss = model(input_ids=ids(), labels=ids(), position_ids=positions, use_cache=False).loss
+        loss.backward()
     return {"loss": mean_over_ranks(loss), **gradients(model)}
 
 
@@ -276,12 +280,9 @@ def pipeline(case: Case, schedule: str) -> Step:
 
     run = getattr(pipelining, schedule)(wrapped, n_microbatches=world(), loss_fn=loss_of)
     losses: list[Tensor] = []
-    if rank() == 0:
-        run.step(ids())
-    elif rank() == world() - 1:
-        run.step(target=ids(), losses=losses)
-    else:
-        run.step()
+    given = {"target": ids(), "losses": losses} if rank() == world() - 1 else {}
+    with counting():
+        run.step(*([ids()] if rank() == 0 else []), **given)
     loss = torch.stack(losses).mean() if losses else torch.zeros((), device=npu())
     names = {id(p): name for name, p in model.named_parameters()}
     found = {names[id(p)]: whole(p.grad) for p in stage.parameters() if p.grad is not None}

@@ -58,6 +58,11 @@ def test_a_patched_model_trains_as_one_unpatched_process(name: str, cells: list[
         assert {"lora"} <= set(cell["ran"]) or not cell["lora"]
 
 
+def test_gradients_of_adapters_are_reduced_at_once(cells: list[dict[str, Any]]) -> None:
+    mine = [cell for cell in cells if cell["engine"] == "DDP" and cell["lora"]]
+    assert [cell["collectives"]["HcclAllReduce"][0] for cell in mine] == [1, 1, 1]
+
+
 def test_attention_is_left_to_torchs_context_parallelism(cells: list[dict[str, Any]]) -> None:
     """torch's stands in the place of F.scaled_dot_product_attention: a local one would be silently wrong."""
     mine = [cell for cell in cells if cell["engine"] == "accelerate, context parallel" and cell["status"] == "equal"]
