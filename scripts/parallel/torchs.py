@@ -88,6 +88,20 @@ def fsdp2(case: Case) -> Step:
     return step(sharded(case, case.built()), mine())
 
 
+def fsdp2_two_forwards(case: Case) -> Step:
+    """Then two backwards; the head is a unit of its own, as transformers and accelerate shard models."""
+    model = case.built()
+    head = [module for name, module in model.named_modules() if name.endswith(("model.norm", "lm_head"))]
+    fully_shard(head, reshard_after_forward=False)
+    model = sharded(case, model)
+    rows = mine()
+    with counting():
+        losses = [model(input_ids=row[None], labels=row[None], use_cache=False).loss / 2 for row in rows]
+        for loss in losses:
+            loss.backward()
+    return {"loss": mean_over_ranks(sum(losses)), **gradients(model)}
+
+
 def fsdp2_checkpointed(case: Case) -> Step:
     model = case.built()
     layers = decoder(model).layers
@@ -307,6 +321,7 @@ ENGINES = (
     Engine("DDP, no_sync", ddp_no_sync, adapters=True),
     Engine("DDP, fp16 hook", ddp_fp16_hook, adapters=True, rounds=True),
     Engine("FSDP2", fsdp2, adapters=True),
+    Engine("FSDP2, two forwards before two backwards", fsdp2_two_forwards, adapters=True),
     Engine("FSDP2, checkpoint_wrapper", fsdp2_checkpointed, adapters=True),
     Engine("FSDP2, gradient checkpointing", fsdp2_gradient_checkpointing, adapters=True),
     Engine("FSDP2, CPU offload", fsdp2_cpu_offload, adapters=True),

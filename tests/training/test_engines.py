@@ -78,5 +78,13 @@ def test_norms_of_heads_are_served_under_tensor_parallelism(cells: list[dict[str
     assert [reason for cell in mine for reason in cell["left"] if reason.startswith("rms_norm")] == []
 
 
+@pytest.mark.parametrize(
+    "name", ["transformers, FSDP2", "accelerate, FSDP2", "FSDP2, two forwards before two backwards"]
+)
+def test_the_loss_of_a_head_that_is_a_unit_of_its_own_is_served(name: str, cells: list[dict[str, Any]]) -> None:
+    mine = [cell for cell in cells if cell["engine"] == name]
+    assert mine and all("cross_entropy" in cell["ran"] for cell in mine)
+
+
 def test_both_orders_are_there(cells: list[dict[str, Any]]) -> None:
     assert {cell["when"] for cell in cells} == {"before", "after"}
