@@ -22,6 +22,7 @@ from npu_patch.serving.implementation import is_plain
 from npu_patch.serving.listeners import listener, listener_among
 from npu_patch.waiting.logits import wait
 from npu_patch.waiting.origins import Origin
+from npu_patch.waiting.sharded_head import keeps_its_weights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -110,7 +111,7 @@ def is_put_off(layer: torch.nn.Module) -> bool:
 def layers_of(head: torch.nn.Module) -> list[torch.nn.Module] | str:
     """Its linear layers with the most columns; or why it is left as it is."""
     heard = listener(head, "the head") or listener_among(head)
-    if heard is not None:
+    if heard is not None and not keeps_its_weights(head):
         return heard
     linear = [
         each
