@@ -36,18 +36,18 @@ def triton_adapted_linears(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, 
 
 def _alike(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
     run: list[Layer] = []
+    known: tuple[object, ...] = ()
     for layer in layers:
-        rank = layer[2].down.shape[0]
-        if run and (_kind(run[0][2]) != _kind(layer[2]) or len(run) == most_together(rank)):
+        adapter = layer[2]
+        rank = adapter.down.shape[0]
+        kind = (rank, adapter.down.dtype, *adapter[2:])
+        if run and (kind != known or len(run) == most_together(rank)):
             yield run
             run = []
+        known = kind
         run.append(layer)
     if run:
         yield run
-
-
-def _kind(adapter: Adapter) -> tuple[object, ...]:
-    return adapter.down.shape[0], adapter.down.dtype, *adapter[2:]
 
 
 def why_unsupported_by_triton(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> str | None:
