@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 WAYS: dict[str, dict[str, Any]] = {"peft": {"patch": False}, "torch": {"triton": False}, "triton": {"triton": True}}
-BLOCKS, CALLS, TURNS = 15, 20, 3
+BLOCKS, CALLS, TURNS = 3, 60, 2
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_attention_heads": 4, "vocab_size": 128}
 Times = dict[str, tuple[float, float]]  # by the name of what is measured and the way: forward, backward
 

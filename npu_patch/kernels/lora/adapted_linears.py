@@ -1,8 +1,8 @@
 """Linear layers with low-rank adapters that share one input: `y_i = x W_i' + b_i + s drop_i(x) A_i' B_i'`.
 
-The frozen products are torch's, all else is four kernels, however many layers. Kept: x once, as it is given, h_i of
-`[T, r]`, and the seed of the masks, a number; no mask, no widened x, no dropped x. Float32 adapters are multiplied as
-they are, whatever the dtype of x is.
+The frozen products are torch's, all else is four kernels, however many layers. Kept: x once, as it is given, or what
+it can be made of again, h_i of `[T, r]`, and the seed of the masks, a number; no mask, no widened x, no dropped x.
+Float32 adapters are multiplied as they are, whatever the dtype of x is.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from npu_patch.kernels.lora.seed import drawn_seed
 from npu_patch.kernels.lora.shrink import shrink
 from npu_patch.kernels.partial_sums import sum_rows
 from npu_patch.kernels.rows import rows_of
+from npu_patch.numerics.remade import Remade
 from npu_patch.numerics.results import in_dtype
 
 OF_EACH = 4  # kinds of tensors that a layer brings: weight, bias, A, B
@@ -38,17 +39,20 @@ class Group(NamedTuple):
 
 
 def adapted_linears(
-    x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor]], group: Group
+    x: Tensor,
+    layers: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor]],
+    group: Group,
+    remade: Remade | None = None,
 ) -> tuple[Tensor, ...]:
     """x `[..., in]`; of each layer a weight `[out, in]`, a bias, A `[r, in]` and B `[out, r]`, all A and B of one dtype
-    and rank -> `[..., out]` of each. At most `tiling.MOST` layers."""
+    and rank -> `[..., out]` of each. At most `tiling.MOST` layers. `remade`: how x is made again."""
     weights, biases, downs, ups = zip(*layers, strict=True)
-    return _AdaptedLinears.apply(group, x, *weights, *biases, *downs, *ups)
+    return _AdaptedLinears.apply(group, remade, x, *weights, *biases, *downs, *ups)
 
 
 class _AdaptedLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, group: Group, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, group: Group, remade: Remade | None, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
         product, shape = group.product, x.shape
         weights, biases, downs, ups = _of_kinds(tensors)
         downs, ups = [each.contiguous() for each in downs], [each.contiguous() for each in ups]
@@ -61,17 +65,20 @@ class _AdaptedLinears(torch.autograd.Function):
         ]
         expand_(ys, h, ups, group.scaling)
         needed = ctx.needs_input_grad
-        needs_x = needed[1]
-        needs_weight, _, needs_down, needs_up = [True in each for each in _of_kinds(needed[2:])]
+        needs_x = needed[2]
+        needs_weight, _, needs_down, needs_up = [True in each for each in _of_kinds(needed[3:])]
         absent = [None] * len(ys)
+        keeps_x = needs_down or needs_weight
+        ctx.make, parts = remade if remade is not None and keeps_x else (None, ())
         loaded, ctx.seed = (seed, None) if isinstance(seed, Tensor) else (None, seed)
         ctx.save_for_backward(
-            x if needs_down or needs_weight else None,
+            x if keeps_x and not parts else None,
             h if needs_up else None,
             loaded,
             *(weights if needs_x else absent),
             *(downs if needs_x else absent),
             *(ups if needs_x or needs_down else absent),
+            *parts,
         )
         ctx.set_materialize_grads(False)
         ctx.group, ctx.like = group, (shape, x.dtype, downs[0].dtype)
@@ -93,10 +100,11 @@ class _AdaptedLinears(torch.autograd.Function):
 
 def _backward(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     (x, h, loaded, *saved), count, group = ctx.saved_tensors, len(gradients), ctx.group
-    weights, downs, ups = saved[:count], saved[count : 2 * count], saved[2 * count :]
+    weights, downs, ups, parts = _of_kinds(saved, count)
+    x = ctx.make(*parts) if parts else x
     reached = [None if dy is None else rows_of(dy) for dy in gradients]
     present = [dy for dy in reached if dy is not None]
-    _, needs_x, *needed = ctx.needs_input_grad
+    _, _, needs_x, *needed = ctx.needs_input_grad
     if len(present) < count:
         needed = [need and reached[index % count] is not None for index, need in enumerate(needed)]
     needs_weight, needs_bias, needs_down, needs_up = _of_kinds(needed)
@@ -109,6 +117,7 @@ def _backward(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | 
     sums = _through_adapters(group, dx, own, h, seed, dys, downs, ups, ctx.sizes, needs_adapters, adapters_dtype)
     return (
         None,
+        None,
         None if dx is None else dx.view(shape),
         # Autograd casts these to the dtypes of weight and bias.
         *[dy.t() @ own if needs else None for needs, dy in zip(needs_weight, dys, strict=True)],
@@ -117,9 +126,9 @@ def _backward(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | 
     )
 
 
-def _of_kinds(of_all: Sequence[Any]) -> tuple[Sequence[Any], ...]:
-    """What there is for each weight, each bias, each A and each B."""
-    count = len(of_all) // OF_EACH
+def _of_kinds(of_all: Sequence[Any], count: int = 0) -> tuple[Sequence[Any], ...]:
+    """In four: what there is for each weight, each bias, each A and each B. With a `count`, that of the first three."""
+    count = count or len(of_all) // OF_EACH
     return of_all[:count], of_all[count : 2 * count], of_all[2 * count : 3 * count], of_all[3 * count :]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from npu_patch.kernels.lora.tiling import most_together
+from npu_patch.numerics.remade import remade
 from npu_patch.ops.lora.adapted_linear import Adapter, why_unsupported
 from npu_patch.serving.implementation import dtype_name
 
@@ -30,7 +31,8 @@ def triton_adapted_linears(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, 
     for alike in _alike(layers):
         adapter = alike[0][2]
         group = Group(float(adapter.scaling), adapter.dropout, adapter.product)
-        results += adapted_linears(x, [(weight, bias, own.down, own.up) for weight, bias, own in alike], group)
+        tensors = [(weight, bias, own.down, own.up) for weight, bias, own in alike]
+        results += adapted_linears(x, tensors, group, remade(x))
     return tuple(results)
 
 
