@@ -51,7 +51,7 @@ SWITCHES: tuple[Switch, ...] = (
     Switch("lora", "LORA", True, "linear layers with a LoRA adapter of peft's"),
     Switch("loss", "LOSS", True, "losses and log-probabilities of tokens without logits"),
     Switch("gated_rmsnorm_fp32", "GATED_RMSNorm_FP32", False, "gated RMSNorm computed in float32"),
-    Switch("swiglu_recompute", "SWIGLU_RECOMPUTE", False, "making SwiGLU's product again in the backward"),
+    Switch("swiglu_recompute", "SWIGLU_RECOMPUTE", AUTO, "making SwiGLU's product again in the backward", kind="auto"),
     Switch("triton", "TRITON", AUTO, "Triton kernels beside torch_npu's operators", kind="auto"),
     Switch(
         "triton_cache",

@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npu_patch.kernels.lora import input_side, output_side
-from npu_patch.kernels.lora.adapted_linears import LARGEST_SEED, Group, adapted_linears
+from npu_patch.kernels.lora.adapted_linears import Group, adapted_linears
 from npu_patch.kernels.lora.expand import expand_
+from npu_patch.kernels.lora.seed import drawn_seed
 from npu_patch.kernels.lora.shrink import shrink
 from tests.kernels.lora.mask_kernel import mask
 
@@ -113,10 +114,14 @@ def peft(made: Made, drop: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, ...
 def errors_of(made: Made, dropout: float) -> list[tuple[float, float]]:
     """Of each output and gradient: ours, and what peft computes under the same masks."""
     torch.manual_seed(SEED)
-    seed = torch.randint(LARGEST_SEED, (1,), device="cuda") if dropout else None
+    seed = drawn_seed(made.x.device) if dropout else None
 
     def drop(x: Tensor, index: int) -> Tensor:
-        return x if seed is None else torch.where(mask(seed, index, *x.shape, dropout), x, 0.0) / (1 - dropout)
+        return (
+            x
+            if seed is None
+            else torch.where(mask(seed, index, *x.shape, dropout, device="cuda"), x, 0.0) / (1 - dropout)
+        )
 
     exact = Made(*(_double(part) for part in vars(made).values()))
     torch.manual_seed(SEED)
@@ -145,7 +150,7 @@ def kernels(made: Made, options: argparse.Namespace) -> dict[str, tuple[Callable
     """Each kernel of a group, and how many bytes it must move."""
     x, dropout, device = made.x.detach(), options.dropout, made.x.device
     downs, ups = [each.detach() for each in made.downs], [each.detach() for each in made.ups]
-    seed = torch.randint(LARGEST_SEED, (1,), device=device) if dropout else None
+    seed = drawn_seed(device) if dropout else None
     (rows, width), rank = x.shape, options.rank
     h = shrink(x, downs, seed, dropout)
     ys, dx = [dy.clone() for dy in made.dys], torch.zeros_like(x)

@@ -35,7 +35,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "lora": {**ALONE, "loss": False},
     "loss": {**ALONE, "lora": False},
     "all": {},
+    "all, remade": {"swiglu_recompute": True},  # by itself only where the products are large: these are not
     "all, triton": {"triton": True},
+    "  and remade": {"triton": True, "swiglu_recompute": True},
 }
 
 

@@ -13,10 +13,9 @@ def test_defaults() -> None:
     switches = resolve({}, {})
     assert {name for name in BY_NAME if not switches[name]} == {
         "gated_rmsnorm_fp32",
-        "swiglu_recompute",
         "triton_cache",
     }
-    assert switches["triton"] == "auto"
+    assert switches["triton"] == switches["swiglu_recompute"] == "auto"
     assert switches.sources["rope"] == "default"
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ RUNNERS: dict[str, Callable[[Any, int, tuple[Any, ...], dict[str, Any]], None]] 
 _AS_IT_IS = contextlib.nullcontext()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one for each device; to hash its fields costs the host as much as to tile
 class Machine:
     """What grids and tiles are chosen from. `on_chip_bytes` of one core, or None where registers hold the tile.
 
@@ -41,7 +41,7 @@ class Machine:
     exact_widths: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tile:
     """What suits one kernel, on either device.
 
@@ -142,6 +142,42 @@ def launch(
         _keep(key, kernel, kernel[(grid,)](*arguments, **constants, **options), constants)
 
 
+class Planned:
+    """Launches of a kernel that differ in the memory of their tensors alone: what else they are given, the dtypes of
+    the tensors too, never changes. Nor does what was compiled, as long as the memory is aligned.
+    """
+
+    def __init__(
+        self, kernel: Any, device: torch.device, grid: int, scalars: tuple[int | float, ...], **constants: Any
+    ) -> None:
+        self._planned, self._device_type = (kernel, device, grid, scalars, constants), device.type
+        self._run: Callable[..., None] | None = None
+        self._rest: tuple[Any, ...] = ()  # what comes after tensors and seed
+
+    def __call__(self, tensors: Sequence[torch.Tensor | None], *seed: Any) -> None:
+        """The kernel's arguments: tensors, a seed that is always of one kind, then the scalars."""
+        memory = 0
+        for tensor in tensors:
+            if tensor is not None:
+                memory |= tensor.data_ptr()
+        kernel, device, grid, scalars, constants = self._planned
+        if self._run is None or memory & 15 or self._device_type in RUNNERS:
+            launch(kernel, device, grid, *tensors, *seed, *scalars, **constants)
+            if not memory & 15:
+                self._keep(kernel, device, grid, (*tensors, *seed, *scalars), dict(constants))
+            return
+        with _current(device):
+            self._run(*tensors, *seed, *self._rest)
+
+    def _keep(
+        self, kernel: Any, device: torch.device, grid: int, arguments: tuple[Any, ...], constants: dict[str, Any]
+    ) -> None:
+        num_warps, scalars = constants.pop("num_warps", None), self._planned[3]
+        compiled = _COMPILED.get(_key(kernel, device, num_warps, arguments, constants))
+        if compiled is not None:
+            self._run, self._rest = compiled.kernel[(grid, 1, 1)], (*scalars, *compiled.constants)
+
+
 @dataclass(frozen=True)
 class _Compiled:
     """What triton made of a kernel for arguments of one kind, and what it is given after these."""
@@ -172,14 +208,14 @@ def _key(
     add = found.append
     for value in arguments:
         kind = type(value)
-        if kind is torch.Tensor or isinstance(value, torch.Tensor):
-            add(value.dtype)
-            if value.data_ptr() & 15:
-                add("unaligned")
-        elif kind is int:
+        if kind is int:
             add(1 if value == 1 else 16 if not value & 15 else 0)
             if not LEAST_INT32 <= value <= MOST_INT32:
                 add("wide")
+        elif value is not None and isinstance(value, torch.Tensor):
+            add(value.dtype)
+            if value.data_ptr() & 15:
+                add("unaligned")
         else:
             add(kind)
     found.extend(constants.values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -26,24 +28,20 @@ def weight_gradient(partial: Tensor | None, weight: Tensor | None, gamma: Gamma)
 
 def sum_rows(partial: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum of float32 `[P, N]` over P, rounded once to `dtype`: `[N]`. One launch."""
-    rows, columns = partial.shape
-    machine = launch.machine_of(partial.device)
-    block_rows, block_columns = BLOCKS.get(machine.device_type, OTHER_BLOCKS)
-    total = torch.empty(columns, dtype=dtype, device=partial.device)
-    grid = launch.programs(machine, launch.blocks_of(columns, block_columns), TILE)
-    launch.launch(
-        _sum_rows,
-        partial.device,
-        grid,
-        partial,
-        total,
-        rows,
-        columns,
-        num_warps=4,
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLUMNS=block_columns,
-    )
+    device, (rows, columns) = partial.device, partial.shape
+    total = torch.empty(columns, dtype=dtype, device=device)
+    _planned(launch.machine_of(device), device, rows, columns, dtype)((partial, total))
     return total
+
+
+@functools.lru_cache(launch.KEPT)
+def _planned(
+    machine: launch.Machine, device: torch.device, rows: int, columns: int, dtype: torch.dtype
+) -> launch.Planned:
+    block_rows, block_columns = BLOCKS.get(machine.device_type, OTHER_BLOCKS)
+    grid = launch.programs(machine, launch.blocks_of(columns, block_columns), TILE)
+    blocks = {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns}
+    return launch.Planned(_sum_rows, device, grid, (rows, columns), num_warps=4, **blocks)
 
 
 @triton.jit

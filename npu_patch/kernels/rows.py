@@ -13,7 +13,8 @@ from npu_patch.kernels import launch
 
 def rows_of(x: Tensor) -> Tensor:
     """`[..., D]` as `[rows, D]` with adjacent columns: a view wherever one is possible."""
-    return (x if x.stride(-1) == 1 else x.contiguous()).reshape(-1, x.shape[-1])
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def row_tiling(rows: Tensor, tile: launch.Tile, leave_partial_sums: bool = False) -> tuple[int, Mapping[str, Any]]:

@@ -14,21 +14,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_patch.numerics.remade import Offer, Remade, offered, packed_already
+
+LEAST_BYTES = 2**22  # of a product: fewer are not worth a launch in the backward
+
 
 @contextlib.contextmanager
-def recomputed(product: Tensor, make: Callable[..., Tensor], *parts: Tensor) -> Any:
+def recomputed(product: Tensor, make: Callable[..., Tensor], *parts: Tensor, by_all: bool = True) -> Any:
     """Within it, autograd keeps `product = make(*parts)` as `parts`. Put it around the consumers of the product alone.
 
-    The product is recognised by its memory, so views of it (a linear layer flattens its input) and several consumers (a
-    LoRA branch) are served; each makes it anew. `make` must be deterministic. Does nothing where tensors are packed
-    already (non-reentrant checkpointing makes everything again, offloading moves it), and while compiling.
+    Our own functions ask for it (npu_patch/numerics/remade.py). For others, `by_all`, it is recognised by its memory,
+    so views of it (a linear layer flattens its input) and several consumers (a LoRA branch) are served; each makes it
+    anew. `make` must be deterministic. Does nothing where tensors are packed already, and while compiling.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _packed_already():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or packed_already():
         yield
         return
+    parts = tuple(part.detach() for part in parts)
+    before = offered(Offer(product, product._version, Remade(make, parts)))
+    try:
+        with _by_its_memory(product, make, *parts) if by_all else contextlib.nullcontext():
+            yield
+    finally:
+        offered(before)
+
+
+def _by_its_memory(product: Tensor, make: Callable[..., Tensor], *parts: Tensor) -> Any:
     # Not the product itself, which the closures would keep.
     device, memory, version = product.device, product.untyped_storage().data_ptr(), product._version
-    parts = tuple(part.detach() for part in parts)
 
     def pack(saved: Tensor) -> Any:
         if saved.device != device or saved.numel() == 0 or saved.untyped_storage().data_ptr() != memory:
@@ -43,11 +56,4 @@ def recomputed(product: Tensor, make: Callable[..., Tensor], *parts: Tensor) -> 
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             return make(*parts).as_strided(*packed)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
-
-
-def _packed_already() -> bool:
-    """Whether other hooks take what autograd keeps; where this torch does not tell, as if there were some."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is None or top(True) is not None
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

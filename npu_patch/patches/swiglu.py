@@ -4,7 +4,7 @@ Rebinds    `forward` of the class. The projections are called as the modules the
            quantised layers stay in effect; no weight is read.
 To         `npu_swiglu` on one gate_up projection, or on two concatenated ones; or the Triton kernel on two as they are.
            With `swiglu_recompute` the down projection and its adapters keep gate and up, which are kept anyway, in
-           place of their product.
+           place of their product; where that is "auto", those with adapters of LoRA that are one function with it.
 Not when   the activation of the instance at hand is not SiLU, or anything (dropout, clamp, norm, scale) stands between
            the parts. A call falls through for tensors on another device, and where somebody listens to the activation.
 Delete     when transformers has a registration point for feed-forward layers.
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npu_patch.ops.readings import NotRead
-from npu_patch.ops.recomputed import recomputed
+from npu_patch.ops.recomputed import LEAST_BYTES, recomputed
 from npu_patch.ops.swiglu import SWIGLU, case, kept_for_the_backward
 from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.probe.readings import Readings, in_mode, kind_of
@@ -86,12 +86,14 @@ def bind_site(site: Site, found: SwiGLUReading, context: Context) -> Replacement
         if isinstance(serving, str):
             gate, up = gate.chunk(2, -1) if up is None else (gate, up)
             return Unfused(down(activation(gate) * up), serving)
-        kept = kept_for_the_backward(serving, *call) if recompute else None
+        if not recompute or (gate.nbytes < LEAST_BYTES and recompute is not True):
+            return down(serving.run(*call))
+        kept = kept_for_the_backward(serving, *call)
         if kept is None:
             return down(serving.run(*call))
         del gate, up, call
         product = serving.run(*kept)
-        with recomputed(product, serving.run, *kept):
+        with recomputed(product, serving.run, *kept, by_all=recompute is True):
             return down(product)
 
     def observe(layer: torch.nn.Module) -> None:

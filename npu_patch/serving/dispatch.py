@@ -97,7 +97,8 @@ class Dispatch(Generic[Call, Result]):
     def _first_of_several(self, calls: Calls, call: tuple[Any, ...]) -> Implementation[Call, Result] | str:
         op: Op[..., Result] = self.op
         unproven: Callable[..., str | None] | None = self.unproven
-        usual, key = self.choice.chosen, op.key(*call)
+        usual, forced = self.choice.chosen, self.choice.forced and not self.wrong
+        key = None if forced else op.key(*call)  # nothing depends on it
         counted = not torch.compiler.is_compiling()
         order = self._preferred(key) if usual is None else (*self._preferred(key), usual)
         if counted and self.tuned and (signature := signature_of(*call)) in self.tuned:

@@ -234,7 +234,7 @@ def test_nothing_of_transformers_own_is_taken_for_anothers(npu: torch.device) ->
 
 
 OPTIONS = {
-    "swiglu_recompute": ("swiglu", {}, True, False),
+    "swiglu_recompute": ("swiglu", {}, True, "auto"),
     "gated_rmsnorm_fp32": ("rms_norm", {}, True, False),
     "triton": ("swiglu", {}, True, "auto"),
 }

@@ -1,12 +1,13 @@
 """Linear layers with low-rank adapters that share one input: `y_i = x W_i' + b_i + s drop_i(x) A_i' B_i'`.
 
-The frozen products are torch's, all else is four kernels, however many layers. Kept: x once, as it is given, h_i of
-`[T, r]`, and the seed of the masks; no mask, no widened x, no dropped x. Float32 adapters are multiplied as they are,
-whatever the dtype of x is.
+The frozen products are torch's, all else is four kernels, however many layers. Kept: x once, as it is given, or what
+it can be made of again, h_i of `[T, r]`, and the seed of the masks, a number; no mask, no widened x, no dropped x.
+Float32 adapters are multiplied as they are, whatever the dtype of x is.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,16 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from npu_patch.kernels import launch
 from npu_patch.kernels.lora.expand import expand_
 from npu_patch.kernels.lora.input_side import add_input_side, rows_are_split_in
 from npu_patch.kernels.lora.output_side import sum_ups, through_adapters
+from npu_patch.kernels.lora.seed import drawn_seed
 from npu_patch.kernels.lora.shrink import shrink
 from npu_patch.kernels.partial_sums import sum_rows
 from npu_patch.kernels.rows import rows_of
+from npu_patch.numerics.remade import Remade
 from npu_patch.numerics.results import in_dtype
 
-OF_EACH = 4  # tensors that a layer brings: weight, bias, down, up
-LARGEST_SEED = 2**63 - 1
+OF_EACH = 4  # kinds of tensors that a layer brings: weight, bias, A, B
 
 
 class Group(NamedTuple):
@@ -36,42 +39,54 @@ class Group(NamedTuple):
 
 
 def adapted_linears(
-    x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor]], group: Group
+    x: Tensor,
+    layers: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor]],
+    group: Group,
+    remade: Remade | None = None,
 ) -> tuple[Tensor, ...]:
     """x `[..., in]`; of each layer a weight `[out, in]`, a bias, A `[r, in]` and B `[out, r]`, all A and B of one dtype
-    and rank -> `[..., out]` of each. At most `tiling.MOST` layers."""
-    return _AdaptedLinears.apply(group, x, *[tensor for layer in layers for tensor in layer])
+    and rank -> `[..., out]` of each. At most `tiling.MOST` layers. `remade`: how x is made again."""
+    weights, biases, downs, ups = zip(*layers, strict=True)
+    return _AdaptedLinears.apply(group, remade, x, *weights, *biases, *downs, *ups)
 
 
 class _AdaptedLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, group: Group, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
-        weights, biases = tensors[0::OF_EACH], tensors[1::OF_EACH]
-        downs, ups = ([each.contiguous() for each in tensors[index::OF_EACH]] for index in (2, 3))
-        own = rows_of(in_dtype(group.product, x))
-        seed = torch.randint(LARGEST_SEED, (1,), device=x.device) if group.dropout else None
+    def forward(ctx: Any, group: Group, remade: Remade | None, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+        product, shape = group.product, x.shape
+        weights, biases, downs, ups = _of_kinds(tensors)
+        downs, ups = [each.contiguous() for each in downs], [each.contiguous() for each in ups]
+        own = rows_of(in_dtype(product, x))
+        seed = drawn_seed(x.device) if group.dropout else None
         h = shrink(own, downs, seed, group.dropout)
         ys = [
-            F.linear(own, in_dtype(group.product, weight), None if bias is None else in_dtype(group.product, bias))
+            F.linear(own, in_dtype(product, weight), None if bias is None else in_dtype(product, bias))
             for weight, bias in zip(weights, biases, strict=True)
         ]
         expand_(ys, h, ups, group.scaling)
-        _, needs_x, *needed = ctx.needs_input_grad
-        needs_weight, needs_down, needs_up = (any(needed[index::OF_EACH]) for index in (0, 2, 3))
+        needed = ctx.needs_input_grad
+        needs_x = needed[2]
+        needs_weight, _, needs_down, needs_up = [True in each for each in _of_kinds(needed[3:])]
+        absent = [None] * len(ys)
+        keeps_x = needs_down or needs_weight
+        ctx.make, parts = remade if remade is not None and keeps_x else (None, ())
+        loaded, ctx.seed = (seed, None) if isinstance(seed, Tensor) else (None, seed)
         ctx.save_for_backward(
-            x if needs_down or needs_weight else None,
+            x if keeps_x and not parts else None,
             h if needs_up else None,
-            seed if needs_x or needs_down else None,
-            *[weight if needs_x else None for weight in weights],
-            *[down if needs_x else None for down in downs],
-            *[up if needs_x or needs_down else None for up in ups],
+            loaded,
+            *(weights if needs_x else absent),
+            *(downs if needs_x else absent),
+            *(ups if needs_x or needs_down else absent),
+            *parts,
         )
         ctx.set_materialize_grads(False)
-        ctx.group, ctx.like = group, (x.shape, x.dtype)
-        ctx.dtypes = [None if each is None else each.dtype for each in tensors]
-        ctx.shapes = [down.shape for down in downs], [up.shape for up in ups]
-        # No view, which could not be changed in place: what torch's own linear returns.
-        return tuple(y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])) for y in ys)
+        ctx.group, ctx.like = group, (shape, x.dtype, downs[0].dtype)
+        ctx.sizes = downs[0].shape, tuple([up.shape for up in ups])
+        if len(shape) == 2:
+            return tuple(ys)
+        # No views, which could not be changed in place: what torch's own linear returns. It is never compiled.
+        return tuple([y.view(*shape[:-1], y.shape[1]).data for y in ys])
 
     @staticmethod
     @once_differentiable
@@ -84,79 +99,104 @@ class _AdaptedLinears(torch.autograd.Function):
 
 
 def _backward(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    (x, h, seed, *saved), count, group = ctx.saved_tensors, len(gradients), ctx.group
-    weights, downs, ups = saved[:count], saved[count : 2 * count], saved[2 * count :]
-    _, needs_x, *needed = ctx.needs_input_grad
-    needs = [need and gradients[index // OF_EACH] is not None for index, need in enumerate(needed)]
+    (x, h, loaded, *saved), count, group = ctx.saved_tensors, len(gradients), ctx.group
+    weights, downs, ups, parts = _of_kinds(saved, count)
+    x = ctx.make(*parts) if parts else x
+    reached = [None if dy is None else rows_of(dy) for dy in gradients]
+    present = [dy for dy in reached if dy is not None]
+    _, _, needs_x, *needed = ctx.needs_input_grad
+    if len(present) < count:
+        needed = [need and reached[index % count] is not None for index, need in enumerate(needed)]
+    needs_weight, needs_bias, needs_down, needs_up = _of_kinds(needed)
+    shape, dtype, adapters_dtype = ctx.like
     own: Any = None if x is None else rows_of(in_dtype(group.product, x))
-    dys = _all_rows(gradients, ctx.shapes[1])
-    shape, dtype = ctx.like
-    dx = _through_layers(gradients, weights, group.product, dtype) if needs_x else None
-    needs_adapters = any(needs[2::OF_EACH]), any(needs[3::OF_EACH])
-    sums = _through_adapters(group, dx, own, h, seed, dys, downs, ups, ctx.shapes, needs_adapters, ctx.dtypes[2])
-    found: list[Tensor | None] = []
-    for index, (dy, d_down, d_up) in enumerate(zip(dys, *sums, strict=True)):
-        needs_weight, needs_bias, needs_down, needs_up = needs[OF_EACH * index :][:OF_EACH]
-        found += [
-            in_dtype(ctx.dtypes[OF_EACH * index], dy.t() @ own) if needs_weight else None,
-            in_dtype(ctx.dtypes[OF_EACH * index + 1], dy.sum(0)) if needs_bias else None,
-            d_down if needs_down else None,
-            d_up if needs_up else None,
-        ]
-    return None, None if dx is None else dx.view(shape), *found
+    dx = _through_layers(reached, weights, group.product, dtype) if needs_x else None
+    dys = present if len(present) == count else _with_zeros(reached, present[0], ctx.sizes[1])
+    needs_adapters = tuple(needs_down), tuple(needs_up)
+    seed = ctx.seed if loaded is None else loaded
+    sums = _through_adapters(group, dx, own, h, seed, dys, downs, ups, ctx.sizes, needs_adapters, adapters_dtype)
+    return (
+        None,
+        None,
+        None if dx is None else dx.view(shape),
+        # Autograd casts these to the dtypes of weight and bias.
+        *[dy.t() @ own if needs else None for needs, dy in zip(needs_weight, dys, strict=True)],
+        *[dy.sum(0) if needs else None for needs, dy in zip(needs_bias, dys, strict=True)],
+        *sums,
+    )
 
 
-def _all_rows(gradients: Sequence[Tensor | None], ups: Sequence[torch.Size]) -> list[Tensor]:
-    """As `[T, out]`: zeros for an output that nothing used, for the others' sake. Its own layer gets no gradient."""
-    like = next(dy for dy in gradients if dy is not None)
-    rows = like.numel() // like.shape[-1]
-    return [
-        like.new_zeros(rows, shape[0]) if dy is None else rows_of(dy) for dy, shape in zip(gradients, ups, strict=True)
-    ]
+def _of_kinds(of_all: Sequence[Any], count: int = 0) -> tuple[Sequence[Any], ...]:
+    """In four: what there is for each weight, each bias, each A and each B. With a `count`, that of the first three."""
+    count = count or len(of_all) // OF_EACH
+    return of_all[:count], of_all[count : 2 * count], of_all[2 * count : 3 * count], of_all[3 * count :]
+
+
+def _with_zeros(reached: list[Tensor | None], like: Tensor, ups: Sequence[torch.Size]) -> list[Tensor]:
+    """For an output that nothing used, for the others' sake. Its own layer gets no gradient."""
+    rows = like.shape[0]
+    return [like.new_zeros(rows, up[0]) if dy is None else dy for dy, up in zip(reached, ups, strict=True)]
 
 
 def _through_layers(
-    gradients: Sequence[Tensor | None], weights: Sequence[Tensor], product: torch.dtype, dtype: torch.dtype
+    reached: Sequence[Tensor | None], weights: Sequence[Tensor], product: torch.dtype, dtype: torch.dtype
 ) -> Any:
     """The sum of dy_i W_i, in the dtype of x, which autocast may have narrowed."""
     total: Tensor | None = None
-    for dy, weight in zip(gradients, weights, strict=True):
+    for dy, weight in zip(reached, weights, strict=True):
         if dy is None:
             continue
-        dy, weight = rows_of(dy), in_dtype(product, weight)
+        weight = in_dtype(product, weight)
         if total is None:
-            total = in_dtype(dtype, dy @ weight)
+            total = in_dtype(dtype, torch.mm(dy, weight))
         elif total.dtype == dy.dtype:
             total.addmm_(dy, weight)
         else:
-            total.add_(dy @ weight)
+            total.add_(torch.mm(dy, weight))
     return total
 
 
 def _through_adapters(
-    group: Group, dx: Tensor | None, own: Tensor | None, h: Any, seed: Tensor | None, dys: list[Tensor],
-    downs: list[Any], ups: list[Tensor], shapes: tuple[list[torch.Size], list[torch.Size]],
-    needs: tuple[bool, bool], dtype: torch.dtype,
-) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:  # fmt: skip
-    """Adds to dx what goes through the adapters, and returns the gradients of all A and of all B: one sum of partial
+    group: Group, dx: Tensor | None, own: Tensor | None, h: Any, seed: int | Tensor | None, dys: list[Tensor],
+    downs: list[Any], ups: list[Tensor], sizes: tuple[torch.Size, tuple[torch.Size, ...]],
+    needs: tuple[tuple[bool, ...], tuple[bool, ...]], dtype: torch.dtype,
+) -> Sequence[Tensor | None]:  # fmt: skip
+    """Adds to dx what goes through the adapters, and returns the gradients of all A, then of all B: one sum of partial
     sums for all of them."""
-    needs_down, needs_up = needs
-    (down_shapes, up_shapes), rows = shapes, dys[0].shape[0]
-    rank, width = down_shapes[0]
-    of_downs, of_ups = down_shapes if needs_down else [], up_shapes if needs_up else []
-    sizes = [shape.numel() for shape in (*of_ups, *of_downs)]
-    splits = rows_are_split_in(width, rows, rank, dys[0].device)
-    partial = torch.empty(splits, sum(sizes), dtype=torch.float32, device=dys[0].device) if sizes else None
-    if partial is not None and needs_up:
-        sum_ups(partial, dys, h, group.scaling)
+    needs_down, needs_up = True in needs[0], True in needs[1]
+    (rank, width), rows, device = sizes[0], dys[0].shape[0], dys[0].device
+    partial: Tensor | None = None
+    length, of_ups, places = _places(*sizes, *needs)
+    if length:
+        splits = rows_are_split_in(launch.machine_of(device), width, rows, rank)
+        partial = torch.empty(splits, length, dtype=torch.float32, device=device)
+        if needs_up:
+            sum_ups(partial, dys, h, group.scaling)
     if dx is not None or needs_down:
         through = through_adapters(dys, ups, group.scaling / (1.0 - group.dropout))
-        rest = partial[:, sum(sizes[: len(of_ups)]) :] if partial is not None and needs_down else None
+        rest = None if partial is None or not needs_down else partial[:, of_ups:] if of_ups else partial
         x = own if needs_down else None
         add_input_side(dx, rest, x, through, downs, width, seed, group.dropout, group.product)
-    absent = [None] * len(dys)
     if partial is None:
-        return absent, absent
-    parts = sum_rows(partial, dtype).split(sizes)
-    found = [part.view(shape) for part, shape in zip(parts, (*of_ups, *of_downs), strict=True)]
-    return (found[len(of_ups) :] if needs_down else absent), (found[: len(of_ups)] if needs_up else absent)
+        return [None] * (2 * len(dys))
+    total = partial if dtype == torch.float32 and partial.shape[0] == 1 else sum_rows(partial, dtype)
+    return [None if place is None else total.as_strided(*place) for place in places]
+
+
+Place = tuple[tuple[int, ...], tuple[int, ...], int]
+
+
+@functools.lru_cache(launch.KEPT)
+def _places(
+    down: torch.Size, ups: tuple[torch.Size, ...], needs_down: tuple[bool, ...], needs_up: tuple[bool, ...]
+) -> tuple[int, int, list[Place | None]]:
+    """Of the gradients, side by side: how long all are, how long those of all B, which lie first; then the shape, the
+    strides and the place of each A and each B whose own is asked for."""
+    sizes_of_ups = [up.numel() if True in needs_up else 0 for up in ups]
+    of_ups = sum(sizes_of_ups)
+    places: list[Place | None] = []
+    for index, needs in enumerate(needs_down):
+        places.append((tuple(down), (down[1], 1), of_ups + index * down.numel()) if needs else None)
+    for index, (needs, up) in enumerate(zip(needs_up, ups, strict=True)):
+        places.append((tuple(up), (up[1], 1), sum(sizes_of_ups[:index])) if needs else None)
+    return of_ups + (len(ups) * down.numel() if True in needs_down else 0), of_ups, places

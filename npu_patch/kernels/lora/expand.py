@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -16,26 +18,28 @@ TILE = launch.Tile(bytes_per_element=32, elements=8192)
 
 def expand_(ys: list[Tensor], h: Tensor, ups: list[Tensor], scaling: float) -> None:
     """y_i `[T, out_i]`, contiguous, changed in place; h float32 `[n, T, r]`, B_i `[out_i, r]`."""
-    _, rows, rank = h.shape
-    widths = [y.shape[1] for y in ys]
-    machine = launch.machine_of(h.device)
+    device, (_, rows, rank) = h.device, h.shape
+    widths, dtypes = tuple([y.shape[1] for y in ys]), (ys[0].dtype, ups[0].dtype)
+    planned = _planned(launch.machine_of(device), device, rows, widths, rank, scaling, dtypes)
+    planned((*of_most(ys), *of_most(ups), h))
+
+
+@functools.lru_cache(launch.KEPT)
+def _planned(
+    machine: launch.Machine, device: torch.device, rows: int, widths: tuple[int, ...], rank: int, scaling: float,
+    dtypes: tuple[torch.dtype, ...],
+) -> launch.Planned:  # fmt: skip
     constants = tiling(machine, rows, max(widths), rank, TILE)
     blocks = launch.blocks_of(rows, constants["BLOCK"]) * sum(
         launch.blocks_of(width, constants["BLOCK_K"]) for width in widths
     )
-    launch.launch(
+    return launch.Planned(
         _expand,
-        h.device,
+        device,
         launch.programs(machine, blocks, TILE),
-        *of_most(ys),
-        *of_most(ups),
-        h,
-        *of_most(widths, 0),
-        rows,
-        rank,
-        scaling,
-        N=len(ys),
-        SPLITS=ys[0].dtype == torch.bfloat16,
+        (*of_most(widths, 0), rows, rank, scaling),
+        N=len(widths),
+        SPLITS=dtypes[0] == torch.bfloat16,
         **constants,
     )
 

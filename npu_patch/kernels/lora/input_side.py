@@ -3,6 +3,8 @@ dA_i = through_i' keep_i(x), in one launch that reads x and dx once. The masks a
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -16,9 +18,9 @@ from npu_patch.kernels.lora.tiling import of_most, splits, tiling
 TILE = launch.Tile(bytes_per_element=64, elements=4096, stages=2)
 
 
-def rows_are_split_in(width: int, rows: int, rank: int, device: torch.device) -> int:
+@functools.lru_cache(launch.KEPT)
+def rows_are_split_in(machine: launch.Machine, width: int, rows: int, rank: int) -> int:
     """How many partial sums this leaves."""
-    machine = launch.machine_of(device)
     constants = tiling(machine, rows, width, rank, TILE)
     return splits(machine, launch.blocks_of(width, constants["BLOCK_K"]), launch.blocks_of(rows, constants["BLOCK"]))
 
@@ -30,39 +32,50 @@ def add_input_side(
     through: Tensor,
     downs: list[Tensor] | list[None],
     width: int,
-    seed: Tensor | None,
+    seed: int | Tensor | None,
     dropout: float,
     product: torch.dtype,
 ) -> None:
     """dx `[T, in]`, contiguous, is changed in place; float32 `partial` `[splits, n r in]`, rows of which may lie apart,
     is written. Either may be None, the A_i with the former and x with the latter. `through`, float32 `[n, T, r]`, is of
     what the mask keeps already divided by its probability."""
-    count, rows, rank = through.shape
-    machine = launch.machine_of(through.device)
-    constants = tiling(machine, rows, width, rank, TILE, count)
-    parts = rows_are_split_in(width, rows, rank, through.device) if partial is None else partial.shape[0]
-    launch.launch(
-        _input_side,
-        through.device,
-        launch.programs(machine, parts * launch.blocks_of(width, constants["BLOCK_K"]), TILE),
-        dx,
-        partial,
-        x,
-        through,
-        *of_most(downs),
-        seed,
-        rows,
+    device = through.device
+    parts, row = (None, 0) if partial is None else (partial.shape[0], partial.stride(0))
+    planned = _planned(
+        launch.machine_of(device),
+        device,
+        through.shape,
         width,
-        rank,
-        0 if x is None else x.stride(0),
-        dropout,
+        None if x is None else x.stride(0),
         parts,
-        0 if partial is None else partial.stride(0),
+        row,
+        dropout,
+        type(seed),
+        (product, None if dx is None else dx.dtype, None if downs[0] is None else downs[0].dtype),
+    )
+    planned((dx, partial, x, through, *of_most(downs)), seed)
+
+
+@functools.lru_cache(launch.KEPT)
+def _planned(
+    machine: launch.Machine, device: torch.device, shape: torch.Size, width: int, x_row: int | None,
+    parts: int | None, row: int, dropout: float, seed: type, dtypes: tuple[torch.dtype | None, ...],
+) -> launch.Planned:  # fmt: skip
+    """`dtypes`: of the products, of dx and of the A_i, None without."""
+    count, rows, rank = shape
+    constants = tiling(machine, rows, width, rank, TILE, count)
+    splits_of_rows = parts or rows_are_split_in(machine, width, rows, rank)
+    return launch.Planned(
+        _input_side,
+        device,
+        launch.programs(machine, splits_of_rows * launch.blocks_of(width, constants["BLOCK_K"]), TILE),
+        (rows, width, rank, x_row or 0, dropout, splits_of_rows, row),
         N=count,
-        DROPS=seed is not None,
-        NEEDS_X=dx is not None,
-        NEEDS_DOWN=partial is not None,
-        SPLITS=product == torch.bfloat16,
+        DROPS=dropout > 0,
+        LOADED=issubclass(seed, Tensor),
+        NEEDS_X=dtypes[1] is not None,
+        NEEDS_DOWN=parts is not None,
+        SPLITS=dtypes[0] == torch.bfloat16,
         **constants,
     )
 
@@ -72,8 +85,8 @@ def _input_side(
     dx, partial, x, through,
     down0, down1, down2,
     seed, rows, width, rank, x_row, drops, splits, partial_row,
-    N: tl.constexpr, DROPS: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_DOWN: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
+    N: tl.constexpr, DROPS: tl.constexpr, LOADED: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_DOWN: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A block: some columns, over the rows of one split."""
     across = tl.cdiv(width, BLOCK_K)
@@ -95,7 +108,7 @@ def _input_side(
                 tile = tl.load(x + far * x_row + column[None, :], mask=inside, other=0.0)
             if NEEDS_X:
                 total = tl.load(dx + far * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
-            drawn = draws(tl.load(seed), row, column) if DROPS else 0
+            drawn = draws(seed, row, column, LOADED) if DROPS else 0
             sum0, total = _add(
                 sum0, total, tile, through, down0, drawn, row, column, rows, width, rank, drops,
                 0, DROPS, NEEDS_X, NEEDS_DOWN, SPLITS, BLOCK, BLOCK_K, R,

@@ -11,8 +11,11 @@ import triton.language as tl
 
 
 @triton.jit
-def draws(seed, row, column):
-    """`[rows, columns]` of uint32, which the masks of a tile have in common. `seed`: of a group, an int64."""
+def draws(seed, row, column, LOADED: tl.constexpr):
+    """`[rows, columns]` of uint32, which the masks of a tile have in common. `seed`: of a group, an int64, which is
+    LOADED where it is in the device's memory."""
+    if LOADED:
+        seed = tl.load(seed)
     low = (seed & 0xFFFFFFFF).to(tl.uint32)
     high = (seed >> 32).to(tl.uint32)
     of_row = _hashed(_hashed(row.to(tl.uint32) + low) + high) | 1

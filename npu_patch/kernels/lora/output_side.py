@@ -5,6 +5,8 @@ The first sums over columns and the second over rows, so each is a launch of its
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -21,56 +23,60 @@ UP = launch.Tile(bytes_per_element=24, elements=4096, stages=2)
 
 def through_adapters(dys: list[Tensor], ups: list[Tensor], scaling: float) -> Tensor:
     """dy_i `[T, out_i]` with adjacent columns, B_i `[out_i, r]` -> float32 `[n, T, r]`."""
-    rows, rank = dys[0].shape[0], ups[0].shape[1]
-    through = torch.empty(len(dys), rows, rank, dtype=torch.float32, device=dys[0].device)
-    machine = launch.machine_of(through.device)
-    constants = tiling(machine, rows, max(dy.shape[1] for dy in dys), rank, THROUGH)
-    launch.launch(
+    device, rows, rank = dys[0].device, dys[0].shape[0], ups[0].shape[1]
+    through = torch.empty(len(dys), rows, rank, dtype=torch.float32, device=device)
+    dtypes = dys[0].dtype, ups[0].dtype
+    planned = _through_planned(launch.machine_of(device), device, rows, *_of_each(dys), rank, scaling, dtypes)
+    planned((*of_most(dys), *of_most(ups), through))
+    return through
+
+
+@functools.lru_cache(launch.KEPT)
+def _through_planned(
+    machine: launch.Machine, device: torch.device, rows: int, widths: tuple[int, ...], strides: tuple[int, ...],
+    rank: int, scaling: float, dtypes: tuple[torch.dtype, ...],
+) -> launch.Planned:  # fmt: skip
+    constants = tiling(machine, rows, max(widths), rank, THROUGH)
+    return launch.Planned(
         _through,
-        through.device,
-        launch.programs(machine, len(dys) * launch.blocks_of(rows, constants["BLOCK"]), THROUGH),
-        *of_most(dys),
-        *of_most(ups),
-        through,
-        *_of_each(dys),
-        rows,
-        rank,
-        scaling,
-        N=len(dys),
-        SPLITS=dys[0].dtype == torch.bfloat16,
+        device,
+        launch.programs(machine, len(widths) * launch.blocks_of(rows, constants["BLOCK"]), THROUGH),
+        (*of_most(widths, 0), *of_most(strides, 0), rows, rank, scaling),
+        N=len(widths),
+        SPLITS=dtypes[0] == torch.bfloat16,
         **constants,
     )
-    return through
 
 
 def sum_ups(partial: Tensor, dys: list[Tensor], h: Tensor, scaling: float) -> None:
     """Into the first columns of float32 `[splits, ...]`, for each split of the rows: dB_0 `[out_0, r]`, dB_1 ..."""
-    _, rows, rank = h.shape
-    machine = launch.machine_of(h.device)
-    constants = tiling(machine, rows, max(dy.shape[1] for dy in dys), rank, UP)
-    blocks = partial.shape[0] * sum(launch.blocks_of(dy.shape[1], constants["BLOCK_K"]) for dy in dys)
-    launch.launch(
+    device, (_, rows, rank), (splits, row), dtype = h.device, h.shape, partial.shape, dys[0].dtype
+    machine = launch.machine_of(device)
+    planned = _sum_planned(machine, device, rows, *_of_each(dys), rank, scaling, splits, row, dtype)
+    planned((*of_most(dys), h, partial))
+
+
+@functools.lru_cache(launch.KEPT)
+def _sum_planned(
+    machine: launch.Machine, device: torch.device, rows: int, widths: tuple[int, ...], strides: tuple[int, ...],
+    rank: int, scaling: float, splits: int, row: int, dtype: torch.dtype,
+) -> launch.Planned:  # fmt: skip
+    constants = tiling(machine, rows, max(widths), rank, UP)
+    blocks = splits * sum(launch.blocks_of(width, constants["BLOCK_K"]) for width in widths)
+    return launch.Planned(
         _sum_ups,
-        h.device,
+        device,
         launch.programs(machine, blocks, UP),
-        *of_most(dys),
-        h,
-        partial,
-        *_of_each(dys),
-        rows,
-        rank,
-        scaling,
-        partial.shape[0],
-        partial.shape[1],
-        N=len(dys),
-        SPLITS=dys[0].dtype == torch.bfloat16,
+        (*of_most(widths, 0), *of_most(strides, 0), rows, rank, scaling, splits, row),
+        N=len(widths),
+        SPLITS=dtype == torch.bfloat16,
         **constants,
     )
 
 
-def _of_each(dys: list[Tensor]) -> list[int]:
-    """The widths, then the strides of the rows."""
-    return [*of_most([dy.shape[1] for dy in dys], 0), *of_most([dy.stride(0) for dy in dys], 0)]
+def _of_each(dys: list[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The widths, and the strides of the rows."""
+    return tuple([dy.shape[1] for dy in dys]), tuple([dy.stride(0) for dy in dys])
 
 
 @triton.jit

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -15,33 +17,34 @@ from npu_patch.kernels.lora.tiling import of_most, tiling
 TILE = launch.Tile(bytes_per_element=44, elements=4096, stages=3)
 
 
-def shrink(x: Tensor, downs: list[Tensor], seed: Tensor | None, dropout: float) -> Tensor:
-    """x `[T, in]` with adjacent columns, A_i `[r, in]` -> float32 `[n, T, r]`. `seed`: int64 `[1]`, where dropped."""
-    rows, width = x.shape
+def shrink(x: Tensor, downs: list[Tensor], seed: int | Tensor | None, dropout: float) -> Tensor:
+    """x `[T, in]` with adjacent columns, A_i `[r, in]` -> float32 `[n, T, r]`. `seed`: int64, where dropped."""
+    device, count, (rows, width) = x.device, len(downs), x.shape
     rank = downs[0].shape[0]
-    h = torch.empty(len(downs), rows, rank, dtype=torch.float32, device=x.device)
-    machine = launch.machine_of(x.device)
-    constants = tiling(machine, rows, width, rank, TILE, len(downs))
-    launch.launch(
+    h = torch.empty(count, rows, rank, dtype=torch.float32, device=device)
+    dtypes, machine = (x.dtype, downs[0].dtype), launch.machine_of(device)
+    planned = _planned(machine, device, count, rows, width, rank, x.stride(0), dropout, type(seed), dtypes)
+    planned((x, *of_most(downs), h), seed)
+    return h
+
+
+@functools.lru_cache(launch.KEPT)
+def _planned(
+    machine: launch.Machine, device: torch.device, count: int, rows: int, width: int, rank: int, x_row: int,
+    dropout: float, seed: type, dtypes: tuple[torch.dtype, ...],
+) -> launch.Planned:  # fmt: skip
+    constants = tiling(machine, rows, width, rank, TILE, count)
+    return launch.Planned(
         _shrink,
-        x.device,
+        device,
         launch.programs(machine, launch.blocks_of(rows, constants["BLOCK"]), TILE),
-        x,
-        *of_most(downs),
-        seed,
-        h,
-        rows,
-        width,
-        rank,
-        x.stride(0),
-        dropout,
-        1.0 / (1.0 - dropout),
-        N=len(downs),
-        DROPS=seed is not None,
-        SPLITS=x.dtype == torch.bfloat16,
+        (rows, width, rank, x_row, dropout, 1.0 / (1.0 - dropout)),
+        N=count,
+        DROPS=dropout > 0,
+        LOADED=issubclass(seed, Tensor),
+        SPLITS=dtypes[0] == torch.bfloat16,
         **constants,
     )
-    return h
 
 
 @triton.jit
@@ -50,8 +53,8 @@ def _shrink(
     down0,
     down1,
     down2,
-    seed,
     h,
+    seed,
     rows,
     width,
     rank,
@@ -60,6 +63,7 @@ def _shrink(
     scale,
     N: tl.constexpr,
     DROPS: tl.constexpr,
+    LOADED: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -75,7 +79,7 @@ def _shrink(
         for start in tl.range(0, width, BLOCK_K, num_stages=STAGES):
             column = start + tl.arange(0, BLOCK_K)
             tile = tl.load(here + column[None, :], mask=(row < rows)[:, None] & (column < width)[None, :], other=0.0)
-            drawn = draws(tl.load(seed), row, column) if DROPS else 0
+            drawn = draws(seed, row, column, LOADED) if DROPS else 0
             h0 = _add(h0, tile, down0, drawn, column, width, rank, drops, 0, DROPS, SPLITS, R)
             if N > 1:
                 h1 = _add(h1, tile, down1, drawn, column, width, rank, drops, 1, DROPS, SPLITS, R)

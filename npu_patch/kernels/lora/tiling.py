@@ -14,6 +14,7 @@ COLUMNS = 128  # of a tile, at most
 LEAST = 16  # of a side of a tile that a matrix unit takes
 MOST_RANK = 128
 MOST_SPLITS = 16
+LEAST_TURNS = 8  # of a split: below, adding the partial sums costs more than it saves
 
 
 @functools.lru_cache(launch.KEPT)
@@ -42,7 +43,7 @@ def padded_rank(rank: int) -> int:
 def splits(machine: launch.Machine, blocks: int, row_blocks: int) -> int:
     """Into how many the rows are split where `blocks` blocks of columns sum over them, to have work for every core."""
     wanted = 2 * machine.cores if machine.device_type == "cuda" else machine.cores
-    return max(1, min(-(-wanted // blocks), row_blocks, MOST_SPLITS))
+    return max(1, min(-(-wanted // blocks), row_blocks // LEAST_TURNS, MOST_SPLITS))
 
 
 def most_together(rank: int) -> int:
@@ -51,6 +52,6 @@ def most_together(rank: int) -> int:
     return 0 if padded > MOST_RANK else min(MOST, MOST_RANKS // padded)
 
 
-def of_most(found: Sequence[Any], absent: Any = None) -> list[Any]:
+def of_most(found: Sequence[Any], absent: Any = None) -> Sequence[Any]:
     """As many as the kernels have arguments for."""
-    return [*found, *[absent] * (MOST - len(found))]
+    return found if len(found) == MOST else [*found, *[absent] * (MOST - len(found))]

@@ -1,8 +1,9 @@
 """A linear layer with a low-rank adapter (LoRA, https://arxiv.org/abs/2106.09685): `y = x W' + b + s drop(x) A' B'`.
 
-One autograd function in the place of the layer's, the adapter's and the dropout's own. It keeps x once, as it is given,
-and beside it what is small: `drop(x) A'` `[tokens, r]`, the adapter in the dtype that it is multiplied in, and the mask
-of the dropout as the device's operator makes it (on an NPU one bit an element). Dropped inputs are made again from x.
+One autograd function in the place of the layer's, the adapter's and the dropout's own. It keeps x once, as it is given
+(or what x can be made of again), and beside it what is small: `drop(x) A'` `[tokens, r]`, the adapter in the dtype that
+it is multiplied in, and the mask of the dropout as the device's operator makes it (on an NPU one bit an element).
+Dropped inputs are made again from x.
 
 Two dtypes decide how it is computed. The layer multiplies in `product`: autocast's, or that of its weight. The adapter
 multiplies in `compute`: autocast's, or its own. Where they are one, the expanded adapter is added by the product that
@@ -28,6 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
+from npu_patch.numerics.remade import Remade, remade
 from npu_patch.numerics.results import in_dtype
 from npu_patch.serving.implementation import layout
 
@@ -48,14 +50,14 @@ class Adapter(NamedTuple):
 
 def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
     """x `[..., in]`, weight `[out, in]`, bias `[out]` or None -> `[..., out]` in the dtype `product`."""
-    return _AdaptedLinears.apply((adapter,), x, weight, bias, adapter.down, adapter.up)[0]
+    return _AdaptedLinears.apply((adapter,), remade(x), x, weight, bias, adapter.down, adapter.up)[0]
 
 
 def adapted_linears(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Adapter]]) -> tuple[Tensor, ...]:
     """Of several layers with one input and the same dtypes: what `adapted_linear` computes of each, bit by bit. x is
     widened once, the adapters are cast together, and the gradients of x are summed by the products that make them."""
     tensors = [each for weight, bias, adapter in layers for each in (weight, bias, adapter.down, adapter.up)]
-    return _AdaptedLinears.apply(tuple(adapter for _, _, adapter in layers), x, *tensors)
+    return _AdaptedLinears.apply(tuple(adapter for _, _, adapter in layers), remade(x), x, *tensors)
 
 
 def definition(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
@@ -82,16 +84,19 @@ def why_unsupported(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Ada
 
 
 OF_EACH = 4  # tensors that a layer brings: weight, bias, down, up
+OF_EACH_SAVED = 5
 
 
 class _AdaptedLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, adapters: tuple[Adapter, ...], x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, adapters: tuple[Adapter, ...], again: Remade | None, x: Tensor, *tensors: Any
+    ) -> tuple[Tensor, ...]:
         product, compute = adapters[0].product, adapters[0].compute
         own = _rows(in_dtype(product, x))
         wide = in_dtype(compute, own)
         used = _all_in(compute, [each for adapter in adapters for each in (adapter.down, adapter.up)])
-        _, needs_x, *needed = ctx.needs_input_grad
+        _, _, needs_x, *needed = ctx.needs_input_grad
         results, saved, keeps_x = [], [], False
         for index, adapter in enumerate(adapters):
             (weight, bias), (down, up) = tensors[OF_EACH * index :][:2], used[2 * index :][:2]
@@ -112,7 +117,8 @@ class _AdaptedLinears(torch.autograd.Function):
                 mask if needs_x or needs_down else None,
             ]
             keeps_x = keeps_x or needs_down or needs_weight
-        ctx.save_for_backward(x if keeps_x else None, *saved)
+        ctx.make, parts = again if again is not None and keeps_x else (None, ())
+        ctx.save_for_backward(x if keeps_x and not parts else None, *saved, *parts)
         ctx.set_materialize_grads(False)
         ctx.adapters, ctx.like = adapters, (x.shape, x.dtype)
         ctx.dtypes = [None if each is None else each.dtype for each in tensors]
@@ -130,7 +136,9 @@ class _AdaptedLinears(torch.autograd.Function):
 
 def _backward(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     x, *saved = ctx.saved_tensors
-    _, needs_x, *needed = ctx.needs_input_grad
+    if ctx.make is not None:
+        x = ctx.make(*saved[OF_EACH_SAVED * len(gradients) :])
+    _, _, needs_x, *needed = ctx.needs_input_grad
     (shape, x_dtype), product, compute = ctx.like, ctx.adapters[0].product, ctx.adapters[0].compute
     own: Any = None if x is None else _rows(in_dtype(product, x))
     wide = None if own is None else in_dtype(compute, own)
@@ -141,7 +149,7 @@ def _backward(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | 
         if dy is None:
             continue
         first = OF_EACH * index
-        weight, down, up, shrunk, mask = saved[5 * index :][:5]
+        weight, down, up, shrunk, mask = saved[OF_EACH_SAVED * index :][:OF_EACH_SAVED]
         needs_weight, needs_bias, needs_down, needs_up = needed[first:][:OF_EACH]
         dy = _rows(dy)
         dy_used = in_dtype(compute, dy)
@@ -163,7 +171,7 @@ def _backward(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | 
                 d_x.add_(_kept(by_adapter, mask, adapter), alpha=adapter.scaling)
     for place, gradient in of_adapters.scaled():
         found[place] = gradient
-    return None, None if d_x is None else d_x.view(shape), *found
+    return None, None, None if d_x is None else d_x.view(shape), *found
 
 
 class _OfAdapters:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from npu_patch.kernels.lora.tiling import most_together
+from npu_patch.numerics.remade import remade
 from npu_patch.ops.lora.adapted_linear import Adapter, why_unsupported
 from npu_patch.serving.implementation import dtype_name
 
@@ -30,24 +31,25 @@ def triton_adapted_linears(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, 
     for alike in _alike(layers):
         adapter = alike[0][2]
         group = Group(float(adapter.scaling), adapter.dropout, adapter.product)
-        results += adapted_linears(x, [(weight, bias, own.down, own.up) for weight, bias, own in alike], group)
+        tensors = [(weight, bias, own.down, own.up) for weight, bias, own in alike]
+        results += adapted_linears(x, tensors, group, remade(x))
     return tuple(results)
 
 
 def _alike(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
     run: list[Layer] = []
+    known: tuple[object, ...] = ()
     for layer in layers:
-        rank = layer[2].down.shape[0]
-        if run and (_kind(run[0][2]) != _kind(layer[2]) or len(run) == most_together(rank)):
+        adapter = layer[2]
+        rank = adapter.down.shape[0]
+        kind = (rank, adapter.down.dtype, *adapter[2:])
+        if run and (kind != known or len(run) == most_together(rank)):
             yield run
             run = []
+        known = kind
         run.append(layer)
     if run:
         yield run
-
-
-def _kind(adapter: Adapter) -> tuple[object, ...]:
-    return adapter.down.shape[0], adapter.down.dtype, *adapter[2:]
 
 
 def why_unsupported_by_triton(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> str | None:

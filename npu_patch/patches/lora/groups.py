@@ -27,19 +27,18 @@ LayerCall = tuple[Tensor, Tensor, "Tensor | None", Adapter]
 
 
 class Waiting(NamedTuple):
-    """The result of a layer's call that has not come yet. `versions`: of the tensors of that call; `leader`: the layer
-    that was called first."""
+    """The results of calls that have not come yet, with the `versions` of the tensors of each call. `leader`: the layer
+    that was called first, with x of that version."""
 
     leader: Module
-    call: LayerCall
-    versions: tuple[int, ...]
+    x: Tensor
+    version: int
     with_gradients: bool
-    result: Tensor
+    results: dict[Module, tuple[LayerCall, list[int], Tensor]]
 
 
 class _OfThread(threading.local):
-    def __init__(self) -> None:
-        self.waiting: dict[Module, Waiting] = {}
+    waiting: Waiting | None = None
 
 
 @dataclass
@@ -56,19 +55,24 @@ class Groups:
     def ready(self, layer: Module, call: LayerCall) -> Tensor | None:
         """The result of a call, where it waits."""
         waiting = self.of_thread.waiting
-        if not waiting:
+        if waiting is None:
             return None
-        found = waiting.pop(layer, None)
+        found = waiting.results.pop(layer, None)
+        if not waiting.results:
+            self.of_thread.waiting = None
         if found is None:
             return None
-        if found.call[0] is not call[0]:  # cross attention: k and v are given something else than q, and will be again
-            self.following[found.leader] = None, ()
-            waiting.clear()
+        x, weight, bias, adapter = call
+        if waiting.x is not x:  # cross attention: k and v are given something else than q, and will be again
+            self.following[waiting.leader] = None, ()
+            self.of_thread.waiting = None
             return None
-        same = all(one is other for one, other in zip(_tensors(found.call), _tensors(call), strict=True))
-        if not same or found.versions != _versions(call) or found.call[3][2:] != call[3][2:]:
+        (_, its_weight, its_bias, its_adapter), versions, result = found
+        same = weight is its_weight and bias is its_bias
+        same = same and adapter.down is its_adapter.down and adapter.up is its_adapter.up
+        if not same or adapter[2:] != its_adapter[2:] or _version(x) != waiting.version or versions != _versions(call):
             return None
-        return found.result if found.with_gradients == torch.is_grad_enabled() else None
+        return result if waiting.with_gradients == torch.is_grad_enabled() else None
 
     def after(self, layer: Module) -> Iterator[Module]:
         """The layers that will be called with the same input, as they stand now."""
@@ -86,11 +90,11 @@ class Groups:
 
     def wait(self, leader: Module, calls: Mapping[Module, LayerCall], results: Sequence[Tensor]) -> None:
         """In place of what still waits, for which nobody has asked."""
-        enabled = torch.is_grad_enabled()
-        self.of_thread.waiting = {
-            layer: Waiting(leader, call, _versions(call), enabled, result)
-            for (layer, call), result in zip(calls.items(), results, strict=True)
+        x = next(iter(calls.values()))[0]
+        found = {
+            layer: (call, _versions(call), result) for (layer, call), result in zip(calls.items(), results, strict=True)
         }
+        self.of_thread.waiting = Waiting(leader, x, _version(x), torch.is_grad_enabled(), found)
 
     def _read(self, layer: Module) -> tuple[Any, tuple[str, ...]]:
         parent = _parent(layer)
@@ -110,13 +114,14 @@ class Groups:
         return None, ()
 
 
-def _tensors(call: LayerCall) -> tuple[Tensor | None, ...]:
-    x, weight, bias, adapter = call
-    return x, weight, bias, adapter.down, adapter.up
+def _versions(call: LayerCall) -> list[int]:
+    _, weight, bias, adapter = call
+    tensors = (weight, adapter.down, adapter.up) if bias is None else (weight, adapter.down, adapter.up, bias)
+    return [_version(each) for each in tensors]
 
 
-def _versions(call: LayerCall) -> tuple[int, ...]:
-    return tuple(-1 if each is None or each.is_inference() else each._version for each in _tensors(call))
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _parent(layer: Module) -> Module | None:

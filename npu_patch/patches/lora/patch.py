@@ -82,7 +82,10 @@ def bind_site(site: Site, found: AsNamed | Another, context: Context) -> Replace
             reading = read_adapted_linear(type(self), original)
             if isinstance(reading, NotRead):
                 return Unserved(reading.reason)
-        call = _call_of(self, x)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return Unserved("within a transform of torch.func")
+        cast_to = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+        call = _call_of(self, x, cast_to)
         if isinstance(call, str):
             return Unserved(call)
         ready = groups.ready(self, call)
@@ -97,7 +100,7 @@ def bind_site(site: Site, found: AsNamed | Another, context: Context) -> Replace
                 calls.declined["the input itself"] = f"a copy is kept: {changed}"
                 return serving.run(x.clone(), *call[1:])
         together = TOGETHER.get(serving.name)
-        others = {} if together is None else dict(_with_it(groups, self, call, dispatch, calls, serving))
+        others = {} if together is None else dict(_with_it(groups, self, call, cast_to, dispatch, calls, serving))
         if together is None or not others:
             return serving.run(*call)
         result, *results = together(x, [each[1:] for each in (call, *others.values())])
@@ -109,22 +112,22 @@ def bind_site(site: Site, found: AsNamed | Another, context: Context) -> Replace
 
 
 def _with_it(
-    groups: Groups, layer: Module, call: Call, dispatch: Dispatch, calls: Calls, serving: Implementation
+    groups: Groups, layer: Module, call: Call, cast_to: Any, dispatch: Dispatch, calls: Calls, serving: Implementation
 ) -> Iterator[tuple[Module, Call]]:
     """The layers whose calls are computed with this one's, and those calls."""
     dtypes = call[3][-2:]
     for other in groups.after(layer):
         if "forward" in other.__dict__ or other._forward_pre_hooks:
             continue
-        its_call = _call_of(other, call[0])
+        its_call = _call_of(other, call[0], cast_to)
         if isinstance(its_call, str) or its_call[3][-2:] != dtypes:
             continue
         if dispatch.serving(calls, *its_call) is serving:
             yield other, its_call
 
 
-def _call_of(layer: Any, x: Tensor) -> Call | str:
-    """What computes this call of a layer, or why only its own forward can."""
+def _call_of(layer: Any, x: Tensor, cast_to: torch.dtype | None) -> Call | str:
+    """What computes this call of a layer, or why only its own forward can. `cast_to`: autocast's dtype, if it is on."""
     if layer.disable_adapters:
         return "adapters are disabled"
     if layer.merged:
@@ -147,23 +150,32 @@ def _call_of(layer: Any, x: Tensor) -> Call | str:
     probability = _probability(dropout)
     if isinstance(probability, str):
         return probability
-    scaling, weight, bias = layer.scaling[name], base.weight, base.bias
+    scaling = layer.scaling[name]
     if type(scaling) not in (float, int):
         return f"a scaling that is a {type(scaling).__name__}"
-    if down.bias is not None or up.bias is not None:
+    (weight, bias), (down_weight, down_bias), (up_weight, up_bias) = (
+        _parameters(base),
+        _parameters(down),
+        _parameters(up),
+    )
+    if down_bias is not None or up_bias is not None:
         return "an adapter with a bias"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "within a transform of torch.func"
-    down_weight, up_weight = down.weight, up.weight
-    if x.dtype != down_weight.dtype and not getattr(layer, "cast_input_dtype_enabled", True):
+    dtype, product, compute = x.dtype, weight.dtype, down_weight.dtype
+    if dtype is not compute and not getattr(layer, "cast_input_dtype_enabled", True):
         return "casting its input is switched off"
-    if torch.is_autocast_enabled(x.device.type):
-        product = compute = torch.get_autocast_dtype(x.device.type)
-    else:
-        product, compute = weight.dtype, down_weight.dtype
-        if x.dtype != product or up_weight.dtype != compute or (bias is not None and bias.dtype != product):
-            return f"input, weight and adapter in {x.dtype}, {product}, {compute} and {up_weight.dtype}"
+    if cast_to is not None:
+        product = compute = cast_to
+    elif dtype is not product or up_weight.dtype is not compute or (bias is not None and bias.dtype is not product):
+        return f"input, weight and adapter in {dtype}, {product}, {compute} and {up_weight.dtype}"
     return x, weight, bias, Adapter(down_weight, up_weight, float(scaling), probability, product, compute)
+
+
+def _parameters(linear: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias. Asking the module itself leads through its `__getattr__`."""
+    own = linear.__dict__["_parameters"]
+    if "weight" in own and "bias" in own:
+        return own["weight"], own["bias"]
+    return linear.weight, linear.bias  # whoever shards it keeps them elsewhere
 
 
 def _probability(dropout: Any) -> float | str:

@@ -9,19 +9,22 @@ from npu_patch.kernels import launch
 from npu_patch.kernels.lora.mask import draws, keeps
 
 
-def mask(seed: Tensor, index: int, rows: int, width: int, dropout: float, block: int = 32) -> Tensor:
+def mask(
+    seed: int | Tensor, index: int, rows: int, width: int, dropout: float, block: int = 32, device: str = "cpu"
+) -> Tensor:
     """Of the adapter `index` of a group: `[rows, width]`, in tiles of `block` by `block`."""
-    kept = torch.empty(rows, width, dtype=torch.int32, device=seed.device)
+    kept = torch.empty(rows, width, dtype=torch.int32, device=device)
     grid = triton.cdiv(rows, block) * triton.cdiv(width, block)
-    launch.launch(_mask, kept.device, grid, seed, kept, rows, width, dropout, INDEX=index, BLOCK=block)
+    constants = {"INDEX": index, "LOADED": isinstance(seed, Tensor), "BLOCK": block}
+    launch.launch(_mask, kept.device, grid, kept, seed, rows, width, dropout, **constants)
     return kept.bool()
 
 
 @triton.jit
-def _mask(seed, kept, rows, width, drops, INDEX: tl.constexpr, BLOCK: tl.constexpr):
+def _mask(kept, seed, rows, width, drops, INDEX: tl.constexpr, LOADED: tl.constexpr, BLOCK: tl.constexpr):
     across = tl.cdiv(width, BLOCK)
     row = tl.program_id(0) // across * BLOCK + tl.arange(0, BLOCK)
     column = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
-    tile = keeps(draws(tl.load(seed), row, column), drops, INDEX)
+    tile = keeps(draws(seed, row, column, LOADED), drops, INDEX)
     inside = (row < rows)[:, None] & (column < width)[None, :]
     tl.store(kept + row[:, None] * width + column[None, :], tile.to(tl.int32), mask=inside)
