@@ -19,8 +19,9 @@ with the dtype as well, which is not the original's under autocast.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -107,8 +108,8 @@ class _AdaptedLinears(torch.autograd.Function):
                 dropped, mask = torch.native_dropout(wide, adapter.dropout, True)
             shrunk = dropped @ down.t()
             _add_product(y, shrunk, up.t(), adapter.scaling)
-            # No view, which could not be changed in place: what torch's own linear returns.
-            results.append(y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])))
+            # No view, which could not be changed in place: what torch's own linear returns. It is never compiled.
+            results.append(y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]).data)
             saved += [
                 weight if needs_x else None,
                 down if needs_x else None,
@@ -121,7 +122,7 @@ class _AdaptedLinears(torch.autograd.Function):
         ctx.save_for_backward(x if keeps_x and not parts else None, *saved, *parts)
         ctx.set_materialize_grads(False)
         ctx.adapters, ctx.like = adapters, (x.shape, x.dtype)
-        ctx.dtypes = [None if each is None else each.dtype for each in tensors]
+        ctx.dtypes = tuple([None if each is None else each.dtype for each in tensors])
         return tuple(results)
 
     @staticmethod
@@ -142,7 +143,16 @@ def _backward(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | 
     (shape, x_dtype), product, compute = ctx.like, ctx.adapters[0].product, ctx.adapters[0].compute
     own: Any = None if x is None else _rows(in_dtype(product, x))
     wide = None if own is None else in_dtype(compute, own)
-    of_adapters = _OfAdapters(ctx.adapters, [each is not None for each in gradients], needed, compute, ctx.dtypes)
+    wanted = tuple([need and gradients[place // OF_EACH] is not None for place, need in enumerate(needed)])
+    shapes = tuple([(each.down.shape, each.up.shape, each.scaling) for each in ctx.adapters])
+    kinds = _side_by_side(shapes, wanted, ctx.dtypes)
+    device = ctx.adapters[0].down.device
+    flat = [torch.empty(length, dtype=compute, device=device) for _, _, length, _ in kinds]
+    places = {
+        place: all_of.as_strided(*where)
+        for all_of, (_, _, _, of_kind) in zip(flat, kinds, strict=True)
+        for place, where in of_kind
+    }
     d_x: Tensor | None = None
     found: list[Tensor | None] = [None] * len(needed)
     for index, (adapter, dy) in enumerate(zip(ctx.adapters, gradients, strict=True)):
@@ -154,10 +164,10 @@ def _backward(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | 
         dy = _rows(dy)
         dy_used = in_dtype(compute, dy)
         if needs_up:
-            torch.mm(dy_used.t(), shrunk, out=of_adapters.places[first + 3])
+            torch.mm(dy_used.t(), shrunk, out=places[first + 3])
         through: Any = dy_used @ up if needs_x or needs_down else None
         if needs_down:
-            torch.mm(through.t(), _kept(wide, mask, adapter), out=of_adapters.places[first + 2])
+            torch.mm(through.t(), _kept(wide, mask, adapter), out=places[first + 2])
         if needs_weight:
             found[first] = (dy.t() @ own).to(ctx.dtypes[first])
         if needs_bias:
@@ -169,44 +179,33 @@ def _backward(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | 
             else:
                 by_adapter = in_dtype(torch.promote_types(d_x.dtype, compute), through @ down)
                 d_x.add_(_kept(by_adapter, mask, adapter), alpha=adapter.scaling)
-    for place, gradient in of_adapters.scaled():
-        found[place] = gradient
+    for all_of, (scaling, dtype, _, of_kind) in zip(flat, kinds, strict=True):
+        scaled = _scaled(all_of, scaling, dtype)
+        for place, where in of_kind:
+            found[place] = places[place] if scaled is all_of else scaled.as_strided(*where)
     return None, None, None if d_x is None else d_x.view(shape), *found
 
 
-class _OfAdapters:
-    """The gradients of adapters: those of one scaling and dtype lie side by side, and are scaled and cast at once.
-    `places`: where each is to be written, by the place of its parameter."""
+Where = tuple[tuple[int, ...], tuple[int, ...], int]  # shape, strides, offset
+Kind = tuple[float, torch.dtype, int, tuple[tuple[int, Where], ...]]
 
-    def __init__(
-        self,
-        adapters: tuple[Adapter, ...],
-        reached: list[bool],
-        needed: list[bool],
-        compute: torch.dtype,
-        dtypes: list[Any],
-    ) -> None:
-        self.together: dict[tuple[float, torch.dtype], dict[int, torch.Size]] = {}
-        for index, adapter in enumerate(adapters):
-            for place, parameter in enumerate((adapter.down, adapter.up), OF_EACH * index + 2):
-                if reached[index] and needed[place]:
-                    of_kind = self.together.setdefault((adapter.scaling, dtypes[place]), {})
-                    of_kind[place] = parameter.shape
-        device = adapters[0].down.device
-        self.flat = {
-            kind: torch.empty(sum(shape.numel() for shape in shapes.values()), dtype=compute, device=device)
-            for kind, shapes in self.together.items()
-        }
-        self.places = dict(self._parts(self.flat))
 
-    def _parts(self, flat: dict[tuple[float, torch.dtype], Tensor]) -> Iterator[tuple[int, Tensor]]:
-        for kind, shapes in self.together.items():
-            parts = flat[kind].split([shape.numel() for shape in shapes.values()])
-            for (place, shape), part in zip(shapes.items(), parts, strict=True):
-                yield place, part.view(shape)
-
-    def scaled(self) -> Iterator[tuple[int, Tensor]]:
-        return self._parts({kind: _scaled(flat, *kind) for kind, flat in self.flat.items()})
+@functools.lru_cache(1024)
+def _side_by_side(
+    shapes: tuple[tuple[torch.Size, torch.Size, float], ...], wanted: tuple[bool, ...], dtypes: tuple[Any, ...]
+) -> tuple[Kind, ...]:
+    """The gradients of adapters: those of one scaling and dtype lie side by side, and are scaled and cast at once. Of
+    each such kind how long it is, and where in it each parameter's lies, by the place of that."""
+    found: dict[tuple[float, torch.dtype], list[tuple[int, Where]]] = {}
+    lengths: dict[tuple[float, torch.dtype], int] = {}
+    for index, (down, up, scaling) in enumerate(shapes):
+        for place, shape in enumerate((down, up), OF_EACH * index + 2):
+            if wanted[place]:
+                kind = scaling, dtypes[place]
+                offset = lengths.get(kind, 0)
+                found.setdefault(kind, []).append((place, (tuple(shape), (shape[1], 1), offset)))
+                lengths[kind] = offset + shape.numel()
+    return tuple([(*kind, lengths[kind], tuple(places)) for kind, places in found.items()])
 
 
 def _sum_with(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
