@@ -158,7 +158,7 @@ def _through_layers(
 
 def _through_adapters(
     group: Group, dx: Tensor | None, own: Tensor | None, h: Any, seed: int | Tensor | None, dys: list[Tensor],
-    downs: list[Any], ups: list[Tensor], sizes: tuple[torch.Size, tuple[torch.Size, ...]],
+    downs: Sequence[Any], ups: Sequence[Tensor], sizes: tuple[torch.Size, tuple[torch.Size, ...]],
     needs: tuple[tuple[bool, ...], tuple[bool, ...]], dtype: torch.dtype,
 ) -> Sequence[Tensor | None]:  # fmt: skip
     """Adds to dx what goes through the adapters, and returns the gradients of all A, then of all B: one sum of partial

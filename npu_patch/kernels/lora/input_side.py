@@ -4,6 +4,7 @@ dA_i = through_i' keep_i(x), in one launch that reads x and dx once. The masks a
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -30,7 +31,7 @@ def add_input_side(
     partial: Tensor | None,
     x: Tensor | None,
     through: Tensor,
-    downs: list[Tensor] | list[None],
+    downs: Sequence[Tensor] | Sequence[None],
     width: int,
     seed: int | Tensor | None,
     dropout: float,
@@ -50,7 +51,7 @@ def add_input_side(
         parts,
         row,
         dropout,
-        type(seed),
+        isinstance(seed, Tensor),
         (product, None if dx is None else dx.dtype, None if downs[0] is None else downs[0].dtype),
     )
     planned((dx, partial, x, through, *of_most(downs)), seed)
@@ -59,7 +60,7 @@ def add_input_side(
 @functools.lru_cache(launch.KEPT)
 def _planned(
     machine: launch.Machine, device: torch.device, shape: torch.Size, width: int, x_row: int | None,
-    parts: int | None, row: int, dropout: float, seed: type, dtypes: tuple[torch.dtype | None, ...],
+    parts: int | None, row: int, dropout: float, loaded: bool, dtypes: tuple[torch.dtype | None, ...],
 ) -> launch.Planned:  # fmt: skip
     """`dtypes`: of the products, of dx and of the A_i, None without."""
     count, rows, rank = shape
@@ -72,7 +73,7 @@ def _planned(
         (rows, width, rank, x_row or 0, dropout, splits_of_rows, row),
         N=count,
         DROPS=dropout > 0,
-        LOADED=issubclass(seed, Tensor),
+        LOADED=loaded,
         NEEDS_X=dtypes[1] is not None,
         NEEDS_DOWN=parts is not None,
         SPLITS=dtypes[0] == torch.bfloat16,

@@ -6,6 +6,7 @@ The first sums over columns and the second over rows, so each is a launch of its
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -21,7 +22,7 @@ THROUGH = launch.Tile(bytes_per_element=24, elements=4096, stages=3)
 UP = launch.Tile(bytes_per_element=24, elements=4096, stages=2)
 
 
-def through_adapters(dys: list[Tensor], ups: list[Tensor], scaling: float) -> Tensor:
+def through_adapters(dys: Sequence[Tensor], ups: Sequence[Tensor], scaling: float) -> Tensor:
     """dy_i `[T, out_i]` with adjacent columns, B_i `[out_i, r]` -> float32 `[n, T, r]`."""
     device, rows, rank = dys[0].device, dys[0].shape[0], ups[0].shape[1]
     through = torch.empty(len(dys), rows, rank, dtype=torch.float32, device=device)
@@ -74,7 +75,7 @@ def _sum_planned(
     )
 
 
-def _of_each(dys: list[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _of_each(dys: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The widths, and the strides of the rows."""
     return tuple([dy.shape[1] for dy in dys]), tuple([dy.stride(0) for dy in dys])
 

@@ -22,8 +22,8 @@ def shrink(x: Tensor, downs: list[Tensor], seed: int | Tensor | None, dropout: f
     device, count, (rows, width) = x.device, len(downs), x.shape
     rank = downs[0].shape[0]
     h = torch.empty(count, rows, rank, dtype=torch.float32, device=device)
-    dtypes, machine = (x.dtype, downs[0].dtype), launch.machine_of(device)
-    planned = _planned(machine, device, count, rows, width, rank, x.stride(0), dropout, type(seed), dtypes)
+    dtypes, machine, loaded = (x.dtype, downs[0].dtype), launch.machine_of(device), isinstance(seed, Tensor)
+    planned = _planned(machine, device, count, rows, width, rank, x.stride(0), dropout, loaded, dtypes)
     planned((x, *of_most(downs), h), seed)
     return h
 
@@ -31,7 +31,7 @@ def shrink(x: Tensor, downs: list[Tensor], seed: int | Tensor | None, dropout: f
 @functools.lru_cache(launch.KEPT)
 def _planned(
     machine: launch.Machine, device: torch.device, count: int, rows: int, width: int, rank: int, x_row: int,
-    dropout: float, seed: type, dtypes: tuple[torch.dtype, ...],
+    dropout: float, loaded: bool, dtypes: tuple[torch.dtype, ...],
 ) -> launch.Planned:  # fmt: skip
     constants = tiling(machine, rows, width, rank, TILE, count)
     return launch.Planned(
@@ -41,7 +41,7 @@ def _planned(
         (rows, width, rank, x_row, dropout, 1.0 / (1.0 - dropout)),
         N=count,
         DROPS=dropout > 0,
-        LOADED=issubclass(seed, Tensor),
+        LOADED=loaded,
         SPLITS=dtypes[0] == torch.bfloat16,
         **constants,
     )
