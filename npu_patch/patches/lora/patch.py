@@ -201,4 +201,6 @@ def _cases(cls: type, live: LiveModules) -> Iterator[Case]:
                 yield case(base.out_features, base.in_features, down.out_features, product, compute)
 
 
-PATCH = Patch("lora", "lora", ADAPTED_LINEAR, find, read_site, bind_site, libraries=("peft",), tunable=False)
+PATCH: Patch[AsNamed | Another, ..., Any] = Patch(
+    "lora", "lora", ADAPTED_LINEAR, find, read_site, bind_site, libraries=("peft",), tunable=False
+)
