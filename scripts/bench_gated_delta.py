@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from npu_patch.ops.gated_delta import rule as ours
+from npu_patch.ops.gated_delta.calls import RuleCall
 from npu_patch.ops.gated_delta.causal_conv1d import causal_conv1d
 
 NAMES = ("o", "dq", "dk", "dv", "dg", "dbeta")
@@ -144,7 +145,7 @@ def tiled(text: str) -> Rule:
     tiling = ours.Tiling(int(chunk), None if group == "auto" else int(group))
 
     def rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor | None]:
-        return ours.chunk_gated_delta_rule(q, k, v, g, beta, use_qk_l2norm_in_kernel=True, tiling=tiling)
+        return ours.chunk_gated_delta_rule(RuleCall(q, k, v, g, beta, normalize=True), tiling)
 
     return rule
 

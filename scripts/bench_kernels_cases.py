@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from npu_patch.kernels.add_rms_norm import add_rms_norm, rms_norm
 from npu_patch.kernels.gated_rms_norm import gated_rms_norm
 from npu_patch.kernels.qk_norm_rope import QKNorm, qk_norm_rope
+from npu_patch.kernels.rms_norm import add_rms_norm, rms_norm
 from npu_patch.kernels.swiglu import swiglu
 
 OURS, EAGER, TORCH, LIGER = "ours", "transformers, eager", "torch", "Liger-Kernel"
@@ -147,7 +147,7 @@ def _rms_norm(tokens: int, width: int, normal: Callable[..., Tensor]) -> Case:
         lambda: Made([normal(1, tokens, width), 1 + normal(width, scale=0.1)], [normal(1, tokens, width)]),
         _eager_norm,
         variants,
-        "npu_patch.kernels.add_rms_norm",
+        "npu_patch.kernels.rms_norm",
     )
 
 
@@ -178,7 +178,7 @@ def _add_rms_norm(tokens: int, width: int, normal: Callable[..., Tensor]) -> Cas
         ),
         eager,
         variants,
-        "npu_patch.kernels.add_rms_norm",
+        "npu_patch.kernels.rms_norm",
     )
 
 

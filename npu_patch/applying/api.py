@@ -14,7 +14,7 @@ import torch
 
 from npu_patch import devices, log
 from npu_patch.applying import live_layers
-from npu_patch.applying.binding import JournalBinder
+from npu_patch.applying.binding import bind
 from npu_patch.applying.choosing import Choosing, tuning_for
 from npu_patch.applying.enabling import STILL_IN_PLACE, Enabled, choice_here, libraries_of
 from npu_patch.applying.options_kept import in_words
@@ -64,7 +64,7 @@ def apply(
         report,
         choice_here,
         Choosing(decisions, tuning_for(CATALOGUE, request, report)),
-        JournalBinder(),
+        bind,
     )
     with STATE.journal.lock:
         STATE.claim(request.device_type)
@@ -167,7 +167,7 @@ def _go(walk: Walk) -> None:
             report.warnings.append("the model uses hub kernels: those stay wherever they are bound")
     prepare(walk.request, report)
     if model is None or STATE.patched:
-        STATE.registries |= walk.registries.keys
+        STATE.registries |= {key[1:] for key in walk.searched}
         STATE.watch_new_layers()
 
 

@@ -1,13 +1,13 @@
-"""What `apply()` would do, without doing it: the same walk, with a binder that binds nothing.
+"""What `apply()` would do, without doing it: the same walk, which then binds nothing.
 
 Needs no device: of an op it takes the implementation that a sound installation would use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from contextlib import ExitStack
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -26,7 +26,6 @@ from npu_patch.patches.patch import AnyPatch
 from npu_patch.reporting.report import Report
 from npu_patch.serving.implementation import AnyChoice, Choice, choose
 from npu_patch.sites.scope import Scope
-from npu_patch.sites.sites import Site
 from npu_patch.switches import Switches, resolve
 from npu_patch.waiting.heads import NormSite, enter, leave
 
@@ -55,15 +54,13 @@ def dry_run(
         report.nothing_because = f"switched off by {switches.sources['patch']}"
         return report
     request = Request(model, device_type, switches)
-    binder = DryBinder()
-    decisions = Decisions.of(switches, device_type)
-    walk = Walk(CATALOGUE, request, report, choice_if_sound, Choosing(decisions), binder)
+    undone = ExitStack()
+    choosing = Choosing(Decisions.of(switches, device_type))
+    walk = Walk(CATALOGUE, request, report, choice_if_sound, choosing, partial(_bind_nothing, undone))
     entries = walk.enabled()
     scope = Scope.of(model, libraries_of(entries), modules=list(modules), registries=registries)
-    try:
+    with undone:
         walk.over(scope, entries)
-    finally:
-        binder.forget()
     prepare(request, report, dry=True)
     if model is not None:
         warn_of_what_serves_nothing(report, [patch for patch, _ in entries], model)
@@ -87,30 +84,10 @@ def choice_if_sound(request: Request, report: Report, patch: AnyPatch) -> AnyCho
     return Choice(chosen, {name: why for name, why in choice.declined.items() if chosen and name != chosen.name})
 
 
-@dataclass
-class DryBinder:
-    """Binds nothing; keeps what would have been bound."""
-
-    bound: list[PatchedSite] = field(default_factory=list)
-
-    def in_place(self) -> Sequence[PatchedSite]:
-        return ()
-
-    def stack(self, site: Site) -> Sequence[PatchedSite]:
-        return ()
-
-    def transaction(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def bind(self, patched: PatchedSite) -> None:
-        """Patches that build on a norm find the original in the place of its replacement. Not so with a rotation: a
-        layer that looks up the original one cannot be observed with its norms put off."""
-        self.bound.append(patched)
-        if isinstance(patched.replacement.participant, NormSite):
-            enter(patched.site.original, patched.replacement.participant)
-
-    def forget(self) -> None:
-        for patched in self.bound:
-            patched.replacement.calls.deactivate()
-            if isinstance(patched.replacement.participant, NormSite):
-                leave(patched.site.original)
+def _bind_nothing(undone: ExitStack, patched: PatchedSite) -> None:
+    """Patches that build on a norm find the original in the place of its replacement. Not so with a rotation: a layer
+    that looks up the original one cannot be observed with its norms put off."""
+    undone.callback(patched.replacement.calls.deactivate)
+    if isinstance(patched.replacement.participant, NormSite):
+        enter(patched.site.original, patched.replacement.participant)
+        undone.callback(leave, patched.site.original)

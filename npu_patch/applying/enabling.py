@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from npu_patch.applying.request import Request
+from npu_patch.applying.state import patched_sites
 from npu_patch.patches.patch import AnyPatch
 from npu_patch.reporting.report import Report
 from npu_patch.serving.dispatch import NO_MODEL
@@ -20,11 +21,9 @@ class Enabled(NamedTuple):
     choice: AnyChoice
 
 
-def enabled(
-    catalogue: Iterable[AnyPatch], request: Request, choice_of: ChoiceOf, in_place: Collection[str], report: Report
-) -> list[Enabled]:
-    """Those that are switched on and that an implementation can serve; `report` is told of the others. `in_place`: the
-    names of patches that earlier calls have left somewhere."""
+def enabled(catalogue: Iterable[AnyPatch], request: Request, choice_of: ChoiceOf, report: Report) -> list[Enabled]:
+    """Those that are switched on and that an implementation can serve; `report` is told of the others."""
+    in_place = {held.outcome.patch for held in patched_sites()}
     found = []
     for patch in catalogue:
         choice = choice_of(request, report, patch)

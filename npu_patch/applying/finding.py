@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 
 from npu_patch.patches.patch import AnyPatch
@@ -15,35 +14,28 @@ from npu_patch.sites.sites import Site
 Search = tuple[str, Callable[[], Iterable[Site]]]  # where, for a report of what went wrong there
 
 
-@dataclass
-class Registries:
-    """transformers' registries: each entry is looked at once per `apply()`, however many files are imported later."""
-
-    searched: set[tuple[str, int, str]] = field(default_factory=set)  # patch, id of the registry, name
-
-    def sites(self, patch: AnyPatch) -> Iterator[Site]:
-        for site in patch.registered():
-            key = (patch.name, id(site.owner), site.name)
-            if key not in self.searched:
-                self.searched.add(key)
-                yield site
-
-    @property
-    def keys(self) -> set[tuple[int, str]]:
-        """Of the entries, as sites."""
-        return {key[1:] for key in self.searched}
+Searched = set[tuple[str, int, str]]  # entries of registries: patch, id of the registry, name
 
 
-def searches(patch: AnyPatch, scope: Scope, registries: Registries) -> Iterator[Search]:
+def searches(patch: AnyPatch, scope: Scope, searched: Searched) -> Iterator[Search]:
     """Registries first, then modules, then the layers of the given model."""
     if scope.registries:
-        yield "transformers' registries", partial(registries.sites, patch)
+        yield "transformers' registries", partial(_registered, patch, searched)
     for module in scope.modules_for(patch.libraries):
         yield module.__name__, partial(patch.find, module)
     for each in scope.displaced:
         yield each.module.__name__, partial(each.found_by, patch.find)
     for layer in scope.layers:
         yield type(layer).__name__, partial(patch.in_layer, layer)
+
+
+def _registered(patch: AnyPatch, searched: Searched) -> Iterator[Site]:
+    """Each entry is looked at once per `apply()`, however many files are imported later."""
+    for site in patch.registered():
+        key = (patch.name, id(site.owner), site.name)
+        if key not in searched:
+            searched.add(key)
+            yield site
 
 
 def taken_by_others(

@@ -21,7 +21,7 @@ def reach(model: torch.nn.Module) -> list[Outcome]:
         function = stack[-1].replacement.function
         if bound.reachable:
             if getattr(bound.bound, "__func__", None) is not function:
-                STATE.journal.rebind(module, bound.name, MethodType(function, module))
+                STATE.journal.rebind(bound.owner, bound.name, MethodType(function, module))
             continue
         STATE.unreached.add(module)
         for held in stack:

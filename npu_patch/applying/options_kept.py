@@ -5,35 +5,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from npu_patch.applying.patched_site import PatchedSite
 from npu_patch.patches.patch import AnyPatch
-from npu_patch.switches import Switches, Value
+from npu_patch.switches import Switches
 
-
-@dataclass(frozen=True)
-class Kept:
-    """One option of a patch, as its replacements were made with it, and as it is asked for now."""
-
-    patch: str
-    name: str
-    in_force: Value
-    asked: Value
-    source: str
+Kept = tuple[str, str]  # what is said of an option before and after the number of sites that keep it
 
 
 def kept_at(held: PatchedSite, patch: AnyPatch, asked: Switches) -> Iterator[Kept]:
-    """Each option that is another now than when the site was patched."""
+    """Of each option that is another now than when the site was patched."""
     names = [*patch.options, *(["triton"] if any(each.optional for each in patch.op.implementations) else [])]
     for name in names:
         if held.switches[name] != asked[name]:
-            yield Kept(patch.name, name, held.switches[name], asked[name], asked.sources[name])
+            yield (
+                f"{patch.name}: {name} stays {held.switches[name]} at",
+                f"of an earlier apply(), not {asked[name]} ({asked.sources[name]}); call restore() first",
+            )
 
 
 def in_words(kept: Counter[Kept]) -> list[str]:
-    return [
-        f"{each.patch}: {each.name} stays {each.in_force} at {sites} site{'s' if sites > 1 else ''} of an earlier "
-        f"apply(), not {each.asked} ({each.source}); call restore() first"
-        for each, sites in kept.items()
-    ]
+    return [f"{before} {sites} site{'s' if sites > 1 else ''} {after}" for (before, after), sites in kept.items()]

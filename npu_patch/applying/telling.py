@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import torch
 
 from npu_patch import log
-from npu_patch.applying.choosing import TUNED_ORIGINAL
 from npu_patch.patches.patch import AnyPatch
 from npu_patch.reporting.outcome import PATCHED
 from npu_patch.reporting.report import Report
@@ -18,7 +17,7 @@ def warn_of_what_serves_nothing(report: Report, patches: Iterable[AnyPatch], mod
     """Of patches that found something they should serve in this model, and serve none of it."""
     for patch in patches:
         found = [each for each in report if each.patch == patch.name and each.layers != 0]
-        outcomes = [each for each in found if each.reason != TUNED_ORIGINAL]
+        outcomes = [each for each in found if not each.in_order]
         if outcomes and not any(outcome.status == PATCHED for outcome in outcomes):
             report.warnings.append(
                 f"{patch.name}: nothing in {type(model).__name__} is served; {len(outcomes)} sites were found"

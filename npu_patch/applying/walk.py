@@ -6,14 +6,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from npu_patch.applying.binding import Binder
+from npu_patch.applying.binding import Bind
 from npu_patch.applying.choosing import LEFT_AS_TUNED, TUNED_ORIGINAL, Choosing
 from npu_patch.applying.enabling import ChoiceOf, Enabled, enabled
-from npu_patch.applying.finding import Registries, searches, taken_by_others
+from npu_patch.applying.finding import Searched, searches, taken_by_others
 from npu_patch.applying.options_kept import Kept, kept_at
 from npu_patch.applying.patched_site import PatchedSite
 from npu_patch.applying.request import Request
-from npu_patch.applying.state import PatchError
+from npu_patch.applying.state import STATE, PatchError, patched_sites
+from npu_patch.ops.readings import NotRead
 from npu_patch.patches.patch import AnyContext, AnyPatch, Context, Replacement
 from npu_patch.reporting.outcome import FAILED, PATCHED, SKIPPED, Outcome
 from npu_patch.reporting.report import Report
@@ -24,20 +25,19 @@ from npu_patch.sites.sites import Site
 
 @dataclass
 class Walk:
-    """`choice_of` names what serves a patch; `binder` puts it there. What became of each site is in `report`."""
+    """`choice_of` names what serves a patch; `bind` puts it there. What became of each site is in `report`."""
 
     catalogue: Sequence[AnyPatch]
     request: Request
     report: Report
     choice_of: ChoiceOf
     choosing: Choosing
-    binder: Binder
-    registries: Registries = field(default_factory=Registries)
+    bind: Bind
+    searched: Searched = field(default_factory=set)
     kept_options: Counter[Kept] = field(default_factory=Counter)  # by sites
 
     def enabled(self) -> list[Enabled]:
-        in_place = {held.outcome.patch for held in self.binder.in_place()}
-        return enabled(self.catalogue, self.request, self.choice_of, in_place, self.report)
+        return enabled(self.catalogue, self.request, self.choice_of, self.report)
 
     def over(self, scope: Scope, entries: Sequence[Enabled]) -> None:
         for entry in entries:
@@ -45,18 +45,18 @@ class Walk:
             context: AnyContext = Context(patch.op, choice, self.request.device_type, self.request.switches, scope.live)
             for site in self._found(patch, scope):
                 self._visit(entry, site, context)
-        known = {each.site for each in self.report} | {held.site.label for held in self.binder.in_place()}
+        known = {each.site for each in self.report} | {held.site.label for held in patched_sites()}
         self.report.outcomes += taken_by_others(scope, self.catalogue, {patch.name for patch, _ in entries}, known)
 
     def _found(self, patch: AnyPatch, scope: Scope) -> Iterator[Site]:
-        for where, search in searches(patch, scope, self.registries):
+        for where, search in searches(patch, scope, self.searched):
             try:
                 yield from list(search())
             except Exception as error:
                 self._failed(patch, where, error)
 
     def _visit(self, entry: Enabled, site: Site, context: AnyContext) -> None:
-        patch, stack = entry.patch, self.binder.stack(site)
+        patch, stack = entry.patch, STATE.patched.get((id(site.owner), site.name), ())
         layers = patch.layers(site, context)
         for held in stack:
             if held.outcome.patch == patch.name:
@@ -66,17 +66,17 @@ class Walk:
             return
         theirs = replaced_before.by_whom(site)
         try:
-            with self.binder.transaction():
+            with STATE.journal.transaction():
                 decision = self.choosing.at(site, entry, context)
                 if isinstance(decision, Replacement):
                     self._bind(entry, site, decision, layers)
                     if theirs is not None:
                         self.report.notes.append(f"{patch.name}: {site.label} was {theirs}; this patch is on top of it")
                 elif decision is LEFT_AS_TUNED:
-                    self._skip(patch, site, decision.reason, layers)
+                    self._skip(patch, site, decision, layers)
                     self._note_unfused(patch, site)
                 elif decision.notable:
-                    self._skip(patch, site, theirs or decision.reason, layers)
+                    self._skip(patch, site, NotRead(theirs) if theirs else decision, layers)
         except Exception as error:
             self._failed(patch, site.label, error)
 
@@ -101,11 +101,12 @@ class Walk:
             layers=layers,
         )
         self.choosing.decisions.describe(replacement.dispatch, outcome)
-        self.binder.bind(PatchedSite(site, replacement, outcome, patch.around, self.request.switches))
+        self.bind(PatchedSite(site, replacement, outcome, patch.around, self.request.switches))
         self.report.outcomes.append(outcome)
 
-    def _skip(self, patch: AnyPatch, site: Site, reason: str, layers: int | None) -> None:
-        self.report.outcomes.append(Outcome(patch.name, site.label, SKIPPED, reason, layers=layers))
+    def _skip(self, patch: AnyPatch, site: Site, why: NotRead, layers: int | None) -> None:
+        outcome = Outcome(patch.name, site.label, SKIPPED, why.reason, layers=layers, in_order=why.in_order)
+        self.report.outcomes.append(outcome)
 
     def _note_unfused(self, patch: AnyPatch, site: Site) -> None:
         """Patches that fuse what this site computes with what follows find nothing to build on."""

@@ -53,3 +53,5 @@ WEIGHT = Gamma("weight", lambda weight: weight, kernel=1)
 ONE_PLUS_WEIGHT = Gamma("1 + weight", lambda weight: 1.0 + widened(weight), kernel=2)
 ROUNDED_ONE_PLUS_WEIGHT = Gamma("rounded 1 + weight", lambda weight: widened(1.0 + weight), kernel=3)
 GAMMAS = (NONE, WEIGHT, ONE_PLUS_WEIGHT, ROUNDED_ONE_PLUS_WEIGHT)
+# Of the gates that kernels have, by the names of `ops.rms_norm`: their numbers there.
+ACTIVATIONS = {"sigmoid": 1, "silu": 2}

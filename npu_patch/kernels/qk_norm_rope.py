@@ -170,23 +170,11 @@ def backward(
     )  # fmt: skip
     if partial is None:
         return None, None
-    return _weight_gradients(
-        partial, norm.gamma, q_weight if needs_q_weight else None, k_weight if needs_k_weight else None
-    )
-
-
-def _weight_gradients(
-    partial: Tensor, gamma: Gamma, q_weight: Tensor | None, k_weight: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Of those that are given, from the rows `[P, 2 D]` that programs left of gamma's gradients."""
-    wanted = [weight for weight in (q_weight, k_weight) if weight is not None]
-    rows = partial if len(wanted) == 2 else _half(partial, q_weight is not None)
-    sums = sum_rows(rows, gamma.summed_in(*wanted))
-    head_dim = partial.shape[1] // 2
-    return (
-        None if q_weight is None else gamma.weight_gradient(sums[:head_dim], q_weight),
-        None if k_weight is None else gamma.weight_gradient(sums[-head_dim:], k_weight),
-    )
+    weights = q_weight if needs_q_weight else None, k_weight if needs_k_weight else None
+    gamma, wanted = norm.gamma, [weight for weight in weights if weight is not None]
+    sums = sum_rows(partial, gamma.summed_in(*wanted)).chunk(2)  # of one that is not wanted, numbers that nobody wrote
+    found = [None if w is None else gamma.weight_gradient(d_gamma, w) for d_gamma, w in zip(sums, weights, strict=True)]
+    return found[0], found[1]
 
 
 # On CUDA each thread reads the cosines and sines of the heads that it holds, from the cache: read once for all heads,
@@ -257,8 +245,3 @@ def _adjacent(x: Tensor) -> Tensor:
 
 def _table_strides(table: Tensor) -> tuple[int, int]:
     return (table.stride(0) if table.shape[0] > 1 else 0), table.stride(1)
-
-
-def _half(partial: Tensor, first: bool) -> Tensor:
-    head_dim = partial.shape[1] // 2
-    return (partial[:, :head_dim] if first else partial[:, head_dim:]).contiguous()

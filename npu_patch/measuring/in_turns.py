@@ -38,15 +38,16 @@ def in_turns(
     taken: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(samples):
         for name, form in forms.items():
-            taken[name].append(_seconds(form, device, runs[name]) / runs[name] * 1e3)
+            taken[name].append(seconds(form, device, runs[name]) / runs[name] * 1e3)
     return {name: _timing(times, peaks[name]) for name, times in taken.items()}
 
 
 def _runs(form: Callable[[], None], device: torch.device) -> int:
-    return max(1, min(100, int(SHORTEST / max(_seconds(form, device, 1), 1e-6))))
+    return max(1, min(100, int(SHORTEST / max(seconds(form, device, 1), 1e-6))))
 
 
-def _seconds(form: Callable[[], None], device: torch.device, runs: int) -> float:
+def seconds(form: Callable[[], object], device: torch.device, runs: int) -> float:
+    """Of several runs in a row: the host launches the next while the device is at one."""
     synchronize(device)
     started = time.perf_counter()
     for _ in range(runs):

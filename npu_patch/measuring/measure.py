@@ -14,11 +14,11 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from npu_patch.measuring.in_turns import seconds
 from npu_patch.numerics.closeness import difference
 from npu_patch.numerics.room import quiet_room
 from npu_patch.numerics.values import numbers, values
@@ -141,14 +141,4 @@ def _timed_tokens(case: AnyCase) -> int:
 def stopwatch(device: torch.device) -> Stopwatch:
     """Seconds that one of several calls in a row takes on `device`: as in training, the host launches the next while
     the device is at one, so that launching counts only where it takes longer."""
-    synchronize = getattr(torch, device.type).synchronize
-
-    def seconds(function: Callable[[], Any]) -> float:
-        synchronize()
-        start = time.perf_counter()
-        for _ in range(IN_A_ROW):
-            function()
-        synchronize()
-        return (time.perf_counter() - start) / IN_A_ROW
-
-    return seconds
+    return lambda function: seconds(function, device, IN_A_ROW) / IN_A_ROW

@@ -24,53 +24,36 @@ HOOKS_ON_ALL_MODULES: list[dict[int, Callable[..., Any]]] = [
 ]
 
 
-class _Aside:
-    """The first that comes puts aside, the last that leaves puts back."""
+class Aside:
+    """The first that comes puts aside, the last that leaves puts back. `is_probe()`: whether this thread runs one."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_probe: Callable[[], bool]) -> None:
+        self.is_probe = is_probe
         self.lock = threading.Lock()  # held for no longer than that: whoever is inside may wait for other locks
         self.inside = 0
         self.put_back = contextlib.ExitStack()
+        os.register_at_fork(
+            before=self.lock.acquire, after_in_parent=self.lock.release, after_in_child=self._after_fork
+        )
 
-    def enter(self, is_probe: Callable[[], bool]) -> None:
+    def __enter__(self) -> None:
         with self.lock:
             if self.inside == 0:
-                self.put_back.enter_context(_settings(is_probe))
+                self.put_back.enter_context(_settings(self.is_probe))
             self.inside += 1
 
-    def leave(self) -> None:
+    def __exit__(self, *error: object) -> None:
         with self.lock:
             self.inside -= 1
             if self.inside == 0:
                 self.put_back.close()
 
-    def after_fork(self, is_probe: bool) -> None:
+    def _after_fork(self) -> None:
         """The other threads that were inside are not in the child."""
-        if self.inside and not is_probe:
+        if self.inside and not self.is_probe():
             self.inside = 0
             self.put_back.close()
         self.lock.release()
-
-
-_ASIDE = _Aside()
-
-
-@contextlib.contextmanager
-def put_aside(is_probe: Callable[[], bool]) -> Iterator[None]:
-    """`is_probe()`: whether this thread is running one."""
-    _ASIDE.enter(is_probe)
-    try:
-        yield
-    finally:
-        _ASIDE.leave()
-
-
-def keep_over_forks(is_probe: Callable[[], bool]) -> None:
-    os.register_at_fork(
-        before=_ASIDE.lock.acquire,
-        after_in_parent=_ASIDE.lock.release,
-        after_in_child=lambda: _ASIDE.after_fork(is_probe()),
-    )
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils import _python_dispatch
 
-from npu_patch.numerics import process_settings
+from npu_patch.numerics.process_settings import Aside
 
 
 class _Room(threading.local):
@@ -28,7 +28,7 @@ def in_quiet_room() -> bool:
     return _ROOM.probes > 0
 
 
-process_settings.keep_over_forks(in_quiet_room)
+_ASIDE = Aside(in_quiet_room)
 
 
 @contextlib.contextmanager
@@ -41,7 +41,7 @@ def quiet_room() -> Iterator[None]:
     """
     _ROOM.probes += 1
     try:
-        with process_settings.put_aside(in_quiet_room), _apart():
+        with _ASIDE, _apart():
             yield
     finally:
         _ROOM.probes -= 1

@@ -24,7 +24,7 @@ Run = Callable[[RMSNormVariant, Tensor, Tensor, Tensor | None, float], tuple[Ten
 def _triton(
     variant: RMSNormVariant, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    from npu_patch.kernels.add_rms_norm import add_rms_norm
+    from npu_patch.kernels.rms_norm import add_rms_norm
 
     return add_rms_norm(x, residual, weight, eps, variant.gamma)
 

@@ -80,12 +80,13 @@ def cross_entropy(
     """`F.cross_entropy` of float32 logits: the sum over labels that are not `ignore_index`, divided by `divisor`, or
     by their number. `labels`: int64, one for each row."""
     logits, labels = _flat(logits, labels)
-    if any(term.rows.dtype == torch.float16 for term in logits.terms) and not label_smoothing:
+    if any(term.rows.dtype == torch.float16 for term in logits.terms):  # gradients before GradScaler's factor underflow
         valid = labels != ignore_index
-        log_probabilities, _ = chosen(logits, labels.masked_fill(~valid, 0), token_losses, stand_in=stand_in)
-        total = torch.where(valid, -log_probabilities, 0.0).sum()
+        plan = _OfLabels.of(logits, stand_in, token_losses, labels.masked_fill(~valid, 0))
+        (of_tokens,) = _Chosen.apply(plan, False, label_smoothing, plan.autograds, *logits.tensors)
+        total = torch.where(valid, -of_tokens, 0.0).sum()
         return total / (valid.sum() if divisor is None else divisor)
-    plan = _Plan.of(logits, token_losses, labels, stand_in)
+    plan = _OfLabels.of(logits, stand_in, token_losses, labels)
     return _CrossEntropy.apply(plan, ignore_index, divisor, label_smoothing, plan.autograds, *logits.tensors)
 
 
@@ -100,43 +101,52 @@ def chosen(
     for each row, each of the vocabulary."""
     shape = labels.shape
     logits, labels = _flat(logits, labels)
-    plan = _Plan.of(logits, token_losses, labels, stand_in)
-    found = _Chosen.apply(plan, entropy, plan.autograds, *logits.tensors)
+    plan = _OfLabels.of(logits, stand_in, token_losses, labels)
+    found = _Chosen.apply(plan, entropy, 0.0, plan.autograds, *logits.tensors)
     return found[0].view(shape), found[1].view(shape) if entropy else None
 
 
 def _flat(logits: Logits, labels: Tensor) -> tuple[Logits, Tensor]:
     if labels.numel() != logits.rows:
         raise ValueError(f"{labels.numel()} labels for {logits.rows} rows of logits: one for each is accepted")
-    return logits.with_rows(lambda rows: rows.reshape(-1, rows.shape[-1])), labels.reshape(-1)
+    return flat(logits), labels.reshape(-1)
+
+
+def flat(logits: Logits) -> Logits:
+    return logits.with_rows(lambda rows: rows.reshape(-1, rows.shape[-1]))
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """`wanted`: of each tensor of the logits, whether it gets a gradient."""
+class Plan:
+    """What one autograd function computes of `logits`, which are detached. `wanted`: of each tensor of theirs, whether
+    it gets a gradient."""
 
     logits: Logits
-    token_losses: TokenLosses
-    labels: Tensor
     wanted: tuple[bool, ...]
     stand_in: StandIn | None
 
     @classmethod
-    def of(cls, logits: Logits, token_losses: TokenLosses, labels: Tensor, stand_in: StandIn | None) -> _Plan:
+    def of(cls, logits: Logits, stand_in: StandIn | None, *rest: Any) -> Any:
         with_grad = torch.is_grad_enabled()
         wanted = tuple(with_grad and each is not None and each.requires_grad for each in logits.tensors)
-        return cls(logits.detached(), token_losses, labels, wanted, stand_in)
+        return cls(logits.detached(), wanted, stand_in, *rest)
 
     @property
     def autograds(self) -> Tensor | None:
         return None if self.stand_in is None else self.stand_in.tensor
 
 
+@dataclass(frozen=True)
+class _OfLabels(Plan):
+    token_losses: TokenLosses
+    labels: Tensor
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        plan: _Plan,
+        plan: _OfLabels,
         ignore_index: int,
         divisor: Any,
         smoothing: float,
@@ -158,10 +168,7 @@ class _CrossEntropy(torch.autograd.Function):
                 of_tokens, log_probabilities = plan.token_losses(full, labels[rows])
                 if gradients.blocks:
                     normalizers.append(full.gather(-1, labels[rows, None]).squeeze(-1) + of_tokens)
-                if smoothing:
-                    shares = log_probabilities.sum(-1) * (smoothing / logits.vocabulary)
-                    of_tokens = of_tokens * (1 - smoothing) - shares
-                losses.append(of_tokens)
+                losses.append(_smoothed(of_tokens, log_probabilities, smoothing))
                 if any(plan.wanted):
                     grad = _of_logits(log_probabilities, labels[rows], scale[rows], None, *even)
                     gradients.add_rows(rows, grad.to(computed.dtype), kept)
@@ -190,7 +197,7 @@ class _CrossEntropy(torch.autograd.Function):
 class _Chosen(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, plan: _Plan, entropy: bool, stand_in: Tensor | None, *tensors: Tensor | None
+        ctx: Any, plan: _OfLabels, entropy: bool, smoothing: float, stand_in: Tensor | None, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         logits, labels = plan.logits, plan.labels
         found, normalizers, entropies = [], [], []
@@ -198,14 +205,13 @@ class _Chosen(torch.autograd.Function):
             for rows in chunks(logits.rows, logits.vocabulary):
                 full = logits.computed(rows)[0].float()
                 of_tokens, log_probabilities = plan.token_losses(full, labels[rows])
-                found.append(-of_tokens)
                 normalizers.append(full.gather(-1, labels[rows, None]).squeeze(-1) + of_tokens)
+                found.append(-_smoothed(of_tokens, log_probabilities, smoothing))
                 if entropy:
                     entropies.append(-(log_probabilities.exp().mul_(log_probabilities)).sum(-1))
         of_rows = torch.cat(entropies) if entropy else None
-        ctx.expression, ctx.wanted, ctx.stand_in = logits.expression, plan.wanted, plan.stand_in
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(labels, torch.cat(normalizers), of_rows, *tensors)
+        ctx.vocabulary, ctx.smoothing = logits.vocabulary, smoothing
+        keep(ctx, plan, tensors, labels, torch.cat(normalizers), of_rows)
         return (torch.cat(found),) if of_rows is None else (torch.cat(found), of_rows)
 
     @staticmethod
@@ -214,29 +220,52 @@ class _Chosen(torch.autograd.Function):
         labels, normalizers, entropies, *tensors = ctx.saved_tensors
         scale = torch.zeros_like(normalizers) if grad is None else -grad
 
-        def of_part(computed: Tensor, rows: slice, start: int | None = None) -> Tensor:
+        def of_part(computed: Tensor, rows: slice, start: int | None) -> Tensor:
             log_probabilities = computed.float() - normalizers[rows, None]
             extra = None
             if of_entropy is not None:
                 extra = (log_probabilities + entropies[rows, None]).mul_(of_entropy[rows, None])
                 extra = extra.mul_(log_probabilities.exp())
-            found = _of_logits(log_probabilities, labels[rows], scale[rows], start)
+            even = ctx.smoothing, ctx.vocabulary
+            found = _of_logits(log_probabilities, labels[rows], scale[rows], start, *even)
             return (found if extra is None else found.sub_(extra)).to(computed.dtype)
 
-        whole = _wanted_whole(ctx)
-        if whole is not None:
-            found = of_part(whole.reshape(-1, whole.shape[-1]), ALL).view(whole.shape)
-            return None, None, found, *(None for _ in tensors)
-        logits = logits_of(ctx.expression, tensors)
-        gradients = _Gradients(logits, ctx.wanted)
-        with torch.autocast(logits.device.type, enabled=False):
-            for rows in gradients.chunks:
-                computed, kept = logits.computed(rows)
-                gradients.add_rows(rows, of_part(computed, rows), kept)
-            for columns in gradients.blocks:
-                computed, kept = logits.computed(ALL, columns)
-                gradients.add_columns(columns, of_part(computed, ALL, columns.start), kept)
-        return None, None, None, *gradients.found
+        return None, None, None, *gradients_again(ctx, tensors, of_part)
+
+
+def keep(ctx: Any, plan: Plan, tensors: Sequence[Tensor | None], *saved: Tensor | None) -> None:
+    """`saved`, and the logits' `tensors`, and what else `gradients_again` needs."""
+    ctx.expression, ctx.wanted, ctx.stand_in = plan.logits.expression, plan.wanted, plan.stand_in
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*saved, *tensors)
+
+
+def gradients_again(
+    ctx: Any, tensors: Sequence[Tensor], of_part: Callable[[Tensor, slice, int | None], Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Of what stands for the logits, and of each of their `tensors`. `of_part(computed, rows, start)`: the gradient of
+    logits `computed` of some rows, from the column `start` on where they are not all."""
+    whole = _wanted_whole(ctx)
+    if whole is not None:
+        of_whole = of_part(whole.reshape(-1, whole.shape[-1]), ALL, None).view(whole.shape)
+        return of_whole, *(None for _ in tensors)
+    logits = logits_of(ctx.expression, tensors)
+    gradients = _Gradients(logits, ctx.wanted)
+    with torch.autocast(logits.device.type, enabled=False):
+        for rows in gradients.chunks:
+            computed, kept = logits.computed(rows)
+            gradients.add_rows(rows, of_part(computed, rows, None), kept)
+        for columns in gradients.blocks:
+            computed, kept = logits.computed(ALL, columns)
+            gradients.add_columns(columns, of_part(computed, ALL, columns.start), kept)
+    return None, *gradients.found
+
+
+def _smoothed(losses: Tensor, log_probabilities: Tensor, smoothing: float) -> Tensor:
+    if not smoothing:
+        return losses
+    shares = log_probabilities.sum(-1) * (smoothing / log_probabilities.shape[-1])
+    return losses * (1 - smoothing) - shares
 
 
 def _of_logits(

@@ -17,10 +17,18 @@ from torch import Tensor
 from npu_patch.devices import ACCELERATORS
 from npu_patch.numerics.rotation import HALF
 from npu_patch.numerics.values import numbers
-from npu_patch.ops.rms_norm import CASE_EPS, FLOAT_DTYPES, RMSNormVariant
+from npu_patch.ops.rms_norm import CASE_EPS, RMSNormVariant, too_wide
 from npu_patch.ops.rope import RoPEVariant, rotary_dim
 from npu_patch.serving.case import Alternative, Case
-from npu_patch.serving.implementation import TRITON, Implementation, dtype_name, is_plain, layout, needs_triton
+from npu_patch.serving.implementation import (
+    FLOAT_DTYPES,
+    TRITON,
+    Implementation,
+    dtype_name,
+    is_plain,
+    layout,
+    needs_triton,
+)
 from npu_patch.serving.op import Op
 
 
@@ -72,16 +80,7 @@ def _unsupported(q: Heads, k: Heads, cos: Tensor, sin: Tensor, rope: RoPEVariant
         return "weights of two dtypes"
     if not (q.eps > 0 and k.eps > 0):
         return "an eps of 0"
-    return _tables_unsupported(q.x, cos, sin, rope) or _too_wide(q.x)
-
-
-def _too_wide(x: Tensor) -> str | None:
-    """The kernels hold whole heads: an NPU's compiler refuses one that does not fit on chip."""
-    if x.device.type != "npu":
-        return None
-    from npu_patch.kernels import launch, qk_norm_rope
-
-    return launch.why_too_wide(x.device, x.shape[-1], *qk_norm_rope.TILES)
+    return _tables_unsupported(q.x, cos, sin, rope) or too_wide(q.x, "qk_norm_rope")
 
 
 def _tables_unsupported(x: Tensor, cos: Tensor, sin: Tensor, rope: RoPEVariant) -> str | None:

@@ -12,10 +12,12 @@ from npu_patch.ops.rope import RoPEVariant
 
 @dataclass(frozen=True)
 class NotRead:
-    """Why a site is left alone. Not `notable`: it has nothing to do with this patch, and the report stays silent."""
+    """Why a site is left alone. Not `notable`: it has nothing to do with this patch, and the report stays silent.
+    `in_order`: as it should be, so that a patch which leaves all its sites for that does not warn."""
 
     reason: str
     notable: bool = True
+    in_order: bool = False
 
     def notable_if(self, notable: bool) -> NotRead:
         return replace(self, notable=notable)

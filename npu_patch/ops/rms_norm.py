@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -22,10 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npu_patch.devices import ACCELERATORS
-from npu_patch.kernels import variants as of_kernels
-from npu_patch.kernels.gamma import GAMMAS, NONE, ONE_PLUS_WEIGHT, ROUNDED_ONE_PLUS_WEIGHT, WEIGHT, Gamma
+from npu_patch.kernels.gamma import ACTIVATIONS, GAMMAS, NONE, ONE_PLUS_WEIGHT, ROUNDED_ONE_PLUS_WEIGHT, WEIGHT, Gamma
 from npu_patch.serving.case import Case
 from npu_patch.serving.implementation import (
+    FLOAT_DTYPES,
+    HALF_DTYPES,
     TRITON,
     Implementation,
     dtype_name,
@@ -38,8 +40,6 @@ from npu_patch.serving.op import Op
 from npu_patch.serving.operators import Operator
 
 CASE_EPS = 1e-6
-HALF_DTYPES = (torch.float16, torch.bfloat16)
-FLOAT_DTYPES = (torch.float32, *HALF_DTYPES)
 NPU_RMS_NORM = Operator("npu_rms_norm", ("epsilon",), gradient=True)
 # By `RMSNormVariant.output`, from the dtypes of input and weight.
 OUTPUT_DTYPES: dict[str, Callable[[torch.dtype, torch.dtype], torch.dtype]] = {
@@ -154,7 +154,7 @@ PLAIN_VARIANTS: tuple[RMSNormVariant, ...] = (
 )
 
 GATE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
-KERNELS_ACTIVATIONS = {GATE_ACTIVATIONS.get(name): name for name in of_kernels.ACTIVATIONS}
+KERNELS_ACTIVATIONS = {GATE_ACTIVATIONS.get(name): name for name in ACTIVATIONS}
 
 
 def _gated(name: str, activation: Callable[[Tensor], Tensor], rounds_before_gate: bool) -> RMSNormVariant:
@@ -195,7 +195,7 @@ def _triton_rms_norm(
 ) -> Tensor:
     """In float32 up to the last rounding, whatever `gate_in_float32` says."""
     if gate is None:
-        from npu_patch.kernels.add_rms_norm import rms_norm
+        from npu_patch.kernels.rms_norm import rms_norm
 
         return rms_norm(x, weight, eps, variant.gamma)
     from npu_patch.kernels.gated_rms_norm import gated_rms_norm
@@ -221,17 +221,17 @@ def unsupported_by_triton(
         return f"a weight of {dtype_name(weight.dtype)} beside float32"
     if any(tensor is not None and tensor.stride(-1) != 1 for tensor in (x, weight, gate)):
         return "a last dimension that is not contiguous"
-    return _too_wide_for_triton(x, gate is not None)
+    return too_wide(x, "rms_norm" if gate is None else "gated_rms_norm")
 
 
-def _too_wide_for_triton(x: Tensor, gated: bool) -> str | None:
-    """The kernels hold whole rows: an NPU's compiler refuses one that does not fit on chip."""
+def too_wide(x: Tensor, kernels: str) -> str | None:
+    """For the module `kernels`, whose kernels hold whole rows: an NPU's compiler refuses one that does not fit on
+    chip."""
     if x.device.type != "npu":
         return None
-    from npu_patch.kernels import add_rms_norm, gated_rms_norm, launch
+    from npu_patch.kernels import launch
 
-    kernels = gated_rms_norm if gated else add_rms_norm
-    return launch.why_too_wide(x.device, x.shape[-1], *kernels.TILES)
+    return launch.why_too_wide(x.device, x.shape[-1], *import_module(f"npu_patch.kernels.{kernels}").TILES)
 
 
 def _unsupported(

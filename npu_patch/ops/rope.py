@@ -20,6 +20,7 @@ from npu_patch.numerics.autograd import Context
 from npu_patch.numerics.results import changeable
 from npu_patch.numerics.rotation import HALF, INTERLEAVE, rotate_pairs, table_gradients
 from npu_patch.numerics.values import values
+from npu_patch.ops.rope_tables import sines_back
 from npu_patch.serving.case import Case
 from npu_patch.serving.implementation import Implementation, dtype_name, is_plain, layout, needs_operators
 from npu_patch.serving.op import Op
@@ -188,7 +189,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin, *tensors = ctx.saved_tensors
-        back = _swap_pairs(sin, ctx.pairing).neg()
+        back = sines_back(sin, ctx.pairing)
         needs_cos, needs_sin, *needed = ctx.needs_input_grad[2:]
         needed = [need and grad is not None for need, grad in itertools.zip_longest(needed, grads)]
         asked = [grad for grad, need in zip(grads, needed, strict=False) if need]
@@ -213,12 +214,6 @@ def _rotate_first(kernel: Kernel, tensors: Sequence[Tensor], cos: Tensor, sin: T
 
 def _deinterleave_first(x: Tensor, width: int) -> Tensor:
     return deinterleave(x) if width == x.shape[-1] else torch.cat((deinterleave(x[..., :width]), x[..., width:]), -1)
-
-
-def _swap_pairs(table: Tensor, pairing: str) -> Tensor:
-    if pairing == HALF:
-        return table.roll(table.shape[-1] // 2, -1)
-    return table.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
 
 
 def _first_half(table: Tensor) -> Tensor:

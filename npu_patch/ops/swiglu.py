@@ -30,6 +30,7 @@ from torch import Tensor
 from npu_patch.devices import ACCELERATORS
 from npu_patch.serving.case import Case
 from npu_patch.serving.implementation import (
+    FLOAT_DTYPES,
     TRITON,
     Implementation,
     dtype_name,
@@ -41,7 +42,6 @@ from npu_patch.serving.implementation import (
 from npu_patch.serving.op import Op
 from npu_patch.serving.operators import Operator
 
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NPU_SWIGLU = Operator("npu_swiglu", ("dim",), gradient=True)
 
 

@@ -32,15 +32,14 @@ from npu_patch.probe.add_rms_norm import AddRMSNormReading, read_add_rms_norm
 from npu_patch.serving.bypassed import Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import Alternative, Case
+from npu_patch.serving.changed_later import CALLS_OF_MODULES, module_of
 from npu_patch.serving.implementation import choose, is_plain
 from npu_patch.serving.listeners import listener
 from npu_patch.serving.replacement import TakenOver, Unfused, Unserved, replacement_for
-from npu_patch.sites.sites import LiveModules, Site, forwards, innermost, is_checkpointing_layer
+from npu_patch.sites.sites import LiveModules, Site, forwards, is_checkpointing_layer
 from npu_patch.waiting.heads import NORMS
 from npu_patch.waiting.sums import Addition, DeferredBranch
 
-# What a forward called by its layer finds between itself and that layer.
-CALLS_OF_MODULES = (torch.nn.Module._call_impl.__code__, torch.nn.Module._wrapped_call_impl.__code__)
 # By the class of the mixer.
 _READINGS: WeakKeyDictionary[type, list[AddRMSNormReading | NotRead]] = WeakKeyDictionary()
 
@@ -66,7 +65,7 @@ def read_site(site: Site) -> Sequence[AddRMSNormReading] | NotRead:
 
 def bind_site(site: Site, readings: Sequence[AddRMSNormReading], context: Context) -> Replacement:
     original = site.original
-    calls, device_type, callers = Calls(), context.device_type, Callers(readings)
+    calls, device_type = Calls(), context.device_type
     dispatch = context.dispatch(lambda live: _cases(readings, live, context))
 
     def fuse(
@@ -92,7 +91,7 @@ def bind_site(site: Site, readings: Sequence[AddRMSNormReading], context: Contex
         reason = listener(self, "it")
         if reason is not None:
             return Unserved(reason)
-        caller = callers.of(self, sys._getframe(1))
+        caller = _caller(readings, self, sys._getframe(1))
         if caller is None:
             return Unserved("not called by the forward of its layer")
         reading, layer = caller
@@ -117,38 +116,22 @@ def bind_site(site: Site, readings: Sequence[AddRMSNormReading], context: Contex
     return Replacement(function, f"in {names}", calls, None, dispatch, alone=False)
 
 
-class Callers:
-    """The layers that call a mixer: live ones, told from the code that is running."""
-
-    def __init__(self, readings: Sequence[AddRMSNormReading]) -> None:
-        self._readings = readings
-
-    def of(self, mixer: torch.nn.Module, frame: FrameType | None) -> tuple[AddRMSNormReading, torch.nn.Module] | None:
-        """The layer in whose observed forward `frame` is, with nothing but module calls and our own between; there the
-        branch is safe. None for every other caller."""
-        while frame is not None and _is_passed_through(frame):
-            frame = frame.f_back
-        for reading in self._readings:
-            if frame is not None and frame.f_code is reading.code:
-                layer = _layer_in(frame)
-                return (reading, layer) if isinstance(layer, reading.layer) and _holds(layer, reading, mixer) else None
-        return None
-
-
-def _layer_in(frame: FrameType) -> Any:
-    """Whose forward `frame` is. A frame that was asked for its locals keeps them alive to its end, so the module call
-    around it is asked, if there is one: that keeps its arguments anyway."""
-    caller = frame.f_back
-    while caller is not None and caller.f_code not in CALLS_OF_MODULES and caller.f_code is not frame.f_code:
-        caller = caller.f_back
-    if caller is not None and caller.f_code in CALLS_OF_MODULES:
-        module = caller.f_locals[caller.f_code.co_varnames[0]]
-        if innermost(type(module).forward).__code__ is frame.f_code:
-            return module
-    return frame.f_locals.get(frame.f_code.co_varnames[0])
+def _caller(
+    readings: Sequence[AddRMSNormReading], mixer: torch.nn.Module, frame: FrameType | None
+) -> tuple[AddRMSNormReading, torch.nn.Module] | None:
+    """The live layer in whose observed forward `frame` is, with nothing but module calls and our own between; there the
+    branch is safe. None for every other caller."""
+    while frame is not None and _is_passed_through(frame):
+        frame = frame.f_back
+    for reading in readings:
+        if frame is not None and frame.f_code is reading.code:
+            layer = module_of(frame) or frame.f_locals.get(frame.f_code.co_varnames[0])
+            return (reading, layer) if isinstance(layer, reading.layer) and _holds(layer, reading, mixer) else None
+    return None
 
 
 def _is_passed_through(frame: FrameType) -> bool:
+    """What a forward called by its layer finds between itself and that layer."""
     return frame.f_code in CALLS_OF_MODULES or frame.f_globals.get("__name__", "").startswith("npu_patch.")
 
 

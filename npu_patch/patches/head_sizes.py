@@ -13,15 +13,13 @@ from npu_patch.sites.sites import LiveModules
 
 @dataclass(frozen=True)
 class HeadSizes:
-    """`rotary`: how much of a head is rotated. `window`: how many keys a query sees, itself included, where a window is
-    set. `sinks`: there is one more logit for each head."""
+    """`rotary`: how much of a head is rotated. `sinks`: there is one more logit for each head."""
 
     heads: int
     key_heads: int
     head_dim: int
     value_dim: int
     rotary: int
-    window: int | None = None
     sinks: bool = False
 
 
@@ -44,9 +42,8 @@ def head_sizes(layers: Iterable[torch.nn.Module], live: LiveModules) -> Iterator
             rotated[id(config)] = rotary_widths(live, config, width)
         value_dim = (_number(layer, "v_head_dim") if latent else None) or width
         sinks = any(each.shape == (heads,) for each in layer.parameters(recurse=False))
-        window = _number(layer, "sliding_window")
         for rotary in rotated[id(config)]:
-            found[HeadSizes(heads, key_heads, width, value_dim, rotary, window, sinks)] = None
+            found[HeadSizes(heads, key_heads, width, value_dim, rotary, sinks)] = None
     yield from found
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from npu_patch.ops.readings import NotRead, RMSNormReading
-from npu_patch.ops.rms_norm import HALF_DTYPES, RMS_NORM, case
+from npu_patch.ops.rms_norm import RMS_NORM, case
 from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.probe.readings import Readings
 from npu_patch.probe.rms_norm import read_rms_norm
@@ -28,6 +28,7 @@ from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import Case
 from npu_patch.serving.changed_later import Callers
 from npu_patch.serving.dispatch import Dispatch
+from npu_patch.serving.implementation import HALF_DTYPES
 from npu_patch.serving.listeners import listener_among, listener_to_all
 from npu_patch.serving.replacement import TakenOver, Unserved, are_tensors, bind, replacement_for
 from npu_patch.sites.sites import LiveModules, Site, parameter_names, rebindable_forwards

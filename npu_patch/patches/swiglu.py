@@ -52,7 +52,7 @@ def bind_site(site: Site, found: SwiGLUReading, context: Context) -> Replacement
     activations = Activations(found.activation)
     live = context.live_modules(cls)
     if live and not any([activations.is_silu(activations.of(module)) for module in live]):
-        return NotRead(f"the activation is {_name_of(activations.of(live[0]))}, not SiLU")
+        return NotRead(f"the activation is {_name_of(activations.of(live[0]))}, not SiLU", in_order=True)
 
     def read(its_class: type, attributes: Mapping[str, Any]) -> SwiGLUReading | NotRead:
         reading = read_swiglu(its_class, original)

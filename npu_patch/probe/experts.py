@@ -57,6 +57,9 @@ DECLARATIONS = {"is_transposed": False, "has_bias": False, "has_gate": True, "ha
 SETTINGS = ("act_fn", *DECLARATIONS)  # which are looked at here, whatever a forward asks for
 
 
+ARGUMENTS = ("tokens", "indices", "router_weights")
+
+
 @dataclass(frozen=True)
 class Convention:
     """How a forward is called and how its weights are stored.
@@ -65,7 +68,7 @@ class Convention:
     `[T, E]`, not `[T, k]`; `identities`: indices beyond the experts return the token itself.
     """
 
-    arguments: tuple[str, ...] = ("tokens", "indices", "router_weights")
+    arguments: tuple[str, ...] = ARGUMENTS
     dense: bool = False
     transposed: bool = True  # weights [E, N, K], as nn.Linear stores them
     has_bias: bool = False
@@ -86,10 +89,6 @@ class ExpertsReading:
     convention: Convention
     gate: str
     batched: bool = False
-
-    @property
-    def fused(self) -> bool:
-        return self.gate == "SwiGLU"
 
 
 def _apply_gate(module: Any, up: Tensor) -> Tensor:
@@ -123,7 +122,7 @@ GATES: dict[str, Callable[[Any, Tensor], Tensor]] = {
 
 def gate_of(reading: ExpertsReading, module: Any) -> Callable[[Tensor], Tensor] | None:
     """None for SwiGLU, for which there is a kernel."""
-    return None if reading.fused else lambda up: GATES[reading.gate](module, up)
+    return None if reading.gate == "SwiGLU" else lambda up: GATES[reading.gate](module, up)
 
 
 def read_experts(
@@ -147,7 +146,7 @@ def read_experts(
 
 def undeclared_conventions() -> Iterator[Convention]:
     """Those of forwards of three arguments that transformers says nothing about, in all versions."""
-    orders = (("tokens", "indices", "router_weights"), ("tokens", "router_weights", "indices"))
+    orders = (ARGUMENTS, ("tokens", "router_weights", "indices"))
     # With identities first: without any token that is given to one, both look alike.
     for identities, arguments, dense, transposed, has_bias in product(
         (True, False), orders, (False, True), (True, False), (False, True)
@@ -290,14 +289,11 @@ def _settings(attributes: Mapping[str, Any]) -> dict[str, Any]:
     has_tensors = isinstance(activation, torch.nn.Module) and any(
         True for tensors in (activation.parameters(), activation.buffers()) for _ in tensors
     )
+    if isinstance(activation, torch.nn.Module):
+        activation = activation.forward  # without the hooks of a live one
     # Where it is applied is what is observed; what it computes is its own business when it runs.
-    plain["act_fn"] = _some_activation if has_tensors or activation is None else _unheard(activation)
+    plain["act_fn"] = _some_activation if has_tensors or activation is None else activation
     return plain | SIZES | {"post_expert_norm": _some_norm, "identity_expert": _identity}
-
-
-def _unheard(activation: Any) -> Any:
-    """Without the hooks of a live one."""
-    return activation.forward if isinstance(activation, torch.nn.Module) else activation
 
 
 def _some_activation(x: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def chosen(logits: Tensor, top_k: int, normalised: bool, dtype: torch.dtype) -> 
     return indices, weights.to(dtype)
 
 
-def read_method(cls: type, method: Callable[..., Any], attributes: Mapping[str, Any]) -> AsNamed | NotRead:
+def read_method(cls: type, method: Callable[..., Any]) -> AsNamed | NotRead:
     """`method(self, tokens [T, H], indices, router_weights [T, k])`, which should be the sum over experts."""
     with quiet_room():
         for dtype in ALLOWED:
@@ -81,7 +81,7 @@ def read_method(cls: type, method: Callable[..., Any], attributes: Mapping[str, 
             (experts, tokens, weights), (own_experts, own_tokens, own_weights) = runs
             indices = torch.tensor([[t % EXPERTS, (t + 1 + t % 2) % EXPERTS] for t in range(BATCH * LENGTH)])
             try:
-                stand_in = StandIn(cls, _plain(attributes) | SETTINGS | {"experts": experts.functions})
+                stand_in = StandIn(cls, SETTINGS | {"experts": experts.functions})
                 observed = method(stand_in, tokens, indices, weights)
             except (Missing, Exception) as problem:
                 unless_accident(problem)

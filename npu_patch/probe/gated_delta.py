@@ -199,46 +199,45 @@ def _convolution_inputs(tokens: int, bias: bool, dtype: torch.dtype) -> list[Ten
     return [values(shape, 11 + index, dtype, grad=True) for index, shape in enumerate(shapes)]
 
 
-def _observe_activations(observe: Callable[[str | None], float]) -> tuple[str | None, ...] | NotRead:
-    distances = {activation: observe(activation) for activation in (None, "silu")}
-    served = tuple(activation for activation, far in distances.items() if far <= 1.0)
+def _observe_activations(
+    far: Callable[[str | None, int, bool, torch.dtype], float], tokens: tuple[int, int]
+) -> tuple[str | None, ...] | NotRead:
+    """Those for which `far` is small, for one number of `tokens` with a bias, and for the other without."""
+    biased, plain = tokens
+    cases = ((biased, True, torch.float32), (plain, False, torch.float32), (biased, True, torch.bfloat16))
+    distances = {activation: max(far(activation, *case) for case in cases) for activation in (None, "silu")}
+    served = tuple(activation for activation, worst in distances.items() if worst <= 1.0)
     if not served:
         return NotRead(f"computes no causal convolution: {min(distances.values()):.3g} tolerances away")
     return (*served, "swish") if "silu" in served else served
 
 
 def _observe_convolution(function: Callable[..., Any]) -> tuple[str | None, ...] | NotRead:
-    def far(activation: str | None) -> float:
-        worst = 0.0
-        for tokens, bias, dtype in ((6, True, torch.float32), (2, False, torch.float32), (6, True, torch.bfloat16)):
-            inputs = _convolution_inputs(tokens, bias, dtype)
-            x, weight, *biases = inputs
-            observed = function(x, weight, biases[0] if bias else None, activation=activation)
-            exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
-            x, weight, *biases = exact_inputs
-            expected = convolution(x, weight, biases[0] if bias else None, activation)
-            worst = max(worst, _distance([observed], [expected], [dtype], inputs, exact_inputs))
-        return worst
+    def far(activation: str | None, tokens: int, bias: bool, dtype: torch.dtype) -> float:
+        inputs = _convolution_inputs(tokens, bias, dtype)
+        exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
+        x, weight, *biases = inputs
+        observed = function(x, weight, biases[0] if bias else None, activation=activation)
+        x, weight, *biases = exact_inputs
+        expected = convolution(x, weight, biases[0] if bias else None, activation)
+        return _distance([observed], [expected], [dtype], inputs, exact_inputs)
 
-    return _observe_activations(far)
+    return _observe_activations(far, (6, 2))
 
 
 def _observe_update(function: Callable[..., Any]) -> tuple[str | None, ...] | NotRead:
-    def far(activation: str | None) -> float:
-        worst = 0.0
-        for tokens, bias, dtype in ((1, True, torch.float32), (3, False, torch.float32), (1, True, torch.bfloat16)):
-            x, weight, *biases = (tensor.detach() for tensor in _convolution_inputs(tokens, bias, dtype))
-            state = values((2, 5, 4), 14, dtype)
-            seen = torch.cat((state, x), -1)
-            observed = function(x, state, weight, biases[0] if bias else None, activation)
-            exact = [tensor.double() for tensor in (seen, weight, *biases)]
-            expected = convolution(exact[0], exact[1], exact[2] if bias else None, activation)[..., -tokens:]
-            if not torch.equal(state, seen[..., -4:]):
-                return float("inf")
-            worst = max(worst, difference(observed, expected.to(dtype)) / BOUNDS[dtype])
-        return worst
+    def far(activation: str | None, tokens: int, bias: bool, dtype: torch.dtype) -> float:
+        x, weight, *biases = (tensor.detach() for tensor in _convolution_inputs(tokens, bias, dtype))
+        state = values((2, 5, 4), 14, dtype)
+        seen = torch.cat((state, x), -1)
+        observed = function(x, state, weight, biases[0] if bias else None, activation)
+        exact = [tensor.double() for tensor in (seen, weight, *biases)]
+        expected = convolution(exact[0], exact[1], exact[2] if bias else None, activation)[..., -tokens:]
+        if not torch.equal(state, seen[..., -4:]):
+            return float("inf")
+        return difference(observed, expected.to(dtype)) / BOUNDS[dtype]
 
-    return _observe_activations(far)
+    return _observe_activations(far, (1, 3))
 
 
 _OBSERVERS: dict[str, Callable[[Callable[..., Any]], Any]] = {

@@ -7,7 +7,7 @@ of the rule is its dtype and head sizes, how many value heads share a key head, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,9 @@ from npu_patch.numerics.room import quiet_room
 from npu_patch.numerics.values import values
 from npu_patch.ops.gated_delta.calls import ConvolutionCall, RuleCall
 from npu_patch.probe.gated_delta_reference import convolution, recurrence
-from npu_patch.serving.implementation import Implementation
+from npu_patch.serving.implementation import AnyImplementation
 
-TOKENS, ROWS, KEY_HEADS = 70, 2, 2  # of chunks of 64 at the most: what one leaves to the next is seen
+TOKENS, ROWS, KEY_HEADS, CHANNELS = 70, 2, 2, 64  # of chunks of 64 at the most: what one leaves to the next is seen
 BOUNDS = (0, 3, 20, TOKENS)  # of packed sequences, in one row
 DECAYS = (2.0**-5, 4.0)  # of the first and the last value head: a slow one remembers all tokens, a fast one few
 # Relative to the largest element. 16-bit kernels round the products of a chunk; a wrong one is off by its own size.
@@ -50,6 +50,33 @@ class RuleKind:
         from_state, widths = call.initial_state is not None, (call.k.shape[-1], call.v.shape[-1])
         return cls(call.q.dtype, *widths, values_per_key, call.normalize, from_state, call.output_final_state)
 
+    def inputs(self, bounds: Sequence[int] | None) -> dict[str, Tensor]:
+        """Two rows of tokens, or packed sequences, with heads that forget at very different speeds."""
+        rows, heads = ROWS if bounds is None else 1, KEY_HEADS * self.values_per_key
+        first, last = DECAYS
+        rates = first * (last / first) ** (torch.arange(heads) / (heads - 1))
+        k = values((rows, TOKENS, KEY_HEADS, self.key_width), 2)
+        given = {
+            "q": values((rows, TOKENS, KEY_HEADS, self.key_width), 1),
+            "k": k if self.normalize else F.normalize(k, dim=-1),
+            "v": values((rows, TOKENS, heads, self.value_width), 3),
+            "beta": values((rows, TOKENS, heads), 5).sigmoid(),
+        }
+        in_float32 = {"g": -values((rows, TOKENS, heads), 4).abs() * rates}
+        if self.from_state:
+            sequences = rows if bounds is None else len(bounds) - 1
+            in_float32["initial_state"] = values((sequences, heads, self.key_width, self.value_width), 6)
+        return {name: tensor.to(self.dtype) for name, tensor in given.items()} | in_float32
+
+    def call(self, **given: Any) -> RuleCall:
+        return RuleCall(**given, output_final_state=self.to_state, normalize=self.normalize)
+
+    def results(self, returned: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        return returned if self.to_state else returned[:1]
+
+    def exact(self, bounds: Sequence[int] | None, **inputs: Tensor) -> tuple[Tensor, ...]:
+        return self.results(recurrence(**inputs, normalize=self.normalize, bounds=bounds))
+
 
 @dataclass(frozen=True)
 class ConvolutionKind:
@@ -66,119 +93,60 @@ class ConvolutionKind:
         weight = call.weight
         return cls(call.x.dtype, weight.dtype, weight.shape[-1], call.bias is not None, call.activation)
 
+    def inputs(self, bounds: Sequence[int] | None) -> dict[str, Tensor]:
+        rows = ROWS if bounds is None else 1
+        bias = {"bias": values((CHANNELS,), 13).to(self.weight_dtype)} if self.biased else {}
+        x = values((rows, TOKENS, CHANNELS), 11).to(self.dtype).transpose(1, 2)
+        return {"x": x, "weight": values((CHANNELS, self.width), 12).to(self.weight_dtype), **bias}
 
-def why_wrong_rule(implementation: Implementation, call: RuleCall) -> str | None:
-    kind, device = RuleKind.of(call), call.q.device
-    return _verdict((implementation.name, device, kind), lambda: _check_rule(implementation, device, kind))
+    def call(self, **given: Any) -> ConvolutionCall:
+        return ConvolutionCall(**given, activation=self.activation)
+
+    def results(self, returned: Tensor) -> tuple[Tensor, ...]:
+        return (returned,)
+
+    def exact(self, bounds: Sequence[int] | None, **inputs: Tensor) -> tuple[Tensor, ...]:
+        given = inputs["x"], inputs["weight"], inputs.get("bias")
+        return (convolution(*given, activation=self.activation, bounds=bounds),)
 
 
-def why_wrong_convolution(implementation: Implementation, call: ConvolutionCall) -> str | None:
-    kind, device = ConvolutionKind.of(call), call.x.device
-    return _verdict((implementation.name, device, kind), lambda: _check_convolution(implementation, device, kind))
-
-
-def _verdict(key: tuple[Any, ...], observe: Callable[[], str | None]) -> str | None:
+def why_wrong(implementation: AnyImplementation, call: RuleCall | ConvolutionCall) -> str | None:
+    kind = RuleKind.of(call) if isinstance(call, RuleCall) else ConvolutionKind.of(call)
+    key = implementation.name, call.tensors[0].device, kind
     if key not in VERDICTS:
-        device_type = key[1].type
         try:
-            with quiet_room(), torch.autocast(device_type, enabled=False):
-                VERDICTS[key] = observe()
+            with quiet_room(), torch.autocast(key[1].type, enabled=False):
+                found = (_compare(implementation, kind, bounds, key[1]) for bounds in (None, BOUNDS))
+                VERDICTS[key] = next(filter(None, found), None)
         except Exception as error:
             unless_accident(error)
             VERDICTS[key] = f"self-check: {error_text(error)}"
     return VERDICTS[key]
 
 
-def _check_rule(implementation: Implementation, device: torch.device, kind: RuleKind) -> str | None:
-    def run(cu_seqlens: Tensor | None, **inputs: Tensor) -> Sequence[Tensor] | None:
-        call = RuleCall(
-            **inputs,
-            output_final_state=kind.to_state,
-            normalize=kind.normalize,
-            cu_seqlens=cu_seqlens,
-            bounds_on_host=lambda: torch.tensor(BOUNDS, dtype=torch.int32),
-        )
-        if implementation.unsupported(call) is not None:
-            return None
-        o, final = implementation.run(call)
-        return (o, final) if kind.to_state else (o,)
-
-    def expected(bounds: Sequence[int] | None, **inputs: Tensor) -> Sequence[Tensor]:
-        o, final = recurrence(**inputs, normalize=kind.normalize, bounds=bounds)
-        return (o, final) if kind.to_state else (o,)
-
-    return _first(_compare(run, expected, _rule_inputs(kind, bounds), bounds, device) for bounds in (None, BOUNDS))
-
-
-def _rule_inputs(kind: RuleKind, bounds: Sequence[int] | None) -> dict[str, Tensor]:
-    """Two rows of tokens, or packed sequences, with heads that forget at very different speeds."""
-    rows, heads = ROWS if bounds is None else 1, KEY_HEADS * kind.values_per_key
-    first, last = DECAYS
-    rates = first * (last / first) ** (torch.arange(heads) / (heads - 1))
-    k = values((rows, TOKENS, KEY_HEADS, kind.key_width), 2)
-    given = {
-        "q": values((rows, TOKENS, KEY_HEADS, kind.key_width), 1),
-        "k": k if kind.normalize else F.normalize(k, dim=-1),
-        "v": values((rows, TOKENS, heads, kind.value_width), 3),
-        "beta": values((rows, TOKENS, heads), 5).sigmoid(),
-    }
-    in_float32 = {"g": -values((rows, TOKENS, heads), 4).abs() * rates}
-    if kind.from_state:
-        sequences = rows if bounds is None else len(bounds) - 1
-        in_float32["initial_state"] = values((sequences, heads, kind.key_width, kind.value_width), 6)
-    return {name: tensor.to(kind.dtype) for name, tensor in given.items()} | in_float32
-
-
-def _check_convolution(implementation: Implementation, device: torch.device, kind: ConvolutionKind) -> str | None:
-    def run(cu_seqlens: Tensor | None, **inputs: Tensor) -> Sequence[Tensor] | None:
-        call = ConvolutionCall(
-            **inputs,
-            activation=kind.activation,
-            cu_seqlens=cu_seqlens,
-            bounds_on_host=lambda: torch.tensor(BOUNDS, dtype=torch.int32),
-        )
-        return None if implementation.unsupported(call) is not None else (implementation.run(call),)
-
-    def expected(bounds: Sequence[int] | None, **inputs: Tensor) -> Sequence[Tensor]:
-        given = inputs["x"], inputs["weight"], inputs.get("bias")
-        return (convolution(*given, activation=kind.activation, bounds=bounds),)
-
-    def given(rows: int) -> dict[str, Tensor]:
-        channels = 64
-        bias = {"bias": values((channels,), 13).to(kind.weight_dtype)} if kind.biased else {}
-        x = values((rows, TOKENS, channels), 11).to(kind.dtype).transpose(1, 2)
-        return {"x": x, "weight": values((channels, kind.width), 12).to(kind.weight_dtype), **bias}
-
-    return _first(
-        _compare(run, expected, given(ROWS if bounds is None else 1), bounds, device) for bounds in (None, BOUNDS)
-    )
-
-
-def _first(reasons: Iterable[str | None]) -> str | None:
-    return next((reason for reason in reasons if reason is not None), None)
-
-
 def _compare(
-    run: Callable[..., Sequence[Tensor] | None],
-    expected: Callable[..., Sequence[Tensor]],
-    given: dict[str, Tensor],
+    implementation: AnyImplementation,
+    kind: RuleKind | ConvolutionKind,
     bounds: Sequence[int] | None,
     device: torch.device,
 ) -> str | None:
     """All outputs, and the gradients that reach the inputs through all of them."""
+    given = kind.inputs(bounds)
     inputs = {name: tensor.detach().to(device).requires_grad_() for name, tensor in given.items()}
     exact_inputs = {name: tensor.detach().double().requires_grad_() for name, tensor in given.items()}
-    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=device)
-    observed = run(cu_seqlens, **inputs)
-    if observed is None:  # such calls do not reach it
+    packed: dict[str, Any] = {"bounds_on_host": lambda: torch.tensor(BOUNDS, dtype=torch.int32)}
+    if bounds is not None:
+        packed["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32, device=device)
+    call = kind.call(**inputs, **packed)
+    if implementation.unsupported(call) is not None:  # such calls do not reach it
         return None
-    exact = expected(bounds, **exact_inputs)
+    observed = kind.results(implementation.run(call))
+    exact = kind.exact(bounds, **exact_inputs)
     where = "" if bounds is None else " of packed sequences"
-    dtype = next(iter(given.values())).dtype
     weights: list[Tensor] = []
     for name, one, other in zip(("output", "final state")[: len(exact)], observed, exact, strict=True):
         far = difference(one.detach().float().cpu(), other.detach().float())
-        if not far <= ALLOWED[dtype]:
+        if not far <= ALLOWED[kind.dtype]:
             return f"self-check: {name}{where} is {far:.2g} of its size off"
         if not one.requires_grad:
             return f"self-check: {name}{where} passes on no gradient"
@@ -187,6 +155,6 @@ def _compare(
     exact_found = torch.autograd.grad(exact, list(exact_inputs.values()), [each.double() for each in weights])
     for name, one, other in zip(inputs, found, exact_found, strict=True):
         far = difference(one.float().cpu(), other.float())
-        if not far <= 2.0 * ALLOWED[dtype]:
+        if not far <= 2.0 * ALLOWED[kind.dtype]:
             return f"self-check: gradient of {name}{where} is {far:.2g} of its size off"
     return None

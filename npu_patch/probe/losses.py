@@ -1,4 +1,5 @@
-"""Whether a function is the cross entropy of logits, or takes the log-probabilities of tokens or their entropy."""
+"""Whether a function is the cross entropy of logits, with smoothed labels or without, or takes the log-probabilities of
+tokens or their entropy."""
 
 from __future__ import annotations
 
@@ -52,6 +53,63 @@ def read_cross_entropy(function: Callable[..., Any]) -> AsNamed | NotRead:
     target: dict[str, Any] = {"target": _integers(LABELS)}
     shape = (TOKENS, VOCABULARY)
     return _as_named(function, cross_entropy, [{**target, **call} for call in calls], "cross entropy", "source", shape)
+
+
+EPSILON, SHIFTED = "epsilon", "shift_labels"
+
+
+def logits_among(outputs: Any) -> Any:
+    return outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+
+
+def smoothed_cross_entropy(
+    epsilon: float,
+    ignore_index: int,
+    model_output: Any,
+    labels: Tensor,
+    shift_labels: bool = False,
+    num_items_in_batch: Any = None,
+) -> Tensor:
+    logits = logits_among(model_output)
+    if shift_labels:
+        logits, labels = logits[..., :-1, :], labels[..., 1:]
+    each, ignored = -logits.log_softmax(-1), labels == ignore_index
+    of_label = each.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1).masked_fill(ignored, 0.0).sum()
+    of_all = each.sum(-1, dtype=torch.float32).masked_fill(ignored, 0.0).sum() / logits.shape[-1]
+    number = (~ignored).sum() if num_items_in_batch is None else num_items_in_batch
+    return (1 - epsilon) * (of_label / number) + epsilon * (of_all / number)
+
+
+@quiet_room()
+def read_label_smoothing(smoother: Any, function: Callable[..., Any]) -> AsNamed | NotRead:
+    """Of `function(smoother(epsilon, ignore_index), model_output, labels)`, as `__call__` of transformers'
+    `LabelSmoother`: the cross entropy over labels that are not ignored, of which a share is spread over the
+    vocabulary."""
+    names = tuple(inspect.signature(function).parameters)[1:]
+    if names[:2] != ("model_output", "labels") or not set(names[2:]) <= {SHIFTED, NUMBER}:
+        return NotRead(f"takes {', '.join(names)}, whose meaning is not known")
+    labels = _integers((LABELS, INDEX[1]))
+    differing: list[Call] = [{}, {IGNORED: 3}, {EPSILON: 0.0}]
+    if SHIFTED in names:
+        differing.append({SHIFTED: True})
+    if NUMBER in names:
+        differing += [{NUMBER: 5}, {NUMBER: _integers(3)}]
+    calls: list[Call] = [{EPSILON: 0.3, IGNORED: NO_LABEL, "labels": labels, **call} for call in differing]
+
+    def called(in_dict: bool) -> Callable[..., Any]:
+        def call(epsilon: float, ignore_index: int, logits: Tensor, **others: Any) -> Any:
+            outputs = {"loss": None, "logits": logits} if in_dict else (logits, None)
+            return function(smoother(epsilon=epsilon, ignore_index=ignore_index), outputs, **others)
+
+        return call
+
+    def expected(logits: Tensor, **others: Any) -> Tensor:
+        return smoothed_cross_entropy(model_output=(logits,), **others)
+
+    found = [
+        _as_named(called(in_dict), expected, calls, "cross entropy of smoothed labels") for in_dict in (True, False)
+    ]
+    return next((each for each in found if isinstance(each, NotRead)), found[0])
 
 
 TEMPERATURE, ROW_MASK = "temperature", "row_mask"

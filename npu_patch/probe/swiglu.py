@@ -7,7 +7,7 @@ that the last one was given exactly `activation(gate) * up`, shows the parts wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -53,13 +53,11 @@ class Call:
     answered: Tensor
 
 
-def read_swiglu(
-    cls: type, forward: Callable[..., Any], attributes: Mapping[str, Any] | None = None
-) -> SwiGLUReading | NotRead:
-    """Runs `forward(self, x)` on a stand-in for an instance of `cls`, with its plain `attributes` where it is known."""
+def read_swiglu(cls: type, forward: Callable[..., Any]) -> SwiGLUReading | NotRead:
+    """Runs `forward(self, x)` on a stand-in for an instance of `cls`."""
     with quiet_room():
         for dtype, training, scale in product((torch.float32, torch.bfloat16), (True, False), SCALES):
-            reading = _read(cls, forward, attributes, dtype, training, scale)
+            reading = _read(cls, forward, dtype, training, scale)
             if isinstance(reading, NotRead):
                 break
         return reading
@@ -83,21 +81,12 @@ def computes_silu(activation: Callable[[Tensor], Tensor]) -> bool:
 
 
 def _read(
-    cls: type,
-    forward: Callable[..., Any],
-    attributes: Mapping[str, Any] | None,
-    dtype: torch.dtype,
-    training: bool,
-    scale: float,
+    cls: type, forward: Callable[..., Any], dtype: torch.dtype, training: bool, scale: float
 ) -> SwiGLUReading | NotRead:
     calls: list[Call] = []
     x = values(SHAPE, 31, dtype, grad=True)
-    known = {name: value for name, value in (attributes or {}).items() if not callable(value)} | {"training": training}
 
     def recorder(name: str) -> Callable[[Tensor], Tensor]:
-        if attributes is not None and name not in attributes:
-            raise Missing(name)
-
         def record(given: Tensor) -> Tensor:
             numbers = values(given.shape, 40 + len(calls)) * scale
             answered = numbers.to(given.dtype).requires_grad_()
@@ -107,7 +96,7 @@ def _read(
         return record
 
     try:
-        returned = forward(StandIn(cls, known, recorder), x)
+        returned = forward(StandIn(cls, {"training": training}, recorder), x)
     except (Missing, Exception) as problem:
         unless_accident(problem)
         on_input = [call for call in calls if call.given is x]
@@ -132,10 +121,10 @@ def _parts(x: Tensor, calls: list[Call], returned: Any) -> SwiGLUReading | NotRe
 
 def _separate(on_input: list[Call], between: list[Call], down: Call) -> SwiGLUReading | NotRead:
     for gate, up in (on_input, on_input[::-1]):
-        if not between and _is_product(down.given, gate.answered, up.answered, F.silu):
+        if not between and _is(down.given, _gated, gate.answered, up.answered):
             return SwiGLUReading(gate.name, up.name, None, down.name)
         activated = between and between[0].given is gate.answered
-        if activated and _is_product(down.given, between[0].answered, up.answered, _identity):
+        if activated and _is(down.given, torch.mul, between[0].answered, up.answered):
             return SwiGLUReading(gate.name, up.name, between[0].name, down.name)
     gated = any(_scales_with(down.given, call.answered) for call in on_input)
     return NotRead("its last projection is not given activation(gate) * up", notable=gated)
@@ -143,40 +132,36 @@ def _separate(on_input: list[Call], between: list[Call], down: Call) -> SwiGLURe
 
 def _fused(gate_up: Call, between: list[Call], down: Call) -> SwiGLUReading | NotRead:
     halves = gate_up.answered.chunk(2, -1)
-    for gate, second_first in ((halves[0], False), (halves[1], True)):
-        reading = None
-        if not between and _is_product_of_halves(down.given, gate_up.answered, second_first):
-            reading = SwiGLUReading(gate_up.name, None, None, down.name)
-        activated = between and difference(between[0].given, gate.detach()) == 0.0
-        if activated and _is_product(down.given, between[0].answered, gate_up.answered, _identity, second_first):
-            reading = SwiGLUReading(gate_up.name, None, between[0].name, down.name)
-        if reading is not None:
-            if second_first:
-                return NotRead("it activates the second half, npu_swiglu the first", notable=True)
-            return reading
+    activation = between[0].name if between else None
+    for gate, up in ((0, 1), (1, 0)):
+
+        def of_silu(both: Tensor, gate: int = gate, up: int = up) -> Tensor:
+            return _gated(both.chunk(2, -1)[gate], both.chunk(2, -1)[up])
+
+        def after_activation(activated: Tensor, both: Tensor, up: int = up) -> Tensor:
+            return activated * both.chunk(2, -1)[up]
+
+        if activation is None:
+            found = _is(down.given, of_silu, gate_up.answered)
+        else:
+            found = difference(between[0].given, halves[gate].detach()) == 0.0
+            found = found and _is(down.given, after_activation, between[0].answered, gate_up.answered)
+        if found and gate == 1:
+            return NotRead("it activates the second half, npu_swiglu the first", notable=True)
+        if found:
+            return SwiGLUReading(gate_up.name, None, activation, down.name)
     gated = bool(between) and between[0].given.shape == halves[0].shape
     return NotRead("its last projection is not given activation(first half) * second half", notable=gated)
 
 
-def _identity(x: Tensor) -> Tensor:
-    return x
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
-def _is_product(
-    product: Tensor,
-    left: Tensor,
-    right: Tensor,
-    activation: Callable[[Tensor], Tensor],
-    first_half_is_up: bool | None = None,
-) -> bool:
-    """Whether `product` is activation(left) * right, forward and backward; with `first_half_is_up`, that half of
-    `right` (which the other half gated)."""
-    expected_left, expected_right = (tensor.detach().clone().requires_grad_(True) for tensor in (left, right))
-    used = expected_right
-    if first_half_is_up is not None:
-        used = expected_right.chunk(2, -1)[0 if first_half_is_up else 1]
-    expected = activation(expected_left) * used
-    return distance([product], [expected], [left, right], [expected_left, expected_right]) <= 1.0
+def _is(result: Tensor, formula: Callable[..., Tensor], *inputs: Tensor) -> bool:
+    """Whether `result` is formula(*inputs), forward and backward."""
+    expected_inputs = [tensor.detach().clone().requires_grad_(True) for tensor in inputs]
+    return distance([result], [formula(*expected_inputs)], inputs, expected_inputs) <= 1.0
 
 
 def _scales_with(result: Tensor, factor: Tensor) -> bool:
@@ -185,9 +170,3 @@ def _scales_with(result: Tensor, factor: Tensor) -> bool:
         return False
     (slope,) = torch.autograd.grad(result.sum(), factor, retain_graph=True, allow_unused=True)
     return slope is not None and difference((slope * factor).to(result.dtype), result.detach()) < 2.0**-6
-
-
-def _is_product_of_halves(product: Tensor, gate_up: Tensor, second_first: bool) -> bool:
-    expected_input = gate_up.detach().clone().requires_grad_(True)
-    gate, up = expected_input.chunk(2, -1)[:: -1 if second_first else 1]
-    return distance([product], [F.silu(gate) * up], [gate_up], [expected_input]) <= 1.0

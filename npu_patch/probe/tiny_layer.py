@@ -41,7 +41,9 @@ class Unobservable(Exception):
     """There is no such layer, or it cannot be called as attention layers are."""
 
 
-class _Config(SimpleNamespace):
+class Config(SimpleNamespace):
+    """None for whatever it does not have."""
+
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -52,17 +54,22 @@ def build(cls: type) -> torch.nn.Module:
     """A layer in evaluation mode with fixed weights. Call it in the quiet room, keeping torch's random state."""
     try:
         try:
-            layer = cls(_Config(**CONFIG), layer_idx=0)
+            layer = cls(Config(**CONFIG), layer_idx=0)
         except TypeError:
-            layer = cls(_Config(**CONFIG))
+            layer = cls(Config(**CONFIG))
     except Exception as error:
         unless_accident(error)
         raise Unobservable(f"no tiny layer of it could be made: {error_text(error)}") from error
+    fill(layer, 60)
+    return layer.eval()
+
+
+def fill(layer: torch.nn.Module, seed: int) -> None:
+    """With fixed weights."""
     for index, module in enumerate(layer.modules()):
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
-                module._parameters[name] = torch.nn.Parameter(0.5 * values(parameter.shape, 60 + index))
-    return layer.eval()
+                module._parameters[name] = torch.nn.Parameter(0.5 * values(parameter.shape, seed + index))
 
 
 def arguments(layer: torch.nn.Module, dtype: torch.dtype, table_width: int) -> dict[str, Any]:

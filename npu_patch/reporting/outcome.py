@@ -27,6 +27,7 @@ class Outcome:
     declined: Mapping[str, str] = field(default_factory=dict)
     calls: Calls = field(default_factory=Calls)
     layers: int | None = None  # live modules of the given model that it reaches; None where no model was given
+    in_order: bool = False  # skipped, and nothing to warn of
 
     @property
     def is_in_place(self) -> bool:

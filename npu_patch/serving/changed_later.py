@@ -95,7 +95,7 @@ class Callers:
         returned: bool,
     ) -> Later | None:
         """None where it cannot be read."""
-        code, module = frame.f_code, _module_of(frame)
+        code, module = frame.f_code, module_of(frame)
         key = (id(code), frame.f_lasti, arguments, closed_over, returned, _kinds(module))
         if key not in self._later:
             source = self._source(code)
@@ -248,14 +248,15 @@ def _holds(value: Any, given: Sequence[Any]) -> bool:
     return any(_holds(each, given) for each in value)
 
 
-def _module_of(frame: FrameType) -> torch.nn.Module | None:
+def module_of(frame: FrameType) -> torch.nn.Module | None:
     """Whose forward `frame` is. The call of the module is asked: a frame keeps what it is asked for to its end."""
     outer = frame.f_back
-    while outer is not None and outer.f_code is not CALLS_OF_MODULES[0]:
+    while outer is not None and outer.f_code not in (CALLS_OF_MODULES[0], frame.f_code):
         outer = outer.f_back
-    module = None if outer is None else outer.f_locals.get("self")
-    own = module is not None and innermost(type(module).forward).__code__ is frame.f_code
-    return module if own else None
+    if outer is None or outer.f_code is frame.f_code:
+        return None
+    module: Any = outer.f_locals.get("self")
+    return module if innermost(type(module).forward).__code__ is frame.f_code else None
 
 
 def _name(code: CodeType) -> str:

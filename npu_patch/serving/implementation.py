@@ -15,6 +15,8 @@ from npu_patch.kernels.readiness import why_not
 from npu_patch.serving.operators import Operator
 
 TRITON = "triton"
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+FLOAT_DTYPES = (torch.float32, *HALF_DTYPES)
 Call = ParamSpec("Call")
 Result = TypeVar("Result")
 

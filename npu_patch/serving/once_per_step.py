@@ -69,9 +69,9 @@ class OncePerTensor:
         if self._last is not None and self._last[0] is reference:
             self._last = None
 
-    def by(self, tensor: Tensor, key: Any, make: Callable[[], Value]) -> Value:
+    def by(self, tensors: tuple[Tensor, ...], key: Any, make: Callable[[], Value]) -> Value:
         """One value for each `key`."""
-        kept = self.of((tensor,), dict)
+        kept = self.of(tensors, dict)
         if key not in kept:
             kept[key] = made_apart(make)
         return kept[key]
@@ -146,7 +146,7 @@ class HostReads:
     def last_padding(self, mask: Tensor, last: int) -> Padding:
         """The padding of the last tokens of each sample."""
         on_host = self._masks.of((mask,), mask.cpu)
-        return self._last_paddings.by(mask, last, lambda: _padding(on_host[:, -last:], mask.device))
+        return self._last_paddings.by((mask,), last, lambda: _padding(on_host[:, -last:], mask.device))
 
     def packed_indices(self, position_ids: Tensor) -> Tensor | None:
         """transformers' packed_sequence_mask for position ids `[B, S]`: which sequence each token belongs to, on the

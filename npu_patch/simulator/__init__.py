@@ -9,9 +9,10 @@
         model(**batch).loss.backward()
     print(counted)
 
-`python -m npu_patch.simulator train.py ARGS...` runs a script that way. Aten operators run on the CPU, over the very
-memory of the npu tensors; fused operators run a reference written from their documentation, and refuse what it does
-not allow (`Refused`). Speed means nothing here.
+`python -m npu_patch.simulator train.py ARGS...` runs a script that way, `python -m npu_patch.simulator torchrun
+--nproc-per-node 2 train.py` two ranks, each with an NPU of its own and HCCL between them. Aten operators run on the
+CPU, over the very memory of the npu tensors; fused operators run a reference written from their documentation, and
+refuse what it does not allow (`Refused`). Speed means nothing here.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _active = False
 
 def start(
     *,
-    devices: int = 1,
+    devices: int | None = None,
     any_version: bool = False,
     replace_real: bool = False,
     poison: bool | None = None,
@@ -44,7 +45,8 @@ def start(
 ) -> None:
     """Give this process simulated NPUs `npu:0` ... and import torch and torch_npu. A second call does nothing.
 
-    `devices`: how many NPUs, 1 to 16. `any_version`: accept a torch_npu that the simulator was not tested with.
+    `devices`: how many NPUs, 1 to 16 (default: one for each rank that torchrun or accelerate launch started here, else
+    1; the ranks communicate by HCCL). `any_version`: accept a torch_npu that the simulator was not tested with.
     `replace_real`: go ahead on a machine that has a real CANN or NPU. `poison`: fresh and freed device memory holds NaN
     (default: what the environment variable NPU_PATCH_SIMULATOR_POISON says, 1 or 0). `children`: the processes that
     this one starts have the same NPUs once they import torch. `import_torch`: for the hook in those processes.

@@ -2,6 +2,7 @@
 
 import argparse
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ def main(arguments: list[str]) -> int:
         prog="python -m npu_patch.simulator",
         description="Run a Python script with a simulated Ascend NPU (npu:0) on this machine's memory.",
     )
-    parser.add_argument("--devices", type=int, default=1, help="how many NPUs to simulate (default 1)")
+    parser.add_argument("--devices", type=int, help="how many NPUs to simulate (default: one a rank, or 1)")
     parser.add_argument("--any-version", action="store_true", help="accept a torch_npu that was not tested")
     parser.add_argument("--replace-real", action="store_true", help="simulate even where a real CANN or NPU is present")
     parser.add_argument("--poison", action="store_true", default=None, help="device memory that nobody wrote is NaN")
@@ -23,13 +24,12 @@ def main(arguments: list[str]) -> int:
         "--no-children", action="store_true", help="do not simulate in processes that the script starts"
     )
     parser.add_argument("-m", dest="module", action="store_true", help="run a module instead of a file")
-    parser.add_argument("script", help="script file, or module name after -m")
+    parser.add_argument("script", help="script file, program such as torchrun, or module name after -m")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="arguments of the script")
     options = parser.parse_args(arguments)
 
-    if not options.module and not Path(options.script).is_file():
-        return _fail(f"no such script: {options.script}")
     try:
+        script = options.script if options.module else _file_of(options.script)
         start(
             devices=options.devices,
             any_version=options.any_version,
@@ -45,9 +45,23 @@ def main(arguments: list[str]) -> int:
         sys.path[0] = str(Path.cwd())
         runpy.run_module(options.script, run_name="__main__", alter_sys=True)
     else:
-        sys.path[0] = str(Path(options.script).resolve().parent)
-        runpy.run_path(options.script, run_name="__main__")
+        sys.path[0] = str(Path(script).resolve().parent)
+        runpy.run_path(script, run_name="__main__")
     return 0
+
+
+def _file_of(script: str) -> str:
+    """The script, or a program that is one: torchrun, accelerate."""
+    if Path(script).is_file():
+        return script
+    program = shutil.which(script, path=str(Path(sys.executable).parent)) or shutil.which(script)
+    if program is None:
+        raise SimulatorError(f"no such script: {script}")
+    with open(program, "rb") as file:
+        first = file.read(200)
+    if not first.startswith(b"#!") or b"python" not in first:
+        raise SimulatorError(f"{program} is no Python script")
+    return program
 
 
 def _fail(message: str) -> int:

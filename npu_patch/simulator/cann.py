@@ -13,7 +13,8 @@ from pathlib import Path
 from .errors import SimulatorError
 
 TESTED_VERSIONS = ("2.9.0", "2.13.0")
-SOURCE = Path(__file__).with_name("cann_stub.c")
+HERE = Path(__file__).parent
+STUB = HERE / "cann_stub.c"
 
 # The libraries that torch_npu 2.13.0 is linked against (readelf -d libtorch_npu.so). The dynamic loader takes a library
 # that is loaded already for one of the same SONAME, so no search path has to be set.
@@ -26,7 +27,15 @@ LIBRARIES = (
     "libacl_tdt_channel.so",
     "libopapi.so",
     "libms_tools_ext.so",  # looked up by name: a memory checker's functions, for poison
+    "libhcomm.so",  # looked up by name: HcclGroupStart and HcclGroupEnd, which libhccl.so has
 )
+# Each library is made of the stub, unless it is here.
+SOURCES = {
+    "libhccl.so": tuple(sorted(HERE.glob("hccl/*.c"))),
+    "libopapi.so": (STUB, HERE / "aclnn_padding.c"),
+    "libhcomm.so": (),
+}
+NEEDED = {"libhcomm.so": "libhccl.so"}  # linked against it, so that what is looked up in the one is found in the other
 
 # torch_npu's allocator reports to a memory checker if LD_PRELOAD names this file, and $ASCEND_HOME_PATH/lib64 has the
 # library libms_tools_ext.so.
@@ -34,19 +43,19 @@ CHECKER = "libascend_kernel_hook.so"
 
 HBM_BYTES = 64 << 30  # Ascend910B3
 MOST_DEVICES = 16  # as in cann_stub.c
+RANKS = "LOCAL_WORLD_SIZE"
 
 _loaded: list[ctypes.CDLL] = []  # kept open for the life of the process
 
 
-def load(devices: int, any_version: bool, replace_real: bool, poison: bool, torch_may_be_there: bool) -> Path:
+def load(devices: int | None, any_version: bool, replace_real: bool, poison: bool, torch_may_be_there: bool) -> Path:
     """Check that the stub may stand in for CANN here, load it, and return its folder. Errors: `SimulatorError`."""
     version = _torch_npu_version(any_version)
     if not torch_may_be_there:
         _refuse_early_import()
     if not replace_real:
         _refuse_real_device()
-    if not 1 <= devices <= MOST_DEVICES:
-        raise SimulatorError(f"devices={devices}: the simulator has 1 to {MOST_DEVICES} devices")
+    devices = _devices(devices)
     libraries = _libraries(version)
     for path in libraries:
         _loaded.append(ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL))
@@ -55,6 +64,10 @@ def load(devices: int, any_version: bool, replace_real: bool, poison: bool, torc
     memory = ctypes.c_uint64(min(HBM_BYTES, host_bytes))
     _loaded[0].simulator_configure(ctypes.c_int(devices), memory, ctypes.c_int(poison))
     return libraries[0].parent
+
+
+def is_loaded() -> bool:
+    return bool(_loaded)
 
 
 def real_device() -> str | None:
@@ -71,6 +84,14 @@ def real_device() -> str | None:
             return None
         return f"the loader finds {LIBRARIES[0]}"
     return None
+
+
+def _devices(asked: int | None) -> int:
+    """How many; None: one for each rank that a launcher such as torchrun started on this machine."""
+    said, value = ("devices", str(asked)) if asked is not None else (RANKS, os.environ.get(RANKS, "1"))
+    if not value.isdecimal() or not 1 <= int(value) <= MOST_DEVICES:
+        raise SimulatorError(f"{said}={value}: the simulator has 1 to {MOST_DEVICES} devices")
+    return int(value)
 
 
 def _torch_npu_version(any_version: bool) -> str:
@@ -108,8 +129,8 @@ def _refuse_real_device() -> None:
 
 def _libraries(version: str) -> list[Path]:
     """The compiled libraries, from the cache or newly made."""
-    source = SOURCE.read_bytes()
-    key = f"{version}-{hashlib.sha256(source).hexdigest()[:16]}"
+    sources = b"".join(path.read_bytes() for path in sorted([*HERE.glob("*.c"), *HERE.glob("hccl/*.[ch]")]))
+    key = f"{version}-{hashlib.sha256(sources).hexdigest()[:16]}"
     for parent in _cache_parents():
         folder = parent / key
         if all((folder / name).exists() for name in LIBRARIES):
@@ -140,12 +161,17 @@ def _cache_parents() -> list[Path]:
 def _compile_into(work: Path, folder: Path, compiler: list[str]) -> list[Path]:
     """Compile in `work`, then rename it to `folder`: a process that starts at the same time sees all or nothing."""
     for name in LIBRARIES:
-        command = [*compiler, "-shared", "-fPIC", "-w", "-O1", "-pthread", "-o", str(work / name), str(SOURCE)]
-        done = subprocess.run([*command, f"-Wl,-soname,{name}"], capture_output=True, text=True, check=False)
+        sources = SOURCES.get(name, (STUB,))
+        command = [*compiler, "-shared", "-fPIC", "-w", "-O1", "-pthread", "-o", str(work / name), *map(str, sources)]
+        command += [f"-Wl,-soname,{name}"]
+        if name in NEEDED:
+            command += ["-Wl,--no-as-needed", str(work / NEEDED[name])]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             shutil.rmtree(work, ignore_errors=True)
             reason = (done.stderr.strip().splitlines() or ["no message"])[0]
-            raise SimulatorError(f"the C compiler {' '.join(compiler)} failed on {SOURCE.name}: {reason}")
+            names = " ".join(path.name for path in sources) or name
+            raise SimulatorError(f"the C compiler {' '.join(compiler)} failed on {names}: {reason}")
     (work / CHECKER).touch()
     (work / "lib64").symlink_to(".")
     try:

@@ -26,6 +26,8 @@
 static __thread char last_error[512];
 
 const char *aclGetRecentErrMsg(void) { return last_error; }
+/* For other files: each library has its own copy of this one, and only the first one's is asked. */
+void simulator_set_error(const char *message) { snprintf(last_error, sizeof last_error, "%s", message); }
 
 static int refuse(const char *what, const char *name) {
     snprintf(last_error, sizeof last_error, "npu_patch.simulator does not emulate %s %s", what, name ? name : "");
@@ -46,11 +48,6 @@ UNSUPPORTED(aclrtMallocPhysical) UNSUPPORTED(aclrtFreePhysical)
 UNSUPPORTED(aclrtMapMem) UNSUPPORTED(aclrtUnmapMem)
 UNSUPPORTED(aclrtMemExportToShareableHandle) UNSUPPORTED(aclrtMemImportFromShareableHandle)
 UNSUPPORTED(aclrtMemSetPidToShareableHandle)
-
-/* Communication between NPUs, which torch_npu 2.9 is linked against and 2.13 looks up by name. */
-UNSUPPORTED(HcclAllGather) UNSUPPORTED(HcclAllReduce) UNSUPPORTED(HcclBroadcast) UNSUPPORTED(HcclReduceScatter)
-UNSUPPORTED(HcclSend) UNSUPPORTED(HcclRecv) UNSUPPORTED(HcclGetRootInfo) UNSUPPORTED(HcclCommInitAll)
-UNSUPPORTED(HcclCommInitRootInfo) UNSUPPORTED(HcclCommDestroy)
 
 /* ---- Devices. ---- */
 

@@ -12,6 +12,8 @@ Rules:
 - A host copy is whatever makes the host wait for the device: a device-to-host copy, `item()`, and operators whose
   output shape or result depends on data (`nonzero`, `masked_select`, `equal`, boolean indices...), 8 bytes each.
 - Copies from host to device are `uploads`.
+- A collective is one call of HCCL, and its bytes are those that this rank sent to others. Those of an all-reduce are
+  what a reduce-scatter and an all-gather send, 2 (n - 1) / n of the data.
 """
 
 import threading
@@ -19,6 +21,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from . import collectives
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,14 +41,20 @@ class Counted:
     host_copies_by_op: dict[str, tuple[int, int]] = field(default_factory=dict)
     uploads: int = 0
     upload_bytes: int = 0
+    collectives: int = 0
+    collective_bytes: int = 0
+    collectives_by_call: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Function of HCCL, such as "HcclAllReduce" -> (calls, bytes that this rank sent to others)."""
 
     def __str__(self) -> str:
         rows = sorted(self.by_op.items(), key=lambda row: (-row[1][1], row[0]))
         lines = [f"{launches:>8} {moved:>14} {name}" for name, (launches, moved) in rows]
+        sent = [f"{calls:>8} {moved:>14} {name}" for name, (calls, moved) in self.collectives_by_call.items()]
         return "\n".join(
             [
                 f"{self.launches} launches, {self.bytes} bytes, {self.host_copies} host copies",
                 *(["launches          bytes operator", *lines] if lines else []),
+                *([f"{self.collectives} collectives, {self.collective_bytes} bytes", *sent] if sent else []),
             ]
         )
 
@@ -60,11 +70,15 @@ def count() -> Iterator[Counted]:
     counted = Counted()
     with _lock:
         _counting = (*_counting, counted)
+    before = collectives.totals()
     try:
         yield counted
     finally:
         with _lock:
             _counting = tuple(other for other in _counting if other is not counted)
+        counted.collectives_by_call = collectives.since(before)
+        counted.collectives = sum(calls for calls, _ in counted.collectives_by_call.values())
+        counted.collective_bytes = sum(moved for _, moved in counted.collectives_by_call.values())
 
 
 def is_counting() -> bool:

@@ -2,8 +2,8 @@
 
 An entry remembers an owner, a name and the very object that stood there, read from the owner's own namespace (never
 through inheritance or descriptors), so that undoing restores identity, not equality. Owners are modules, classes,
-live instances and mappings. Instances are held weakly, so that a patched model can be freed, except while the object
-that stood there holds its instance itself (a bound method, as accelerate's hooks leave behind).
+live instances, mappings and the cells of closures. Instances are held weakly, so that a patched model can be freed,
+except while the object that stood there holds its instance itself (a bound method, as accelerate's hooks leave behind).
 
 What somebody else bound over a rebinding is theirs, and stays when that is undone.
 """
@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
-from types import MethodType, ModuleType
+from types import CellType, MethodType, ModuleType
 from typing import Any
 
 from npu_patch import log
@@ -137,7 +137,7 @@ def _label(owner: Any) -> str:
 
 
 def _reference(owner: Any) -> Callable[[], Any]:
-    if isinstance(owner, (type, ModuleType, MutableMapping)):
+    if isinstance(owner, (type, ModuleType, MutableMapping, CellType)):
         return lambda: owner
     return weakref.ref(owner)
 
@@ -145,12 +145,16 @@ def _reference(owner: Any) -> Callable[[], Any]:
 def _read(owner: Any, name: Any) -> Any:
     if isinstance(owner, MutableMapping):
         return owner.get(name, _ABSENT)
+    if isinstance(owner, CellType):
+        return owner.cell_contents
     return vars(owner).get(name, _ABSENT)
 
 
 def _write(owner: Any, name: Any, value: Any) -> None:
     if isinstance(owner, MutableMapping):
         _write_item(owner, name, value)
+    elif isinstance(owner, CellType):
+        owner.cell_contents = value
     elif isinstance(owner, (type, ModuleType)):
         if value is _ABSENT:
             delattr(owner, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -14,8 +15,7 @@ from npu_patch.sites.sites import (
     displaced_classes,
     is_modeling_module,
     is_within,
-    loaded_modeling_modules,
-    loaded_modules_of,
+    loaded_modules,
     modules_of_model,
 )
 
@@ -45,9 +45,9 @@ class Scope:
     ) -> Scope:
         """`modules`: those of the model, or all that are imported, where none are given. Libraries are looked at as a
         whole: their layers may be put into the model later."""
-        loaded = loaded_modules_of(libraries)
+        loaded = loaded_modules(partial(is_within, libraries=libraries))
         if model is None:
-            found = loaded_modeling_modules() if modules is None else modules
+            found = loaded_modules(is_modeling_module) if modules is None else modules
             return cls(found, loaded, registries=registries)
         found = modules_of_model(model) if modules is None else modules
         return cls(found, loaded, displaced_classes(model), list(model.modules()), LiveModules(model), registries)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.abc
 import importlib.util
 import inspect
@@ -10,12 +11,13 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from types import FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 
 MODELING_PACKAGES = ("transformers.models.", "transformers_modules.")
+CELL = "cell_contents"
 # Classes of a model that are defined here are not modeling code: wrappers, hooks, kernels, building blocks.
 FOREIGN_PACKAGES = (
     "torch",
@@ -56,19 +58,13 @@ def is_modeling_module(name: str) -> bool:
     return name.startswith(MODELING_PACKAGES) and name.rsplit(".", 1)[-1].startswith("modeling_")
 
 
-def loaded_modeling_modules() -> list[ModuleType]:
-    modules = [module for name, module in list(sys.modules.items()) if is_modeling_module(name)]
-    return [module for module in modules if isinstance(module, ModuleType)]
-
-
 def is_within(name: str, libraries: Iterable[str]) -> bool:
     """Whether a module is one of `libraries`, packages or modules by their dotted names, or inside one."""
     return any(name == each or name.startswith(f"{each}.") for each in libraries)
 
 
-def loaded_modules_of(libraries: Iterable[str]) -> list[ModuleType]:
-    libraries = tuple(libraries)
-    modules = [module for name, module in list(sys.modules.items()) if is_within(name, libraries)]
+def loaded_modules(wanted: Callable[[str], bool]) -> list[ModuleType]:
+    modules = [module for name, module in list(sys.modules.items()) if wanted(name)]
     return [module for module in modules if isinstance(module, ModuleType)]
 
 
@@ -166,10 +162,10 @@ def is_checkpointing_layer(cls: type) -> bool:
 
 @dataclass(frozen=True)
 class BoundForward:
-    """A forward on a live instance that keeps a class-level rebinding from reaching it. `name`: under which
-    attribute the instance keeps it; `reachable`: it is the class's own, so it can be bound anew."""
+    """A forward on a live instance that keeps a class-level rebinding from reaching it. `owner`, `name`: where it is
+    kept; `reachable`: it is the class's own, so it can be bound anew."""
 
-    module: torch.nn.Module
+    owner: Any
     name: str
     bound: Any
     reachable: bool
@@ -178,16 +174,36 @@ class BoundForward:
 def bound_forward(module: torch.nn.Module, originals: Sequence[Any]) -> BoundForward | None:
     """What `module` has in place of its class's forward, if anything.
 
-    accelerate keeps the bound forward of the time of hooking in `_old_forward`; `kernels` and others bind `forward`.
+    accelerate keeps the bound forward of the time of hooking in `_old_forward`; `kernels` and others bind `forward`;
+    transformers' tensor parallelism binds a function that closes over it.
     """
     namespace = vars(module)
     if "forward" not in namespace:
         return None
     name = "_old_forward" if "_hf_hook" in namespace and "_old_forward" in namespace else "forward"
     bound = namespace[name]
-    is_method = isinstance(bound, MethodType) and bound.__self__ is module
-    reachable = is_method and any(innermost(bound) is innermost(original) for original in originals)
-    return BoundForward(module, name, bound, reachable)
+    found = [(module, name, bound), *_closed_over(bound)]
+    for owner, where, value in found:
+        is_method = isinstance(value, MethodType) and value.__self__ is module
+        if is_method and any(innermost(value) is innermost(original) for original in originals):
+            return BoundForward(owner, where, value, True)
+    return BoundForward(module, name, bound, False)
+
+
+def _closed_over(function: Any) -> Iterator[tuple[CellType, str, Any]]:
+    """What a function closes over, and the functions among that: wrappers around wrappers."""
+    waiting: list[Any] = [function]
+    seen: set[int] = set()
+    while waiting:
+        function = waiting.pop()
+        function = function.__func__ if isinstance(function, MethodType) else function
+        if not isinstance(function, FunctionType) or id(function) in seen:
+            continue
+        seen.add(id(function))
+        for cell in function.__closure__ or ():
+            with contextlib.suppress(ValueError):  # empty: a name that is bound later
+                yield cell, CELL, cell.cell_contents
+                waiting.append(cell.cell_contents)
 
 
 def kept_functions(module: torch.nn.Module) -> Iterator[tuple[Any, str, FunctionType]]:

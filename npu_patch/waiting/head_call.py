@@ -22,6 +22,7 @@ from npu_patch.serving.implementation import is_plain
 from npu_patch.serving.listeners import listener, listener_among
 from npu_patch.waiting.logits import wait
 from npu_patch.waiting.origins import Origin
+from npu_patch.waiting.sharded_head import keeps_its_weights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,16 +30,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class HeadCall:
     """Of one forward of a model. `why_not`: why the head's product was not put off, where it was called."""
 
-    def __init__(self, device_type: str, count: Callable[[str], None]) -> None:
+    def __init__(
+        self, device_type: str, count: Callable[[str], None], holders: tuple[torch.nn.Module, ...] = ()
+    ) -> None:
         self.waited = False
         self.why_not: str | None = None
-        self._device_type, self._count = device_type, count
+        self._device_type, self._count, self._holders = device_type, count, holders
         self._origin: Origin | None = None
         self._thread = threading.get_ident()
 
     def starts(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         """Of the head: what its layers make belongs together."""
-        self._origin = Origin(self._count)
+        self._origin = Origin(self._count, self._holders)
 
     def hand(self, module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """To one of its layers."""
@@ -100,10 +103,15 @@ class Handed(torch.Tensor):
         return func(*args, **kwargs)
 
 
+def is_put_off(layer: torch.nn.Module) -> bool:
+    """Whether the product of this layer is left to who takes the logits."""
+    return any(isinstance(getattr(hook, "__self__", None), HeadCall) for hook in layer._forward_pre_hooks.values())
+
+
 def layers_of(head: torch.nn.Module) -> list[torch.nn.Module] | str:
     """Its linear layers with the most columns; or why it is left as it is."""
     heard = listener(head, "the head") or listener_among(head)
-    if heard is not None:
+    if heard is not None and not keeps_its_weights(head):
         return heard
     linear = [
         each
@@ -121,10 +129,15 @@ def layers_of(head: torch.nn.Module) -> list[torch.nn.Module] | str:
 
 @contextlib.contextmanager
 def put_off(
-    head: torch.nn.Module, layers: list[torch.nn.Module], device_type: str, count: Callable[[str], None]
+    head: torch.nn.Module,
+    layers: list[torch.nn.Module],
+    device_type: str,
+    count: Callable[[str], None],
+    embeddings: torch.nn.Module | None = None,
 ) -> Iterator[HeadCall]:
-    """Within it, logits on such a device wait. `count` is told who looks at them, then or later, once for each call."""
-    call = HeadCall(device_type, count)
+    """Within it, logits on such a device wait. `count` is told who looks at them, then or later, once for each call.
+    `embeddings`: those of the model, which may have the head's weights."""
+    call = HeadCall(device_type, count, (head,) if embeddings is None else (head, embeddings))
     handles = [head.register_forward_pre_hook(call.starts, prepend=True)]
     handles += [layer.register_forward_pre_hook(call.hand) for layer in layers]
     try:

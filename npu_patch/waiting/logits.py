@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from npu_patch.ops.chunked_loss import StandIn
 from npu_patch.ops.head_products import Cast, Logits, Scaled, Tanh, Term
+from npu_patch.ops.log_normalizers import log_normalizers
 from npu_patch.serving.once_per_step import version_of
 from npu_patch.waiting.contract import Waiting
 from npu_patch.waiting.origins import Numbers, Origin
@@ -55,6 +57,9 @@ class WaitingLogits(torch.Tensor, Waiting):
         followed = FOLLOWED[func](func, args, kwargs) if func in FOLLOWED else None
         if followed is not None:
             return followed
+        parts = func.decompose(*args, **kwargs)  # in inference_mode, torch has not done that by now
+        if parts is not NotImplemented:
+            return parts
         used_by = f"{func.overloadpacket.__name__} in {_reader()}"
         waiting = [each for each in tree_iter((args, kwargs)) if isinstance(each, WaitingLogits)]
         writes = func._schema.is_mutable
@@ -103,6 +108,17 @@ class WaitingLogits(torch.Tensor, Waiting):
     def _alone(self, used_by: str) -> Tensor:
         """Their tensor without what it was computed by, for those whom torch tells nothing of a subclass."""
         return self.materialise(f"{used_by} in {_reader()}").detach().requires_grad_(self.requires_grad)
+
+    def logsumexp(self, dim: Any, keepdim: bool = False) -> Tensor:
+        """Over the vocabulary, as of a z-loss, it makes none. Autograd's own derivative, below this, looks at them."""
+        made_of = self.taken() if _waits(self) and dim in (-1, self.dim() - 1) else "not over the vocabulary"
+        if isinstance(made_of, str) or torch.compiler.is_compiling():
+            return super().logsumexp(dim, keepdim)
+        dtype = self.dtype
+        if torch.is_autocast_enabled(self.device.type):  # each device has its own list of what is computed in float32
+            dtype = torch.zeros(1, dtype=dtype, device=self.device).logsumexp(0).dtype
+        found = log_normalizers(made_of, StandIn(self, self.heard)).to(dtype)
+        return found.unsqueeze(-1) if keepdim else found
 
     def numpy(self, *, force: bool = False) -> Any:
         return self._alone("numpy").numpy(force=force)

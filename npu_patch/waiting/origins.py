@@ -4,18 +4,20 @@ them, which autograd keeps and which know their gradients."""
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Module
 
 from npu_patch.ops.head_products import Term
 from npu_patch.serving.once_per_step import version_of
 from npu_patch.waiting.before_steps import STEPS
 
 ROWS = "hidden states"
+MERGED = "merged_adapters"  # where peft's layers keep their names: a merge writes to `.data`, which has no version
 
 
 class ReadTooLate(RuntimeError):
@@ -24,13 +26,15 @@ class ReadTooLate(RuntimeError):
 
 class Origin:
     """Of one call of the head: what the logits are made of, as it was then, and the numbers that were derived from
-    them. `count` is told once who looked at any."""
+    them. `count` is told once who looked at any. `holders`: modules that may merge adapters into its weights."""
 
-    def __init__(self, count: Callable[[str], None]) -> None:
+    def __init__(self, count: Callable[[str], None], holders: Iterable[Module] = ()) -> None:
         self.numbers: weakref.WeakSet[Numbers] = weakref.WeakSet()
         self.tensors: weakref.WeakSet[Tensor] = weakref.WeakSet()
         self._count: Callable[[str], None] | None = count
         self._parts: list[tuple[str, Tensor, Any]] = []
+        lists = [module.__dict__[MERGED] for each in holders for module in each.modules() if MERGED in module.__dict__]
+        self._merged = [(names, tuple(names)) for names in lists]
 
     def product(self, term: Term) -> Numbers:
         for name, tensor in zip((ROWS, "weight", "bias"), term.tensors, strict=True):
@@ -61,6 +65,8 @@ class Origin:
             self._count = None
 
     def why_too_late(self) -> str | None:
+        if any(tuple(names) != merged for names, merged in self._merged):
+            return "adapters were merged into the weight, or taken out of it,"
         for name, tensor, (version, *where) in self._parts:
             if version_of(tensor) != version:
                 return f"the {name} changed in place"

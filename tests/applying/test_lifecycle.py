@@ -27,7 +27,7 @@ from npu_patch.patches import rms_norm as rms_norm_patch
 from npu_patch.sites.sites import modules_of_model
 from tests.support.gradients import loss_and_gradients, relative_error
 from tests.support.parity import NEAR, apart
-from tests.support.tiny_models import tiny, tiny_batch
+from tests.support.tiny_models import tiny, tiny_batch, with_forwards_of_their_own
 
 
 def ran(report: npu_patch.Report, patch: str) -> int:
@@ -511,8 +511,13 @@ def test_a_patched_model_can_be_freed(npu: torch.device) -> None:
 
 
 def test_a_patch_that_serves_nothing_it_should_is_a_warning(npu: torch.device) -> None:
-    """gemma3's feed-forward layers use GELU: SwiGLU finds them and serves none. MoE layers without dense ones do not
-    warn."""
-    warnings = npu_patch.apply(tiny("gemma3")).warnings
-    assert warnings == ["swiglu: nothing in Gemma3ForCausalLM is served; 1 sites were found"]
-    assert not any("swiglu" in warning for warning in npu_patch.apply(tiny("qwen3_moe")).warnings)
+    """Not a patch that has nothing to serve: gemma3's feed-forward layers use GELU, and MoE models may have no dense
+    ones."""
+    warnings = npu_patch.apply(with_forwards_of_their_own(tiny("qwen3"))).warnings
+    assert warnings == ["swiglu: nothing in Qwen3ForCausalLM is served; 1 sites were found"]
+    for family in ("gemma3", "qwen3_moe"):
+        report = npu_patch.apply(tiny(family))
+        assert not report.warnings
+        assert [each.reason for each in report if each.patch == "swiglu" and each.layers] == (
+            ["the activation is GELUTanh, not SiLU"] if family == "gemma3" else []
+        )

@@ -16,16 +16,16 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from npu_patch.kernels import add_rms_norm as add_rms_norm_kernels
 from npu_patch.kernels import gated_rms_norm as gated_kernels
 from npu_patch.kernels import launch
 from npu_patch.kernels import qk_norm_rope as qk_norm_kernels
-from npu_patch.kernels.add_rms_norm import add_rms_norm, rms_norm
+from npu_patch.kernels import rms_norm as rms_norm_kernels
 from npu_patch.kernels.gamma import ONE_PLUS_WEIGHT, WEIGHT, Gamma
 from npu_patch.kernels.gated_rms_norm import gated_rms_norm
 from npu_patch.kernels.lora import tiling
 from npu_patch.kernels.lora.adapted_linears import Group, adapted_linears
 from npu_patch.kernels.qk_norm_rope import QKNorm, qk_norm_rope
+from npu_patch.kernels.rms_norm import add_rms_norm, rms_norm
 from npu_patch.kernels.swiglu import swiglu
 from scripts.ascend_compile import CORES, Launch, Plan, lower, plan, recorded_launches
 
@@ -118,7 +118,7 @@ def widest_cases() -> None:
     """Of the kernels that hold whole rows, the widest that the ops give them, with the weights that take most room."""
     machine = launch.Machine("npu", CORES, launch.UNIFIED_BUFFER, exact_widths=True)
     narrow, wide, headed = (
-        launch.widest_row(machine, *kernels.TILES) for kernels in (add_rms_norm_kernels, gated_kernels, qk_norm_kernels)
+        launch.widest_row(machine, *kernels.TILES) for kernels in (rms_norm_kernels, gated_kernels, qk_norm_kernels)
     )
     x, weight = empty(TOKENS, narrow), torch.empty(narrow, device="meta")
     trace(lambda x, residual, w: add_rms_norm(x, residual, w, EPS, ONE_PLUS_WEIGHT), x, x.clone(), weight)

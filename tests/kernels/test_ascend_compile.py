@@ -52,7 +52,9 @@ def test_fits_the_chip(family: str, plans: dict[str, list[dict[str, Any]]]) -> N
 def test_the_widest_row_that_is_taken_fits(plans: dict[str, list[dict[str, Any]]]) -> None:
     """Of kernels that hold whole rows: `launch.why_too_wide` declines the next one. Copies need not overlap there."""
     families = {plan["kernel"].split(".")[0] for plan in plans["widest"]}
-    assert {"add_rms_norm", "gated_rms_norm", "qk_norm_rope_forward", "qk_norm_rope_backward"} <= families
+    assert {"rms_norm", "qk_norm_rope_forward", "qk_norm_rope_backward"} <= families
+    gated = [plan for plan in plans["widest"] if plan["constants"].get("GATE")]
+    assert {plan["kernel"] for plan in gated} == {"rms_norm._forward", "rms_norm._backward"}
     for plan in plans["widest"]:
         where = f"{plan['kernel']} with {plan['constants']}"
         assert plan["refusal"] is None, f"{where}: {plan['refusal']}"

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from npu_patch.kernels import launch
-from npu_patch.kernels.add_rms_norm import add_rms_norm
 from npu_patch.kernels.qk_norm_rope import QKNorm, qk_norm_rope
+from npu_patch.kernels.rms_norm import add_rms_norm
 from npu_patch.kernels.swiglu import swiglu
 from tests.kernels.exactness import normal
 

@@ -8,13 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from npu_patch.kernels import add_rms_norm as row_kernels
-from npu_patch.kernels import gated_rms_norm as gated_kernels
 from npu_patch.kernels import head_tiles
-from npu_patch.kernels.add_rms_norm import add_rms_norm, rms_norm
+from npu_patch.kernels import rms_norm as row_kernels
 from npu_patch.kernels.gamma import GAMMAS, NONE, Gamma
 from npu_patch.kernels.gated_rms_norm import gated_rms_norm
 from npu_patch.kernels.qk_norm_rope import QKNorm, qk_norm_rope
+from npu_patch.kernels.rms_norm import add_rms_norm, rms_norm
 from npu_patch.numerics.rotation import HALF
 from npu_patch.ops.rope import TABLES, RoPEVariant
 from tests.kernels.exactness import ONE_MACHINE, assert_exact, normal
@@ -33,7 +32,7 @@ def load_exp(weight, columns, mask, GAMMA: tl.constexpr):
 @pytest.fixture
 def exp_in_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the formula in `load_gamma` would be of a kind whose derivative is not 1: there is none so far."""
-    for module in (row_kernels, gated_kernels, head_tiles):
+    for module in (row_kernels, head_tiles):
         monkeypatch.setattr(module, "load_gamma", load_exp)
 
 

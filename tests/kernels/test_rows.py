@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from npu_patch.kernels.add_rms_norm import add_rms_norm, rms_norm
 from npu_patch.kernels.gamma import NONE, ONE_PLUS_WEIGHT
 from npu_patch.kernels.gated_rms_norm import gated_rms_norm
+from npu_patch.kernels.rms_norm import add_rms_norm, rms_norm
 from npu_patch.kernels.swiglu import swiglu
 from tests.kernels.exactness import ONE_MACHINE, assert_exact, in_turn, normal
 

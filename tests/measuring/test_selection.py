@@ -23,7 +23,7 @@ from npu_patch.applying import api as lifecycle
 from npu_patch.applying.state import patched_sites
 from npu_patch.kernels.gamma import NONE
 from npu_patch.kernels.readiness import why_not
-from npu_patch.measuring import measure, measurements, measurer, tuning
+from npu_patch.measuring import in_turns, measure, measurements, measurer, tuning
 from npu_patch.measuring.measured_on import MeasuredOn
 from npu_patch.measuring.measurements import Measurements
 from npu_patch.measuring.measurer import Measurer
@@ -148,8 +148,8 @@ def test_the_usual_implementations_pass_every_case(case: Any, implementations: A
 def test_the_stopwatch_times_several_calls_between_two_idle_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     clock = iter((10.0, 12.0))
-    monkeypatch.setattr(torch.cpu, "synchronize", lambda: events.append("idle"))
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(in_turns, "synchronize", lambda device: events.append("idle"))
+    monkeypatch.setattr(in_turns.time, "perf_counter", lambda: next(clock))
     seconds = measure.stopwatch(CPU)(lambda: events.append("call"))
     assert events == ["idle", *["call"] * measure.IN_A_ROW, "idle"] and seconds == 2.0 / measure.IN_A_ROW
 

@@ -189,7 +189,7 @@ def test_a_transform_of_torch_func_is_left_outside(transform: Callable[..., Any]
 def test_tensors_without_numbers_are_left_outside(mode: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
     layers = dense_and_mixed().model.layers
     with mode():
-        assert experts.READINGS.of(layers[1].mlp.experts).fused
+        assert experts.READINGS.of(layers[1].mlp.experts).gate == "SwiGLU"
         assert Activations("act_fn").is_silu(layers[0].mlp.act_fn)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from npu_patch.ops import chunked_loss
 from npu_patch.ops.chunked_loss import chosen, chunks, cross_entropy
 from npu_patch.ops.head_products import Cast, Logits, Product, Scaled, Sum, Tanh, Term
+from npu_patch.ops.log_normalizers import log_normalizers
 from npu_patch.ops.token_losses import TOKEN_LOSSES, reference
 from tests.support.largest_tensor import Largest
 
@@ -167,6 +168,26 @@ def test_log_probabilities_and_entropy_are_as_far_from_float64_as_those_of_whole
         found = results(chosen(in_chunks(*ours), labels, run, entropy=True), ours)
         for each, at, bar in zip(found, exact, allowed, strict=True):
             assert off(each, at) <= 1.1 * bar + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head", HEADS)
+def test_log_normalizers_are_as_far_from_float64_as_those_of_whole_logits(
+    head: str, dtype: torch.dtype, npu: torch.device
+) -> None:
+    whole, in_chunks = HEADS[head]
+
+    def results(found: Tensor, given: list[Tensor]) -> list[Tensor]:
+        return [found, *gradients(found.pow(2).mean(), given)]
+
+    exactly, theirs, ours = in_float64(tensors(head, dtype, npu)), *(tensors(head, dtype, npu) for _ in range(2))
+    exact = results(whole(*exactly).logsumexp(-1), exactly)
+    allowed = [off(*each) for each in zip(results(whole(*theirs).float().logsumexp(-1), theirs), exact, strict=True)]
+    with Largest() as largest:
+        found = results(log_normalizers(in_chunks(*ours)), ours)
+    assert largest.elements < ROWS * VOCABULARY
+    for each, at, bar in zip(found, exact, allowed, strict=True):
+        assert off(each, at) <= 1.1 * bar + 1e-6
 
 
 def test_log_probabilities_alone_take_a_gradient_alone(npu: torch.device) -> None:

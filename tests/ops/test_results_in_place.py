@@ -10,6 +10,7 @@ from torch import Tensor
 
 from npu_patch.ops import rms_norm, rope, swiglu
 from npu_patch.ops.gated_delta import rule as gated_delta_rule
+from npu_patch.ops.gated_delta.calls import RuleCall
 from npu_patch.serving.implementation import Implementation
 from npu_patch.serving.op import Op
 from tests.support.gradients import relative_error
@@ -50,7 +51,7 @@ def multiplied(run: Callable[..., Tensor], q: Tensor, k: Tensor) -> list[Tensor]
 
 def recurred(run: Callable[..., Tensor], q: Tensor, k: Tensor) -> list[Tensor]:
     g, beta = (torch.rand(B, S, N, generator=torch.Generator().manual_seed(7)).to(q.device) for _ in range(2))
-    o, final = gated_delta_rule.chunk_gated_delta_rule(q, k, q * k, g=-g, beta=beta, output_final_state=True)
+    o, final = gated_delta_rule.chunk_gated_delta_rule(RuleCall(q, k, q * k, -g, beta, output_final_state=True))
     return [o, final]
 
 

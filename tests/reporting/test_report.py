@@ -21,7 +21,7 @@ from npu_patch import log
 from npu_patch.reporting.outcome import FAILED, PATCHED, SKIPPED, Outcome
 from npu_patch.reporting.report import Report
 from tests.support.gradients import loss_and_gradients
-from tests.support.tiny_models import tiny, tiny_batch
+from tests.support.tiny_models import tiny, tiny_batch, with_forwards_of_their_own
 
 
 @pytest.fixture(autouse=True)
@@ -149,12 +149,12 @@ def test_the_page_holds_the_rows_and_escapes(tmp_path: Path) -> None:
 
 def test_the_log_says_each_fact_once(npu: torch.device, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "npu_patch")
-    model = tiny("gemma3")
+    model = with_forwards_of_their_own(tiny("qwen3"))
     npu_patch.apply(model)
     npu_patch.apply(model)
     assert {record.name for record in caplog.records} == {"npu_patch"}
     assert [record.levelname for record in caplog.records].count("WARNING") == 1
-    assert caplog.text.count("swiglu: nothing in Gemma3ForCausalLM is served") == 1
+    assert caplog.text.count("swiglu: nothing in Qwen3ForCausalLM is served") == 1
     assert caplog.text.count("patched, 1 skipped, 0 failed") == 1
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from npu_patch import simulator
+from npu_patch.simulator import inherit
 
 pytestmark = pytest.mark.usefixtures("simulated")
 
@@ -32,9 +33,13 @@ def simulated(*arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-def npu_sum(index: int, path: str) -> None:
-    total = torch.full((3,), index + 1.0, device="npu").sum().item()
-    Path(f"{path}/{index}").write_text(f"{simulator.is_active()} {total}")
+def summed_by_two(index: int, path: str) -> None:
+    torch.npu.set_device(index)
+    torch.distributed.init_process_group("hccl", init_method=f"file://{path}/store", rank=index, world_size=2)
+    total = torch.full((3,), index + 1.0, device="npu")
+    torch.distributed.all_reduce(total)
+    Path(f"{path}/{index}").write_text(f"{total.device} {total.sum().item()}")
+    torch.distributed.destroy_process_group()
 
 
 class OnNpu(Dataset):
@@ -45,9 +50,11 @@ class OnNpu(Dataset):
         return torch.full((3,), float(index), device="npu").sum().item()
 
 
-def test_spawned_processes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(npu_sum, args=(str(tmp_path),), nprocs=2)
-    assert [(tmp_path / str(index)).read_text() for index in range(2)] == ["True 3.0", "True 6.0"]
+def test_spawned_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many NPUs as the first process has, or as it says that there are ranks."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    torch.multiprocessing.spawn(summed_by_two, args=(str(tmp_path),), nprocs=2)
+    assert [(tmp_path / str(index)).read_text() for index in range(2)] == ["npu:0 9.0", "npu:1 9.0"]
 
 
 def test_data_loader_workers() -> None:
@@ -68,27 +75,43 @@ def test_compile_workers() -> None:
 SCRIPT = """
 import os, sys, torch
 from npu_patch import simulator
-rank = os.environ.get("LOCAL_RANK", "0")
+rank = int(os.environ["LOCAL_RANK"])
 assert simulator.is_active()
+torch.npu.set_device(rank)
+torch.distributed.init_process_group("hccl")
+total = torch.full((3,), rank + 1.0, device="npu")
+torch.distributed.all_reduce(total)
 with open(f"{sys.argv[1]}/rank{rank}", "w") as file:
-    file.write(f"{torch.npu.device_count()} {torch.ones(3, device=f'npu:{rank}').sum().item()}")
+    file.write(f"{torch.npu.device_count()} {total.device} {total.sum().item()}")
+torch.distributed.destroy_process_group()
 """
+TWO_RANKS = ["--standalone", "--nproc-per-node", "2"]
+ACCELERATE = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0",
+              "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+BESIDE = Path(sys.executable).parent
 
 
 @pytest.mark.parametrize(
-    ("launcher", "ranks"),
+    ("launcher", "environment"),
     [
-        (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], 2),
-        (["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
-          "--dynamo_backend", "no"], 1),
+        (["-m", "npu_patch.simulator", "torchrun", *TWO_RANKS], {"NPU_PATCH_SIMULATOR_OPTIONS": ""}),
+        (["-m", "npu_patch.simulator", "--devices", "2", "-m", "accelerate.commands.launch", *ACCELERATE],
+         {"NPU_PATCH_SIMULATOR_OPTIONS": ""}),
+        ([str(BESIDE / "torchrun"), *TWO_RANKS],
+         {"NPU_PATCH_SIMULATOR_OPTIONS": "{}", "PYTHONPATH": os.pathsep.join([inherit.FOLDER, ROOT])}),
     ],
-    ids=["torchrun", "accelerate launch"],
+    ids=["torchrun", "accelerate launch", "torchrun by two variables"],
 )  # fmt: skip
-def test_launchers(launcher: list[str], ranks: int, tmp_path: Path) -> None:
+def test_ranks_of_launchers_communicate(launcher: list[str], environment: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(SCRIPT)
-    simulated("--devices", "2", *launcher, str(tmp_path / "train.py"), str(tmp_path))
-    assert [(tmp_path / f"rank{rank}").read_text() for rank in range(ranks)] == ["2 3.0"] * ranks
-    assert not (tmp_path / f"rank{ranks}").exists()
+    done = python(*launcher, str(tmp_path / "train.py"), str(tmp_path), **{"PYTHONPATH": ROOT, **environment})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["2 npu:0 9.0", "2 npu:1 9.0"]
+
+
+def test_a_program_that_is_no_script_is_not_run() -> None:
+    done = python("-m", "npu_patch.simulator", "ls", PYTHONPATH=ROOT, NPU_PATCH_SIMULATOR_OPTIONS="")
+    assert done.returncode == 2 and "ls is no Python script" in done.stderr
 
 
 def test_workers_of_pytest_xdist(tmp_path: Path) -> None:

@@ -86,6 +86,8 @@ def test_a_compiler_that_fails(tmp_path: Path) -> None:
 
 def test_too_many_devices() -> None:
     assert "devices=17" in refusal("from npu_patch import simulator; simulator.start(devices=17)")
+    assert "LOCAL_WORLD_SIZE=17: the simulator has 1 to 16" in refusal(START, LOCAL_WORLD_SIZE="17")
+    assert "LOCAL_WORLD_SIZE=two: the simulator has 1 to 16" in refusal(START, LOCAL_WORLD_SIZE="two")
 
 
 def test_the_cache_is_made_once_and_reused(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from npu_patch.ops.gated_delta import rule as own_rules
+from npu_patch.ops.gated_delta.calls import RuleCall
 from npu_patch.ops.gated_delta.causal_conv1d import causal_conv1d as own_convolution
-from npu_patch.ops.gated_delta.rule import chunk_gated_delta_rule as own_rule
 
 
 class _OffBackward(torch.autograd.Function):
@@ -88,6 +89,32 @@ FAULTY_RULES: dict[str, Callable[..., Any]] = {
     "initial state dropped": _initial_state_dropped,
     "chunks forget": _chunks_forget,
 }
+
+
+def called_as_flas(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """One of our own, which takes a `RuleCall`, with the arguments of flash-linear-attention's."""
+
+    def called(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        scale: None = None,
+        initial_state: Tensor | None = None,
+        output_final_state: bool = False,
+        use_qk_l2norm_in_kernel: bool = False,
+        cu_seqlens: Tensor | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        assert scale is None
+        states = initial_state, output_final_state
+        return rule(RuleCall(q, k, v, g, beta, *states, use_qk_l2norm_in_kernel, cu_seqlens), **options)
+
+    return called
+
+
+own_rule = called_as_flas(own_rules.chunk_gated_delta_rule)
 
 
 def mindspeed_rule(off: float = 1.0) -> Callable[..., Any]:

@@ -1,47 +1,17 @@
 """Two CPU ranks over gloo: a patched model is wrapped, sharded, trained, saved and loaded exactly as an unpatched one.
 
-The ranks run the patches on the CPU (`device="cpu"`), as the simulated NPU has no HCCL.
+The ranks run the patches on the CPU (`device="cpu"`); on NPUs: test_engines.py.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.launched import run_ranks
+
 SAME = ("classes", "names", "placements", "keys")
-
-
-def run_ranks(script: str, *arguments: str, directory: Path) -> list[dict[str, Any]]:
-    """What each of two ranks wrote down."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "support" / script), *arguments, str(directory)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [rank.communicate(timeout=180)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], errors[0][-3000:]
-    return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp", "accelerate"])

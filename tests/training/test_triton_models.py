@@ -47,9 +47,9 @@ def test_loss_and_every_gradient_in_float32(family: str, npu: torch.device) -> N
 @needs_triton
 def test_rows_that_do_not_fit_on_chip_are_left_to_torch_npu(npu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a chip with room for 40 elements of a residual stream of 48: its norms alone, not those of heads."""
-    from npu_patch.kernels import add_rms_norm
+    from npu_patch.kernels import rms_norm
 
-    machine = launch.Machine("npu", 2, 40 * add_rms_norm.BACKWARD.least_bytes, exact_widths=True)
+    machine = launch.Machine("npu", 2, 40 * rms_norm.BACKWARD.least_bytes, exact_widths=True)
     monkeypatch.setattr(launch, "machine_of", lambda device: machine)
     model, batch = tiny("qwen3").to(npu), tiny_batch(length=5)
     original = loss_and_gradients(model, batch)
@@ -65,9 +65,9 @@ def test_rows_that_do_not_fit_on_chip_are_left_to_torch_npu(npu: torch.device, m
 @needs_triton
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_widest_row_that_fits_is_taken(gated: bool, npu: torch.device) -> None:
-    from npu_patch.kernels import add_rms_norm, gated_rms_norm
+    from npu_patch.kernels import gated_rms_norm, rms_norm
 
-    tiles = gated_rms_norm.TILES if gated else add_rms_norm.TILES
+    tiles = gated_rms_norm.TILES if gated else rms_norm.TILES
     widest = launch.widest_row(launch.machine_of(npu), *tiles)
     assert 4096 < widest < 16384  # which the compiler refuses
     variant = (GATED_VARIANTS if gated else PLAIN_VARIANTS)[0]

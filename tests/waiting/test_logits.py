@@ -103,6 +103,44 @@ def flat(value: Any) -> Iterator[Tensor]:
     yield from value if isinstance(value, tuple) else (value,)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", MODES)
+def test_what_a_z_loss_asks_for_is_computed_while_they_wait(mode: str, dtype: torch.dtype, npu: torch.device) -> None:
+    """But not what is summed over anything else."""
+    head, rows = head_and_rows(npu, dtype)
+    readers: list[str] = []
+
+    def results(z: Any) -> list[Tensor]:
+        found = [z.logsumexp(-1), z.logsumexp(dim=2, keepdim=True), (z.float() / 3).logsumexp(-1)]
+        if not found[0].requires_grad:
+            return found
+        total = sum(each.float().pow(2).mean() for each in found)
+        return [*found, *torch.autograd.grad(total, [rows, head.weight])]
+
+    with MODES[mode]():
+        expected, z = results(head(rows)), waiting(head, rows, readers)
+        found = results(z)
+        assert not readers and not z.settled
+        over_tokens = z.logsumexp(1)
+        assert len(readers) == 1 and torch.equal(over_tokens, head(rows).logsumexp(1))
+    rounded = dtype == torch.bfloat16 or mode == "autocast"
+    for one, other in zip(found, expected, strict=True):
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+        assert relative_error(one.detach(), other.detach()) < (1e-2 if rounded else 1e-6)
+
+
+def test_gradients_of_a_z_loss_reach_who_listens_to_the_logits(npu: torch.device) -> None:
+    head, rows = head_and_rows(npu)
+
+    def heard(z: Tensor) -> Tensor:
+        z.retain_grad()
+        z.logsumexp(-1).pow(2).sum().backward()
+        assert z.grad is not None
+        return z.grad
+
+    assert relative_error(heard(waiting(head, rows, [])), heard(head(rows))) < 1e-6
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("use", USES)
 def test_whoever_uses_them_gets_the_original(use: str, mode: str, npu: torch.device) -> None:

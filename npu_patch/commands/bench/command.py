@@ -10,6 +10,7 @@ import argparse
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,7 @@ from npu_patch.applying.state import patched_sites
 from npu_patch.commands.bench.measured import Measured
 from npu_patch.commands.console.output_file import output_file
 from npu_patch.commands.console.result import CommandError, Result, named
-from npu_patch.commands.console.steps import Steps, steps
-from npu_patch.commands.console.terminal import table
+from npu_patch.commands.console.terminal import Steps, steps, table
 from npu_patch.commands.replay.recording import Recording, function_of, recorded, timed_forms
 from npu_patch.commands.subject import models
 from npu_patch.commands.subject.lora_step import RANK, lora_step
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> Result:
         output_file("--png", png, ending=".png")
         require_matplotlib()
     device, model, batch = prepared(options)
-    with steps(options, "measuring") as progress:
+    with steps("measuring", options.json) as progress:
         measured = _ops(model, batch, device, options.samples, progress)
         measured.append(_step(model, batch, device, options.samples))
         progress.done()
@@ -101,9 +101,10 @@ def _ops(
         pairs = [(held, call) for held in sites for call in recording.of(held)]
         progress.of(len(pairs) + 1)  # and the step
         for held, call in pairs:
-            forms = timed_forms(held, call)
-            name = short_name(held.outcome.site)
-            found.append(_measure(held.outcome.patch, name, call.shapes, *forms, device, samples))
+            patched, original = timed_forms(held, call)
+            what = held.outcome.patch, short_name(held.outcome.site), call.shapes
+            timed = partial(in_turns, {"patched": patched, "original": original}, device, samples=samples)
+            found.append(_measure(what, patched, original, device, timed))
             progress.done()
         found += [
             Measured(each.patch, short_name(each.site), "", failure=f"not patched: {each.reason}")
@@ -136,13 +137,7 @@ def _step(model: torch.nn.Module, batch: dict[str, torch.Tensor], device: torch.
             step()
 
     what = ("step", f"LoRA, r={RANK}", _shapes(batch))
-    if devices.is_simulated(device.type):
-        return _measure(*what, patched, step, device, samples)
-    try:
-        forms = in_blocks(adapted, step, device, samples)
-    except Exception as error:
-        return Measured(*what, failure=f"raises {named(error)}")
-    return Measured(*what, forms["patched"], forms["original"])
+    return _measure(what, patched, step, device, partial(in_blocks, adapted, step, device, samples))
 
 
 def in_blocks(
@@ -158,23 +153,20 @@ def in_blocks(
 
 
 def _measure(
-    patch: str,
-    site: str,
-    shapes: str,
+    what: tuple[str, str, str],
     patched: Callable[[], None],
     original: Callable[[], None],
     device: torch.device,
-    samples: int,
+    timed: Callable[[], dict[str, Timing]],
 ) -> Measured:
     try:
         if devices.is_simulated(device.type):
-            counted = [_counted(form) for form in (patched, original)]
-            launches, moved = zip(*counted, strict=True)
-            return Measured(patch, site, shapes, launches=tuple(launches), bytes=tuple(moved))
-        timings = in_turns({"patched": patched, "original": original}, device, samples=samples)
+            launches, moved = zip(_counted(patched), _counted(original), strict=True)
+            return Measured(*what, launches=launches, bytes=moved)
+        timings = timed()
     except Exception as error:
-        return Measured(patch, site, shapes, failure=f"raises {named(error)}")
-    return Measured(patch, site, shapes, timings["patched"], timings["original"])
+        return Measured(*what, failure=f"raises {named(error)}")
+    return Measured(*what, timings["patched"], timings["original"])
 
 
 def _counted(form: Callable[[], None]) -> tuple[int, int]:

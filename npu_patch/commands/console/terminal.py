@@ -31,32 +31,39 @@ def drawn(parts: Iterable[str | Table]) -> str:
     return "\n".join(part if isinstance(part, str) else _table(part) for part in parts)
 
 
-def progress(quiet: bool) -> Any:
-    """A context with a bar, on stderr, and only where somebody watches it: `add_task`, `update` and `advance` of
-    rich's."""
-    if quiet or not sys.stderr.isatty():
-        return _silent()
+class Steps:
+    """Of a command that takes a while: `of(total)` says how many there are, as soon as that is known, `done()` that
+    another one is. `bar`: rich's, if there is one."""
+
+    def __init__(self, what: str, bar: Any = None) -> None:
+        self._bar = bar
+        self._task = None if bar is None else bar.add_task(what, total=None)
+
+    def of(self, total: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, total=total)
+
+    def done(self) -> None:
+        if self._bar is not None:
+            self._bar.advance(self._task)
+
+
+@contextlib.contextmanager
+def steps(what: str, quiet: bool) -> Iterator[Steps]:
+    """With a bar on stderr, if it is not to be quiet and somebody watches."""
+    bar = None if quiet or not sys.stderr.isatty() else _bar()
+    with bar or contextlib.nullcontext():
+        yield Steps(what, bar)
+
+
+def _bar() -> Any:
     try:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     except ImportError:
-        return _silent()
+        return None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=Console(stderr=True), transient=True)
-
-
-class _NoBar:
-    def add_task(self, description: str, total: int | None = None) -> int:
-        return 0
-
-    def update(self, task: int, **changes: Any) -> None: ...
-
-    def advance(self, task: int) -> None: ...
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[_NoBar]:
-    yield _NoBar()
 
 
 def _table(wanted: Table) -> str:

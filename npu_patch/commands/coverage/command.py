@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from npu_patch.commands.console.output_file import output_file
 from npu_patch.commands.console.result import CommandError, Result, named
-from npu_patch.commands.console.terminal import progress, table
+from npu_patch.commands.console.terminal import steps, table
 from npu_patch.commands.coverage.survey import PROCESSES, Family, Tally, cell, survey, totals
 from npu_patch.commands.subject.families import families, family_of, model_types, without_broken_torch_npu
 
@@ -84,9 +84,9 @@ def _matrix(options: argparse.Namespace, note: str | None) -> Result:
     every = families()
     count = sum(map(len, every.values()))
     started = time.perf_counter()
-    with progress(quiet=options.json) as bar:
-        task = bar.add_task("importing transformers", total=count)
-        found = survey(every, done=lambda: bar.update(task, advance=1, description="modeling modules"))
+    with steps("modeling modules", options.json) as progress:
+        progress.of(count)
+        found = survey(every, done=progress.done)
     content = _content(found, count, time.perf_counter() - started, note)
     if options.html is not None:
         from npu_patch.commands.coverage.page import page_of_families

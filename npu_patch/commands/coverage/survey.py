@@ -52,15 +52,6 @@ class Family:
     errors: list[str] = field(default_factory=list)  # modules that cannot be imported here
 
 
-@dataclass(frozen=True)
-class Finding:
-    """In one module: what became of each site, and how many classes ask each patch's registry."""
-
-    sites: tuple[tuple[str, str, str, str], ...] = ()  # patch, status, variant, reason
-    customers: Mapping[str, int] = field(default_factory=dict)
-    error: str | None = None
-
-
 def survey(
     families: Mapping[str, Sequence[str]], *, processes: int | None = None, done: Callable[[], None] = lambda: None
 ) -> list[Family]:
@@ -68,13 +59,17 @@ def survey(
     counted."""
     modules = {module: name for name, names in families.items() for module in names}
     found = {name: Family(name) for name in families}
-    for module, finding in _findings(list(modules), processes or PROCESSES):
-        _add(found[modules[module]], module, finding)
+    for of_module in _findings(list(modules), processes or PROCESSES):
+        family = found[modules[of_module.name]]
+        family.errors += of_module.errors
+        for patch, tally in of_module.patches.items():
+            family.patches[patch] = family.patches.get(patch, Tally()) + tally
         done()
     return list(found.values())
 
 
-def _findings(modules: list[str], processes: int) -> Iterable[tuple[str, Finding]]:
+def _findings(modules: list[str], processes: int) -> Iterable[Family]:
+    """Of each module, under its name."""
     if processes == 1 or len(modules) < FEW:
         yield from map(_look, modules)
         return
@@ -93,34 +88,30 @@ def _prepare_process() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
 
 
-def _look(name: str) -> tuple[str, Finding]:
+def _look(name: str) -> Family:
     from npu_patch.applying.dry_run import dry_run
     from npu_patch.patches import CATALOGUE
 
+    found = Family(name)
     try:
         module = importlib.import_module(name)
     except Exception as error:  # an optional package that it needs
-        return name, Finding(error=f"{type(error).__name__}: {error}")
-    report = dry_run([module], registries=False)
-    sites = tuple((outcome.patch, outcome.status, outcome.variant, outcome.reason) for outcome in report)
-    customers = {patch.name: len(list(patch.customers(module))) for patch in CATALOGUE}
-    return name, Finding(sites, {patch: count for patch, count in customers.items() if count})
-
-
-def _add(family: Family, module: str, finding: Finding) -> None:
-    if finding.error is not None:
-        family.errors.append(f"{module}: {finding.error}")
-    for patch, status, variant, reason in finding.sites:
-        tally = family.patches.setdefault(patch, Tally())
-        tally.patched += status == PATCHED
-        tally.skipped += status == SKIPPED
-        tally.failed += status == FAILED
-        if status == PATCHED:
-            tally.variants[variant] += 1
+        found.errors.append(f"{name}: {type(error).__name__}: {error}")
+        return found
+    for outcome in dry_run([module], registries=False):
+        tally = found.patches.setdefault(outcome.patch, Tally())
+        tally.patched += outcome.status == PATCHED
+        tally.skipped += outcome.status == SKIPPED
+        tally.failed += outcome.status == FAILED
+        if outcome.status == PATCHED:
+            tally.variants[outcome.variant] += 1
         else:
-            tally.reasons[reason] += 1
-    for patch, count in finding.customers.items():
-        family.patches.setdefault(patch, Tally()).by_registry += count
+            tally.reasons[outcome.reason] += 1
+    for patch in CATALOGUE:
+        count = len(list(patch.customers(module)))
+        if count:
+            found.patches.setdefault(patch.name, Tally()).by_registry += count
+    return found
 
 
 def totals(found: list[Family]) -> dict[str, Tally]:

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from npu_patch.commands.console.result import CommandError, Result
-from npu_patch.commands.console.terminal import progress, table
+from npu_patch.commands.console.terminal import steps, table
 from npu_patch.commands.doctor.faults import Complaint, complaints, variables_of, wrong_switches
 from npu_patch.commands.doctor.findings import OPERATORS, PACKAGES, Findings, look
 from npu_patch.devices import is_simulated
@@ -27,22 +27,11 @@ def run(options: argparse.Namespace) -> Result:
         raise CommandError(f"--python {options.python}: accepted is the path of a Python interpreter")
     if not options.timeout > 0:
         raise CommandError(f"--timeout {options.timeout:g}: accepted are seconds above 0")
-    findings = _findings(python, options)
+    with steps("looking around", options.json) as progress:
+        findings = look(python, os.environ, timeout=options.timeout, simulated=is_simulated(), progress=progress)
     found = list(complaints(findings))
     content = _content(findings, found)
     return Result(content, lambda: _shown(content), fine=not any(each.serious for each in found))
-
-
-def _findings(python: str, options: argparse.Namespace) -> Findings:
-    with progress(quiet=options.json) as bar:
-        task = bar.add_task("looking around", total=None)
-        return look(
-            python,
-            os.environ,
-            timeout=options.timeout,
-            simulated=is_simulated(),
-            done=lambda probes: bar.update(task, total=probes, advance=1),
-        )
 
 
 def _content(findings: Findings, found: list[Complaint]) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from npu_patch.commands.console.output_file import why_no_file_can_be_made
+from npu_patch.commands.console.terminal import Steps
 from npu_patch.commands.doctor.cann import Cann, find_cann
 from npu_patch.commands.doctor.processes import Answer, Processes, too_long
 from npu_patch.commands.tuning_file import content_of
@@ -89,21 +90,20 @@ def look(
     *,
     timeout: float,
     simulated: bool = False,
-    done: Callable[[int], None] = lambda probes: None,
+    progress: Steps,
 ) -> Findings:
-    """Probes the interpreter `python` in the environment `environ`; each probe has `timeout` seconds. After each,
-    `done(probes)` is told how many there are."""
+    """Probes the interpreter `python` in the environment `environ`; each probe has `timeout` seconds."""
     running = Processes()
     listed = running.ask(python, environ, timeout, "distributions")
     distributions = tuple((name, version, folder) for name, version, folder in listed.found or ())
     installed = [name for name in PACKAGES if any(same(name, each[0]) for each in distributions)]
     modules = list(dict.fromkeys(PACKAGES[name] for name in installed))
-    probes = 3 + len(modules)
-    done(probes)
+    progress.of(3 + len(modules))
+    progress.done()
 
     def ask(*arguments: str) -> Answer:
         answer = running.ask(python, environ, timeout, *arguments)
-        done(probes)
+        progress.done()
         return answer
 
     mode = "simulated" if simulated else "as it is"

@@ -20,8 +20,8 @@ from npu_patch.applying.patched_site import PatchedSite
 from npu_patch.applying.state import patched_sites
 from npu_patch.commands.bench.command import prepared, recorded_step
 from npu_patch.commands.console.output_file import output_file
-from npu_patch.commands.console.result import CommandError, Result
-from npu_patch.commands.console.steps import Steps, steps
+from npu_patch.commands.console.result import CommandError, Result, named
+from npu_patch.commands.console.terminal import Steps, steps, table
 from npu_patch.commands.replay.bars import why_not
 from npu_patch.commands.replay.recording import Call, function_of, run_in_float64, run_original, timed_forms
 from npu_patch.commands.subject.models import DTYPES
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> Result:
         note = "simulated NPU: its times mean nothing; this file is of no use on a real one, where it is refused"
     else:
         note = None
-    with steps(options, "measuring") as progress:
+    with steps("measuring", options.json) as progress:
         found, left = _tune(model, batch, device, options, progress)
     write(options.output, device.type, [each.decision for each in found])
     content = {
@@ -147,7 +147,7 @@ def decide(
             else:
                 refused[name] = wrong
         forms.setdefault(ORIGINAL, lambda: None)
-        times = _times(forms, device, samples) if len(forms) > 1 else {}
+        times = in_turns(forms, device, samples=samples) if len(forms) > 1 else {}
     finally:
         dispatch.tuned = {}
     medians = {name: timing.median for name, timing in times.items()}
@@ -181,20 +181,14 @@ def why_wrong(held: PatchedSite, call: Call, original: Any, exact: Mapping[str, 
     try:
         errors = compared(held, call, original, exact)
     except Exception as error:
-        return f"raises {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return f"raises {named(error)}"
     passed_on = calls.fell_through - fell_through
     if passed_on:
         return f"{DECLINES}{next(iter(passed_on))}"
     return errors if isinstance(errors, str) else why_not(errors, dtype)
 
 
-def _times(forms: Mapping[str, Callable[[], None]], device: torch.device, samples: int) -> Mapping[str, Timing]:
-    return in_turns(forms, device, samples=samples)
-
-
 def _shown(content: dict[str, Any], found: list[Tuned]) -> Iterator[Any]:
-    from npu_patch.commands.console.terminal import table
-
     yield f"{content['model']} on {content['device']} ({content['chip']}): forward and backward, median ms"
     if content["note"]:
         yield content["note"]

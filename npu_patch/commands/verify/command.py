@@ -21,8 +21,7 @@ from npu_patch.applying import api as lifecycle
 from npu_patch.applying.patched_site import PatchedSite
 from npu_patch.applying.state import patched_sites
 from npu_patch.commands.console.result import CommandError, Result, named
-from npu_patch.commands.console.steps import Steps, steps
-from npu_patch.commands.console.terminal import table
+from npu_patch.commands.console.terminal import Steps, steps, table
 from npu_patch.commands.replay.bars import FLOORS, Error, relative_error, why_not, worst
 from npu_patch.commands.replay.float64 import everything_in_float64, in_float64
 from npu_patch.commands.replay.recording import (
@@ -89,12 +88,12 @@ def run(options: argparse.Namespace) -> Result:
     names = options.dtype or ["float32", "bfloat16"]
     checks: list[Check] = []
     notes: dict[str, None] = {}
-    with steps(options, "verifying") as progress:
+    with steps("verifying", options.json) as progress:
         progress.of(len(names) * options.seeds)
         for name in names:
-            found, said = _verify(source, device, name, options.seeds, progress)
-            checks += found
-            notes |= dict.fromkeys(said)
+            found = _verify(source, device, name, options.seeds, progress)
+            checks += found.checks
+            notes |= dict.fromkeys(found.remarks)
     if not any(check.patch != "model" for check in checks):
         checks.append(failed("", "none", "", "sites", "; ".join(["nothing in this model is patched", *notes])))
     fine = not any(check.failure for check in checks)
@@ -106,7 +105,7 @@ def run(options: argparse.Namespace) -> Result:
 
 @dataclass
 class Verified:
-    """Of one dtype: what was found so far, seed by seed."""
+    """Of one dtype: what was found so far, seed by seed, and what the report of the patches remarks."""
 
     name: str
     checks: list[Check] = field(default_factory=list)
@@ -117,10 +116,8 @@ class Verified:
         self.checks.append(failed(self.name, "model", type(model).__name__, f"seed {seed}", why))
 
 
-def _verify(
-    source: models.Source, device: torch.device, name: str, seeds: int, progress: Steps
-) -> tuple[list[Check], list[str]]:
-    """Ops at the first seed, the whole model at each; and what the report of the patches remarks."""
+def _verify(source: models.Source, device: torch.device, name: str, seeds: int, progress: Steps) -> Verified:
+    """Ops at the first seed, the whole model at each."""
     dtype = DTYPES[name]
     found = Verified(name)
     model: torch.nn.Module | None = None
@@ -138,11 +135,12 @@ def _verify(
         patched = _run_patched(model, batch, device, found, each_op=seed == 0)
         if isinstance(patched, Exception):
             found.fail(model, seed, f"raises where the unpatched model does not: {named(patched)}")
-            return found.checks, found.remarks
+            return found
         _compare(model, seed, exact, original, patched, found)
         model = model.to("cpu")
         progress.done()
-    return [*found.checks, _whole(type(model).__name__, dtype, found)], found.remarks
+    found.checks.append(_whole(type(model).__name__, dtype, found))
+    return found
 
 
 def _run_patched(
@@ -269,7 +267,7 @@ def compared(
     """The errors of the replacement and of the original on one call, or in words what cannot be compared. `exact`: the
     float64 results, where they are known already."""
     replaced = run_replacement(held, call)
-    if not _equal(replaced.exact, original.exact):
+    if len(replaced.exact) != len(original.exact) or not all(map(_equal, replaced.exact, original.exact)):
         return "what is no floating tensor differs from the original's"
     unlike = unlike_keys(replaced.tensors, original.tensors)
     if unlike:
@@ -290,17 +288,10 @@ def unlike_keys(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[
     return sorted(name for name in one.keys() ^ other.keys() if "gradient" not in name or either[name].any())
 
 
-def _equal(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    if len(one) != len(other):
-        return False
-    for left, right in zip(one, other, strict=True):
-        if isinstance(left, Tensor) != isinstance(right, Tensor):
-            return False
-        if isinstance(left, Tensor) and not (left.shape == right.shape and torch.equal(left.cpu(), right.cpu())):
-            return False
-        if not isinstance(left, Tensor) and left != right:
-            return False
-    return True
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one.cpu(), other.cpu())
+    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and bool(one == other)
 
 
 def _reference(model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -333,8 +324,7 @@ def _decoded(model: Any, ids: Tensor) -> dict[str, Tensor]:
         cache = getattr(output, "past_key_values", None)
         if cache is None:
             return {}
-        ids_of_one = ids[:, index:] if index == -1 else ids[:, index : index + 1]
-        output = model(input_ids=ids_of_one, past_key_values=cache, use_cache=True)
+        output = model(input_ids=ids[:, index, None], past_key_values=cache, use_cache=True)
         found[f"logits of single token {3 + index}"] = output[0]
     return found
 

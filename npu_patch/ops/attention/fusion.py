@@ -13,11 +13,9 @@ from torch import Tensor
 from npu_patch.ops.attention import decode as attention_decode
 from npu_patch.ops.attention.band import Band, band_arguments, broadcasts, why_no_band
 from npu_patch.ops.attention.call import Attention
-from npu_patch.serving.implementation import Implementation, is_plain, needs_operators
+from npu_patch.serving.implementation import FLOAT_DTYPES, Implementation, is_plain, needs_operators
 from npu_patch.serving.operators import Operator
 
-HALF_DTYPES = (torch.float16, torch.bfloat16)
-FLOAT_DTYPES = (torch.float32, *HALF_DTYPES)
 MOST_HEADS, WIDEST_HEAD, MOST_SEQUENCES = 256, 768, 2048
 SCALE_THEN_ADD = 0  # pse_type: the bias is added to the scaled scores
 # Keywords and every default spelt out: the schema grew from release to release.

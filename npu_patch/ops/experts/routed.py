@@ -38,10 +38,9 @@ from npu_patch.ops.experts.token_permute import (
     unpermute,
 )
 from npu_patch.ops.swiglu import NPU_SWIGLU, torch_swiglu
-from npu_patch.serving.implementation import Implementation, is_plain, layout, needs_operators
+from npu_patch.serving.implementation import FLOAT_DTYPES, Implementation, is_plain, layout, needs_operators
 from npu_patch.serving.op import Op
 
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MOST_ELEMENTS = 2**22  # of one expert's first weight; beyond that it is checked narrower inside
 STEP = 16  # what inner widths are a multiple of, where they are made narrower
 

@@ -34,7 +34,6 @@ class Problem:
     g: Tensor
     beta: Tensor
     initial_state: Tensor | None
-    scale: float
     normalize: bool
     layout: Layout
     bounds: Boundaries | None
@@ -44,6 +43,10 @@ class Problem:
     def heads(self) -> tuple[int, int]:
         """Of keys, and of values for each."""
         return self.k.shape[2], self.v.shape[2] // self.k.shape[2]
+
+    @property
+    def scale(self) -> float:
+        return self.k.shape[-1] ** -0.5
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.v.device)

@@ -21,28 +21,13 @@ from npu_patch import devices
 from npu_patch.ops.gated_delta import fla, mindspeed
 from npu_patch.ops.gated_delta.calls import ConvolutionCall, RuleCall
 from npu_patch.ops.gated_delta.causal_conv1d import ACTIVATIONS, causal_conv1d, causal_conv1d_update
-from npu_patch.ops.gated_delta.rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
+from npu_patch.ops.gated_delta.rule import gated_delta_rule
 from npu_patch.serving.implementation import Implementation, is_plain, layout, needs_operators
 from npu_patch.serving.op import Op
 from npu_patch.serving.operators import Operator
 
 OWN = "torch, float32"
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-def _run_rule(call: RuleCall) -> tuple[Tensor, Tensor | None]:
-    rule = recurrent_gated_delta_rule if call.q.shape[1] == 1 else chunk_gated_delta_rule
-    return rule(
-        call.q,
-        call.k,
-        call.v,
-        call.g,
-        call.beta,
-        initial_state=call.initial_state,
-        output_final_state=call.output_final_state,
-        use_qk_l2norm_in_kernel=call.normalize,
-        cu_seqlens=call.cu_seqlens,
-    )
 
 
 def _unsupported_rule(call: RuleCall) -> str | None:
@@ -114,10 +99,10 @@ GATED_DELTA_RULE: Op[[RuleCall], tuple[Tensor, Tensor | None]] = Op(
             "no backward; documented for -1 <= g only, which cannot be known without reading g; states in bfloat16",
         ),
         _declined(Operator("npu_recurrent_gated_delta_rule"), "states in bfloat16, the model's cache is float32"),
-        Implementation(OWN, devices.TYPES, _run_rule, _unsupported_rule),
+        Implementation(OWN, devices.TYPES, gated_delta_rule, _unsupported_rule),
     ),
     _one_key,
-    _run_rule,
+    gated_delta_rule,
 )
 CAUSAL_CONV1D: Op[[ConvolutionCall], Tensor] = Op(
     "causal_conv1d",

@@ -1,13 +1,16 @@
 """The gated delta rule of linear attention (https://arxiv.org/abs/2412.06464), over chunks and token by token.
 
-The algebra is in algebra.py. Arguments are named and laid out as in flash-linear-attention and in
-transformers: q and k `[B, T, Hk, K]`, v `[B, T, Hv, V]`, g (the logarithm of the decay, at most 0) and beta
-`[B, T, Hv]`, states `[B, Hv, K, V]`; Hk divides Hv, and value head h has key head h // (Hv / Hk).
+The algebra is in algebra.py. Arguments are laid out as in flash-linear-attention and in transformers: q and k
+`[B, T, Hk, K]`, v `[B, T, Hv, V]`, g (the logarithm of the decay, at most 0) and beta `[B, T, Hv]`, states
+`[B, Hv, K, V]`; Hk divides Hv, and value head h has key head h // (Hv / Hk). q is scaled by K ** -0.5. cu_seqlens:
+cumulative lengths `[N + 1]` of N sequences packed along T, with B = 1; states, given and final, are then
+`[N, Hv, K, V]`, one a sequence. Its values are never read on the host.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from npu_patch.numerics.autograd import Context
 from npu_patch.numerics.results import changeable
 from npu_patch.ops.gated_delta import algebra
+from npu_patch.ops.gated_delta.calls import RuleCall
 from npu_patch.ops.gated_delta.chunks import NORM_EPS, Problem
 from npu_patch.ops.gated_delta.layout import boundaries, layout_for
 
@@ -31,93 +35,56 @@ class Tiling:
     group: int | None = None
 
 
-def chunk_gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    cu_seqlens: Tensor | None = None,
-    tiling: Tiling = Tiling(),
-) -> tuple[Tensor, Tensor | None]:
+def chunk_gated_delta_rule(call: RuleCall, tiling: Tiling = Tiling()) -> tuple[Tensor, Tensor | None]:
     """The output `[B, T, Hv, V]` in the dtype of q and, if asked, the final states in float32 (else None).
 
-    scale: of q, by default K ** -0.5. cu_seqlens: cumulative lengths `[N + 1]` of N sequences packed along T, with
-    B = 1; states, given and final, are then `[N, Hv, K, V]`, one a sequence. Its values are never read on the host.
     Computes in float32, in float64 if q is float64. Raises ValueError for shapes that do not fit.
     """
-    _check(q, k, v, g, beta, initial_state, cu_seqlens)
-    scale = k.shape[-1] ** -0.5 if scale is None else scale
-    if cu_seqlens is not None and initial_state is not None:
-        return _from_states_as_tokens(
-            q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, tiling
-        )
-    o, final = _ChunkGatedDeltaRule.apply(
-        q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm_in_kernel, output_final_state, tiling
-    )
-    return o, final
+    _check(call)
+    if call.cu_seqlens is not None and call.initial_state is not None:
+        return _from_states_as_tokens(call, call.initial_state, call.cu_seqlens, tiling)
+    return _chunked(call, tiling)
 
 
-def recurrent_gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """The same for few tokens: one is a step without chunks, more are one small chunk."""
-    if q.shape[1] != 1 or cu_seqlens is not None:
-        return chunk_gated_delta_rule(
-            q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens
-        )
-    _check(q, k, v, g, beta, initial_state, cu_seqlens)
-    scale = k.shape[-1] ** -0.5 if scale is None else scale
-    with _no_autocast(q):
-        return _step(q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel)
+def gated_delta_rule(call: RuleCall) -> tuple[Tensor, Tensor | None]:
+    """The same; a single token is a step without chunks."""
+    if call.q.shape[1] != 1 or call.cu_seqlens is not None:
+        return chunk_gated_delta_rule(call)
+    _check(call)
+    with _no_autocast(call.q):
+        return _step(call)
 
 
-def _step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    scale: float,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    normalize: bool,
-) -> tuple[Tensor, Tensor | None]:
+def _step(call: RuleCall) -> tuple[Tensor, Tensor | None]:
     """One token."""
+    q, k, v = call.q, call.k, call.v
     batch, _, key_heads, width = k.shape
     heads, value_width = v.shape[2:]
     dtype = torch.promote_types(q.dtype, torch.float32)
     qk = torch.cat((q, k), 1).transpose(1, 2).to(dtype)  # [B, Hk, 2, K]
-    if normalize:
+    if call.normalize:
         qk = qk * torch.rsqrt((qk * qk).sum(-1, keepdim=True) + NORM_EPS)
     qk = qk[:, :, None].expand(-1, -1, heads // key_heads, -1, -1).reshape(-1, 2, width)
-    beta, v = beta.reshape(-1, 1, 1).to(dtype), v.reshape(-1, 1, value_width).to(dtype)
+    beta, v = call.beta.reshape(-1, 1, 1).to(dtype), v.reshape(-1, 1, value_width).to(dtype)
     product = (qk[:, :1] * qk[:, 1:]).sum(-1, keepdim=True)
-    if initial_state is None:
+    if call.initial_state is None:
         written = beta * v
-        state = qk[:, 1:].mT @ written if output_final_state else None
+        state = qk[:, 1:].mT @ written if call.output_final_state else None
         o = product * written
     else:
-        decayed = initial_state.reshape(-1, width, value_width).to(dtype) * g.reshape(-1, 1, 1).to(dtype).exp()
+        kept = call.g.reshape(-1, 1, 1).to(dtype).exp()
+        decayed = call.initial_state.reshape(-1, width, value_width).to(dtype) * kept
         read = torch.bmm(qk, decayed)
         written = beta * (v - read[:, 1:])
-        state = torch.baddbmm(decayed, qk[:, 1:].mT, written) if output_final_state else None
+        state = torch.baddbmm(decayed, qk[:, 1:].mT, written) if call.output_final_state else None
         o = torch.addcmul(read[:, :1], product, written)
-    o = (o * scale).view(batch, 1, heads, value_width).to(q.dtype)
+    o = (o * width**-0.5).view(batch, 1, heads, value_width).to(q.dtype)
     return o, None if state is None else state.view(batch, heads, width, value_width)
+
+
+def _chunked(call: RuleCall, tiling: Tiling) -> tuple[Tensor, Tensor | None]:
+    tensors = call.q, call.k, call.v, call.g, call.beta, call.initial_state, call.cu_seqlens
+    return _ChunkGatedDeltaRule.apply(*tensors, call.normalize, tiling, call.output_final_state)
 
 
 class _ChunkGatedDeltaRule(torch.autograd.Function):
@@ -125,27 +92,16 @@ class _ChunkGatedDeltaRule(torch.autograd.Function):
     for the backward."""
 
     @staticmethod
-    def forward(
-        ctx: Context,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        initial_state: Tensor | None,
-        cu_seqlens: Tensor | None,
-        scale: float,
-        normalize: bool,
-        wants_final: bool,
-        tiling: Tiling,
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx: Context, *given: Any) -> tuple[Tensor, Tensor | None]:
+        """`given`: what `_problem` takes, and whether the final states are wanted."""
+        *arguments, wants_final = given
+        problem = _problem(*arguments)
         ctx.set_materialize_grads(False)
-        ctx.options = scale, normalize, tiling
-        problem = _problem(q, k, v, g, beta, initial_state, cu_seqlens, *ctx.options)
-        with _no_autocast(q):
+        ctx.options = arguments[7:]
+        with _no_autocast(problem.q):
             o, final, kept = algebra.forward(problem, wants_final, any(ctx.needs_input_grad))
         if kept is not None:
-            ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, *kept)
+            ctx.save_for_backward(*arguments[:7], *kept)
         return changeable(o), None if final is None else changeable(final)
 
     @staticmethod
@@ -153,12 +109,12 @@ class _ChunkGatedDeltaRule(torch.autograd.Function):
     def backward(ctx: Context, do: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
         *arguments, inverse, entering_groups = ctx.saved_tensors
         if do is None and d_final is None:
-            return (None,) * 11
+            return (None,) * 10
         problem = _problem(*arguments, *ctx.options)
         with _no_autocast(problem.q):
             kept = algebra.Kept(inverse, entering_groups)
             gradients = algebra.backward(problem, kept, do, d_final, ctx.needs_input_grad[:6])
-        return *gradients, None, None, None, None, None
+        return *gradients, None, None, None, None
 
 
 def _no_autocast(x: Tensor) -> torch.autocast:
@@ -174,31 +130,21 @@ def _problem(
     beta: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    scale: float,
     normalize: bool,
     tiling: Tiling,
 ) -> Problem:
     layout = layout_for(q.shape[1], tiling.chunk, tiling.group, q.device.type)
     dtype = torch.promote_types(q.dtype, torch.float32)
     bounds = None if cu_seqlens is None else boundaries(cu_seqlens, layout, dtype)
-    return Problem(q, k, v, g, beta, initial_state, scale, normalize, layout, bounds, dtype)
+    return Problem(q, k, v, g, beta, initial_state, normalize, layout, bounds, dtype)
 
 
 def _from_states_as_tokens(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    scale: float,
-    initial_state: Tensor,
-    output_final_state: bool,
-    normalize: bool,
-    cu_seqlens: Tensor,
-    tiling: Tiling,
+    call: RuleCall, initial_state: Tensor, cu_seqlens: Tensor, tiling: Tiling
 ) -> tuple[Tensor, Tensor | None]:
     """Packed sequences that start from states. A state is what K tokens write whose keys are the unit vectors, with
     beta 1 and no decay: they are put before each sequence, exactly, and their outputs dropped."""
+    q, key_heads = call.q, call.k.shape[2]
     sequences, heads, width, value_width = initial_state.shape
     dtype = torch.promote_types(torch.promote_types(q.dtype, initial_state.dtype), torch.float32)
     bounds = cu_seqlens.long()
@@ -215,30 +161,28 @@ def _from_states_as_tokens(
             out = torch.empty(shape, dtype=dtype, device=q.device).index_copy(1, before, of_states.to(dtype))
         return out.index_copy(1, own, tokens.to(dtype))
 
-    unit = UNIT_KEY if normalize else 1.0
+    unit = UNIT_KEY if call.normalize else 1.0
     unit_keys = unit * torch.eye(width, dtype=dtype, device=q.device)[None, :, None]
-    unit_keys = unit_keys.expand(sequences, -1, k.shape[2], -1).reshape(1, -1, k.shape[2], width)
+    unit_keys = unit_keys.expand(sequences, -1, key_heads, -1).reshape(1, -1, key_heads, width)
     state_values = initial_state.permute(0, 2, 1, 3).reshape(1, -1, heads, value_width)
     shifted = bounds + width * torch.arange(sequences + 1, device=q.device)
-    o, final = _ChunkGatedDeltaRule.apply(
+    tokens = RuleCall(
         merged(q, 0.0),
-        merged(k, unit_keys),
-        merged(v, state_values),
-        merged(g, 0.0),
-        merged(beta, 1.0),
-        None,
-        shifted,
-        scale,
-        normalize,
-        output_final_state,
-        tiling,
+        merged(call.k, unit_keys),
+        merged(call.v, state_values),
+        merged(call.g, 0.0),
+        merged(call.beta, 1.0),
+        output_final_state=call.output_final_state,
+        normalize=call.normalize,
+        cu_seqlens=shifted,
     )
+    o, final = _chunked(tokens, tiling)
     return o.index_select(1, own).to(q.dtype), final
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
-) -> None:
+def _check(call: RuleCall) -> None:
+    q, k, v, g, beta = call.q, call.k, call.v, call.g, call.beta
+    initial_state, cu_seqlens = call.initial_state, call.cu_seqlens
     if q.dim() != 4 or q.shape != k.shape or v.dim() != 4 or q.shape[:2] != v.shape[:2] or v.shape[2] % k.shape[2]:
         raise ValueError(
             "q and k must be [B, T, Hk, K] and v [B, T, Hv, V] with Hk dividing Hv, not "

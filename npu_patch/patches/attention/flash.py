@@ -160,7 +160,7 @@ def _hidden(mask: Tensor, keys: int) -> Tensor:
     def make() -> Tensor:
         return F.pad(mask.bool().logical_not(), (0, keys - mask.shape[1]), value=True)[:, None, None]
 
-    return _HIDDEN.by(mask, keys, make)
+    return _HIDDEN.by((mask,), keys, make)
 
 
 def _gather(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[list[Tensor], Tensor, tuple[Ends, Ends]]:

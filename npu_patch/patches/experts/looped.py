@@ -65,7 +65,7 @@ class UnknownBlock:
 
 def read_site(site: Site) -> AsNamed | BlockReading | UnknownBlock | NotRead:
     if site.name == METHOD:
-        return read_method(site.owner, site.original, {})
+        return read_method(site.owner, site.original)
     if is_checkpointing_layer(site.owner):
         return NotRead("a checkpointing layer", notable=False)
     found = read_block(site.owner, site.original, {"training": False, "norm_topk_prob": True})
@@ -83,13 +83,14 @@ def bind_site(site: Site, reading: AsNamed | BlockReading | UnknownBlock, contex
 def _bind_method(site: Site, reading: AsNamed | BlockReading, context: Context) -> Replacement:
     names = parameter_names(site.original) or ()
     calls, layers = Calls(), FeedForwards()
-    dispatch = context.dispatch(lambda live: checks(map(layers.experts_if_plain, live.of(site.owner))))
+    dispatch = context.dispatch(lambda live: checks(map(layers.if_plain, live.of(site.owner))))
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
         bound = tensors_on(context.device_type, names, args, kwargs)
         if isinstance(bound, Unserved):
             return bound
-        return _run(dispatch, calls, layers, self, *bound)
+        experts = layers.of(self)
+        return Unserved(experts.reason) if isinstance(experts, NotRead) else _run(dispatch, calls, experts, *bound)
 
     bypassed = Bypassed.by(site.original, LINEAR, SILU, MODULE_CALL)
     function = replacement_for(site.original, calls, serve, bypassed=bypassed)
@@ -102,7 +103,7 @@ def _bind_forward(site: Site, found: AsNamed | BlockReading, context: Context) -
     for module in context.live_modules(cls):
         readings.of(module)
     calls, layers = Calls(), FeedForwards()
-    dispatch = context.dispatch(lambda live: checks(map(layers.experts_if_plain, live.of(cls))))
+    dispatch = context.dispatch(lambda live: checks(map(layers.if_plain, live.of(cls))))
 
     def serve(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = bind(names, args, kwargs)
@@ -114,9 +115,9 @@ def _bind_forward(site: Site, found: AsNamed | BlockReading, context: Context) -
         reading = readings.of(self)
         if isinstance(reading, NotRead):
             return Unserved(reading.reason)
-        reason = layers.why_not(self)
-        if reason is not None:
-            return Unserved(reason)
+        experts = layers.of(self)
+        if isinstance(experts, NotRead):
+            return Unserved(experts.reason)
         flat = x.reshape(-1, x.shape[-1])
 
         def part(which: Any) -> Tensor:
@@ -124,7 +125,7 @@ def _bind_forward(site: Site, found: AsNamed | BlockReading, context: Context) -
 
         logits = part(reading.router)
         indices, weights = chosen(logits, self.top_k, reading.normalised, x.dtype)
-        result = _run(dispatch, calls, layers, self, flat, indices, weights)
+        result = _run(dispatch, calls, experts, flat, indices, weights)
         if isinstance(result, Unserved):
             return result
         if reading.shared is not None:
@@ -142,18 +143,8 @@ def _bind_forward(site: Site, found: AsNamed | BlockReading, context: Context) -
 
 
 def _run(
-    dispatch: Dispatch,
-    calls: Calls,
-    layers: FeedForwards,
-    block: torch.nn.Module,
-    tokens: Tensor,
-    indices: Tensor,
-    weights: Tensor,
+    dispatch: Dispatch, calls: Calls, experts: Experts, tokens: Tensor, indices: Tensor, weights: Tensor
 ) -> Tensor | Unserved:
-    reason = layers.why_not(block)
-    if reason is not None:
-        return Unserved(reason)
-    experts = layers.experts(block)
     result = route(dispatch, calls, tokens, indices, weights, experts)
     if isinstance(result, str):
         return Unserved(result)
@@ -169,66 +160,58 @@ class _FeedForward:
     activations: Activations
 
 
+def _why_no_plain_linear(layer: torch.nn.Module) -> str | None:
+    if type(layer) is not torch.nn.Linear:
+        return f"an expert's layer is a {type(layer).__module__.split('.')[0]} {type(layer).__name__}"
+    if layer.bias is not None:
+        return "an expert's layer has a bias"
+    return "an expert's weight is sharded" if hasattr(layer.weight, "ds_id") else None
+
+
 class FeedForwards:
     """The experts in a block's ModuleList: one class of plain feed-forward layers, then perhaps identities."""
 
     def __init__(self) -> None:
         self._known: weakref.WeakKeyDictionary[type, _FeedForward | NotRead] = weakref.WeakKeyDictionary()
 
-    def why_not(self, block: torch.nn.Module) -> str | None:
-        """Why the experts of this block cannot be taken together, or None. Looks at each one: wrappers and hooks come
-        and go."""
+    def of(self, block: torch.nn.Module) -> Experts | NotRead:
+        """Those of this block, or why they cannot be taken together. Looks at each one: wrappers and hooks come and
+        go."""
         own, identities = self._split(block)
         if not own or any(type(each) is not torch.nn.Identity for each in identities):
-            return "its experts are not of one class"
+            return NotRead("its experts are not of one class")
         for each in (block.experts, *identities):
             heard = listener(each, "its experts")
             if heard is not None:
-                return heard
+                return NotRead(heard)
         found = self._feed_forward(type(own[0]))
         if isinstance(found, NotRead):
-            return found.reason
-        reading = found.reading
+            return found
+        reading, activations = found.reading, found.activations
         names = [name for name in (reading.gate, reading.up, reading.down) if name is not None]
         for expert in own:
             heard = listener(expert, "an expert") or listener_among(expert)
             if heard is not None:
-                return heard
-            if type(found.activations.of(expert)) is not type(found.activations.of(own[0])):
-                return "its experts' activations are of several classes"
+                return NotRead(heard)
+            if type(activations.of(expert)) is not type(activations.of(own[0])):
+                return NotRead("its experts' activations are of several classes")
             for name in names:
-                linear = getattr(expert, name)
-                if type(linear) is not torch.nn.Linear:
-                    return f"an expert's layer is a {type(linear).__module__.split('.')[0]} {type(linear).__name__}"
-                if linear.bias is not None:
-                    return "an expert's layer has a bias"
-                if hasattr(linear.weight, "ds_id"):
-                    return "an expert's weight is sharded"
-        return None
-
-    def experts(self, block: torch.nn.Module) -> Experts:
-        own, identities = self._split(block)
-        found = self._feed_forward(type(own[0]))
-        assert isinstance(found, _FeedForward)  # as `why_not` found it
-        reading, activations = found.reading, found.activations
-
-        def of_each(name: str) -> Weights:
-            return Weights(tuple(getattr(expert, name).weight for expert in own), transposed=True)
+                reason = _why_no_plain_linear(getattr(expert, name))
+                if reason is not None:
+                    return NotRead(reason)
 
         def gate(gate_up: Tensor) -> Tensor:
             first, second = gate_up.chunk(2, -1)
             return activations.of(own[0])(first) * second
 
-        return Experts(
-            up=tuple(of_each(name) for name in (reading.gate, reading.up) if name is not None),
-            down=of_each(reading.down),
-            gate=None if activations.is_silu(activations.of(own[0])) else gate,
-            sentinels=bool(identities),
-        )
+        *ups, down = [Weights(tuple(getattr(expert, name).weight for expert in own), transposed=True) for name in names]
+        is_silu = activations.is_silu(activations.of(own[0]))
+        return Experts(tuple(ups), down, None if is_silu else gate, sentinels=bool(identities))
 
-    def experts_if_plain(self, block: Any) -> Experts | None:
+    def if_plain(self, block: Any) -> Experts | None:
         is_list = isinstance(getattr(block, "experts", None), torch.nn.ModuleList) and len(block.experts) > 0
-        return self.experts(block) if is_list and self.why_not(block) is None else None
+        found = self.of(block) if is_list else None
+        return None if isinstance(found, NotRead) else found
 
     def observe(self, block: torch.nn.Module) -> None:
         for expert in self._split(block)[0]:

@@ -6,7 +6,7 @@ Which argument is what, how the weights are stored and what the gate is, is obse
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +18,15 @@ from npu_patch.ops.experts.routed import Experts
 from npu_patch.ops.readings import NotRead
 from npu_patch.patches.experts.checked import checks, route
 from npu_patch.patches.patch import Context, Replacement
-from npu_patch.probe.experts import SETTINGS, WEIGHTS, ExpertsReading, gate_of, read_experts, undeclared_conventions
+from npu_patch.probe.experts import (
+    ARGUMENTS,
+    SETTINGS,
+    WEIGHTS,
+    ExpertsReading,
+    gate_of,
+    read_experts,
+    undeclared_conventions,
+)
 from npu_patch.probe.readings import Readings
 from npu_patch.serving.bypassed import SILU, Bypassed
 from npu_patch.serving.calls import Calls
@@ -56,10 +64,24 @@ def bind_site(site: Site, context: Context) -> Replacement:
     readings: Readings[ExpertsReading] = Readings(read, SETTINGS)
     for module in context.live_modules(cls):
         readings.of(module)
+    return replacement(site, names, readings, context, lambda live: live.of(cls), readings.of)
+
+
+def replacement(
+    site: Site,
+    names: Sequence[str],
+    readings: Readings[ExpertsReading],
+    context: Context,
+    layers_in: Callable[[LiveModules], Iterable[torch.nn.Module]],
+    observe: Callable[[torch.nn.Module], Any],
+    definition: Callable[..., Callable[..., Any]] | None = None,
+) -> Replacement:
+    """Of a forward, or of a registry's function, with parameters `names`, that serves the layers that `layers_in` finds
+    in a model."""
     calls = Calls()
 
     def live_experts(live: LiveModules) -> Iterator[Experts | None]:
-        for module in live.of(cls):
+        for module in layers_in(live):
             reading = readings.of(module)
             yield None if isinstance(reading, NotRead) else experts_of(module, reading)
 
@@ -75,28 +97,30 @@ def bind_site(site: Site, context: Context) -> Replacement:
         heard = listener_in(self)
         if heard is not None:
             return Unserved(heard)
-        given = dict(zip(reading.convention.arguments, bound, strict=True))
-        tokens, indices, router_weights = given["tokens"], given["indices"], given["router_weights"]
+        convention = reading.convention
+        if convention.arguments != ARGUMENTS:
+            bound = [bound[convention.arguments.index(role)] for role in ARGUMENTS]
+        tokens, indices, router_weights = bound
         shape = tokens.shape
         if reading.batched:
             tokens = tokens.reshape(-1, shape[-1])
         experts = experts_of(self, reading)
         if experts is None:
             return Unserved("it has no experts")
-        if reading.convention.dense:
+        if convention.dense:
             if router_weights.dim() != 2 or router_weights.shape[0] != indices.shape[0]:
                 return Unserved(f"router weights of shape {tuple(router_weights.shape)}")
             router_weights = router_weights.gather(1, indices.clamp(max=router_weights.shape[1] - 1))
         result = route(dispatch, calls, tokens, indices, router_weights, experts)
         if isinstance(result, str):
             return Unserved(result)
-        if reading.convention.identities:
+        if convention.identities:
             others = router_weights.masked_fill(indices < experts.down.groups, 0.0)
             result = result + tokens * others.sum(-1, keepdim=True).to(tokens.dtype)
         return result.view(shape[0], -1, shape[-1]) if reading.batched else result
 
-    function = replacement_for(original, calls, serve, bypassed=Bypassed.by(original, SILU))
-    return Replacement(function, "routed experts", calls, dispatch=dispatch, observe=readings.of)
+    function = replacement_for(site.original, calls, serve, bypassed=Bypassed.by(site.original, SILU))
+    return Replacement(function, "routed experts", calls, dispatch=dispatch, observe=observe, definition=definition)
 
 
 def listener_in(module: torch.nn.Module) -> str | None:

@@ -15,6 +15,7 @@ Delete     when transformers' grouped_mm runs a grouped kernel on NPU and leaves
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain
 from types import FunctionType, ModuleType
 from typing import Any
@@ -22,18 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_patch.ops.experts.routed import EXPERTS, Experts, silu_of_halves
+from npu_patch.ops.experts.routed import EXPERTS, silu_of_halves
 from npu_patch.ops.readings import NotRead
 from npu_patch.patches.experts import looped as experts_looped
 from npu_patch.patches.experts import packed as experts_packed
-from npu_patch.patches.experts.checked import checks, route
-from npu_patch.patches.experts.packed import experts_of, listener_in
 from npu_patch.patches.patch import Context, Patch, Replacement, layers_of_class
 from npu_patch.probe.experts import SETTINGS, Convention, ExpertsReading, declared, read_experts
 from npu_patch.probe.readings import Readings
-from npu_patch.serving.bypassed import SILU, Bypassed
-from npu_patch.serving.calls import Calls
-from npu_patch.serving.replacement import Unserved, replacement_for, tensors_on
 from npu_patch.sites.sites import LiveModules, Site, forwards, innermost
 
 DOORS = ("grouped_mm", "batched_mm")
@@ -86,42 +82,20 @@ def bind_site(site: Site, reading: Any, context: Context) -> Replacement | NotRe
 
 def _bind_entry(site: Site, context: Context) -> Replacement:
     """Of the registry."""
-    for module in context.live or ():
-        if _looks_up(type(module), site.owner):
-            READINGS.of(module)
-    calls = Calls()
-
-    def live_experts(live: LiveModules) -> Iterator[Experts | None]:
-        for module in live:
-            if _looks_up(type(module), site.owner) and _asked_for(module) == site.name:
-                reading = READINGS.of(module)
-                yield None if isinstance(reading, NotRead) else experts_of(module, reading)
-
-    dispatch = context.dispatch(lambda live: checks(live_experts(live)))
-
-    def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
-        bound = tensors_on(context.device_type, ARGUMENTS, args, kwargs)
-        if isinstance(bound, Unserved):
-            return bound
-        reading = READINGS.of(self)
-        if isinstance(reading, NotRead):
-            return Unserved(reading.reason)
-        heard = listener_in(self)
-        if heard is not None:
-            return Unserved(heard)
-        experts = experts_of(self, reading)
-        if experts is None:
-            return Unserved("it has no experts")
-        tokens, indices, weights = bound
-        result = route(dispatch, calls, tokens, indices, weights, experts)
-        return Unserved(result) if isinstance(result, str) else result
 
     def observe(layer: torch.nn.Module) -> None:
         if _looks_up(type(layer), site.owner):
             READINGS.of(layer)
 
-    function = replacement_for(site.original, calls, serve, bypassed=Bypassed.by(site.original, SILU))
-    return Replacement(function, "routed experts", calls, dispatch=dispatch, observe=observe, definition=_own_forward)
+    for module in context.live or ():
+        observe(module)
+    asking = partial(_asking, site)
+    return experts_packed.replacement(site, ARGUMENTS, READINGS, context, asking, observe, _own_forward)
+
+
+def _asking(site: Site, live: LiveModules) -> Iterator[torch.nn.Module]:
+    """The live layers whose config asks for an entry of the registry."""
+    return (each for each in live if _looks_up(type(each), site.owner) and _asked_for(each) == site.name)
 
 
 def layers(site: Site, context: Context) -> int | None:
@@ -129,8 +103,7 @@ def layers(site: Site, context: Context) -> int | None:
     entries = registry()
     if entries is None or site.owner is not entries or context.live is None:
         return layers_of_class(site, context)
-    experts = [module for module in context.live if _looks_up(type(module), entries)]
-    return len([module for module in experts if _asked_for(module) == site.name and _why_unserved(module) is None])
+    return sum(_why_unserved(module) is None for module in _asking(site, context.live))
 
 
 def registry() -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from types import MethodType, ModuleType, SimpleNamespace
+from types import MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from npu_patch.numerics.values import values
 from npu_patch.ops.gated_delta.causal_conv1d import causal_conv1d
 from npu_patch.ops.readings import NotRead
 from npu_patch.probe.gated_delta import CONVOLUTION, Reading
+from npu_patch.probe.tiny_layer import Config, fill
 from npu_patch.serving.listeners import listener
 from npu_patch.sites.names_used import names_used
 from npu_patch.sites.sites import Site
@@ -106,14 +107,10 @@ def read(cls: type, name: str) -> Reading | NotRead:
 
 
 def _observe(cls: type, name: str) -> Reading | NotRead:
-    layer = cls(_Config(**SIZES), layer_idx=0)
+    layer = cls(Config(**SIZES), layer_idx=0)
     if vars(layer).get(name, "absent") is not None:
         return NotRead("it holds a function", notable=False)
-    for index, module in enumerate(layer.modules()):
-        for key, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                weights = values(parameter.shape, 30 + index, grad=True)
-                module._parameters[key] = torch.nn.Parameter(weights.detach() * 0.5)
+    fill(layer, 30)
     for dtype, allowed in ALLOWED.items():
         reason = _compare(layer.to(dtype), name, dtype, allowed)
         if reason is not None:
@@ -140,10 +137,3 @@ def _compare(layer: torch.nn.Module, name: str, dtype: torch.dtype, allowed: flo
         if far > allowed:
             return f"its inline convolution is another: {far:.3g} tolerances away"
     return None if asked == ["silu"] else f"its forward does not call what is in {name}"
-
-
-class _Config(SimpleNamespace):
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return None

@@ -30,7 +30,7 @@ from npu_patch.patches.gated_delta import packing
 from npu_patch.patches.gated_delta.serve import serve
 from npu_patch.patches.patch import AnyContext, Patch, Replacement, layers_of_class
 from npu_patch.probe.gated_delta import CONVOLUTION, RULE, UPDATE, Reading, kind_of, parameters_of, read
-from npu_patch.probe.gated_delta_checks import why_wrong_convolution, why_wrong_rule
+from npu_patch.probe.gated_delta_checks import why_wrong
 from npu_patch.serving.bypassed import CONVOLVED, MODULE_CALL, Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.dispatch import AnyDispatch, in_order
@@ -41,11 +41,6 @@ from npu_patch.sites.names_used import names_used
 from npu_patch.sites.sites import Site, functions, innermost, unwrapped
 
 OPS: dict[str, Op[..., Any]] = {RULE: GATED_DELTA_RULE, CONVOLUTION: CAUSAL_CONV1D, UPDATE: CAUSAL_CONV1D_UPDATE}
-CHECKS: dict[str, Callable[..., str | None]] = {
-    RULE: why_wrong_rule,
-    CONVOLUTION: why_wrong_convolution,
-    UPDATE: why_wrong_convolution,
-}
 # What transformers <= 5.14 binds from packages. They do not run on a CPU: that they are these very functions is what
 # says what they compute.
 PUBLISHED = {
@@ -125,7 +120,7 @@ def _open_door(site: Site, reading: Reading, context: AnyContext) -> Replacement
 
 
 def _dispatch(reading: Reading, context: AnyContext) -> AnyDispatch:
-    check: Callable[..., str | None] = CHECKS[reading.kind] if context.switches["self_check"] else _unchecked
+    check: Callable[..., str | None] = why_wrong if context.switches["self_check"] else _unchecked
     return in_order(OPS[reading.kind], context.device_type, check)
 
 

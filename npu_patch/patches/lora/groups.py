@@ -102,6 +102,8 @@ class Groups:
             return None, ()
         modules = {name: module for name, module in parent._modules.items() if module is not None}
         adapted: dict[str, Any] = {name: module for name, module in modules.items() if type(module) is self.cls}
+        if len(adapted) < 2:
+            return None, ()
         widths = tuple((name, each.in_features, each.out_features) for name, each in adapted.items())
         own = {name: value for name, value in vars(parent).items() if not name.startswith("_")}
         forward = innermost(type(parent).forward)

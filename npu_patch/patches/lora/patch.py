@@ -11,6 +11,7 @@ Delete     when peft has such a function.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -34,26 +35,38 @@ from npu_patch.serving.implementation import Implementation
 from npu_patch.serving.listeners import first_listener
 from npu_patch.serving.replacement import Unserved, replacement_for
 from npu_patch.sites.sites import LiveModules, Site, rebindable_forwards
+from npu_patch.waiting.head_call import is_put_off
 
 OF_LINEAR, OF_DROPOUT, OF_IDENTITY = Linear.forward, Dropout.forward, Identity.forward  # whoever binds them anew
 DROPOUT = (F, "dropout")
 Call = tuple[Tensor, Tensor, "Tensor | None", Adapter]
 
 
+@dataclass(frozen=True)
+class Another:
+    """What a class is that has adapters, in the place of a linear layer with adapters."""
+
+    reason: str
+    linear: bool
+
+
 def find(module: ModuleType) -> Iterable[Site]:
-    """Layers that say to have such adapters; those of other layers than linear ones need not be looked at."""
-    for site in rebindable_forwards(module):
-        adapted = "lora_A" in getattr(site.owner, "adapter_layer_names", ())
-        if adapted and "linear" in site.owner.__name__.lower():
-            yield site
+    """Layers that say to have such adapters."""
+    return (each for each in rebindable_forwards(module) if "lora_A" in getattr(each.owner, "adapter_layer_names", ()))
 
 
-def read_site(site: Site) -> AsNamed | NotRead:
-    return read_adapted_linear(site.owner, site.original)
+def read_site(site: Site) -> AsNamed | Another:
+    """Those of other layers than linear ones need not be looked at."""
+    if "linear" not in site.owner.__name__.lower():
+        return Another("an adapter of no linear layer", linear=False)
+    found = read_adapted_linear(site.owner, site.original)
+    return Another(found.reason, linear=True) if isinstance(found, NotRead) else found
 
 
-def bind_site(site: Site, found: AsNamed, context: Context) -> Replacement:
+def bind_site(site: Site, found: AsNamed | Another, context: Context) -> Replacement | NotRead:
     cls, original = site.owner, site.original
+    if isinstance(found, Another):  # peft has many kinds: the report has those of the given model
+        return NotRead(found.reason, notable=bool(context.live_modules(cls)), in_order=not found.linear)
     calls, callers, groups, device_type = Calls(), Callers(), Groups(cls), context.device_type
     dispatch = context.dispatch(lambda live: _cases(cls, live))
 
@@ -133,7 +146,7 @@ def _call_of(layer: Any, x: Tensor, cast_to: torch.dtype | None) -> Call | str:
             return f"{its_name} is a {type(part).__name__}"
     heard = first_listener(((base, "base_layer"), (down, "lora_A"), (up, "lora_B"), (dropout, "lora_dropout")))
     if heard is not None:
-        return heard
+        return "its product waits for the loss" if is_put_off(base) else heard
     probability = _probability(dropout)
     if isinstance(probability, str):
         return probability
@@ -200,4 +213,6 @@ def _cases(cls: type, live: LiveModules) -> Iterator[Case]:
                 yield case(base.out_features, base.in_features, down.out_features, product, compute)
 
 
-PATCH = Patch("lora", "lora", ADAPTED_LINEAR, find, read_site, bind_site, libraries=("peft",), tunable=False)
+PATCH: Patch[AsNamed | Another, ..., Any] = Patch(
+    "lora", "lora", ADAPTED_LINEAR, find, read_site, bind_site, libraries=("peft",), tunable=False
+)

@@ -12,7 +12,7 @@ import torch
 from npu_patch.numerics.room import in_quiet_room
 from npu_patch.ops.readings import AsNamed
 from npu_patch.patches.loss.losses import ends_here
-from npu_patch.patches.loss.takers import any_of_tokens
+from npu_patch.patches.loss.takers import any_without_labels
 from npu_patch.patches.patch import Context, Replacement
 from npu_patch.serving.bypassed import Bypassed
 from npu_patch.serving.calls import Calls
@@ -51,7 +51,7 @@ def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
         if in_quiet_room():
             return TakenOver(original(self, *args, **kwargs))
         labels = kwargs.get(LABELS, args[at] if len(args) > at else None)
-        if labels is None and not any_of_tokens():
+        if labels is None and not any_without_labels():
             return TakenOver(original(self, *args, **kwargs))  # its logits are what is asked for: no call of this patch
         if labels is not None and not ends_here(self.loss_function):
             return Unserved(f"its loss is {getattr(self.loss_function, '__qualname__', 'another')}, which is not known")
@@ -59,9 +59,17 @@ def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
         layers = "it has no head" if head is None else layers_of(head)
         if isinstance(layers, str):
             return Unserved(layers)
-        with put_off(head, layers, device_type, looked_at) as call:
+        with put_off(head, layers, device_type, looked_at, _embeddings_of(self)) as call:
             result = original(self, *args, **kwargs)
         return result if call.waited else Unfused(result, call.why_not or "it does not call its head")
 
     function = replacement_for(original, calls, serve, bypassed=Bypassed())
     return Replacement(function, reading.name, calls, alone=False)
+
+
+def _embeddings_of(model: torch.nn.Module) -> Any:
+    found: Any = getattr(model, "get_input_embeddings", lambda: None)
+    try:
+        return found()
+    except NotImplementedError:
+        return None

@@ -14,7 +14,7 @@ from npu_patch.ops import chunked_loss
 from npu_patch.ops.chunked_loss import StandIn
 from npu_patch.ops.readings import AsNamed, NotRead
 from npu_patch.patches.loss.cases import cases
-from npu_patch.patches.loss.takers import OF_TOKENS, taken, why_made
+from npu_patch.patches.loss.takers import WITHOUT_LABELS, taken, why_made
 from npu_patch.patches.patch import Context, Replacement
 from npu_patch.probe.losses import ROW_MASK, TEMPERATURE, read_entropy, read_log_probabilities
 from npu_patch.serving.calls import Calls
@@ -73,5 +73,5 @@ def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
         return result if mask is None else result.masked_fill(mask == 0, 0.0)
 
     function = replacement_for(site.original, calls, serve)
-    OF_TOKENS[function] = calls
+    WITHOUT_LABELS[function] = calls
     return Replacement(function, reading.name, calls, dispatch=dispatch, alone=False)

@@ -1,5 +1,5 @@
-"""Who takes logits that wait: the losses, and what takes the log-probabilities of tokens. The models' forwards ask,
-before they let their head's logits wait."""
+"""Who takes logits that wait: the losses that models ask for, and what is called with the logits of a forward that was
+given no labels. The models' forwards ask, before they let their head's logits wait."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from npu_patch.waiting.logits import WaitingLogits
 
 # By what is called in the place of the original.
 LOSSES: WeakKeyDictionary[Callable[..., Any], Calls] = WeakKeyDictionary()
-OF_TOKENS: WeakKeyDictionary[Callable[..., Any], Calls] = WeakKeyDictionary()
+WITHOUT_LABELS: WeakKeyDictionary[Callable[..., Any], Calls] = WeakKeyDictionary()
 
 
-def any_of_tokens() -> bool:
-    return any(calls.active for calls in OF_TOKENS.values())
+def any_without_labels() -> bool:
+    return any(calls.active for calls in WITHOUT_LABELS.values())
 
 
 def why_made(logits: Any, device_type: str) -> str:

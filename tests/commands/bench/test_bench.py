@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from npu_patch.commands import main
-from npu_patch.commands.console.steps import Steps
+from npu_patch.commands.console.terminal import Steps
 from tests.support.needs_triton import needs_triton
 
 pytestmark = pytest.mark.usefixtures("leaving_nothing_applied")

@@ -17,7 +17,7 @@ import torch
 from npu_patch.commands import COMMANDS, main
 from npu_patch.commands.console.output_file import output_file, why_no_file_can_be_made
 from npu_patch.commands.console.result import CommandError, Result
-from npu_patch.commands.console.terminal import drawn, progress, table
+from npu_patch.commands.console.terminal import drawn, steps, table
 from npu_patch.commands.coverage import command as coverage
 
 Captured = pytest.CaptureFixture[str]
@@ -233,5 +233,6 @@ def test_without_rich_tables_are_plain_text(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "rich", None)
     assert drawn(PARTS).splitlines() == ["x" * 150, "Title", "name   n", "----  -", "a      1", "bb    22"]
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with progress(quiet=False) as bar:
-        bar.update(bar.add_task("working"), total=3, advance=1)
+    with steps("working", quiet=False) as progress:
+        progress.of(3)
+        progress.done()

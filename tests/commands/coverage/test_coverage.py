@@ -21,7 +21,7 @@ from npu_patch.commands.console.result import Result
 from npu_patch.commands.coverage import command as coverage
 from npu_patch.commands.coverage.survey import Tally, cell, survey
 from npu_patch.reporting.report import Report
-from npu_patch.sites.sites import loaded_modeling_modules, modules_of_model
+from npu_patch.sites.sites import is_modeling_module, loaded_modules, modules_of_model
 from tests.support.tiny_models import tiny
 
 # With norms that nothing computes, experts of their own, gated delta nets, vision, GELU.
@@ -40,7 +40,7 @@ def test_a_dry_run_says_what_apply_does_to_every_loaded_module(npu: torch.device
         name = f"transformers.models.{family}.modeling_{family}"
         if importlib.util.find_spec(name) is not None:
             importlib.import_module(name)
-    dry = dry_run(loaded_modeling_modules())
+    dry = dry_run(loaded_modules(is_modeling_module))
     applied = npu_patch.apply()
     assert len(applied.patched) > 20 and len(applied.skipped) > 2
     assert told(dry) == told(applied)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from npu_patch.commands import main
+from npu_patch.commands.console.terminal import Steps
 from npu_patch.commands.doctor.cann import Cann, find_cann
 from npu_patch.commands.doctor.faults import FAULTS, complaints
 from npu_patch.commands.doctor.findings import OPERATORS, Findings, look
@@ -350,10 +351,12 @@ def test_packages_are_probed_on_the_simulated_npu(simulated: None, monkeypatch: 
         return Answer([("torch", "2.13.0", "site"), ("peft", "1.0", "site")])
 
     monkeypatch.setattr(Processes, "ask", ask)
-    probes: list[int] = []
-    look("python", {}, timeout=1.0, simulated=True, done=probes.append)
+    said: list[int | str] = []
+    monkeypatch.setattr(Steps, "of", lambda self, total: said.append(total))
+    monkeypatch.setattr(Steps, "done", lambda self: said.append("done"))
+    look("python", {}, timeout=1.0, simulated=True, progress=Steps(""))
     assert {("package", "simulated", "torch"), ("package", "simulated", "peft")} <= set(asked)
-    assert probes == [len(asked)] * len(asked) == [5] * 5
+    assert said == [len(asked), *["done"] * len(asked)] == [5, *["done"] * 5]
 
 
 def test_an_interruption_ends_the_probes(tmp_path: Path, real: None) -> None:

@@ -65,7 +65,7 @@ def offered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr("npu_patch.commands.tune.command.CATALOGUE", catalogue)
         monkeypatch.setattr("npu_patch.applying.api.CATALOGUE", catalogue)
         monkeypatch.setattr(
-            tune, "_times", lambda forms, device, samples: {n: timing(times.get(n, 5.0)) for n in forms}
+            tune, "in_turns", lambda forms, device, samples: {n: timing(times.get(n, 5.0)) for n in forms}
         )
 
     return offer
@@ -144,7 +144,7 @@ def test_wide_and_narrow_layers_of_one_class_are_decided_apart(monkeypatch: pyte
         winner = next(winners)
         return {name: timing(1.0 if name == winner else 2.0) for name in forms}
 
-    monkeypatch.setattr(tune, "_times", times)
+    monkeypatch.setattr(tune, "in_turns", times)
     file = tmp_path / "tuned.json"
     assert main(["tune", "glm4_moe", *CPU, "--tokens", "13", "--output", str(file)]) == 0
     assert [each["choice"] for each in decisions(file)] == ["original", USUAL]

@@ -11,11 +11,14 @@ from torch import Tensor
 
 from npu_patch import simulator
 from npu_patch.ops.gated_delta.chunk_scan import scan_backward, scan_forward
-from npu_patch.ops.gated_delta.rule import Tiling, chunk_gated_delta_rule, recurrent_gated_delta_rule
+from npu_patch.ops.gated_delta.rule import Tiling, gated_delta_rule
 from npu_patch.ops.gated_delta.triangular_inverse import unit_lower_inverse
+from tests.support.gated_delta_stand_ins import called_as_flas
+from tests.support.gated_delta_stand_ins import own_rule as chunk_gated_delta_rule
 from tests.support.gradients import relative_error
 from tests.support.parity import NEAR, RATIO
 
+recurrent_gated_delta_rule = called_as_flas(gated_delta_rule)
 NAMES = ("q", "k", "v", "g", "beta", "initial_state")
 
 

@@ -15,9 +15,9 @@ import torch
 import npu_patch
 from npu_patch.ops.gated_delta import fla
 from npu_patch.ops.gated_delta.calls import ConvolutionCall, RuleCall
-from npu_patch.ops.gated_delta.rule import recurrent_gated_delta_rule
+from npu_patch.ops.gated_delta.rule import gated_delta_rule
 from npu_patch.probe import gated_delta_checks as gated_delta_providers
-from npu_patch.probe.gated_delta_checks import why_wrong_convolution, why_wrong_rule
+from npu_patch.probe.gated_delta_checks import why_wrong
 from npu_patch.probe.gated_delta_reference import recurrence
 from npu_patch.reporting.outcome import Outcome
 from tests.support.gated_delta_stand_ins import FAULTY_RULES, install, install_fla, install_mindspeed
@@ -141,7 +141,7 @@ def test_a_right_rule_passes_for_every_kind_of_call(
 ) -> None:
     rule, _ = install_fla(monkeypatch)
     assert fla.RULE.missing() is None
-    assert why_wrong_rule(fla.RULE, kind.call(npu)) is None
+    assert why_wrong(fla.RULE, kind.call(npu)) is None
     assert rule.calls == 2  # one of them packed
 
 
@@ -165,7 +165,7 @@ def test_one_fault_alone_is_found_for_the_calls_that_meet_it(
     install_fla(monkeypatch, rule=FAULTY_RULES[fault])
     assert fla.RULE.missing() is None
     for kind in KINDS:
-        wrong = why_wrong_rule(fla.RULE, kind.call(npu))
+        wrong = why_wrong(fla.RULE, kind.call(npu))
         if met_by is None or getattr(kind, met_by):
             assert wrong is not None and wrong.startswith(f"self-check: {reason}"), (kind, wrong)
         else:
@@ -197,7 +197,7 @@ def test_a_convolution_that_drops_its_bias_is_found(
     install(monkeypatch, {fla.CONVOLUTIONS: {"causal_conv1d": dropped}})
     x, weight = torch.randn(1, 8, 13, device=npu), torch.randn(8, 4, device=npu)
     call = ConvolutionCall(x, weight, torch.randn(8, device=npu) if biased else None, "silu")
-    wrong = why_wrong_convolution(fla.CONVOLUTION, call)
+    wrong = why_wrong(fla.CONVOLUTION, call)
     assert (wrong is not None and "output is" in wrong) if biased else wrong is None
 
 
@@ -313,9 +313,7 @@ def test_states_in_bfloat16_are_further_from_float64_than_the_bar() -> None:
         outputs = []
         for t in range(tokens):
             now = (x[:, t : t + 1] for x in (q, k, v, g, beta))
-            o, state = recurrent_gated_delta_rule(
-                *now, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True
-            )
+            o, state = gated_delta_rule(RuleCall(*now, state, output_final_state=True, normalize=True))
             state = state.to(dtype).float()
             outputs.append(o)
         return relative_error(torch.cat(outputs, 1).double(), exact)

@@ -20,6 +20,7 @@ from transformers.loss import loss_utils
 
 import npu_patch
 from npu_patch.ops import chunked_loss
+from npu_patch.patches.loss import takers
 from npu_patch.reporting.report import Report
 from npu_patch.waiting.logits import WaitingLogits
 from tests.support.gradients import in_float64, loss_and_gradients, relative_error
@@ -36,6 +37,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3, soft cap": ("Gemma3TextConfig", {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 16}),
     "cohere, scale": ("CohereConfig", {"logit_scale": 0.3}),
     "granite, divided": ("GraniteConfig", {"logits_scaling": 3.0}),
+    "bamba, z-loss": (
+        "BambaConfig",
+        {
+            "z_loss_coefficient": 0.1,
+            "attn_layer_indices": [1],
+            "mamba_n_heads": 6,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+            "mamba_expand": 2,
+            "num_logits_to_keep": 0,
+        },
+    ),
     "qwen3_moe, auxiliary loss": (
         "Qwen3MoeConfig",
         {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "output_router_logits": True},
@@ -155,7 +169,7 @@ def test_the_same_bits_in_training_and_evaluation_and_without_gradients(npu: tor
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with mode():
             found = model(**batch)
-            assert torch.equal(found.loss, wanted)
+            assert torch.equal(found.loss, wanted) and not found.logits.settled
             found.logits.sum()  # whoever looks on
             assert torch.equal(model(**batch).loss, wanted)
     for parameter in model.parameters():
@@ -386,7 +400,9 @@ def test_a_cross_entropy_that_somebody_bound_anew_is_called(npu: torch.device) -
     assert any("cross_entropy was bound anew" in reason for reason in calls_of(report)[1])
 
 
-def test_without_labels_the_logits_are_made_at_once(npu: torch.device) -> None:
+def test_without_labels_the_logits_are_made_at_once(npu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is imported that takes them as they wait."""
+    monkeypatch.setattr(takers, "WITHOUT_LABELS", {})
     model = model_of("qwen3").to(npu).eval()
     ids = tiny_batch()["input_ids"].to(npu)
     expected = model(input_ids=ids).logits

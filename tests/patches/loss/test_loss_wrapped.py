@@ -42,6 +42,12 @@ def head_apart(model: torch.nn.Module) -> torch.nn.Module:
     return sharded(model)
 
 
+def head_kept(model: torch.nn.Module) -> torch.nn.Module:
+    """As transformers and accelerate shard models."""
+    fully_shard([model.model.norm, model.lm_head], reshard_after_forward=False)
+    return sharded(model)
+
+
 WRAPPED: dict[str, tuple[Wrap, str]] = {
     "DDP": (DistributedDataParallel, "cpu"),
     "DDP, unused": (lambda model: DistributedDataParallel(model, find_unused_parameters=True), "cpu"),
@@ -49,6 +55,7 @@ WRAPPED: dict[str, tuple[Wrap, str]] = {
     "FSDP": (lambda model: FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu")), "cpu"),
     "fully_shard": (sharded, "npu"),  # which takes the accelerator that there is
     "fully_shard, the head apart": (head_apart, "npu"),
+    "fully_shard, the head apart and kept": (head_kept, "npu"),
 }
 
 
@@ -89,3 +96,35 @@ def test_logits_are_there_until_the_weights_of_the_head_are_given_back(npu: torc
         assert torch.equal(early.logits, expected)
         with pytest.raises(ReadTooLate, match="memory of the weight was given back"):
             late.logits.argmax(-1)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_head_that_is_kept_hears_of_each_backward(frozen: bool, npu: torch.device) -> None:
+    """Its norm's weights are gathered again for the second one."""
+
+    def steps() -> list[Tensor]:
+        model = model_of("qwen3")
+        model.lm_head.requires_grad_(not frozen)
+        model = head_kept(model)
+        losses = [model(**tiny_batch(seed=seed)).loss for seed in range(2)]
+        for loss in losses:
+            loss.backward()
+        return [parameter.grad.full_tensor() for parameter in model.parameters() if parameter.grad is not None]
+
+    expected = steps()
+    with npu_patch.applied(device="npu", fused_ops=False, moe_patch=False, fla=False) as report:
+        found = steps()
+    assert +calls_of(report)[0] == {"forward": 2, "loss": 2}
+    assert len(found) == len(expected)
+    assert max(relative_error(*pair) for pair in zip(found, expected, strict=True)) < 1e-6
+
+
+def test_a_kept_head_that_somebody_else_hooks_is_left_alone(npu: torch.device) -> None:
+    model = model_of("qwen3")
+    heard = []
+    model.lm_head.register_forward_hook(lambda *_: heard.append(1))
+    model = head_kept(model)
+    with npu_patch.applied(device="npu", fused_ops=False, moe_patch=False, fla=False) as report:
+        model(**tiny_batch()).loss.backward()
+    ran, reasons = calls_of(report)
+    assert heard and ran.total() == 0 and reasons["hooks on the head"] == 1
