@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WAYS: dict[str, dict[str, Any]] = {"peft": {"patch": False}, "torch": {"triton": False}, "triton": {"triton": True}}
 BLOCKS, CALLS, TURNS = 3, 60, 2
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_attention_heads": 4, "vocab_size": 128}
+FROZEN = "q, k, v without adapters"
 Times = dict[str, tuple[float, float]]  # by the name of what is measured and the way: forward, backward
 
 
@@ -95,10 +96,13 @@ def measured(options: argparse.Namespace) -> Times:
         for way in options.ways:
             with npu_patch.applied(model, device="cpu", **WAYS[way]):
                 for name, form in forms(model).items():
+                    if name == FROZEN and way != options.ways[0]:
+                        continue
                     block(form, CALLS)  # what is looked up once
                     if options.profile and name == "decoder layer":
                         profiled(way, form, options.profile)
-                    found.setdefault(f"{name}, {way}", []).append(block(form, CALLS))
+                    title = name if name == FROZEN else f"{name}, {way}"
+                    found.setdefault(title, []).append(block(form, CALLS))
             gc.collect()
         if options.profile:
             break
@@ -169,7 +173,10 @@ def forms(model: Any) -> dict[str, Callable[[], Any]]:
     def whole() -> torch.Tensor:
         return layer(x, position_embeddings=rotation)
 
-    return {"q, k, v": together, "o": alone, "decoder layer": whole}
+    def frozen() -> list[torch.Tensor]:
+        return [each.base_layer(x) for each in (attention.q_proj, attention.k_proj, attention.v_proj)]
+
+    return {"q, k, v": together, "o": alone, "decoder layer": whole, FROZEN: frozen}
 
 
 def block(form: Callable[[], Any], calls: int) -> tuple[float, float]:
