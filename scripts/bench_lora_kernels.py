@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from npu_patch.kernels import launch
 from npu_patch.kernels.lora import input_side, output_side
 from npu_patch.kernels.lora.adapted_linears import Group, adapted_linears
 from npu_patch.kernels.lora.expand import expand_
@@ -81,12 +82,12 @@ def main() -> None:
         sys.exit(f"further from float64 than {BAR} times what peft computes, see above")
 
 
-def group(options: argparse.Namespace, width: int, outs: tuple[int, ...]) -> Made:
+def group(options: argparse.Namespace, width: int, outs: tuple[int, ...], device: str = "cuda") -> Made:
     torch.manual_seed(0)
     half, adapter = torch.bfloat16, getattr(torch, options.adapter)
 
     def normal(*shape: int, dtype: torch.dtype = half) -> Tensor:
-        return (torch.randn(shape, device="cuda") / (shape[-1] ** 0.5 if shape[0] != options.tokens else 1)).to(dtype)
+        return (torch.randn(shape, device=device) / (shape[-1] ** 0.5 if shape[0] != options.tokens else 1)).to(dtype)
 
     return Made(
         normal(options.tokens, width).requires_grad_(),
@@ -120,7 +121,7 @@ def errors_of(made: Made, dropout: float) -> list[tuple[float, float]]:
         return (
             x
             if seed is None
-            else torch.where(mask(seed, index, *x.shape, dropout, device="cuda"), x, 0.0) / (1 - dropout)
+            else torch.where(mask(seed, index, *x.shape, dropout, device=x.device), x, 0.0) / (1 - dropout)
         )
 
     exact = Made(*(_double(part) for part in vars(made).values()))
@@ -155,7 +156,7 @@ def kernels(made: Made, options: argparse.Namespace) -> dict[str, tuple[Callable
     h = shrink(x, downs, seed, dropout)
     ys, dx = [dy.clone() for dy in made.dys], torch.zeros_like(x)
     up_size, down_size = sum(up.numel() for up in ups), sum(down.numel() for down in downs)
-    splits = input_side.rows_are_split_in(width, rows, rank, device)
+    splits = input_side.rows_are_split_in(launch.machine_of(device), width, rows, rank)
     partial = torch.empty(splits, up_size + down_size, device=device)
     outputs, adapters = 2 * sum(y.numel() for y in ys), 4 * (up_size + down_size)
     small = 4 * h.numel() + adapters // 2
