@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from npu_patch import simulator
-from scripts.parallel import plans, torchs
+from scripts.parallel import plans, sequences, torchs
 from scripts.parallel.case import Engine
 
 ROOT = Path(__file__).parents[2]
-ENGINES = {engine.name: engine for engine in (*torchs.ENGINES, *plans.ENGINES)}
+ENGINES = {engine.name: engine for engine in (*torchs.ENGINES, *plans.ENGINES, *sequences.ENGINES)}
 # What the engine itself refuses, of an unpatched model too; (engine, family, LoRA): why.
 REFUSED = {
     ("FSDP1", "qwen3_moe", True): "is a view and its base or another view of its base has been modified inplace",
