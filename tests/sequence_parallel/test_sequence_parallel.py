@@ -67,3 +67,9 @@ def test_what_cannot_be_divided_is_an_error_on_every_rank(
 ) -> None:
     for rank in ranks:
         assert rank["refused"][what].startswith(SAID[what])
+
+
+def test_ranks_with_other_switches_are_named_on_each(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert "rope: in place on rank 0, not in place on rank 1" in rank["unlike"]["switches"]
+    assert ranks[0]["unlike"]["silent"].startswith("rank 1 did not ask whether all are patched alike within 1 s")

@@ -151,6 +151,20 @@ def refused() -> dict[str, str]:
     }  # fmt: skip
 
 
+def unlike() -> dict[str, str]:
+    """Another switch on each rank; then one that does not ask."""
+    said = {}
+    npu_patch.apply(rope=RANK == 0)
+    for name, timeout in (("switches", 60.0), ("silent", 1.0)):
+        if name == "switches" or RANK == 0:
+            try:
+                npu_patch.require_same_on_all_ranks(timeout)
+            except npu_patch.PatchError as error:
+                said[name] = str(error)
+    npu_patch.restore()
+    return said
+
+
 def peaks() -> dict[str, int]:
     """The highest device memory of a step beyond the model's, whole and divided."""
     model = model_of("qwen3", {**HEADS, "num_hidden_layers": 1}, {})
@@ -179,6 +193,11 @@ if __name__ == "__main__":
     torch.npu.set_device(NPU)
     torch.set_num_threads(1)
     dist.init_process_group("hccl")
-    written = {"cases": {name: errors(name) for name in CASES}, "refused": refused(), "peaks": peaks()}
+    written = {
+        "cases": {name: errors(name) for name in CASES},
+        "refused": refused(),
+        "unlike": unlike(),
+        "peaks": peaks(),
+    }
     Path(sys.argv[1], f"{RANK}.json").write_text(json.dumps(written))
     dist.destroy_process_group()
