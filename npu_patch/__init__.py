@@ -15,6 +15,7 @@ _HOME = {
     "applied": "applying.api",
     "restore": "applying.api",
     "report": "applying.api",
+    "require_same_on_all_ranks": "applying.ranks",
     "PatchError": "applying.state",
     "Outcome": "reporting.outcome",
     "Report": "reporting.report",
@@ -30,6 +31,7 @@ __all__ = [
     "applied",
     "apply",
     "report",
+    "require_same_on_all_ranks",
     "restore",
 ]
 

@@ -23,7 +23,12 @@ FLOORS = (
     ("probe", "measuring"),
     ("patches",),
     ("applying",),
-    ("commands", "lifecycle", "tuning"),  # the last two are former places, for scripts that know them
+    (
+        "commands",
+        "sequence_parallel",
+        "lifecycle",
+        "tuning",
+    ),  # the last two are former places, for scripts that know them
 )
 LOOSE_FILES = 8
 LINES = 60

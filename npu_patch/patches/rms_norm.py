@@ -31,6 +31,7 @@ from npu_patch.serving.dispatch import Dispatch
 from npu_patch.serving.implementation import HALF_DTYPES
 from npu_patch.serving.listeners import listener_among, listener_to_all
 from npu_patch.serving.replacement import TakenOver, Unserved, are_tensors, bind, replacement_for
+from npu_patch.serving.shards import is_sharded, like, own_rows
 from npu_patch.sites.sites import LiveModules, Site, parameter_names, rebindable_forwards
 from npu_patch.waiting import heads as deferred_norm
 from npu_patch.waiting.sums import DeferredSum
@@ -109,6 +110,8 @@ def _serving(
                 return Unserved(heard)
         weight = getattr(self, reading.weight_name) if reading.weight_name else None
         eps = getattr(self, reading.eps_name)
+        if is_sharded(x) and not gate:
+            return of_shards(self, reading, x, weight, eps)
         deferral = deferred_norm.current()
         kept = _is_kept_by_the_original(x, weight, *gate)
         deferrable = deferral is not None and x.dtype in HALF_DTYPES  # with gradients or without: one function
@@ -122,6 +125,17 @@ def _serving(
         call = (reading.variant, x, weight, eps, gate[0] if gate else None, in_float32)
         serving = dispatch.serving(calls, *call)
         return Unserved(serving) if isinstance(serving, str) else serving.run(*call)
+
+    def of_shards(norm: torch.nn.Module, reading: RMSNormReading, x: Tensor, weight: Any, eps: float) -> Any:
+        """Each rank normalizes its own rows."""
+        own = own_rows(x, weight)
+        if own is None:
+            return Unserved("a tensor whose rows are in parts, or a weight that is")
+        if _is_kept_by_the_original(*own) and callers.why_changed_later(norm, (x,)):
+            return Unserved("a tensor in parts that is changed later")
+        call = (reading.variant, *own, eps, None, in_float32)
+        serving = dispatch.serving(calls, *call)
+        return Unserved(serving) if isinstance(serving, str) else like(serving.run(*call), x)
 
     return serve
 

@@ -137,7 +137,7 @@ def test_nothing_is_observed_through_a_context_parallel_attention(
     assert attention.status == "skipped" and "scaled_dot_product_attention was bound anew by torch" in attention.reason
 
 
-@pytest.mark.parametrize("patch", ["rms_norm", "rope", "swiglu"])
+@pytest.mark.parametrize("patch", ["rope", "swiglu"])
 def test_shards_are_left_to_the_original(patch: str, two_ranks: dist.DeviceMesh) -> None:
     layers = tiny("qwen3").model.layers[0]
     norm, mlp = layers.self_attn.q_norm, layers.mlp
@@ -154,7 +154,6 @@ def test_shards_are_left_to_the_original(patch: str, two_ranks: dist.DeviceMesh)
                 module.register_parameter(name, torch.nn.Parameter(whole))
     table = (1, 4, norm.weight.shape[0])
     call = {
-        "rms_norm": lambda: norm(shard(1, 4, norm.weight.shape[0])),
         "rope": lambda: modeling.apply_rotary_pos_emb(
             shard(1, 2, *table[1:]),
             shard(1, 2, *table[1:]),

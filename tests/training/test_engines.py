@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from npu_patch import simulator
-from scripts.parallel import plans, torchs
+from scripts.parallel import plans, sequences, torchs
 from scripts.parallel.case import Engine
 
 ROOT = Path(__file__).parents[2]
-ENGINES = {engine.name: engine for engine in (*torchs.ENGINES, *plans.ENGINES)}
+ENGINES = {engine.name: engine for engine in (*torchs.ENGINES, *plans.ENGINES, *sequences.ENGINES)}
 # What the engine itself refuses, of an unpatched model too; (engine, family, LoRA): why.
 REFUSED = {
     ("FSDP1", "qwen3_moe", True): "is a view and its base or another view of its base has been modified inplace",
@@ -29,7 +29,6 @@ SERVED = {
     "qwen3_moe": {"rms_norm", "experts"},
     "qwen3_5": {"gated_delta_net", "swiglu"},
 }
-DTENSORS = "norms on shards of the sequence"  # whose norms are left to the original
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def test_a_patched_model_trains_as_one_unpatched_process(name: str, cells: list[
             assert cell["status"] == "as unpatched" and refused in cell["reason"]
             continue
         assert cell["status"] == "equal", cell
-        assert SERVED[cell["family"]] - ({"rms_norm"} if name == DTENSORS else set()) <= set(cell["ran"])
+        assert SERVED[cell["family"]] <= set(cell["ran"])
         assert {"lora"} <= set(cell["ran"]) or not cell["lora"]
 
 

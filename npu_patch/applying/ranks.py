@@ -1,0 +1,105 @@
+"""Whether the ranks of a job are patched alike, asked for by `require_same_on_all_ranks()`.
+
+Each rank puts what it has in place into the job's store and reads what the others put there, so nobody waits for one
+that does not ask for longer than the timeout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from npu_patch.applying.api import report
+from npu_patch.applying.state import STATE, PatchError
+from npu_patch.version import __version__
+
+NOT_IN_PLACE = "not in place"
+State = Mapping[str, Mapping[str, str]]
+"""Of a rank: each patch that is in place, with its sites and what serves them; the version and the tuning file."""
+_asked = itertools.count()
+
+
+def require_same_on_all_ranks(timeout: float = 60.0) -> None:
+    """To be called by every rank of torch.distributed, as often. A model may be in parts: sites that only some ranks
+    have are not compared, patches are.
+
+    Raises:
+        PatchError: on every rank that asks, naming the ranks that differ, or that did not ask within `timeout` seconds.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    store = dist.distributed_c10d._get_default_store()
+    problem = why_not_same(store, dist.get_rank(), dist.get_world_size(), in_place(), timeout, f"{next(_asked)}")
+    if problem is not None:
+        raise PatchError(problem)
+
+
+def in_place() -> State:
+    state: dict[str, dict[str, str]] = {
+        "version": {"npu_patch": __version__},
+        "tuning": {"file": "none" if STATE.tune is None else _digest(STATE.tune)},
+    }
+    for outcome in report():
+        if outcome.is_in_place:
+            state.setdefault(outcome.patch, {})[outcome.site] = f"{outcome.variant} by {outcome.implementation}"
+    return state
+
+
+def _digest(path: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+    except OSError as error:
+        return f"not read: {error.strerror}"
+
+
+def why_not_same(store: Any, rank: int, world: int, mine: State, timeout: float, question: str) -> str | None:
+    key: Callable[[int], str] = lambda other: f"npu_patch/{question}/{other}"  # noqa: E731
+    store.set(key(rank), json.dumps(mine))
+    states: list[State | None] = []
+    until = time.monotonic() + timeout
+    for other in range(world):
+        try:
+            store.wait([key(other)], timedelta(seconds=max(until - time.monotonic(), 0.1)))
+        except (RuntimeError, dist.DistStoreError):
+            states.append(None)
+        else:
+            states.append(json.loads(store.get(key(other))))
+    silent = [other for other, state in enumerate(states) if state is None]
+    if silent:
+        return f"{_ranks(silent)} did not ask whether all are patched alike within {timeout:g} s: is it patched?"
+    return differences([state for state in states if state is not None])
+
+
+def differences(states: Sequence[State]) -> str | None:
+    """In words, which ranks have what, where not all have the same."""
+    lines = []
+    for patch in sorted({patch for state in states for patch in state}):
+        having = [state.get(patch) for state in states]
+        if None in having:
+            lines.append(f"{patch}: {_by_value([NOT_IN_PLACE if each is None else 'in place' for each in having])}")
+            continue
+        sites = set.intersection(*(set(each or ()) for each in having))
+        for site in sorted(sites):
+            values = [(each or {})[site] for each in having]
+            if len(set(values)) > 1:
+                lines.append(f"{patch}, {site}: {_by_value(values)}")
+    return None if not lines else "the ranks are not patched alike: " + "; ".join(lines)
+
+
+def _by_value(values: Sequence[str]) -> str:
+    ranks: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(rank)
+    return ", ".join(f"{value} on {_ranks(having)}" for value, having in ranks.items())
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
