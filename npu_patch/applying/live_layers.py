@@ -20,8 +20,9 @@ def reach(model: torch.nn.Module) -> list[Outcome]:
     for module, stack, bound in own_forwards(model, STATE.patched):
         function = stack[-1].replacement.function
         if bound.reachable:
-            if getattr(bound.bound, "__func__", None) is not function:
-                STATE.journal.rebind(bound.owner, bound.name, MethodType(function, module))
+            if getattr(bound.bound, "__func__", bound.bound) is not function:
+                in_its_place = MethodType(function, module) if isinstance(bound.bound, MethodType) else function
+                STATE.journal.rebind(bound.owner, bound.name, in_its_place)
             continue
         STATE.unreached.add(module)
         for held in stack:

@@ -11,13 +11,13 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 
 MODELING_PACKAGES = ("transformers.models.", "transformers_modules.")
-CELL = "cell_contents"
+CELL, WRAPPED = "cell_contents", "__wrapped__"
 # Classes of a model that are defined here are not modeling code: wrappers, hooks, kernels, building blocks.
 FOREIGN_PACKAGES = (
     "torch",
@@ -182,28 +182,44 @@ def bound_forward(module: torch.nn.Module, originals: Sequence[Any]) -> BoundFor
         return None
     name = "_old_forward" if "_hf_hook" in namespace and "_old_forward" in namespace else "forward"
     bound = namespace[name]
-    found = [(module, name, bound), *_closed_over(bound)]
-    for owner, where, value in found:
+    own = {id(function) for original in originals for function in _with_wrapped(original)}
+    if isinstance(bound, MethodType) and bound.__self__ is module and id(bound.__func__) in own:
+        return BoundForward(module, name, bound, True)
+    for owner, where, value in _kept_in(bound, own):
         is_method = isinstance(value, MethodType) and value.__self__ is module
-        if is_method and any(innermost(value) is innermost(original) for original in originals):
+        if id(value.__func__ if is_method else value) in own:
             return BoundForward(owner, where, value, True)
     return BoundForward(module, name, bound, False)
 
 
-def _closed_over(function: Any) -> Iterator[tuple[CellType, str, Any]]:
-    """What a function closes over, and the functions among that: wrappers around wrappers."""
-    waiting: list[Any] = [function]
-    seen: set[int] = set()
+def _with_wrapped(function: Any) -> Iterator[Any]:
+    """With the functions that it was made of. Not those that were made of it: what somebody wraps a forward into says
+    so, too, and is theirs."""
+    while function is not None:
+        yield function
+        function = getattr(function, WRAPPED, None)
+
+
+def _kept_in(wrapper: Any, own: Iterable[int]) -> Iterator[tuple[Any, str, Any]]:
+    """What a function closes over and a callable object keeps, and what those keep: wrappers around wrappers. With
+    where that is. Not what the functions `own`, by their ids, close over: their decorators are theirs."""
+    waiting: list[Any] = [wrapper]
+    seen = set(own)
     while waiting:
-        function = waiting.pop()
-        function = function.__func__ if isinstance(function, MethodType) else function
-        if not isinstance(function, FunctionType) or id(function) in seen:
+        kept = waiting.pop()
+        kept = kept.__func__ if isinstance(kept, MethodType) else kept
+        if id(kept) in seen:
             continue
-        seen.add(id(function))
-        for cell in function.__closure__ or ():
-            with contextlib.suppress(ValueError):  # empty: a name that is bound later
-                yield cell, CELL, cell.cell_contents
-                waiting.append(cell.cell_contents)
+        seen.add(id(kept))
+        found: list[tuple[Any, str, Any]] = []
+        if isinstance(kept, FunctionType):
+            for cell in kept.__closure__ or ():
+                with contextlib.suppress(ValueError):  # empty: a name that is bound later
+                    found.append((cell, CELL, cell.cell_contents))
+        elif callable(kept) and not isinstance(kept, (type, torch.nn.Module)):
+            found += [(kept, name, value) for name, value in getattr(kept, "__dict__", {}).items() if name != WRAPPED]
+        yield from found
+        waiting += [value for _, _, value in found if callable(value)]
 
 
 def kept_functions(module: torch.nn.Module) -> Iterator[tuple[Any, str, FunctionType]]:

@@ -9,10 +9,12 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 
 import npu_patch
+from npu_patch.sites.sites import bound_forward
 from tests.support.gradients import loss_and_gradients
 from tests.support.parity import apart
 from tests.support.tiny_models import tiny, tiny_batch
@@ -54,6 +56,29 @@ def as_method(layer: torch.nn.Module, heard: list[Any]) -> None:
     layer.forward = types.MethodType(theirs, layer)
 
 
+def decorated_method(layer: torch.nn.Module, heard: list[Any]) -> None:
+    """What it says of itself is that it is the class's forward."""
+    as_method(layer, heard)
+    functools.update_wrapper(layer.forward.__func__, type(layer).forward)
+
+
+class Around:
+    """As accelerate keeps the function of a forward that autocast wraps."""
+
+    def __init__(self, function: Any, heard: list[Any]) -> None:
+        self.function, self.heard = function, heard
+        functools.update_wrapper(self, function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.heard.append(self)
+        return self.function(*args, **kwargs)
+
+
+def in_an_object(layer: torch.nn.Module, heard: list[Any]) -> None:
+    around = Around(layer.forward.__func__, heard)
+    layer.forward = types.MethodType(functools.wraps(around)(lambda *args, **kwargs: around(*args, **kwargs)), layer)
+
+
 Wrap = Callable[[torch.nn.Module, list[Any]], None]
 
 
@@ -61,7 +86,7 @@ def norms_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [layer for layer in model.modules() if type(layer).__name__ == "Qwen3RMSNorm"]
 
 
-@pytest.mark.parametrize("wrap", [closing, decorating, twice, as_method])
+@pytest.mark.parametrize("wrap", [closing, decorating, twice, as_method, decorated_method, in_an_object])
 def test_what_they_close_over_is_served_and_put_back(wrap: Wrap, npu: torch.device) -> None:
     model, heard = tiny("qwen3").to(npu), []
     expected = loss_and_gradients(copy.deepcopy(model), tiny_batch())
@@ -90,6 +115,8 @@ def inner(norm: torch.nn.Module) -> Any:
     function = getattr(function, "__func__", function)
     while True:
         held = [cell.cell_contents for cell in function.__closure__]
+        if isinstance(held[0], Around):
+            return held[0].function
         bound = [each for each in held if isinstance(each, types.MethodType)]
         if bound:
             return bound[0].__func__
@@ -106,6 +133,36 @@ def test_what_closes_over_another_layers_forward_is_left_alone(npu: torch.device
     found = loss_and_gradients(model, tiny_batch())
     assert apart(found, expected) == {}
     assert [o.layers for o in report.skipped if "lambda" in o.reason] == [1]
+
+
+def test_autocast_of_accelerate_stays_where_the_model_is_patched_after_it(npu: torch.device) -> None:
+    model = accelerate.Accelerator(mixed_precision="bf16").prepare(tiny("qwen3"))
+    expected = loss_and_gradients(model, tiny_batch())
+    npu_patch.apply(model)
+    dtypes: list[torch.dtype] = []
+    handle = model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *call: dtypes.append(call[2].dtype))
+    found = loss_and_gradients(model, tiny_batch())
+    handle.remove()
+    assert dtypes == [torch.bfloat16]
+    assert abs(found["loss"] - expected["loss"]) < 1e-2 * expected["loss"]
+
+
+def test_what_keeps_another_layers_forward_does_not_lead_into_the_class(npu: torch.device) -> None:
+    """A method of another instance, whose decorators close over the function that they decorate."""
+
+    class Decorated(torch.nn.Module):
+        def plain(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    def closes_over(function: Any) -> Any:
+        return functools.wraps(function)(lambda self, x: function(self, x))
+
+    Decorated.forward = closes_over(Decorated.plain)
+    layer, other = Decorated(), Decorated()
+    stolen = other.forward
+    layer.forward = lambda x: stolen(x)
+    found = bound_forward(layer, (Decorated.forward,))
+    assert found is not None and not found.reachable
 
 
 def test_a_name_that_is_not_bound_yet_is_no_forward(npu: torch.device) -> None:

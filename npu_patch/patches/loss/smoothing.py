@@ -54,6 +54,8 @@ def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
             return Unserved(f"labels {tuple(labels.shape)} on {labels.device} of logits {tuple(logits.shape)}")
         if given.get(SHIFTED):
             logits, labels = logits[..., :-1, :], labels[..., 1:]
+        if type(logits) is not WaitingLogits:  # written to: a part of them is no longer of what waits
+            return Unserved(why_made(logits, device_type))
         found = taken(logits, calls, dispatch, labels)
         if isinstance(found, str):
             return Unserved(found)

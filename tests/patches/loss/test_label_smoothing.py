@@ -234,6 +234,22 @@ def test_a_job_of_trl_learns_the_same(tmp_path: Path, npu: torch.device) -> None
         assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize("shift_labels", [True, False])
+def test_logits_that_were_written_to_are_smoothed_as_they_are_now(shift_labels: bool, npu: torch.device) -> None:
+    model = model_of("qwen3").to(npu)
+
+    def loss() -> Tensor:
+        batch = {name: tensor.to(npu) for name, tensor in tiny_batch().items()}
+        labels = batch.pop("labels")
+        outputs = model(**batch)
+        outputs.logits[..., 0] = -1e4
+        return SMOOTHER(outputs, labels, shift_labels=shift_labels)
+
+    expected = loss()
+    with only_the_loss(model):
+        assert relative_error(loss(), expected) < 1e-6
+
+
 def test_the_call_is_put_back(npu: torch.device) -> None:
     npu_patch.apply()
     assert LabelSmoother.__call__ is not ORIGINAL
