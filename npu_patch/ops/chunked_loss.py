@@ -164,14 +164,16 @@ class _CrossEntropy(torch.autograd.Function):
         with unseen(), torch.autocast(logits.device.type, enabled=False):
             for rows in gradients.chunks:
                 computed, kept = logits.computed(rows)
-                full = computed.float()
+                full, dtype = computed.float(), computed.dtype
+                del computed  # of the size of a chunk, as each of these
                 of_tokens, log_probabilities = plan.token_losses(full, labels[rows])
                 if gradients.blocks:
                     normalizers.append(full.gather(-1, labels[rows, None]).squeeze(-1) + of_tokens)
+                del full
                 losses.append(_smoothed(of_tokens, log_probabilities, smoothing))
                 if any(plan.wanted):
                     grad = _of_logits(log_probabilities, labels[rows], scale[rows], None, *even)
-                    gradients.add_rows(rows, grad.to(computed.dtype), kept)
+                    gradients.add_rows(rows, grad.to(dtype), kept)
             if gradients.blocks:
                 of_rows = torch.cat(normalizers)[:, None]
                 for columns in gradients.blocks:

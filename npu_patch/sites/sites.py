@@ -185,9 +185,10 @@ def bound_forward(module: torch.nn.Module, originals: Sequence[Any]) -> BoundFor
     own = {id(function) for original in originals for function in _with_wrapped(original)}
     if isinstance(bound, MethodType) and bound.__self__ is module and id(bound.__func__) in own:
         return BoundForward(module, name, bound, True)
+    wraps = id(innermost(bound)) in own  # else a plain function of the class may be what theirs comes back to at times
     for owner, where, value in _kept_in(bound, own):
         is_method = isinstance(value, MethodType) and value.__self__ is module
-        if id(value.__func__ if is_method else value) in own:
+        if id(value.__func__) in own if is_method else wraps and id(value) in own:
             return BoundForward(owner, where, value, True)
     return BoundForward(module, name, bound, False)
 
