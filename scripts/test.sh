@@ -18,5 +18,7 @@ if [[ $# == 0 ]]; then
     # On the simulated NPU with memory that is NaN until it is written.
     NPU_PATCH_SIMULATOR_POISON=1 "$python" -m pytest -n 2 tests/training/test_parity.py
 fi
+# Two workers with as many threads each as there are cores wait for each other: many tests take forty times as long.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # loadfile: the tests of one file share its models and its simulated device.
 exec "$python" -m pytest -n 2 --dist loadfile "$@"

@@ -87,7 +87,7 @@ def test_a_batch_that_does_not_fit_is_made_smaller_as_without_patches(npu: torch
     expected = loss_and_gradients(model, tiny_batch(batch=2))
     model.zero_grad(set_to_none=True)
     total = torch.npu.get_device_properties(0).total_memory
-    limit = torch.npu.memory_reserved() + (48 << 20)
+    limit = torch.npu.memory_reserved() + (24 << 20)
     tried = []
 
     @find_executable_batch_size(starting_batch_size=64)

@@ -58,7 +58,8 @@ def test_a_moe_of_94_layers_fits_one_screen(npu: torch.device, large_moe: torch.
     assert max(map(len, lines)) <= 100
     assert re.search(r"rms_norm +Qwen3MoeRMSNorm +377 +0 +0\n +weight -> torch_npu.npu_rms_norm\n", text)
     assert re.search(r"ExpertsInterface\['grouped_mm'\] +94 ", text)
-    assert "13 sites: 13 patched, 0 skipped, 0 failed" in lines[0]
+    found = re.search(r"(\d+) sites: (\d+) patched, 0 skipped, 0 failed", lines[0])  # one more beside the Trainer
+    assert found is not None and found[1] == found[2] and int(found[1]) in (13, 14)
 
 
 def test_counters_are_live_after_training(npu: torch.device) -> None:

@@ -99,7 +99,7 @@ def test_grouped_products_over_any_number_of_weights_compile_without_gradients(e
         assert torch.equal(torch.compile(products, backend="eager", fullgraph=True)(x), expected)
 
 
-UNCOMPILED = ("_AdaptedLinears", "_CrossEntropy", "_Chosen")
+UNCOMPILED = ("_LogNormalizers", "_AdaptedLinears", "_CrossEntropy", "_Chosen")
 
 
 def test_no_autograd_function_names_arguments_before_a_star() -> None:

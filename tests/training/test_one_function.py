@@ -273,6 +273,7 @@ WATCHES = re.compile(r"is_grad_enabled|is_inference_mode_enabled|\.requires_grad
 MAY = {
     "ops/chunked_loss.py": "which gradients are made, and whether somebody asks for that of the logits",
     "ops/differentiated_once.py": "a second derivative is refused",
+    "ops/rope_tables.py": "tables that are trained are laid out anew, in the same way",
     "ops/recomputed.py": "what is kept for a backward, not what is computed",
     "ops/attention/decode.py": "single-token decoding beside a cache, the one exception",
     "waiting/logits.py": "logits without a gradient give a loss none",
