@@ -13,12 +13,12 @@ python_files=(setup.py npu_patch scripts tests) # not the examples in README.md,
 if is_pinned torch; then # the annotations of another one differ
     "$python" -m mypy
 fi
+# Two workers with as many threads each as there are cores wait for each other: many tests take forty times as long.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if [[ $# == 0 ]]; then
     scripts/test_matrix.sh --ci # other versions of transformers
     # On the simulated NPU with memory that is NaN until it is written.
     NPU_PATCH_SIMULATOR_POISON=1 "$python" -m pytest -n 2 tests/training/test_parity.py
 fi
-# Two workers with as many threads each as there are cores wait for each other: many tests take forty times as long.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # loadfile: the tests of one file share its models and its simulated device.
 exec "$python" -m pytest -n 2 --dist loadfile "$@"
