@@ -18,7 +18,6 @@ import torch
 
 from npu_patch.ops.readings import NotRead, RoPEReading
 from npu_patch.ops.rope import ROPE, case, mix_sections, rotary_dim
-from npu_patch.ops.rope_tables import for_heads
 from npu_patch.patches.head_sizes import head_sizes
 from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.probe.rope import read_rope
@@ -74,7 +73,7 @@ def bind_site(site: Site, reading: RoPEReading, context: Context) -> Replacement
                 return Unserved(f"sections {sections} of tables of shape {tuple(cos.shape)}")
             cos, sin = mix_sections(cos, sections), mix_sections(sin, sections)
         if dimension is not None:
-            cos, sin = for_heads(cos, sin, dimension)
+            cos, sin = cos.unsqueeze(dimension), sin.unsqueeze(dimension)
         serving = dispatch.serving(calls, tensors, cos, sin, variant)
         if isinstance(serving, str):
             return Unserved(serving)

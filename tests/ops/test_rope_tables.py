@@ -1,4 +1,4 @@
-"""cos and sin, which all layers of a step are given: what is made of them once, and when it is let go of."""
+"""The sines that all layers of a step are given: what is made of them once, and when it is let go of."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.models.qwen3 import modeling_qwen3
 import npu_patch
 from npu_patch import simulator
 from npu_patch.numerics.rotation import HALF, INTERLEAVE
-from npu_patch.ops.rope_tables import for_heads, sines_back
+from npu_patch.ops.rope_tables import sines_back
 
 
 def tables(device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,20 +48,21 @@ def test_what_is_written_to_is_turned_anew(pairing: str) -> None:
     assert torch.equal(sines_back(sin, pairing), first * 2)
 
 
-def test_each_dimension_and_each_pairing_has_its_own() -> None:
-    cos, sin = tables()
-    assert for_heads(cos, sin, 1)[0].shape == (2, 1, 8, 16)
-    assert for_heads(cos, sin, 2)[0].shape == (2, 8, 1, 16)
+def test_each_pairing_and_each_part_of_a_table_has_its_own() -> None:
+    _, sin = tables()
     assert not torch.equal(sines_back(sin, HALF), sines_back(sin, INTERLEAVE))
+    for part in (sin[:1], sin[1:], sin[:, :4], sin.unsqueeze(1), sin.transpose(0, 1)):
+        found = sines_back(part, HALF)
+        assert torch.equal(found, -part.roll(8, -1)) and found is sines_back(part, HALF)
 
 
 def test_they_go_with_what_they_were_made_of() -> None:
-    cos, sin = tables()
-    mine = for_heads(cos, sin, 1)
-    made = [weakref.ref(each) for each in (*mine, sines_back(mine[1], HALF))]
-    del cos, sin, mine
+    _, sin = tables()
+    made = weakref.ref(sines_back(sin.unsqueeze(1), HALF))
+    assert made() is not None
+    del sin
     gc.collect()
-    assert not any(each() is not None for each in made)
+    assert made() is None
 
 
 @pytest.mark.parametrize("trained", [0, 1])
