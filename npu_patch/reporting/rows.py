@@ -54,8 +54,8 @@ def rows(outcomes: Iterable[Outcome]) -> list[Row]:
 
 
 def short_name(site: str) -> str:
-    """`Qwen3RMSNorm` of `transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm.forward`."""
-    return site.removesuffix(".forward").rsplit(".", 1)[-1]
+    """`Qwen3RMSNorm` of `transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm.forward`, or of its `__call__`."""
+    return site.removesuffix(".forward").removesuffix(".__call__").rsplit(".", 1)[-1]
 
 
 def _rows_of(outcomes: list[Outcome]) -> list[Row]:

@@ -11,6 +11,7 @@ import pytest
 import torch.distributed as dist
 
 import npu_patch
+from npu_patch.applying import ranks
 from npu_patch.applying.ranks import State, in_place, why_not_same
 from tests.support.tiny_models import tiny
 
@@ -67,13 +68,16 @@ def test_a_rank_that_does_not_ask_is_named(state: State) -> None:
     assert time.monotonic() - begun < 5
 
 
-def test_a_process_of_its_own_is_asked_nothing(tmp_path: Path) -> None:
+def test_a_process_of_its_own_is_asked_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_for: list[Any] = []
+    monkeypatch.setattr(ranks, "why_not_same", lambda *arguments: asked_for.append(arguments))
     npu_patch.require_same_on_all_ranks()
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'ranks'}", rank=0, world_size=1)
     try:
         npu_patch.require_same_on_all_ranks()
     finally:
         dist.destroy_process_group()
+    assert not asked_for
 
 
 @pytest.mark.parametrize("tuned", ["missing", "there"])

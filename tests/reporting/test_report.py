@@ -52,14 +52,16 @@ def words(text: str) -> str:
 
 
 def test_a_moe_of_94_layers_fits_one_screen(npu: torch.device, large_moe: torch.nn.Module) -> None:
-    text = str(npu_patch.apply(large_moe, lora=False))  # it has no adapters
+    report = npu_patch.apply(large_moe, lora=False)  # it has no adapters
+    text = str(report)
     lines = text.splitlines()
-    assert len(lines) <= 40
+    others = [o for o in report if o.site.startswith(("trl.", "transformers.trainer"))]  # if another test imported them
+    assert len(lines) - 2 * len(others) <= 40
     assert max(map(len, lines)) <= 100
     assert re.search(r"rms_norm +Qwen3MoeRMSNorm +377 +0 +0\n +weight -> torch_npu.npu_rms_norm\n", text)
     assert re.search(r"ExpertsInterface\['grouped_mm'\] +94 ", text)
-    found = re.search(r"(\d+) sites: (\d+) patched, 0 skipped, 0 failed", lines[0])  # one more beside the Trainer
-    assert found is not None and found[1] == found[2] and int(found[1]) in (13, 14)
+    sites = 13 + len(others)
+    assert f"{sites} sites: {sites} patched, 0 skipped, 0 failed" in lines[0]
 
 
 def test_counters_are_live_after_training(npu: torch.device) -> None:
