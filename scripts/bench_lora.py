@@ -38,7 +38,7 @@ WAYS: dict[str, dict[str, Any] | None] = {
     LIGER: None,
     WITH_LIGER: {"triton": True},
 }
-WARM_UPS, STEPS = 3, 10
+TURNS, WARM_UPS, STEPS = 2, 2, 5
 
 
 @dataclass(frozen=True)
@@ -177,14 +177,14 @@ def measured(job: Job, ways: list[str], profile: int) -> Any:
     import npu_patch
 
     model = make(job, any("liger" in way for way in ways))
-    for way in ways:
-        switches = WAYS[way]
-        if switches is not None:
-            npu_patch.apply(model, device="cuda", **switches)
-        try:
-            yield way, cost_of(model, job, profile)
-        finally:
-            npu_patch.restore()
+    step = training_step(model, job)
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for turn in range(TURNS):
+        for way in ways:
+            with npu_patch.applied(model, device="cuda", patch=WAYS[way] is not None, **(WAYS[way] or {})):
+                times[way] += [timed(step) for _ in range(WARM_UPS + STEPS)][WARM_UPS:]
+                if turn == TURNS - 1:
+                    yield way, cost_of(step, times[way], profile)
             torch.cuda.empty_cache()
 
 
@@ -217,10 +217,8 @@ def make(job: Job, with_liger: bool) -> Any:
     return model.train()
 
 
-def cost_of(model: Any, job: Job, profile: int) -> Cost:
+def training_step(model: Any, job: Job) -> Callable[[], Any]:
     import torch
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiler
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)  # every way starts from the same adapters
@@ -235,11 +233,17 @@ def cost_of(model: Any, job: Job, profile: int) -> Cost:
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    for _ in range(WARM_UPS):
-        step()
+    return step
+
+
+def cost_of(step: Callable[[], Any], times: list[float], profile: int) -> Cost:
+    import torch
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    times = [timed(step) for _ in range(STEPS)]
+    step()
     peak = torch.cuda.max_memory_allocated() / 2**30
     with profiler(activities=[ProfilerActivity.CUDA]) as profiled:
         loss = step()

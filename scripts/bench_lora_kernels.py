@@ -72,7 +72,8 @@ def main() -> None:
         ms = {part: timed(run) for part, run in wholes(made, options.dropout).items()}
         parts = {part: (timed(run), 1e3 * size / bandwidth) for part, (run, size) in kernels(made, options).items()}
         record["cases"][name] = {"error over peft's": worst, "ms": ms, "kernels, and their limits": parts}
-        print(f"\n{name}: {worst:.2f} of peft's error")
+        print(f"\n{name}: at most {worst:.2f} of peft's error and 1e-6; of each output and gradient, ours / peft's:")
+        print("  " + ", ".join(f"{own:.1e} / {theirs:.1e}" for own, theirs in errors))
         print("".join(f"  {part:32} {value:7.4f} ms\n" for part, value in ms.items()), end="")
         print("".join(f"  {part:32} {one:7.4f} ms, limit {two:.4f}\n" for part, (one, two) in parts.items()), end="")
     if options.output:
@@ -208,7 +209,7 @@ def _double(part: Any) -> Any:
 
 
 def _far(got: Tensor, exact: Tensor) -> float:
-    return float((got.double() - exact).norm() / exact.norm())
+    return float((got.detach().double() - exact.detach()).norm() / exact.detach().norm())
 
 
 def parse() -> argparse.Namespace:

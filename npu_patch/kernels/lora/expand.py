@@ -10,10 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from npu_patch.kernels import launch
-from npu_patch.kernels.lora.dot import add_dot
+from npu_patch.kernels.lora.dot import add_dot, parts_of
 from npu_patch.kernels.lora.tiling import of_most, tiling
 
-TILE = launch.Tile(bytes_per_element=32, elements=8192)
+TILE = launch.Tile(bytes_per_element=32, elements=4096)
 
 
 def expand_(ys: list[Tensor], h: Tensor, ups: list[Tensor], scaling: float) -> None:
@@ -39,7 +39,7 @@ def _planned(
         launch.programs(machine, blocks, TILE),
         (*of_most(widths, 0), rows, rank, scaling),
         N=len(widths),
-        SPLITS=dtypes[0] == torch.bfloat16,
+        PARTS=parts_of(machine, dtypes[0]),
         **constants,
     )
 
@@ -51,21 +51,21 @@ def _expand(
     h,
     width0, width1, width2,
     rows, rank, scaling,
-    N: tl.constexpr, SPLITS: tl.constexpr,
+    N: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     size = tl.cast(rows, tl.int64) * rank
-    first = _expand_one(y0, up0, h, width0, rows, rank, scaling, tl.program_id(0), SPLITS, BLOCK, BLOCK_K, R)
+    first = _expand_one(y0, up0, h, width0, rows, rank, scaling, tl.program_id(0), PARTS, BLOCK, BLOCK_K, R)
     if N > 1:
-        first = _expand_one(y1, up1, h + size, width1, rows, rank, scaling, first, SPLITS, BLOCK, BLOCK_K, R)
+        first = _expand_one(y1, up1, h + size, width1, rows, rank, scaling, first, PARTS, BLOCK, BLOCK_K, R)
     if N > 2:
-        first = _expand_one(y2, up2, h + 2 * size, width2, rows, rank, scaling, first, SPLITS, BLOCK, BLOCK_K, R)
+        first = _expand_one(y2, up2, h + 2 * size, width2, rows, rank, scaling, first, PARTS, BLOCK, BLOCK_K, R)
 
 
 @triton.jit
 def _expand_one(
     y, up, h, width, rows, rank, scaling, first,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, R: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """From block `first` on, and returns the program's first of the next adapter, whose blocks are numbered on."""
     across = tl.cdiv(width, BLOCK_K)
@@ -79,7 +79,7 @@ def _expand_one(
         tile = tl.load(h + far * rank + place[None, :], mask=inside, other=0.0)
         inside = (column < width)[:, None] & (place < rank)[None, :]
         b = tl.load(up + column[:, None] * rank + place[None, :], mask=inside, other=0.0)
-        added = add_dot(tl.zeros([BLOCK, BLOCK_K], tl.float32), tile, tl.trans(b), SPLITS) * scaling
+        added = add_dot(tl.zeros([BLOCK, BLOCK_K], tl.float32), tile, tl.trans(b), PARTS) * scaling
         here = y + far * width + column[None, :]
         inside = (row < rows)[:, None] & (column < width)[None, :]
         total = tl.load(here, mask=inside, other=0.0).to(tl.float32) + added

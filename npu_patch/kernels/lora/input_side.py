@@ -12,11 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from npu_patch.kernels import launch
-from npu_patch.kernels.lora.dot import add_dot
+from npu_patch.kernels.lora.dot import add_dot, parts_of
 from npu_patch.kernels.lora.mask import draws, keeps
 from npu_patch.kernels.lora.tiling import of_most, splits, tiling
 
-TILE = launch.Tile(bytes_per_element=64, elements=4096, stages=2)
+TILE = launch.Tile(bytes_per_element=64, elements=2048, stages=3)
 
 
 @functools.lru_cache(launch.KEPT)
@@ -76,7 +76,7 @@ def _planned(
         LOADED=loaded,
         NEEDS_X=dtypes[1] is not None,
         NEEDS_DOWN=parts is not None,
-        SPLITS=dtypes[0] == torch.bfloat16,
+        PARTS=parts_of(machine, dtypes[0]),
         **constants,
     )
 
@@ -87,7 +87,7 @@ def _input_side(
     down0, down1, down2,
     seed, rows, width, rank, x_row, drops, splits, partial_row,
     N: tl.constexpr, DROPS: tl.constexpr, LOADED: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_DOWN: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A block: some columns, over the rows of one split."""
     across = tl.cdiv(width, BLOCK_K)
@@ -112,17 +112,17 @@ def _input_side(
             drawn = draws(seed, row, column, LOADED) if DROPS else 0
             sum0, total = _add(
                 sum0, total, tile, through, down0, drawn, row, column, rows, width, rank, drops,
-                0, DROPS, NEEDS_X, NEEDS_DOWN, SPLITS, BLOCK, BLOCK_K, R,
+                0, DROPS, NEEDS_X, NEEDS_DOWN, PARTS, BLOCK, BLOCK_K, R,
             )  # fmt: skip
             if N > 1:
                 sum1, total = _add(
                     sum1, total, tile, through + size, down1, drawn, row, column, rows, width, rank, drops,
-                    1, DROPS, NEEDS_X, NEEDS_DOWN, SPLITS, BLOCK, BLOCK_K, R,
+                    1, DROPS, NEEDS_X, NEEDS_DOWN, PARTS, BLOCK, BLOCK_K, R,
                 )  # fmt: skip
             if N > 2:
                 sum2, total = _add(
                     sum2, total, tile, through + 2 * size, down2, drawn, row, column, rows, width, rank, drops,
-                    2, DROPS, NEEDS_X, NEEDS_DOWN, SPLITS, BLOCK, BLOCK_K, R,
+                    2, DROPS, NEEDS_X, NEEDS_DOWN, PARTS, BLOCK, BLOCK_K, R,
                 )  # fmt: skip
             if NEEDS_X:
                 tl.store(dx + far * width + column[None, :], total, mask=inside)
@@ -138,7 +138,7 @@ def _input_side(
 @triton.jit
 def _add(
     sums, total, tile, through, down, drawn, row, column, rows, width, rank, drops,
-    INDEX: tl.constexpr, DROPS: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_DOWN: tl.constexpr, SPLITS: tl.constexpr,
+    INDEX: tl.constexpr, DROPS: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_DOWN: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     place = tl.arange(0, R)
@@ -149,11 +149,11 @@ def _add(
     if NEEDS_DOWN:
         if DROPS:
             tile = tl.where(kept, tile, 0.0)
-        sums = add_dot(sums, tl.trans(through), tile, SPLITS)
+        sums = add_dot(sums, tl.trans(through), tile, PARTS)
     if NEEDS_X:
         inside = (place < rank)[:, None] & (column < width)[None, :]
         a = tl.load(down + place[:, None] * width + column[None, :], mask=inside, other=0.0)
-        added = add_dot(tl.zeros([BLOCK, BLOCK_K], tl.float32), through, a, SPLITS)
+        added = add_dot(tl.zeros([BLOCK, BLOCK_K], tl.float32), through, a, PARTS)
         if DROPS:
             added = tl.where(kept, added, 0.0)
         total += added

@@ -14,12 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from npu_patch.kernels import launch
-from npu_patch.kernels.lora.dot import add_dot
+from npu_patch.kernels.lora.dot import add_dot, parts_of
 from npu_patch.kernels.lora.expand import next_first
 from npu_patch.kernels.lora.tiling import of_most, tiling
 
-THROUGH = launch.Tile(bytes_per_element=24, elements=4096, stages=3)
-UP = launch.Tile(bytes_per_element=24, elements=4096, stages=2)
+THROUGH = launch.Tile(bytes_per_element=24, elements=8192)
+UP = launch.Tile(bytes_per_element=24, elements=8192)
 
 
 def through_adapters(dys: Sequence[Tensor], ups: Sequence[Tensor], scaling: float) -> Tensor:
@@ -44,7 +44,7 @@ def _through_planned(
         launch.programs(machine, len(widths) * launch.blocks_of(rows, constants["BLOCK"]), THROUGH),
         (*of_most(widths, 0), *of_most(strides, 0), rows, rank, scaling),
         N=len(widths),
-        SPLITS=dtypes[0] == torch.bfloat16,
+        PARTS=parts_of(machine, dtypes[0]),
         **constants,
     )
 
@@ -70,7 +70,7 @@ def _sum_planned(
         launch.programs(machine, blocks, UP),
         (*of_most(widths, 0), *of_most(strides, 0), rows, rank, scaling, splits, row),
         N=len(widths),
-        SPLITS=dtype == torch.bfloat16,
+        PARTS=parts_of(machine, dtype),
         **constants,
     )
 
@@ -88,27 +88,27 @@ def _through(
     width0, width1, width2,
     dy0_row, dy1_row, dy2_row,
     rows, rank, scaling,
-    N: tl.constexpr, SPLITS: tl.constexpr,
+    N: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(rows, BLOCK)
     size = tl.cast(rows, tl.int64) * rank
     first = tl.program_id(0)
-    _through_one(dy0, up0, through, width0, dy0_row, rows, rank, scaling, first, SPLITS, BLOCK, BLOCK_K, R, STAGES)
+    _through_one(dy0, up0, through, width0, dy0_row, rows, rank, scaling, first, PARTS, BLOCK, BLOCK_K, R, STAGES)
     if N > 1:
         first = next_first(first, blocks)
         through += size
-        _through_one(dy1, up1, through, width1, dy1_row, rows, rank, scaling, first, SPLITS, BLOCK, BLOCK_K, R, STAGES)
+        _through_one(dy1, up1, through, width1, dy1_row, rows, rank, scaling, first, PARTS, BLOCK, BLOCK_K, R, STAGES)
     if N > 2:
         first = next_first(first, blocks)
         through += size
-        _through_one(dy2, up2, through, width2, dy2_row, rows, rank, scaling, first, SPLITS, BLOCK, BLOCK_K, R, STAGES)
+        _through_one(dy2, up2, through, width2, dy2_row, rows, rank, scaling, first, PARTS, BLOCK, BLOCK_K, R, STAGES)
 
 
 @triton.jit
 def _through_one(
     dy, up, through, width, dy_row, rows, rank, scaling, first,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     place = tl.arange(0, R)
     for block in range(first, tl.cdiv(rows, BLOCK), tl.num_programs(0)):
@@ -121,7 +121,7 @@ def _through_one(
             tile = tl.load(dy + far * dy_row + column[None, :], mask=inside, other=0.0)
             inside = (column < width)[:, None] & (place < rank)[None, :]
             b = tl.load(up + column[:, None] * rank + place[None, :], mask=inside, other=0.0)
-            total = add_dot(total, tile, b, SPLITS)
+            total = add_dot(total, tile, b, PARTS)
         inside = (row < rows)[:, None] & (place < rank)[None, :]
         tl.store(through + far * rank + place[None, :], total * scaling, mask=inside)
 
@@ -133,34 +133,34 @@ def _sum_ups(
     width0, width1, width2,
     dy0_row, dy1_row, dy2_row,
     rows, rank, scaling, splits, partial_row,
-    N: tl.constexpr, SPLITS: tl.constexpr,
+    N: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     size = tl.cast(rows, tl.int64) * rank
     first = _sum_one(
         dy0, h, partial, width0, dy0_row, rows, rank, scaling, splits, partial_row, tl.program_id(0),
-        SPLITS, BLOCK, BLOCK_K, R, STAGES,
+        PARTS, BLOCK, BLOCK_K, R, STAGES,
     )  # fmt: skip
     if N > 1:
         h += size
         partial += width0 * rank
         first = _sum_one(
             dy1, h, partial, width1, dy1_row, rows, rank, scaling, splits, partial_row, first,
-            SPLITS, BLOCK, BLOCK_K, R, STAGES,
+            PARTS, BLOCK, BLOCK_K, R, STAGES,
         )  # fmt: skip
     if N > 2:
         h += size
         partial += width1 * rank
         first = _sum_one(
             dy2, h, partial, width2, dy2_row, rows, rank, scaling, splits, partial_row, first,
-            SPLITS, BLOCK, BLOCK_K, R, STAGES,
+            PARTS, BLOCK, BLOCK_K, R, STAGES,
         )  # fmt: skip
 
 
 @triton.jit
 def _sum_one(
     dy, h, partial, width, dy_row, rows, rank, scaling, splits, partial_row, first,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A block: some columns of dy, over the rows of one split."""
     across = tl.cdiv(width, BLOCK_K)
@@ -178,7 +178,7 @@ def _sum_one(
             tile = tl.load(dy + far * dy_row + column[None, :], mask=inside, other=0.0)
             inside = (row < rows)[:, None] & (place < rank)[None, :]
             shrunk = tl.load(h + far * rank + place[None, :], mask=inside, other=0.0)
-            total = add_dot(total, tl.trans(tile), shrunk, SPLITS)
+            total = add_dot(total, tl.trans(tile), shrunk, PARTS)
         inside = (column < width)[:, None] & (place < rank)[None, :]
         here = partial + tl.cast(split, tl.int64) * partial_row + column[:, None] * rank + place[None, :]
         tl.store(here, total * scaling, mask=inside)

@@ -10,11 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from npu_patch.kernels import launch
-from npu_patch.kernels.lora.dot import add_dot
+from npu_patch.kernels.lora.dot import add_dot, parts_of
 from npu_patch.kernels.lora.mask import draws, keeps
 from npu_patch.kernels.lora.tiling import of_most, tiling
 
-TILE = launch.Tile(bytes_per_element=44, elements=4096, stages=3)
+TILE = launch.Tile(bytes_per_element=44, elements=8192, stages=3)
 
 
 def shrink(x: Tensor, downs: list[Tensor], seed: int | Tensor | None, dropout: float) -> Tensor:
@@ -42,7 +42,7 @@ def _planned(
         N=count,
         DROPS=dropout > 0,
         LOADED=loaded,
-        SPLITS=dtypes[0] == torch.bfloat16,
+        PARTS=parts_of(machine, dtypes[0]),
         **constants,
     )
 
@@ -64,7 +64,7 @@ def _shrink(
     N: tl.constexpr,
     DROPS: tl.constexpr,
     LOADED: tl.constexpr,
-    SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     R: tl.constexpr,
@@ -80,11 +80,11 @@ def _shrink(
             column = start + tl.arange(0, BLOCK_K)
             tile = tl.load(here + column[None, :], mask=(row < rows)[:, None] & (column < width)[None, :], other=0.0)
             drawn = draws(seed, row, column, LOADED) if DROPS else 0
-            h0 = _add(h0, tile, down0, drawn, column, width, rank, drops, 0, DROPS, SPLITS, R)
+            h0 = _add(h0, tile, down0, drawn, column, width, rank, drops, 0, DROPS, PARTS, R)
             if N > 1:
-                h1 = _add(h1, tile, down1, drawn, column, width, rank, drops, 1, DROPS, SPLITS, R)
+                h1 = _add(h1, tile, down1, drawn, column, width, rank, drops, 1, DROPS, PARTS, R)
             if N > 2:
-                h2 = _add(h2, tile, down2, drawn, column, width, rank, drops, 2, DROPS, SPLITS, R)
+                h2 = _add(h2, tile, down2, drawn, column, width, rank, drops, 2, DROPS, PARTS, R)
         size = tl.cast(rows, tl.int64) * rank
         _store(h, h0 * scale, row, rows, rank, R)
         if N > 1:
@@ -96,14 +96,14 @@ def _shrink(
 @triton.jit
 def _add(
     total, tile, down, drawn, column, width, rank, drops,
-    INDEX: tl.constexpr, DROPS: tl.constexpr, SPLITS: tl.constexpr, R: tl.constexpr,
+    INDEX: tl.constexpr, DROPS: tl.constexpr, PARTS: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     if DROPS:
         tile = tl.where(keeps(drawn, drops, INDEX), tile, 0.0)
     place = tl.arange(0, R)
     inside = (place < rank)[:, None] & (column < width)[None, :]
     a = tl.load(down + place[:, None] * width + column[None, :], mask=inside, other=0.0)
-    return add_dot(total, tile, tl.trans(a), SPLITS)
+    return add_dot(total, tile, tl.trans(a), PARTS)
 
 
 @triton.jit

@@ -26,14 +26,21 @@ def tiling(
     padded = padded_rank(rank)
     most = COLUMNS if padded <= 64 else COLUMNS // 2
     columns = min(most, max(LEAST, launch.power_of_two(width)))
-    block = max(LEAST, launch.tile_rows(machine, tile, max(columns, padded), rows))
+    block = max(LEAST, _rows_of_a_tile(machine, tile, max(columns, padded), rows))
     return {
         "BLOCK": block,
         "BLOCK_K": columns,
         "R": padded,
         "STAGES": launch.stages(machine, tile),
-        "num_warps": 4 if padded * at_once <= 32 else 8,
+        "num_warps": 4 if padded * at_once <= 48 else 8,
     }
+
+
+def _rows_of_a_tile(machine: launch.Machine, tile: launch.Tile, columns: int, rows: int) -> int:
+    """On a GPU the tile that was timed best (scripts/bench_lora_kernels.py), even if some of its cores get none."""
+    if machine.device_type == "cuda":
+        return min(tile.elements // columns, launch.power_of_two(rows))
+    return launch.tile_rows(machine, tile, columns, rows)
 
 
 def padded_rank(rank: int) -> int:
