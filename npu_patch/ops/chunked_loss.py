@@ -28,7 +28,7 @@ from torch import Tensor
 from npu_patch.numerics.selective_checkpointing import unseen
 from npu_patch.ops.differentiated_once import differentiated_once
 from npu_patch.ops.head_products import ALL, Expression, Logits, Term, logits_of
-from npu_patch.ops.token_losses import TokenLosses
+from npu_patch.ops.token_losses import IN_ONE_PASS, TokenLosses, of_logits
 
 ELEMENTS = 2**26  # of a chunk: two float32 and two bfloat16 copies of it take 0.8 GB
 MULTIPLE = 16  # rows or columns that a device's matrix unit takes at once
@@ -161,9 +161,18 @@ class _CrossEntropy(torch.autograd.Function):
         scale = torch.where(valid, 1.0 / by, 0.0)  # no token: none has a gradient
         gradients, even = _Gradients(logits, plan.wanted), (smoothing, logits.vocabulary)
         losses, normalizers = [], []
+        in_one_pass = plan.token_losses in IN_ONE_PASS and any(plan.wanted) and not smoothing
         with unseen(), torch.autocast(logits.device.type, enabled=False):
             for rows in gradients.chunks:
                 computed, kept = logits.computed(rows)
+                if in_one_pass:
+                    of_tokens, grad = plan.token_losses(computed, labels[rows], scale[rows])
+                    if gradients.blocks:
+                        normalizers.append(computed.gather(-1, labels[rows, None]).squeeze(-1).float() + of_tokens)
+                    del computed
+                    losses.append(of_tokens)
+                    gradients.add_rows(rows, grad, kept)
+                    continue
                 full, dtype = computed.float(), computed.dtype
                 del computed  # of the size of a chunk, as each of these
                 of_tokens, log_probabilities = plan.token_losses(full, labels[rows])
@@ -172,13 +181,13 @@ class _CrossEntropy(torch.autograd.Function):
                 del full
                 losses.append(_smoothed(of_tokens, log_probabilities, smoothing))
                 if any(plan.wanted):
-                    grad = _of_logits(log_probabilities, labels[rows], scale[rows], None, *even)
+                    grad = of_logits(log_probabilities, labels[rows], scale[rows], None, *even)
                     gradients.add_rows(rows, grad.to(dtype), kept)
             if gradients.blocks:
                 of_rows = torch.cat(normalizers)[:, None]
                 for columns in gradients.blocks:
                     computed, kept = logits.computed(ALL, columns)
-                    grad = _of_logits(computed.float() - of_rows, labels, scale, columns.start, *even)
+                    grad = of_logits(computed.float() - of_rows, labels, scale, columns.start, *even)
                     gradients.add_columns(columns, grad.to(computed.dtype), kept)
         ctx.stand_in, ctx.smoothing = plan.stand_in, smoothing
         ctx.save_for_backward(*gradients.found, labels, scale)
@@ -192,7 +201,7 @@ class _CrossEntropy(torch.autograd.Function):
         if whole is None:
             return None, None, None, None, None, *(_scaled(each, grad) for each in found)
         log_probabilities = whole.reshape(-1, whole.shape[-1]).float().log_softmax(-1)
-        of_whole = _of_logits(log_probabilities, labels, scale * grad, None, ctx.smoothing, whole.shape[-1])
+        of_whole = of_logits(log_probabilities, labels, scale * grad, None, ctx.smoothing, whole.shape[-1])
         return None, None, None, None, of_whole.to(whole.dtype).view(whole.shape), *(None for _ in found)
 
 
@@ -229,7 +238,7 @@ class _Chosen(torch.autograd.Function):
                 extra = (log_probabilities + entropies[rows, None]).mul_(of_entropy[rows, None])
                 extra = extra.mul_(log_probabilities.exp())
             even = ctx.smoothing, ctx.vocabulary
-            found = _of_logits(log_probabilities, labels[rows], scale[rows], start, *even)
+            found = of_logits(log_probabilities, labels[rows], scale[rows], start, *even)
             return (found if extra is None else found.sub_(extra)).to(computed.dtype)
 
         return None, None, None, *gradients_again(ctx, tensors, of_part)
@@ -268,27 +277,6 @@ def _smoothed(losses: Tensor, log_probabilities: Tensor, smoothing: float) -> Te
         return losses
     shares = log_probabilities.sum(-1) * (smoothing / log_probabilities.shape[-1])
     return losses * (1 - smoothing) - shares
-
-
-def _of_logits(
-    log_probabilities: Tensor,
-    labels: Tensor,
-    scale: Tensor,
-    start: int | None = None,
-    smoothing: float = 0.0,
-    vocabulary: int = 1,
-) -> Tensor:
-    """The gradient of the logits, in the place of their log-probabilities `[n, v]`, of losses times `scale` `[n]`.
-    `start`: they are a block of columns from there on; else all columns, and each label is one of them."""
-    of_label = scale * (smoothing - 1)
-    if start is not None:
-        labels = labels - start
-        inside = (labels >= 0) & (labels < log_probabilities.shape[-1])
-        of_label = torch.where(inside, of_label, 0.0)
-        labels = labels.clamp(0, log_probabilities.shape[-1] - 1)
-    grad = log_probabilities.exp_().mul_(scale[:, None])
-    grad.scatter_add_(-1, labels[:, None], of_label[:, None])
-    return grad.sub_((scale * (smoothing / vocabulary))[:, None]) if smoothing else grad
 
 
 @dataclass

@@ -20,6 +20,7 @@ from npu_patch.kernels import gated_rms_norm as gated_kernels
 from npu_patch.kernels import launch
 from npu_patch.kernels import qk_norm_rope as qk_norm_kernels
 from npu_patch.kernels import rms_norm as rms_norm_kernels
+from npu_patch.kernels.cross_entropy import cross_entropy
 from npu_patch.kernels.gamma import ONE_PLUS_WEIGHT, WEIGHT, Gamma
 from npu_patch.kernels.gated_rms_norm import gated_rms_norm
 from npu_patch.kernels.lora import tiling
@@ -27,6 +28,7 @@ from npu_patch.kernels.lora.adapted_linears import Group, adapted_linears
 from npu_patch.kernels.qk_norm_rope import QKNorm, qk_norm_rope
 from npu_patch.kernels.rms_norm import add_rms_norm, rms_norm
 from npu_patch.kernels.swiglu import swiglu
+from npu_patch.ops.chunked_loss import chunks
 from scripts.ascend_compile import CORES, Launch, Plan, lower, plan, recorded_launches
 
 TOKENS, EPS = 4096, 1e-6
@@ -45,6 +47,7 @@ class Model:
     gamma: Gamma = WEIGHT
     delta_heads: int = 0
     delta_dim: int = 128
+    vocabulary: int = 151936
 
 
 MODELS = {
@@ -52,7 +55,7 @@ MODELS = {
     "Qwen3-8B": Model(4096, (12288,), 32, 8, 128, 128),
     "Qwen3-32B": Model(5120, (25600,), 64, 8, 128, 128),
     "Qwen3-30B-A3B": Model(2048, (768, 6144), 32, 4, 128, 128),
-    "Qwen3.5-35B-A3B": Model(2048, (512,), 16, 2, 256, 64, ONE_PLUS_WEIGHT, delta_heads=32),
+    "Qwen3.5-35B-A3B": Model(2048, (512,), 16, 2, 256, 64, ONE_PLUS_WEIGHT, 32, vocabulary=248320),
 }
 
 
@@ -114,6 +117,15 @@ def lora_case(
     trace(call, *([frozen_x] if "x" in needs else []), *(frozen if "adapters" in needs else []))
 
 
+def cross_entropy_cases(model: Model) -> None:
+    """A chunk of the loss. Without a scale, in float32: log-probabilities."""
+    rows = chunks(TOKENS, model.vocabulary)[0].stop
+    labels, scale = (torch.empty(rows, dtype=dtype, device="meta") for dtype in (torch.int64, torch.float32))
+    cross_entropy(empty(rows, model.vocabulary), labels, scale)
+    cross_entropy(empty(rows, model.vocabulary).float(), labels, scale)
+    cross_entropy(empty(rows, model.vocabulary).float(), labels)
+
+
 def widest_cases() -> None:
     """Of the kernels that hold whole rows, the widest that the ops give them, with the weights that take most room."""
     machine = launch.Machine("npu", CORES, launch.UNIFIED_BUFFER, exact_widths=True)
@@ -138,6 +150,7 @@ FAMILIES: dict[str, Callable[[Model], None]] = {
     "add_rms_norm": add_rms_norm_cases,
     "gated_rms_norm": gated_rms_norm_cases,
     "lora": lora_cases,
+    "cross_entropy": cross_entropy_cases,
 }
 
 

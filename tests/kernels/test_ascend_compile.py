@@ -17,7 +17,7 @@ UNIFIED_BUFFER = 192 * 1024
 RECORD = ROOT / "out" / "kernels" / "ascend.json"
 
 
-FAMILIES = ("qk_norm_rope", "swiglu", "add_rms_norm", "gated_rms_norm", "lora")
+FAMILIES = ("qk_norm_rope", "swiglu", "add_rms_norm", "gated_rms_norm", "lora", "cross_entropy")
 
 
 @pytest.fixture(scope="module")
