@@ -56,8 +56,10 @@ def _count(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=64, help="in the one sequence of the batch (default 64)")
     parser.add_argument("--real", action="store_true", help="the type's own sizes with a layer of each kind, not tiny")
     parser.add_argument(
-        "--size", metavar="NAME=VALUE", action="append", default=[], help="of the configuration; may be given again"
+        "--size", metavar="NAME=VALUE", nargs="+", action="extend", default=[], help="of the configuration, as JSON"
     )
+    parser.add_argument("--packed", type=int, default=1, metavar="N", help="sequences that the tokens are packed of")
+    parser.add_argument("--padding", type=int, default=0, metavar="N", help="of the tokens, at the left")
     parser.add_argument("--lora", action="store_true", help="adapters in float32 on the linear layers, the rest frozen")
     parser.add_argument("--attention", metavar="NAME", help="the attention implementation, such as sdpa")
     parser.add_argument("--experts", metavar="NAME", help="the experts implementation, such as eager or grouped_mm")
@@ -67,9 +69,10 @@ def _count(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--switch",
         metavar="NAME=VALUE",
-        action="append",
+        nargs="+",
+        action="extend",
         default=[],
-        help="of apply(), for the patched side: loss=0; may be given again",
+        help="of apply(), for the patched side: loss=0",
     )
     parser.add_argument("--rows", type=int, default=12, help="operators in each table (default 12)")
     parser.add_argument("--svg", metavar="FILE", type=Path, help="draw it too")

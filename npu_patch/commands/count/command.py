@@ -27,15 +27,18 @@ UNPATCHED, PATCHED = "unpatched", "patched"
 def run(options: argparse.Namespace) -> Result:
     if options.svg is not None:
         output_file("--svg", options.svg, ending=".svg")
-    if options.tokens < 1:
-        raise CommandError(f"--tokens {options.tokens}: accepted are numbers from 1")
+    for name, least, most in (("tokens", 1, None), ("packed", 1, options.tokens), ("padding", 0, options.tokens - 1)):
+        value = getattr(options, name)
+        if value < least or (most is not None and value > most):
+            up_to = "" if most is None else f" to {most}"
+            raise CommandError(f"--{name} {value}: accepted are numbers from {least}{up_to}")
     ways = {UNPATCHED: {"patch": False}, PATCHED: _switches(options)}
     try:
         simulator.start()
     except SimulatorError as error:
         raise CommandError(f"count counts on the simulated NPU alone: {error}") from error
     content: dict[str, Any] = {
-        **{name: getattr(options, name) for name in ("model", "tokens", "dtype", "lora")},
+        **{name: getattr(options, name) for name in ("model", "tokens", "packed", "padding", "dtype", "lora")},
         "note": NOTE,
         "ways": ways,
         "steps": {},
@@ -75,7 +78,7 @@ def _pair(option: str, text: str) -> tuple[str, str]:
 
 
 def _counted(options: argparse.Namespace, switches: dict[str, Any]) -> dict[str, Any]:
-    from npu_patch.commands.count.model_steps import counted_steps
+    from npu_patch.commands.count.model_steps import counted_steps, laid_out
     from npu_patch.commands.subject import models
 
     sizes = dict(_pair("--size", each) for each in options.size)
@@ -93,7 +96,7 @@ def _counted(options: argparse.Namespace, switches: dict[str, Any]) -> dict[str,
         model = _with_adapters(model)
     model = model.to("npu")
     models.require_it_runs(model, batch, options.model)
-    batch = {name: tensor.to("npu") for name, tensor in batch.items()}
+    batch = {name: tensor.to("npu") for name, tensor in laid_out(batch, options.packed, options.padding).items()}
     return {
         step: {
             "total": {**asdict(found.costs.total), "peak_bytes": found.peak_bytes},

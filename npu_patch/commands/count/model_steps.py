@@ -43,6 +43,19 @@ def counted_steps(
     return found
 
 
+def laid_out(batch: Mapping[str, Tensor], packed: int, padding: int) -> dict[str, Tensor]:
+    """As collators give it: positions of packed sequences, and a mask of padding at the left."""
+    tokens = batch["input_ids"].shape[1]
+    given = dict(batch)
+    if packed > 1:
+        given["position_ids"] = torch.arange(tokens)[None] % -(-tokens // packed)
+    if padding:
+        given["attention_mask"] = (torch.arange(tokens) >= padding).long()[None]
+        if "labels" in batch:
+            given["labels"] = batch["labels"].masked_fill(given["attention_mask"] == 0, -100)
+    return given
+
+
 def _counted(model: torch.nn.Module, step: Callable[[], None]) -> Counting:
     layers, level_two = Layers(model), LevelTwo()
     with simulator.count(Costs(layers, level_two)):

@@ -83,6 +83,16 @@ def test_a_switch_and_an_implementation_are_those_of_the_patched_side(capsys: py
     assert waits[0] > waits[1]
 
 
+@pytest.mark.parametrize("option", ["--packed", "--padding"])
+def test_packed_and_padded_batches_are_counted_as_such(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers writes their mask out, of all scores."""
+    whole, other = (counted(capsys, "llama", "--size", "num_hidden_layers=1", *more) for more in ((), (option, "4")))
+    bytes_of_masks = [
+        each["training step"]["unpatched"]["by_layer"]["outside the layers"]["bytes"] for each in (whole, other)
+    ]
+    assert bytes_of_masks[1] > bytes_of_masks[0] + 64 * 64
+
+
 def test_a_configuration_is_enough_of_a_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from npu_patch.commands.subject.tiny_model import tiny_config
 
@@ -102,6 +112,8 @@ def test_triton_kernels_are_counted_where_they_are_asked_for(capsys: pytest.Capt
     ("arguments", "message"),
     [
         (["--tokens", "0"], "--tokens 0: accepted are numbers from 1"),
+        (["--tokens", "4", "--packed", "5"], "--packed 5: accepted are numbers from 1 to 4"),
+        (["--tokens", "4", "--padding", "4"], "--padding 4: accepted are numbers from 0 to 3"),
         (["--switch", "loss"], "--switch loss: accepted is NAME=VALUE"),
         (["--switch", "losses=0"], "--switch losses=0: accepted names are patch, fused_ops"),
         (["--switch", "loss=maybe"], "--switch loss=maybe: accepted are 1/true/on/yes"),
