@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @dataclass
 class Counted:
     """What was counted; complete once the `with` block has ended. Who wants to know more of each launch than this
-    overrides `launched` and `waited`, which are called one at a time, on the thread that launches."""
+    overrides `launched`, `waited` and `became`, which are called one at a time, on the thread that launches."""
 
     launches: int = 0
     bytes: int = 0
@@ -56,6 +56,9 @@ class Counted:
         self.host_copies += 1
         self.host_bytes += moved
         _add(self.host_copies_by_op, name, moved)
+
+    def became(self, written: int, allocation: int) -> None:
+        """What a kernel wrote at an address is, from here on, the device's allocation."""
 
     def __str__(self) -> str:
         rows = sorted(self.by_op.items(), key=lambda row: (-row[1][1], row[0]))
@@ -103,6 +106,14 @@ def launch(name: str, read: Iterable[Any], written: Iterable[Any]) -> None:
     with _lock:
         for counted in _counting:
             counted.launched(name, moved, read, written)
+
+
+def became(written: "Tensor", tensor: "Tensor") -> None:
+    """A formula's result, counted as written, has now its place in the device's memory."""
+    pair = written.untyped_storage().data_ptr(), tensor.untyped_storage().data_ptr()
+    with _lock:
+        for counted in _counting:
+            counted.became(*pair)
 
 
 def host_copy(name: str, moved: int) -> None:

@@ -66,6 +66,9 @@ class Costs(Counted):
         for cost in self._costs(name):
             cost.host_waits += 1
 
+    def became(self, written: int, allocation: int) -> None:
+        self._level_two.renamed(written, allocation)
+
     def _costs(self, name: str) -> tuple[Cost, ...]:
         layer = self._layers.at_work()
         return self.total, self.of_ops.setdefault(name, Cost()), self.of_layers.setdefault(layer, Cost())

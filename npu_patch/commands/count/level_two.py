@@ -32,3 +32,10 @@ class LevelTwo:
             self._used -= bytes_left
             beyond += bytes_left if was_written else 0
         return beyond
+
+    def renamed(self, allocation: int, other: int) -> None:
+        """What the cache holds of one allocation is of the other."""
+        there, written = self._held.pop(allocation, (0, False))
+        self._used -= self._held.pop(other, (0, False))[0]
+        if there:
+            self._held[other] = there, written

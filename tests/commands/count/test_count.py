@@ -8,10 +8,13 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from npu_patch import simulator
 from npu_patch.commands import main
-from npu_patch.commands.count.costs import MEASURES
+from npu_patch.commands.count.costs import MEASURES, Costs
+from npu_patch.commands.count.layers import Layers
+from npu_patch.commands.count.level_two import LevelTwo
 from npu_patch.simulator.errors import SimulatorError
 from tests.support.needs_triton import needs_triton
 
@@ -56,6 +59,19 @@ def test_products_of_float32_are_told_from_others(capsys: pytest.CaptureFixture[
     for way in WAYS:
         products = [each[way]["total"]["float32_products"] for each in (small, adapters, wide)]
         assert products[0] < products[1] and products[0] < products[2]
+
+
+@pytest.mark.parametrize("width", [2**19, 2**21])
+def test_a_result_that_is_read_at_once_is_in_the_cache_if_it_fits(width: int, npu: torch.device) -> None:
+    """An emulated kernel's result is made elsewhere and then copied to the device: that is one allocation."""
+    model = torch.nn.Linear(1, 1)
+    costs = Costs(Layers(model), LevelTwo(size=width * 4 * 12))
+    x = torch.randn(2, width // 2, device=npu)
+    with simulator.count(costs):
+        for _ in range(4):
+            x = torch.ops.npu.npu_swiglu(torch.cat((x, x), -1), dim=-1) + 1.0
+    assert costs.total.launches == 12
+    assert costs.total.bytes_beyond_l2 == x.numel() * x.element_size()  # the first x
 
 
 def test_no_time_is_shown_and_each_bar_is_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

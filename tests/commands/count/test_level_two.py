@@ -26,3 +26,13 @@ def test_what_is_larger_than_the_cache_is_never_there() -> None:
     cache = LevelTwo(size=100)
     for _ in range(2):
         assert cache.touched(1, 101, False) == cache.touched(1, 101, True) == 101
+
+
+def test_what_is_given_its_place_later_is_there_under_its_new_name_alone() -> None:
+    cache = LevelTwo(size=100)
+    cache.touched(1, 60, True)
+    cache.touched(2, 30, False)
+    cache.renamed(1, 2)
+    assert cache.touched(2, 60, False) == 0
+    assert cache.touched(3, 40, False) == 40  # and there was room for it
+    assert cache.touched(1, 60, False) == 60 + 60  # whose place was written
