@@ -52,15 +52,27 @@ class Measurements:
         self.measured.setdefault(case, {})[alternative] = measured
         self.changed = True
 
+    def content(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self.measured_on), "measured": _plain(self.measured)}
+
+    def take(self, content: Any) -> str | None:
+        """Another process's `content()`, before what is here; or why it does not hold here."""
+        try:
+            taken = _parsed(content, self.measured_on)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return str(error)
+        for case, found in taken.items():
+            self.measured.setdefault(case, {}).update(found)
+        return None
+
     def write(self) -> None:
         """Atomically: a reader sees the old file or the new one. One that cannot be written is a line of log."""
         if not self.changed:
             return
         self.changed = False
-        content = {"format": FORMAT, **asdict(self.measured_on), "measured": _plain(self.measured)}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path, json.dumps(content, indent=1))
+            write_atomically(self.path, json.dumps(self.content(), indent=1))
         except OSError as error:
             log.warning(f"times are not kept: {error}")
 

@@ -3,7 +3,8 @@
 Probes prove what a site's original computes; nothing in them proves that this device's operator does. So every
 implementation that the model would use is run once for each of the model's sizes and dtypes, forward and backward,
 against float64 (measuring/measure.py). Verdicts are kept between processes, in the file of the times. What is wrong
-serves no such call; what could not be decided within BUDGET_S is decided by a later `apply(model)`.
+serves no such call; what could not be decided within BUDGET_S is decided by a later `apply(model)`. Of the ranks of a
+job the first one measures.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 
 from npu_patch import log
 from npu_patch.devices import is_simulated
+from npu_patch.measuring import from_rank_0
 from npu_patch.measuring.measurer import Measurer
 from npu_patch.reporting.outcome import Outcome
 from npu_patch.reporting.report import Report
@@ -67,12 +69,19 @@ class Decisions:
             self.described.append((dispatch, outcome))
 
     def decide(self, journal: Journal, report: Report) -> None:
-        if self.waiting:
-            measurer = Measurer.of(self.device_type, self.path)
-            try:
+        job = from_rank_0.job()
+        turn = "" if job is None else job.next_turn()
+        measurer = Measurer.of(self.device_type, self.path) if self.waiting else None
+        try:
+            if measurer is not None:
+                if job is not None and job.rank != 0 and not self._all_known(measurer):
+                    report.notes += filter(None, [job.take(turn, measurer.kept)])
                 self._decide(measurer, journal, report)
-            finally:
+        finally:
+            if measurer is not None:
                 measurer.kept.write()
+            if job is not None and job.rank == 0:
+                job.give(turn, None if measurer is None else measurer.kept)
         for dispatch, outcome in self.described:
             outcome.describe(dispatch)
         for dispatch in [each for each, _ in (*self.waiting, *self.described)]:
@@ -80,6 +89,10 @@ class Decisions:
                 line = f"{name} is wrong on this device and serves no such call: {why}"
                 if line not in report.warnings:
                     report.warnings.append(line)
+
+    def _all_known(self, measurer: Measurer) -> bool:
+        waiting = ((dispatch, case) for dispatch, cases in self.waiting for case in cases.values())
+        return all(measurer.knows(case, dispatch.choice, dispatch.tuned_to) for dispatch, case in waiting)
 
     def _decide(self, measurer: Measurer, journal: Journal, report: Report) -> None:
         """Checks come before times, which take longer."""

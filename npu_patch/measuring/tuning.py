@@ -2,16 +2,16 @@
 
     TWINKLE_NPU_TUNE=tuned.json python train.py
 
-A call of an op whose shapes are in the file goes where the file says (`Dispatch.tuned`), another one where it went
-anyway; a site whose every measured shape was fastest as the original is not rebound. Times hold for one chip and one
-set of versions: a file from another is refused, with the reason.
+A call of an op whose shapes are in the file, up to their buckets, goes where the file says (`Dispatch.tuned`), another
+one where it went anyway; a site whose every measured shape was fastest as the original is not rebound. Times hold for
+one chip and one set of versions: a file from another is refused, with the reason.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from npu_patch.measuring.measured_on import here
 from npu_patch.serving.implementation import AnyImplementation
 from npu_patch.serving.signature import Signature, signature_of
 
-FORMAT = 4
+FORMAT = 5
 ORIGINAL = "original"
-__all__ = ["Decision", "Forced", "Signature", "Tuning", "read", "signature_for_json", "signature_of", "write"]
+__all__ = ["Decision", "Forced", "Signature", "Tuning", "agreed", "read", "signature_for_json", "signature_of", "write"]
 Decided = AnyImplementation | str | None
 DTYPES = {str(each): each for each in vars(torch).values() if isinstance(each, torch.dtype)}
 
@@ -74,6 +74,19 @@ def write(path: str | os.PathLike[str], device_type: str, decisions: Iterable[De
         "decisions": [{**vars(each), "signature": signature_for_json(each.signature)} for each in decisions],
     }
     write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+
+def agreed(decisions: Sequence[Decision]) -> list[Decision]:
+    """Calls of unlike shapes in one bucket get what is right and faster for all of them: the one choice, or the
+    original."""
+    choices: dict[tuple[str, str, str, Signature], set[str]] = {}
+    for each in decisions:
+        choices.setdefault(_call_of(each), set()).add(each.choice)
+    return [each if len(choices[_call_of(each)]) == 1 else replace(each, choice=ORIGINAL) for each in decisions]
+
+
+def _call_of(decision: Decision) -> tuple[str, str, str, Signature]:
+    return decision.patch, decision.site, decision.variant, decision.signature
 
 
 def signature_for_json(signature: Signature) -> list[list[Any]]:

@@ -17,7 +17,7 @@ Rules:
 """
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class Counted:
-    """What was counted; complete once the `with` block has ended."""
+    """What was counted; complete once the `with` block has ended. Who wants to know more of each launch than this
+    overrides `launched`, `waited` and `became`, which are called one at a time, on the thread that launches."""
 
     launches: int = 0
     bytes: int = 0
@@ -45,6 +46,19 @@ class Counted:
     collective_bytes: int = 0
     collectives_by_call: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Function of HCCL, such as "HcclAllReduce" -> (calls, bytes that this rank sent to others)."""
+
+    def launched(self, name: str, moved: int, read: Sequence[Any], written: Sequence[Any]) -> None:
+        self.launches += 1
+        self.bytes += moved
+        _add(self.by_op, name, moved)
+
+    def waited(self, name: str, moved: int) -> None:
+        self.host_copies += 1
+        self.host_bytes += moved
+        _add(self.host_copies_by_op, name, moved)
+
+    def became(self, written: int, allocation: int) -> None:
+        """What a kernel wrote at an address is, from here on, the device's allocation."""
 
     def __str__(self) -> str:
         rows = sorted(self.by_op.items(), key=lambda row: (-row[1][1], row[0]))
@@ -64,10 +78,10 @@ _counting: tuple[Counted, ...] = ()
 
 
 @contextmanager
-def count() -> Iterator[Counted]:
+def count(counted: Counted | None = None) -> Iterator[Counted]:
     """Count everything that any thread of this process does on the simulated NPUs within the block. Blocks may nest."""
     global _counting
-    counted = Counted()
+    counted = Counted() if counted is None else counted
     with _lock:
         _counting = (*_counting, counted)
     before = collectives.totals()
@@ -87,20 +101,25 @@ def is_counting() -> bool:
 
 def launch(name: str, read: Iterable[Any], written: Iterable[Any]) -> None:
     """Record one kernel; `read` and `written` may hold anything, only tensors count."""
+    read, written = list(read), list(written)
     moved = sum(map(tensor_bytes, read)) + sum(map(tensor_bytes, written))
     with _lock:
         for counted in _counting:
-            counted.launches += 1
-            counted.bytes += moved
-            _add(counted.by_op, name, moved)
+            counted.launched(name, moved, read, written)
+
+
+def became(written: "Tensor", tensor: "Tensor") -> None:
+    """A formula's result, counted as written, has now its place in the device's memory."""
+    pair = written.untyped_storage().data_ptr(), tensor.untyped_storage().data_ptr()
+    with _lock:
+        for counted in _counting:
+            counted.became(*pair)
 
 
 def host_copy(name: str, moved: int) -> None:
     with _lock:
         for counted in _counting:
-            counted.host_copies += 1
-            counted.host_bytes += moved
-            _add(counted.host_copies_by_op, name, moved)
+            counted.waited(name, moved)
 
 
 def upload(moved: int) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import memory
+from . import counters, memory
 from .errors import Refused
 from .memory import CPU
 
@@ -56,7 +56,10 @@ class Shared:
                 for other, tensor in self.pairs:
                     if address and address == other:
                         return memory.view_of(tensor, value)
-            return memory.to_device(value, memory.or_current(self.device))
+            made = memory.to_device(value, memory.or_current(self.device))
+            if counters._counting:
+                counters.became(value, made)
+            return made
         if isinstance(value, list | tuple):
             return [self.give(item) for item in value]
         return value

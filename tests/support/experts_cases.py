@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import glob
-import importlib
-import os
+import ast
+import contextlib
+import re
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-
-from npu_patch.sites.sites import forwards, parameter_names
 
 WORDS = {"act": "silu", "activation": "silu", "eps": 1e-6}
 OPTIONAL = ("moe_latent_size",)
@@ -54,25 +55,37 @@ class TinyConfig:
         return 7.0 if "limit" in name or "cap" in name else 1.7
 
 
-def experts_classes() -> dict[str, type]:
-    """All of them by "family.Class", in alphabetical order."""
-    found: dict[str, type] = {}
-    root = os.path.join(os.path.dirname(transformers.__file__), "models")
-    for path in sorted(glob.glob(os.path.join(root, "*", "modeling_*.py"))):
-        with open(path, encoding="utf-8") as file:
-            if "Experts(nn.Module)" not in file.read():
-                continue
-        family = os.path.basename(os.path.dirname(path))
-        module = importlib.import_module(f"transformers.models.{family}.{os.path.basename(path)[:-3]}")
-        for site in forwards(module):
-            cls = site.owner
-            if (
-                cls.__name__.endswith("Experts")
-                and cls.__name__ not in OTHERS
-                and len(parameter_names(cls.forward)) == 3
-            ):
-                found[f"{family}.{cls.__name__}"] = cls
+def experts_classes() -> dict[str, str]:
+    """The module of each of them, by "family.Class". Read and not imported: every later `apply()` without a model looks
+    at what is imported."""
+    found: dict[str, str] = {}
+    root = Path(transformers.__file__).parent / "models"
+    for path in sorted(root.glob("*/modeling_*.py")):
+        source = path.read_text(encoding="utf-8")
+        if "Experts(nn.Module)" in source:
+            family, module = path.parent.name, f"transformers.models.{path.parent.name}.{path.stem}"
+            classes = filter(_takes_routed_tokens, ast.parse(source).body)
+            found |= {f"{family}.{each.name}": module for each in classes if isinstance(each, ast.ClassDef)}
     return found
+
+
+def _takes_routed_tokens(node: ast.stmt) -> bool:
+    if not isinstance(node, ast.ClassDef) or not node.name.endswith("Experts") or node.name in OTHERS:
+        return False
+    forwards = (each for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "forward")
+    return any(len(forward.args.args) == len(("self", "tokens", "indices", "weights")) for forward in forwards)
+
+
+@contextlib.contextmanager
+def forgetting_modeling_files() -> Iterator[None]:
+    """Those that are imported meanwhile, so that no later `apply()` looks at them."""
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if re.fullmatch(r"transformers\.models\.(\w+)\.modeling_\w+", name):
+            package, _, file = name.rpartition(".")
+            vars(sys.modules.get(package)).pop(file, None)
+            del sys.modules[name]
 
 
 def built(cls: type, *, hidden: int, inner: int, experts: int, seed: int = 0, implementation: str = "eager") -> Any:

@@ -45,6 +45,39 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--png", metavar="FILE", type=Path, help="draw it too")
 
 
+def _count(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a model type of transformers, such as qwen3_moe (a small random model is made), or a model's folder; "
+        "config.json is enough",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--tokens", type=int, default=64, help="in the one sequence of the batch (default 64)")
+    parser.add_argument("--real", action="store_true", help="the type's own sizes with a layer of each kind, not tiny")
+    parser.add_argument(
+        "--size", metavar="NAME=VALUE", nargs="+", action="extend", default=[], help="of the configuration, as JSON"
+    )
+    parser.add_argument("--packed", type=int, default=1, metavar="N", help="sequences that the tokens are packed of")
+    parser.add_argument("--padding", type=int, default=0, metavar="N", help="of the tokens, at the left")
+    parser.add_argument("--lora", action="store_true", help="adapters in float32 on the linear layers, the rest frozen")
+    parser.add_argument("--attention", metavar="NAME", help="the attention implementation, such as sdpa")
+    parser.add_argument("--experts", metavar="NAME", help="the experts implementation, such as eager or grouped_mm")
+    parser.add_argument(
+        "--triton", action=argparse.BooleanOptionalAction, help="Triton kernels in triton's interpreter (default: none)"
+    )
+    parser.add_argument(
+        "--switch",
+        metavar="NAME=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="of apply(), for the patched side: loss=0",
+    )
+    parser.add_argument("--rows", type=int, default=12, help="operators in each table (default 12)")
+    parser.add_argument("--svg", metavar="FILE", type=Path, help="draw it too")
+
+
 def _tune(parser: argparse.ArgumentParser) -> None:
     _model_and_device(parser)
     _sizes(parser)
@@ -78,5 +111,6 @@ OF_COMMANDS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "coverage": _coverage,
     "verify": _verify,
     "bench": _bench,
+    "count": _count,
     "tune": _tune,
 }

@@ -1,6 +1,6 @@
 """doctor: what is installed, what of it is used, what is wrong and what to do about it.
 
-Imports neither torch nor anything that may be broken: each thing is probed in a process of its own.
+Imports neither torch nor anything that may be broken: other processes do. What needs no import is on the screen before.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from npu_patch.commands.console import standard_output
 from npu_patch.commands.console.result import CommandError, Result
-from npu_patch.commands.console.terminal import steps, table
+from npu_patch.commands.console.terminal import drawn, steps, table
 from npu_patch.commands.doctor.faults import Complaint, complaints, variables_of, wrong_switches
-from npu_patch.commands.doctor.findings import OPERATORS, PACKAGES, Findings, look
+from npu_patch.commands.doctor.findings import OPERATORS, PACKAGES, Findings, at_first_sight, look
+from npu_patch.commands.doctor.processes import Processes
 from npu_patch.devices import is_simulated
 from npu_patch.switches import PREFIX, SWITCHES, TUNE, Switch, resolve
 from npu_patch.version import __version__
@@ -27,8 +29,12 @@ def run(options: argparse.Namespace) -> Result:
         raise CommandError(f"--python {options.python}: accepted is the path of a Python interpreter")
     if not options.timeout > 0:
         raise CommandError(f"--timeout {options.timeout:g}: accepted are seconds above 0")
+    running = Processes()
+    seen = at_first_sight(running, python, os.environ, timeout=options.timeout, simulated=is_simulated())
+    if not options.json:
+        standard_output.write(drawn(_shown_at_first_sight(_content(seen, list(complaints(seen))))))
     with steps("looking around", options.json) as progress:
-        findings = look(python, os.environ, timeout=options.timeout, simulated=is_simulated(), progress=progress)
+        findings = look(running, seen, timeout=options.timeout, progress=progress)
     found = list(complaints(findings))
     content = _content(findings, found)
     return Result(content, lambda: _shown(content), fine=not any(each.serious for each in found))
@@ -94,18 +100,28 @@ def _given(switch: Switch, findings: Findings) -> list[tuple[str, str]]:
     return [(name, findings.environ[name]) for name in variables_of(switch) if name in findings.environ]
 
 
-def _shown(content: dict[str, Any]) -> Iterator[Any]:
+def _shown_at_first_sight(content: dict[str, Any]) -> Iterator[Any]:
     yield f"npu_patch {content['npu_patch']}, examining {content['python']}"
+    absent = [name for name, package in content["packages"].items() if package["version"] is None]
+    yield f"not installed: {', '.join(absent) or 'none of them'}"
+    cann = content["cann"]
+    yield f"CANN: {cann['version'] or 'of unknown version'} in {cann['home']}" if cann["home"] else "CANN: not found"
+    yield from (f"seen at once: {each['what']}" for each in content["complaints"])
+    yield ""
+    rows = [
+        (s["variable"], ("red", "wrong") if s["error"] else _word(s["value"]), s["source"], s["gates"])
+        for s in content["switches"]
+    ]
+    yield table("Switches", ("variable", "value", "from", "gates"), rows)
+
+
+def _shown(content: dict[str, Any]) -> Iterator[Any]:
     packages = [
         (name, package["version"], ("red", package["error"]) if package["error"] else "works")
         for name, package in content["packages"].items()
         if package["version"] is not None
     ]
     yield table("Packages", ("package", "version", "import"), packages)
-    absent = [name for name, package in content["packages"].items() if package["version"] is None]
-    yield f"not installed: {', '.join(absent) or 'none of them'}\n"
-    cann = content["cann"]
-    yield f"CANN: {cann['version'] or 'of unknown version'} in {cann['home']}" if cann["home"] else "CANN: not found"
     yield f"chip: {', '.join(content['chips']) or 'none'}{' (simulated)' if content['simulated'] else ''}\n"
     if content["operators_unknown"]:
         yield f"operators: cannot be told: {content['operators_unknown']}\n"
@@ -124,11 +140,6 @@ def _shown(content: dict[str, Any]) -> Iterator[Any]:
             for name, used, why in implementations
         ]
         yield table("Providers, on an NPU", ("op", "provider", "", "why not"), rows)
-    rows = [
-        (s["variable"], ("red", "wrong") if s["error"] else _word(s["value"]), s["source"], s["gates"])
-        for s in content["switches"]
-    ]
-    yield table("Switches", ("variable", "value", "from", "gates"), rows)
     for each in content["complaints"]:
         yield f"{'FAULT' if each['serious'] else 'note'}: {each['fault']}: {each['what']}\n    {each['remedy']}"
     serious = sum(each["serious"] for each in content["complaints"])

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from npu_patch.commands.console.output_file import why_no_file_can_be_made
 from npu_patch.commands.console.terminal import Steps
 from npu_patch.commands.doctor.cann import Cann, find_cann
-from npu_patch.commands.doctor.processes import Answer, Processes, too_long
+from npu_patch.commands.doctor.processes import Answer, Processes, Question, too_long
 from npu_patch.commands.tuning_file import content_of
 from npu_patch.switches import PREFIX, TUNE
 
@@ -84,51 +84,59 @@ def release(version: str | None) -> tuple[int, ...] | None:
     return tuple(int(number) for number in numbers.group().split(".")) if numbers else None
 
 
-def look(
-    python: str,
-    environ: Mapping[str, str],
-    *,
-    timeout: float,
-    simulated: bool = False,
-    progress: Steps,
+def at_first_sight(
+    running: Processes, python: str, environ: Mapping[str, str], *, timeout: float, simulated: bool = False
 ) -> Findings:
-    """Probes the interpreter `python` in the environment `environ`; each probe has `timeout` seconds."""
-    running = Processes()
+    """What takes no import to see; answers to everything else are empty."""
     listed = running.ask(python, environ, timeout, "distributions")
-    distributions = tuple((name, version, folder) for name, version, folder in listed.found or ())
-    installed = [name for name in PACKAGES if any(same(name, each[0]) for each in distributions)]
-    modules = list(dict.fromkeys(PACKAGES[name] for name in installed))
-    progress.of(3 + len(modules))
-    progress.done()
+    return Findings(
+        python,
+        tuple((name, version, folder) for name, version, folder in listed.found or ()),
+        {},
+        Answer(),
+        Answer(),
+        find_cann(environ),
+        simulated,
+        dict(environ),
+        tuning_file=_tuning_file(environ),
+        times_file=_times_file(environ),
+    )
 
-    def ask(*arguments: str) -> Answer:
-        answer = running.ask(python, environ, timeout, *arguments)
+
+def look(running: Processes, seen: Findings, *, timeout: float, progress: Steps) -> Findings:
+    """What was seen at first sight, and what each import gives. Two processes are asked everything in turn, for most of
+    the time goes by in importing torch; what has no good answer there is asked in a process of its own, which tells a
+    fault from what follows from another one. Each answer has `timeout` seconds."""
+    installed = [name for name in PACKAGES if any(same(name, each[0]) for each in seen.distributions)]
+    mode = "simulated" if seen.simulated else "as it is"
+    imports = {name: ("package", mode, name) for name in dict.fromkeys(PACKAGES[name] for name in installed)}
+    device, providers = ("torch_npu", mode, *OPERATORS), ("providers", mode)
+    progress.of(len(imports) + 2)
+
+    def alone(question: Question) -> Answer:
+        answer = running.ask(seen.python, seen.environ, timeout, *question)
         progress.done()
         return answer
 
-    mode = "simulated" if simulated else "as it is"
+    def in_turn(questions: Sequence[Question]) -> Mapping[Question, Answer]:
+        return running.ask_in_turn(seen.python, seen.environ, timeout, questions, progress.done)
+
     pool = ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 1))
     try:
-        device = pool.submit(ask, "torch_npu", mode, *OPERATORS)
-        providers = pool.submit(ask, "providers", mode)
-        imports = {name: pool.submit(ask, "package", mode, name) for name in modules}
-        answers = {name: future.result() for name, future in imports.items()}
-        failed = [name for name, answer in answers.items() if answer.error not in (None, too_long(timeout))]
-        if simulated or environ.get(AUTOLOAD) == "0":
-            failed = []
-        again = {name: pool.submit(running.ask, python, environ, timeout, "package", "alone", name) for name in failed}
-        return Findings(
-            python,
-            distributions,
-            answers,
-            device.result(),
-            providers.result(),
-            find_cann(environ),
-            simulated,
-            dict(environ),
-            {name: future.result() for name, future in again.items()},
-            _tuning_file(environ),
-            _times_file(environ),
+        groups = [pool.submit(in_turn, group) for group in ((device, providers), tuple(imports.values())) if group]
+        answers = {question: answer for group in groups for question, answer in group.result().items()}
+        rest = [question for question in (device, providers, *imports.values()) if question not in answers]
+        answers |= zip(rest, pool.map(alone, rest), strict=True)
+        broken = {name: question for name, question in imports.items() if _is_refusal(answers[question], timeout)}
+        if seen.simulated or seen.environ.get(AUTOLOAD) == "0":
+            broken = {}
+        without_torch_npu = pool.map(lambda name: alone(("package", "alone", name)), broken)
+        return replace(
+            seen,
+            imports={name: answers[question] for name, question in imports.items()},
+            torch_npu=answers[device],
+            providers=answers[providers],
+            alone=dict(zip(broken, without_torch_npu, strict=True)),
         )
     except BaseException:  # Ctrl-C: nobody waits for an answer any more
         pool.shutdown(wait=False, cancel_futures=True)
@@ -136,6 +144,10 @@ def look(
         raise
     finally:
         pool.shutdown(wait=False)
+
+
+def _is_refusal(answer: Answer, timeout: float) -> bool:
+    return answer.error not in (None, too_long(timeout))
 
 
 def _tuning_file(environ: Mapping[str, str]) -> Answer:

@@ -1,7 +1,8 @@
-"""Run as a script by the interpreter under examination, one thing at a time: `probe.py WHAT [ARGUMENTS]`.
+"""Run as a script by the interpreter under examination, with questions `[WHAT, ARGUMENT...]`, as JSON.
 
-Broken installations crash, hang and print: each probe has a process of its own, and its answer is the last line, as
-JSON. Nothing but the standard library is imported here until the thing in question is.
+Broken installations crash, hang and print: an answer is a line of its own, with the number of its question, as JSON,
+and nothing is asked after one that failed. Nothing but the standard library is imported here until the thing in
+question is.
 """
 
 import importlib
@@ -89,10 +90,13 @@ if __name__ == "__main__":
         "torch_npu": torch_npu,
         "providers": providers,
     }
-    try:
-        answer = {"found": probe[sys.argv[1]](*sys.argv[2:])}
-    except BaseException as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        answer = {"error": f"{type(error).__name__}: {first}" if first else type(error).__name__}
-    print("\n" + json.dumps(answer), flush=True)
+    for number, (what, *given) in enumerate(json.loads(sys.argv[1])):
+        try:
+            answer = {"found": probe[what](*given)}
+        except BaseException as error:
+            first = (str(error).strip().splitlines() or [""])[0]
+            answer = {"error": f"{type(error).__name__}: {first}" if first else type(error).__name__}
+        print("\n" + json.dumps({"question": number, **answer}), flush=True)
+        if "error" in answer:
+            break
     os._exit(0)  # what was imported may crash on its way out

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import signal
 import subprocess
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 PROBE = Path(__file__).with_name("probe.py")
 ROOT = Path(__file__).parents[3]
+Question = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,10 @@ class Processes:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _stopped: bool = False
 
-    def ask(self, python: str, environ: Mapping[str, str], timeout: float, *arguments: str) -> Answer:
+    def ask(self, python: str, environ: Mapping[str, str], timeout: float, *question: str) -> Answer:
+        """In a process of its own."""
         try:
-            process = self._start(python, environ, arguments)
+            process = self._start(python, environ, [question])
         except OSError as error:
             return Answer(error=f"{python} cannot be run: {error}")
         try:
@@ -47,13 +50,35 @@ class Processes:
         except subprocess.TimeoutExpired:
             return Answer(error=too_long(timeout))
         finally:
-            with self._lock:
-                self._running.discard(process)
-            _end(process)
+            self._ended(process)
+        answers = [answer for _, answer in filter(None, map(_answer, said.splitlines()))]
+        return answers[-1] if answers else Answer(error=_death(process.returncode, complained))
+
+    def ask_in_turn(
+        self,
+        python: str,
+        environ: Mapping[str, str],
+        timeout: float,
+        questions: Sequence[Question],
+        answered: Callable[[], None],
+    ) -> dict[Question, Answer]:
+        """In one process, up to the first that has no good answer: that one may be to blame for what follows."""
+        found: dict[Question, Answer] = {}
         try:
-            return Answer(**json.loads((said.strip().splitlines() or [""])[-1]))
-        except (ValueError, TypeError):
-            return Answer(error=_death(process.returncode, complained))
+            process = self._start(python, environ, questions, subprocess.DEVNULL)
+        except OSError:
+            return found
+        try:
+            for number, answer in filter(None, map(_answer, _lines(process, timeout))):
+                if answer.error is not None:
+                    break
+                found[questions[number]] = answer
+                answered()
+                if len(found) == len(questions):
+                    break
+        finally:
+            self._ended(process)
+        return found
 
     def kill(self) -> None:
         """Those that run, and those that would start from now on."""
@@ -62,23 +87,58 @@ class Processes:
             for process in self._running:
                 _end(process)
 
-    def _start(self, python: str, environ: Mapping[str, str], arguments: tuple[str, ...]) -> subprocess.Popen[str]:
+    def _start(
+        self, python: str, environ: Mapping[str, str], questions: Sequence[Question], stderr: int = subprocess.PIPE
+    ) -> subprocess.Popen[str]:
         path = os.pathsep.join(each for each in (environ.get("PYTHONPATH", ""), str(ROOT)) if each)
         with self._lock:
             if self._stopped:
                 raise OSError("interrupted")
             process = subprocess.Popen(
-                [python, "-W", "ignore", str(PROBE), *arguments],
+                [python, "-W", "ignore", str(PROBE), json.dumps(questions)],
                 env={**environ, "PYTHONPATH": path},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                stderr=stderr,
                 text=True,
                 errors="replace",
                 start_new_session=True,
             )
             self._running.add(process)
             return process
+
+    def _ended(self, process: subprocess.Popen[str]) -> None:
+        with self._lock:
+            self._running.discard(process)
+        _end(process)
+        process.wait()
+
+
+def _lines(process: subprocess.Popen[str], timeout: float) -> Iterator[str]:
+    """What the process says, until it ends or says nothing for `timeout` seconds."""
+    said: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    out = process.stdout
+    assert out is not None
+
+    def read() -> None:
+        with out:
+            for line in out:
+                said.put(line)
+        said.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    with contextlib.suppress(queue.Empty):
+        while (line := said.get(timeout=timeout)) is not None:
+            yield line
+
+
+def _answer(line: str) -> tuple[int, Answer] | None:
+    """The number of a question and its answer; None for what an import prints."""
+    try:
+        given = json.loads(line)
+        return int(given.pop("question")), Answer(**given)
+    except (ValueError, TypeError, AttributeError, KeyError):
+        return None
 
 
 def _end(process: subprocess.Popen[str]) -> None:

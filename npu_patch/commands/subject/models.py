@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,17 @@ from npu_patch import devices
 from npu_patch.commands.console import arguments
 from npu_patch.commands.console.result import CommandError, named
 from npu_patch.commands.subject.families import model_types, unknown
-from npu_patch.commands.subject.tiny_model import auto_class, few_layers, tiny_model
+from npu_patch.commands.subject.tiny_model import (
+    auto_class,
+    few_layers,
+    few_layers_config,
+    random_model,
+    tiny_config,
+    tiny_model,
+)
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in arguments.DTYPES}
+WEIGHTS = (".safetensors", ".bin")  # endings of files
 
 
 @dataclass(frozen=True)
@@ -144,3 +153,37 @@ def real_source_of(model: str) -> Source:
     if not source.tiny:
         return source
     return Source(f"a random {model} of few layers", lambda seed, every: few_layers(model, seed=seed), tiny=False)
+
+
+def sized_source_of(model: str, sizes: Mapping[str, str], real: bool) -> Source:
+    """As `source_of` or, `real`, as `real_source_of`, with `sizes` of its configuration changed, which are JSON. A
+    folder without weights gives a random model.
+
+    Raises:
+        CommandError: for a size that the configuration does not have, or a value that is not JSON.
+    """
+    stored = is_stored(model, model_types())
+    files = {file.suffix for file in Path(model).glob("*")} if stored and Path(model).is_dir() else set(WEIGHTS)
+    weightless = files.isdisjoint(WEIGHTS)
+    if not sizes and not weightless:
+        return real_source_of(model) if real else source_of(model)
+    if stored:
+        config = stored_configuration(model)
+    else:
+        source_of(model)  # or a CommandError
+        config = few_layers_config(model) if real else tiny_config(model)
+    for name, value in sizes.items():
+        if not hasattr(config, name):
+            raise CommandError(f"--size {name}={value}: {type(config).__name__} has no {name}")
+        try:
+            setattr(config, name, json.loads(value))
+        except ValueError as error:
+            raise CommandError(f"--size {name}={value}: accepted is JSON, such as 64 or [1, 2]") from error
+
+    def make(seed: int, every_expert: bool) -> torch.nn.Module:
+        try:
+            return random_model(config, seed)
+        except Exception as error:
+            raise CommandError(f"no {model} of these sizes can be built ({named(error)})") from error
+
+    return Source(f"a random {model}", make, tiny=False)

@@ -77,22 +77,30 @@ def few_layers(model_type: str, *, seed: int = 0) -> torch.nn.Module:
     Raises:
         CommandError: if no such model can be built.
     """
-    from transformers import AutoConfig
-
     try:
-        config = AutoConfig.for_model(model_type).get_text_config()
-        kinds = _kinds(config)
-        if kinds:
-            config.layer_types = kinds
-        config.num_hidden_layers = len(kinds) or 2
-        if config.is_encoder_decoder and config.decoder_start_token_id is None:
-            config.decoder_start_token_id = SIZES["decoder_start_token_id"]
-        auto = auto_class(config)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return auto.from_config(config, dtype=torch.bfloat16).eval()
+        return random_model(few_layers_config(model_type), seed)
     except Exception as error:
         raise CommandError(f"no {model_type} can be built ({named(error)})") from error
+
+
+def few_layers_config(model_type: str) -> Any:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(model_type).get_text_config()
+    kinds = _kinds(config)
+    if kinds:
+        config.layer_types = kinds
+    config.num_hidden_layers = len(kinds) or 2
+    if config.is_encoder_decoder and config.decoder_start_token_id is None:
+        config.decoder_start_token_id = SIZES["decoder_start_token_id"]
+    return config
+
+
+def random_model(config: Any, seed: int) -> torch.nn.Module:
+    """Of bfloat16, on the CPU, in evaluation mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return auto_class(config).from_config(config, dtype=torch.bfloat16).eval()
 
 
 def auto_class(config: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from npu_patch.commands.replay.recording import Call, function_of, run_in_float6
 from npu_patch.commands.subject.models import DTYPES
 from npu_patch.commands.verify.command import compared
 from npu_patch.measuring.in_turns import Timing, in_turns
-from npu_patch.measuring.tuning import ORIGINAL, Decided, Decision, Forced, signature_for_json, write
+from npu_patch.measuring.tuning import ORIGINAL, Decided, Decision, Forced, agreed, signature_for_json, write
 from npu_patch.patches import CATALOGUE
 from npu_patch.reporting.rows import short_name
 from npu_patch.serving.dispatch import AnyDispatch
@@ -102,7 +102,8 @@ def _tune(
             if decision is not None:
                 found.append(Tuned(short_name(held.outcome.site), call.shapes, decision))
             progress.done()
-    return found, left
+    decided = agreed([each.decision for each in found])
+    return [replace(each, decision=decision) for each, decision in zip(found, decided, strict=True)], left
 
 
 def alternatives(dispatch: AnyDispatch, device_type: str) -> dict[str, AnyImplementation]:

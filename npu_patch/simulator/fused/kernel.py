@@ -143,7 +143,10 @@ class _Aliases:
                 if value is over:
                     return tensor
             # torch_npu allocates results by their sizes: a formula's strides are those of whatever it computed with.
-            return memory.to_device(value.contiguous(), memory.or_current(self.device))
+            made = memory.to_device(value.contiguous(), memory.or_current(self.device))
+            if counters.is_counting():
+                counters.became(value, made)
+            return made
         if isinstance(value, OnHost):
             return value.tensor
         if isinstance(value, tuple):

@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 import venv
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +22,7 @@ from npu_patch.commands.console.terminal import Steps
 from npu_patch.commands.doctor.cann import Cann, find_cann
 from npu_patch.commands.doctor.faults import FAULTS, complaints
 from npu_patch.commands.doctor.findings import OPERATORS, Findings, look
-from npu_patch.commands.doctor.processes import Answer, Processes
+from npu_patch.commands.doctor.processes import Answer, Processes, Question
 
 WORKS = "__version__ = 'made up'\n"
 WORKING_TORCH_NPU = """
@@ -343,20 +345,91 @@ def test_a_torch_that_fails_with_torch_npu_is_shown_so_and_is_no_fault_of_its_ow
     assert [each["fault"] for each in content["complaints"] if each["serious"]] == ["no CANN"]
 
 
-def test_packages_are_probed_on_the_simulated_npu(simulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, ...]] = []
+def test_packages_are_probed_on_the_simulated_npu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the groups' processes, and where those have no answer, in processes of their own."""
+    alone: list[Question] = []
+    together: list[tuple[Question, ...]] = []
 
-    def ask(self: Processes, python: str, environ: Mapping[str, str], timeout: float, *arguments: str) -> Answer:
-        asked.append(arguments)
-        return Answer([("torch", "2.13.0", "site"), ("peft", "1.0", "site")])
+    def ask(self: Processes, python: str, environ: Mapping[str, str], timeout: float, *question: str) -> Answer:
+        alone.append(question)
+        return Answer("alone")
+
+    def ask_in_turn(
+        self: Processes,
+        python: str,
+        environ: Mapping[str, str],
+        timeout: float,
+        questions: Sequence[Question],
+        answered: Callable[[], None],
+    ) -> dict[Question, Answer]:
+        together.append(tuple(questions))
+        answered()
+        return {questions[0]: Answer("together")}
 
     monkeypatch.setattr(Processes, "ask", ask)
+    monkeypatch.setattr(Processes, "ask_in_turn", ask_in_turn)
     said: list[int | str] = []
     monkeypatch.setattr(Steps, "of", lambda self, total: said.append(total))
     monkeypatch.setattr(Steps, "done", lambda self: said.append("done"))
-    look("python", {}, timeout=1.0, simulated=True, progress=Steps(""))
-    assert {("package", "simulated", "torch"), ("package", "simulated", "peft")} <= set(asked)
-    assert said == [len(asked), *["done"] * len(asked)] == [5, *["done"] * 5]
+    seen = replace(SOUND, distributions=(("torch", "2.13.0", "site"), ("peft", "1.0", "site")), simulated=True)
+    found = look(Processes(), seen, timeout=1.0, progress=Steps(""))
+    torch, peft, device = (
+        ("package", "simulated", "torch"),
+        ("package", "simulated", "peft"),
+        ("torch_npu", "simulated", *OPERATORS),
+    )
+    assert set(together) == {(torch, peft), (device, ("providers", "simulated"))}
+    assert set(alone) == {peft, ("providers", "simulated")}
+    assert found.imports == {"torch": Answer("together"), "peft": Answer("alone")}
+    assert said == [4, *["done"] * 4]
+
+
+COUNTING = """
+import os, pathlib
+pathlib.Path({mark!r}, f"{{__name__}} {{os.getpid()}}").touch()
+"""
+
+
+@pytest.mark.parametrize("broken", [None, "peft"])
+def test_a_package_is_imported_anew_only_after_one_that_fails(
+    broken: str | None, tmp_path: Path, real: None, with_cann: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The time of a doctor is that of importing torch, which everything else imports."""
+    (mark := tmp_path / "imported").mkdir()
+    packages = {name: ("1.0", COUNTING.format(mark=str(mark)) + "import torch\n") for name in ("peft", "accelerate")}
+    torch = {"torch": ("2.13.0", COUNTING.format(mark=str(mark)) + WORKS)}
+    if broken:
+        packages[broken] = ("1.0", packages[broken][1] + "raise RuntimeError('half installed')\n")
+    python = environment(tmp_path / "venv", HEALTHY | torch | packages)
+    assert main(["doctor", "--python", python, "--json"]) == (1 if broken else 0)
+    errors = {name: each["error"] for name, each in json.loads(capsys.readouterr().out)["packages"].items()}
+    assert {name for name, error in errors.items() if error} == ({broken} if broken else set())
+    times = Counter(file.name.split()[0] for file in mark.iterdir())
+    # Twice: for the packages, and for operators and providers, which are refused here. Alone: those providers, and the
+    # broken package and those after it, and once more the broken one without torch_npu.
+    assert times["torch"] == (2 + 1 + 2 + 1 if broken else 2 + 1)
+    assert times["accelerate"] == 1
+
+
+def test_what_needs_no_import_is_on_the_screen_before_the_imports(
+    tmp_path: Path, real: None, with_cann: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TWINKLE_NPU_ROPES", "0")
+    python = environment(tmp_path / "venv", HEALTHY | {"torch_npu": ("2.9.0", WORKING_TORCH_NPU)})
+    genuine, before = Processes.ask_in_turn, []
+
+    def watched(self: Processes, *arguments: Any) -> dict[Question, Answer]:
+        before.append(capsys.readouterr().out)
+        return genuine(self, *arguments)
+
+    monkeypatch.setattr(Processes, "ask_in_turn", watched)
+    main(["doctor", "--python", python])
+    shown = " ".join(before[0].split()), " ".join("".join((*before[1:], capsys.readouterr().out)).split())
+    for early in ("not installed: triton,", "CANN: 8.5.0", "TWINKLE_NPU_TRITON_CACHE"):
+        assert early in shown[0] and early not in shown[1]
+    for what in ("torch 2.13.0+cpu with torch_npu 2.9.0", "unknown environment variable TWINKLE_NPU_ROPES"):
+        assert f"seen at once: {what}" in shown[0]
+        assert what in shown[1]
 
 
 def test_an_interruption_ends_the_probes(tmp_path: Path, real: None) -> None:

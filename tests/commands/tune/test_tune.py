@@ -167,7 +167,7 @@ def test_packed_sequences_that_are_the_originals_are_not_served_in_another_shape
     held.replacement.dispatch.tuned = asked = tuning.Forced(None)
     model(**batch)
     ((query, *_),) = asked
-    assert query[1][0] == length  # `[T, N, D]`
+    assert query[1][0] == 3  # dimensions: `[T, N, D]`
     ran = held.outcome.calls.ran
     held.replacement.dispatch.tuned = dict.fromkeys(asked, TUNED_TO_ORIGINAL)
     assert relative_error(model(**batch).logits.cpu(), expected.cpu()) < 1e-6
@@ -207,7 +207,7 @@ def written(path: Path, **changes: Any) -> Path:
         ({"chip": "Ascend910_9391"}, "it was measured on Ascend910_9391, this is "),
         ({"versions": {"torch": "2.1.0"}}, "it was measured with torch 2.1.0, here is"),
         ({"versions": {"triton-ascend": "9.9"}}, "it was measured with triton-ascend 9.9, here is"),
-        ({"format": 3}, "its format is 3, this npu_patch reads 4"),
+        ({"format": 4}, "its format is 4, this npu_patch reads 5"),
     ],
 )
 def test_a_file_from_elsewhere_is_refused_with_the_reason(
@@ -228,10 +228,10 @@ def test_a_simulated_chip_is_not_the_chip_it_is_named_after(simulated: None) -> 
 @pytest.mark.parametrize(
     "content",
     [
-        *(None, "no json", "{}", "[]", '{"format": 4, "chip": "x", "versions": {}, "decisions": 3}'),
-        '{"format": 4, "chip": "x", "versions": [], "decisions": []}',
-        '{"format": 4, "chip": "x", "versions": {}, "decisions": [7]}',
-        '{"format": 4, "chip": "x", "versions": {}, "decisions": [{"patch": "rope", "site": 1}]}',
+        *(None, "no json", "{}", "[]", '{"format": 5, "chip": "x", "versions": {}, "decisions": 3}'),
+        '{"format": 5, "chip": "x", "versions": [], "decisions": []}',
+        '{"format": 5, "chip": "x", "versions": {}, "decisions": [7]}',
+        '{"format": 5, "chip": "x", "versions": {}, "decisions": [{"patch": "rope", "site": 1}]}',
     ],
 )
 def test_what_is_no_tuning_file_is_an_error_that_names_it(
@@ -278,7 +278,7 @@ def test_what_a_file_names_and_is_not_here_is_a_warning(
 
 def test_classes_with_the_same_variant_and_shapes_are_decided_apart(tmp_path: Path) -> None:
     made = [
-        tuning.Decision("rms_norm", site, "weight", ((torch.float32, (2, 3)),), choice)
+        tuning.Decision("rms_norm", site, "weight", tuning.signature_of(torch.zeros(2, 3)), choice)
         for site, choice in (("a.Norm", "one"), ("b.Norm", "other"))
     ]
     tuning.write(tmp_path / "tuned.json", "cpu", made)
@@ -286,6 +286,42 @@ def test_classes_with_the_same_variant_and_shapes_are_decided_apart(tmp_path: Pa
     signature = tuning.signature_of(torch.zeros(2, 3))
     found = [read.of("rms_norm", site, "weight")[signature] for site in ("a.Norm", "b.Norm")]
     assert found == ["one", "other"] and read.count == 2
+
+
+def test_lengths_in_one_bucket_are_one_and_widths_are_not() -> None:
+    signature = tuning.signature_of(torch.zeros(1, 1000, 64))
+    assert signature == tuning.signature_of(torch.zeros(2, 512, 64)) == tuning.signature_of(torch.zeros(1, 513, 64))
+    others = [torch.zeros(1, 1025, 64), torch.zeros(1, 512, 64), torch.zeros(1, 1000, 63), torch.zeros(1000, 64)]
+    assert signature not in [tuning.signature_of(each) for each in (*others, others[0].half())]
+    assert tuning.signature_of(torch.tensor(1.0), torch.zeros(3), torch.zeros(0, 2)) == (
+        (torch.float32, (0,)),
+        (torch.float32, (1, 1, 3)),
+        (torch.float32, (2, 1, 2)),
+    )
+
+
+def test_a_length_that_was_not_measured_is_decided_by_one_that_was(
+    offered: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered({"original": 3.0, USUAL: 2.0, "another": 1.0}, implementation("another", right))
+    file = tmp_path / "tuned.json"
+    assert main(["tune", "qwen3", *CPU, "--tokens", "16", "--output", str(file)]) == 0
+    monkeypatch.setenv("TWINKLE_NPU_TUNE", str(file))
+    model = tiny_model("qwen3")
+    report = npu_patch.apply(model, device="cpu")
+    (outcome,) = [each for each in report if each.patch == "swiglu"]
+    for length, tuned in ((9, 2), (12, 4), (8, 4), (17, 4)):
+        model(torch.arange(length)[None] + 3)
+        assert outcome.calls.tuned == tuned
+    assert outcome.calls.ran_by["another"] == 4
+
+
+def test_shapes_of_one_bucket_that_want_different_ways_get_the_original() -> None:
+    made = [
+        tuning.Decision("rope", site, "half", tuning.signature_of(torch.zeros(rows, 3)), choice)
+        for site, rows, choice in (("a", 5, "one"), ("a", 8, "other"), ("a", 9, "one"), ("b", 5, "one"))
+    ]
+    assert [each.choice for each in tuning.agreed(made)] == [tuning.ORIGINAL, tuning.ORIGINAL, "one", "one"]
 
 
 def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import re
 import statistics
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +16,14 @@ import npu_patch
 from npu_patch import simulator
 from npu_patch.ops.experts.grouped_matmul import torch_is_missing
 from npu_patch.patches.experts import patch as experts_patch
-from tests.support.experts_cases import Routing, built, experts_classes, outputs_and_gradients, routing
+from tests.support.experts_cases import (
+    Routing,
+    built,
+    experts_classes,
+    forgetting_modeling_files,
+    outputs_and_gradients,
+    routing,
+)
 from tests.support.gradients import relative_error
 from tests.support.parity import NEAR, RATIO, apart, ratios
 
@@ -29,9 +38,19 @@ UNSERVED = {"dbrx.DbrxExperts"}
 EAGER_IN_FLOAT32 = {"openai_privacy_filter.OpenAIPrivacyFilterExperts"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_afterwards() -> Iterator[None]:
+    with forgetting_modeling_files():
+        yield
+
+
+def experts_class(name: str) -> type:
+    return getattr(importlib.import_module(CLASSES[name]), name.split(".")[1])
+
+
 def case(name: str, sides: str = "oblong", seed: int = 0, **arguments: Any) -> tuple[Any, Routing]:
     hidden, inner = SIDES[sides]
-    module = built(CLASSES[name], hidden=hidden, inner=inner, experts=EXPERTS, seed=seed, **arguments)
+    module = built(experts_class(name), hidden=hidden, inner=inner, experts=EXPERTS, seed=seed, **arguments)
     return module, routing(tokens=TOKENS, hidden=hidden, experts=EXPERTS, choices=CHOICES, seed=seed)
 
 
@@ -176,7 +195,7 @@ SENTINEL_CLASSES = ["qwen3_moe", "aria", "gpt_oss", "muse_spark", "nemotron_h", 
 @pytest.mark.parametrize("name", [name for name in CLASSES if name.split(".")[0] in SENTINEL_CLASSES])
 def test_indices_of_other_ranks(name: str, flag: bool | None, experts: int, npu: torch.device) -> None:
     """An index equal to the number of experts adds nothing and asks nothing, and nothing unwritten gets anywhere."""
-    module = built(CLASSES[name], hidden=24, inner=16, experts=experts).to(npu)
+    module = built(experts_class(name), hidden=24, inner=16, experts=experts).to(npu)
     given = routing(tokens=TOKENS, hidden=24, experts=experts + 3, choices=2)
     elsewhere = given.indices >= experts
     assert elsewhere.any() and elsewhere.all(1).any() and not elsewhere.all()
@@ -291,7 +310,7 @@ class ScaledExperts(torch.nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.genuine = CLASSES["qwen3_moe.Qwen3MoeExperts"]
+        self.genuine = experts_class("qwen3_moe.Qwen3MoeExperts")
         self.num_experts, self.act_fn = config.num_experts, torch.nn.functional.silu
         self.gate_up_proj = torch.nn.Parameter(torch.randn(config.num_experts, 32, 24))
         self.down_proj = torch.nn.Parameter(torch.randn(config.num_experts, 24, 16))

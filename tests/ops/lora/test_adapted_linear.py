@@ -86,15 +86,14 @@ def test_half_precision_is_no_further_from_float64_than_the_original(
     precision = PRECISIONS[name]
     if not precision.autocast and input_dtype != precision.model:
         pytest.skip("no such call without autocast")
+    layers = [adapted_layer(dropout, precision, bias=bool(seed % 2), seed=seed).to(npu) for seed in range(16)]
+    given = [tokens(precision, npu, seed).to(input_dtype) for seed in range(16)]
+    before = [results(*pair, precision) for pair in zip(layers, given, strict=True)]
+    with npu_patch.applied():
+        after = [results(*pair, precision) for pair in zip(layers, given, strict=True)]
     ratios: dict[str, list[float]] = {}
-    for seed in range(16):
-        layer = adapted_layer(dropout, precision, bias=bool(seed % 2), seed=seed).to(npu)
-        x = tokens(precision, npu, seed).to(input_dtype)
-        truth = exact(layer, x, dropout)
-        own = results(layer, x, precision)
-        with npu_patch.applied():
-            found = results(layer, x, precision)
-        for key, value in truth.items():
+    for layer, x, own, found in zip(layers, given, before, after, strict=True):
+        for key, value in exact(layer, x, dropout).items():
             assert found[key].dtype == own[key].dtype, key
             error, own_error = (relative_error(each[key].cpu().double(), value) for each in (found, own))
             if own_error < 1e-6:
