@@ -7,7 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/layered.sh"
 cd "$root"
 
 # Each is another code path somewhere in transformers. The newest is the one that setup.cfg pins.
-VERSIONS=(4.57.6 5.2.0 5.9.0 5.12.1 5.14.1 5.15.1 5.17.0 5.20.2 5.23.0)
+VERSIONS=(4.57.6 5.2.0 5.9.0 5.12.1 5.14.1 5.15.1 5.17.0 5.20.2 5.23.0 5.24.0)
 # Beside the cells of the table, each of which is a training too.
 SUITE=(
     tests/applying/test_lifecycle.py tests/patches/test_older_signatures.py
