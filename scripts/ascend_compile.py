@@ -26,7 +26,6 @@ CHIP = "Ascend910B3"
 CORES = 40  # vector cores of that chip
 PLANNED = "module.hivm.opt.mlir"
 FLAGS = (
-    "--enable-auto-multi-buffer=true",
     "--enable-auto-bind-sub-block=true",
     "--enable-hfusion-compile=true",
     "--enable-hivm-compile=true",
@@ -76,7 +75,7 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
     def record(kernel: Any, device: torch.device, grid: int, *arguments: Any, num_warps: int = 0, **constants: Any):
         names = kernel.arg_names[: len(arguments)]
-        typed = [(name, _type(value)) for name, value in zip(names, arguments, strict=True) if value is not None]
+        typed = [(name, type_name(value)) for name, value in zip(names, arguments, strict=True) if value is not None]
         absent = [(name, None) for name, value in zip(names, arguments, strict=True) if value is None]
         found.append(Launch(kernel, tuple(typed), (*absent, *constants.items())))
 
@@ -107,13 +106,14 @@ def lower(one: Launch, chip: str = CHIP) -> str:
     return re.sub(r', mix_mode\s*=\s*"[^"]*"', "", linalg)
 
 
-def plan(linalg: str, chip: str = CHIP) -> Plan:
-    """Runs every pass up to the closed code generator."""
+def plan(linalg: str, chip: str = CHIP, *, multi_buffer: bool = True) -> Plan:
+    """Runs every pass up to the closed code generator. `multi_buffer`: triton-ascend's option of a launch."""
     compiler = Path(importlib.import_module("ascendnpuir").__file__).parent / "bin" / "bishengir-compile"
     with tempfile.TemporaryDirectory() as folder:
         source, planned = Path(folder, "kernel.mlir"), Path(folder, PLANNED)
         source.write_text(linalg)
-        command = [compiler, source, f"--target={chip}", *FLAGS, f"--save-temps={folder}", "-o", Path(folder, "out")]
+        flags = [f"--target={chip}", f"--enable-auto-multi-buffer={str(multi_buffer).lower()}", *FLAGS]
+        command = [compiler, source, *flags, f"--save-temps={folder}", "-o", Path(folder, "out")]
         run = subprocess.run(command, capture_output=True, text=True)
         log = run.stdout + run.stderr
         if not planned.exists():
@@ -152,7 +152,7 @@ def instructions(module: str) -> list[str]:
     return sorted(set(re.findall(r"call @(\w+)\(", module)))
 
 
-def _type(value: Any) -> str:
+def type_name(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return "*" + _POINTEES[value.dtype]
     if isinstance(value, bool):

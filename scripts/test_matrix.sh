@@ -6,8 +6,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/layered.sh"
 cd "$root"
 
-# Each is another code path somewhere in transformers. The newest is the one that setup.cfg pins.
-VERSIONS=(4.57.6 5.2.0 5.9.0 5.12.1 5.14.1 5.15.1 5.17.0 5.20.2 5.23.0)
+# Each is another code path somewhere in transformers. setup.cfg pins one of them.
+VERSIONS=(4.57.6 5.2.0 5.9.0 5.12.1 5.14.1 5.15.1 5.17.0 5.20.2 5.23.0 5.24.0)
 # Beside the cells of the table, each of which is a training too.
 SUITE=(
     tests/applying/test_lifecycle.py tests/patches/test_older_signatures.py
@@ -41,9 +41,12 @@ choose_versions() {
         "") write_table=1 chosen=("${VERSIONS[@]}") ;;
         --check) chosen=("${VERSIONS[@]}") ;;
         --ci)
-            local between=("${VERSIONS[@]:1:${#VERSIONS[@]}-2}") commits
+            local between=() each commits
+            for each in "${VERSIONS[@]:1}"; do
+                # The pinned one has the whole of the tests in scripts/test.sh.
+                [[ transformers==$each == "$(pinned transformers)" ]] || between+=("$each")
+            done
             commits=$(git rev-list --count HEAD 2>/dev/null || date +%j)
-            # The newest has the whole of the tests in scripts/test.sh.
             chosen=("${VERSIONS[0]}" "${between[$((10#$commits % ${#between[@]}))]}")
             ;;
         -*) usage >&2 && exit 2 ;;

@@ -1,4 +1,4 @@
-"""Layers that keep a forward or a function of their own are bound to the replacement too, or reported."""
+"""Layers that keep a forward of their own are bound to the replacement too, or reported."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from types import MethodType, ModuleType
 
 import torch
 
+from npu_patch.applying.binding import pickle_as_bound
 from npu_patch.applying.patched_site import own_forwards
 from npu_patch.applying.state import STATE
 from npu_patch.reporting.outcome import SKIPPED, Outcome
-from npu_patch.sites.sites import kept_functions
+from npu_patch.sites.pickling import keeps_functions
 from npu_patch.sites.whose import whose
 
 
 def reach(model: torch.nn.Module) -> list[Outcome]:
-    """Binds the layers of `model` that can be reached; of the others, what they keep."""
-    _bind_kept_functions(model)
+    """Binds the layers of `model` that can be reached, and says which can not."""
+    _pickle_as_bound(model)
     unreached: dict[tuple[str, str, str], list[torch.nn.Module]] = {}
     for module, stack, bound in own_forwards(model, STATE.patched):
         function = stack[-1].replacement.function
@@ -40,13 +41,10 @@ def reach(model: torch.nn.Module) -> list[Outcome]:
     ]
 
 
-def _bind_kept_functions(model: torch.nn.Module) -> None:
-    functions = {
-        id(stack[0].site.original): stack[-1].replacement.function
-        for stack in STATE.patched.values()
-        if isinstance(stack[0].site.owner, ModuleType)
-    }
-    for module in model.modules():
-        for owner, name, kept in list(kept_functions(module)):
-            if id(kept) in functions:
-                STATE.journal.rebind(owner, name, functions[id(kept)])
+def _pickle_as_bound(model: torch.nn.Module) -> None:
+    """Layers that keep functions in ways that their class does not show."""
+    functions = [
+        stack[0].site.original for stack in STATE.patched.values() if isinstance(stack[0].site.owner, ModuleType)
+    ]
+    for cls in {type(layer) for layer in model.modules() if keeps_functions(layer, functions)}:
+        pickle_as_bound(cls)

@@ -8,6 +8,7 @@ from torch._ops import OpOverload
 
 from . import aten_copies, aten_dropout, aten_formulas, aten_recurrent
 from .aten_kernel import Kernel
+from .overriding import override
 
 # torch_npu's own kernels stay for what only concerns shapes, storages, allocations and streams. Views stay as well
 # (`is_view`).
@@ -48,8 +49,7 @@ _libraries: list[torch.library.Library] = []  # registrations end with the libra
 
 def register() -> None:
     """Override every aten kernel that torch_npu registers for the npu device."""
-    library = torch.library.Library("aten", "IMPL")
-    _libraries.append(library)
+    kernels: dict[tuple[str, str], Callable[..., Any]] = {}  # by name and key; the last one counts
     for registered in torch._C._dispatch_get_registrations_for_dispatch_key("PrivateUse1"):
         namespace, _, name = registered.partition("::")
         if namespace != "aten" or name in KEPT:
@@ -57,16 +57,20 @@ def register() -> None:
         operator = _operator(name)
         if operator is None or operator.is_view or torch.Tag.inplace_view in operator.tags:
             continue
-        library.impl(name, _kernel(name, operator), "PrivateUse1", allow_override=True)
+        kernels[name, "PrivateUse1"] = _kernel(name, operator)
     for name in AUTOGRAD_TOO:
-        library.impl(name, _kernel(name, _known(name)), "AutogradPrivateUse1", allow_override=True)
+        kernels[name, "AutogradPrivateUse1"] = _kernel(name, _known(name))
     for name, composite in aten_formulas.COMPOSITES.items():
-        library.impl(name, composite, "AutogradPrivateUse1", allow_override=True)
+        kernels[name, "AutogradPrivateUse1"] = composite
     for name, kernel in (aten_copies.KERNELS | aten_dropout.KERNELS | aten_recurrent.KERNELS).items():
-        library.impl(name, kernel, "PrivateUse1", allow_override=True)
+        kernels[name, "PrivateUse1"] = kernel
     for name in aten_recurrent.COMPOSED:
         for key in ("PrivateUse1", "AutogradPrivateUse1"):
-            library.impl(name, aten_recurrent.composed(_known(name)), key, allow_override=True)
+            kernels[name, key] = aten_recurrent.composed(_known(name))
+    library = torch.library.Library("aten", "IMPL")
+    _libraries.append(library)
+    for (name, key), kernel in kernels.items():
+        override(library, name, kernel, key)
 
 
 def _known(name: str) -> OpOverload:

@@ -1,5 +1,6 @@
 """Aten operators that the npu device has and the CPU lacks, as formulas on CPU tensors, and compositions."""
 
+import importlib.metadata
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -103,8 +104,15 @@ def slogdet(self: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(torch.linalg.slogdet(self))
 
 
+def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
+    """That of 2.7.1 makes causal masks by a launch of its own, which no dispatcher sees."""
+    return torch.ops.aten._scaled_dot_product_attention_math(*args, **kwargs)[0]
+
+
 # What torch_npu computes with a CANN operator above autograd, as a composition of operators that have derivatives.
 COMPOSITES: dict[str, Callable[..., Any]] = {
     "fill_diagonal_": fill_diagonal_,
     "slogdet": slogdet,
 }
+if importlib.metadata.version("torch_npu").startswith("2.7."):
+    COMPOSITES["scaled_dot_product_attention"] = scaled_dot_product_attention

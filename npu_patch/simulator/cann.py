@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .errors import SimulatorError
 
-TESTED_VERSIONS = ("2.9.0", "2.13.0")
+TESTED_VERSIONS = ("2.9.0", "2.10.0.post7", "2.13.0", "2.14.0")
 HERE = Path(__file__).parent
 STUB = HERE / "cann_stub.c"
 

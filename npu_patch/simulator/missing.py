@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .errors import Refused
+from .overriding import override
 
 # torch_npu's own kernels stay for what computes nothing, or is made of other operators.
 KEPT = {
@@ -38,7 +39,7 @@ def register(emulated: Iterable[str]) -> None:
     library = torch.library.Library("npu", "IMPL")
     _libraries.append(library)
     for name in missing(emulated):
-        library.impl(name, _refusing(name), "PrivateUse1", allow_override=True)
+        override(library, name, _refusing(name), "PrivateUse1")
 
 
 def missing(emulated: Iterable[str]) -> list[str]:

@@ -223,17 +223,6 @@ def _kept_in(wrapper: Any, own: Iterable[int]) -> Iterator[tuple[Any, str, Any]]
         waiting += [value for _, _, value in found if callable(value)]
 
 
-def kept_functions(module: torch.nn.Module) -> Iterator[tuple[Any, str, FunctionType]]:
-    """Functions that a live layer keeps, with where it keeps them: transformers 5.0 to 5.14 notes on each attention
-    layer which functions of its file a kernel may replace. Pickling finds a function by its name, so what a layer
-    keeps must be what is bound there."""
-    for name, value in vars(module).items():
-        if isinstance(value, FunctionType):
-            yield module, name, value
-        elif type(value) is dict:
-            yield from ((value, key, kept) for key, kept in value.items() if isinstance(kept, FunctionType))
-
-
 def innermost(function: Any) -> Any:
     """Through bound methods and `functools.wraps`."""
     while True:

@@ -264,8 +264,10 @@ def test_a_meta_model_is_patched_filled_and_trained(npu: torch.device) -> None:
     assert_same(found, loss_and_gradients(real.to(npu), tiny_batch()))
 
 
-@pytest.mark.parametrize("written", ["patched", "unpatched"])
+@pytest.mark.parametrize("written", ["patched", "made while patched", "unpatched"])
 def test_a_pickled_model_goes_between_patched_and_unpatched_processes(written: str, tmp_path: Path) -> None:
+    if written == "made while patched":
+        npu_patch.apply()
     model = tiny("qwen3")
     expected = loss_and_gradients(model, tiny_batch())["loss"].item()
     if written == "patched":
@@ -273,7 +275,7 @@ def test_a_pickled_model_goes_between_patched_and_unpatched_processes(written: s
     content = pickle.dumps(copy.deepcopy(model))
     assert b"npu_patch" not in content
     (tmp_path / "model").write_bytes(content)
-    apply = "" if written == "patched" else "npu_patch.apply(strict=True)"
+    apply = "npu_patch.apply(strict=True)" if written == "unpatched" else ""
     done = run_python(
         "-c",
         f"{START}{apply}\nimport pickle\nmodel = pickle.load(open({str(tmp_path / 'model')!r}, 'rb'))\n"

@@ -29,6 +29,7 @@ from tests.support.gradients import loss_and_gradients
 from tests.support.parity import why_unequal
 from tests.support.tiny_models import tiny, tiny_batch
 from tests.support.torch_npu_profiles import (
+    ALIKE,
     NEWEST,
     RELEASES,
     genuine_gradient,
@@ -116,6 +117,7 @@ def patches_that_ran(report: Report) -> set[str]:
 
 def test_the_profile_is_what_the_installed_torch_npu_has() -> None:
     version = metadata.version("torch_npu")
+    version = ALIKE.get(version, version)
     if version not in RELEASES:
         pytest.skip(f"torch_npu {version} has no profile")
     for name in operators():

@@ -28,6 +28,9 @@ from torch import Tensor
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "2"))
 NPU = torch.device("npu", RANK)
+# By the names that older torch has for them.
+all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 CASES: dict[str, Callable[[], None]] = {}
 FAULTS: dict[str, Callable[[Any], None]] = {}
 FOLDED = {"SUM": torch.add, "PRODUCT": torch.mul, "MAX": torch.maximum, "MIN": torch.minimum}
@@ -76,7 +79,7 @@ def reductions() -> None:
         expected = folded(op, everyone(lambda rank: of_rank(rank, dtype=dtype)))
         mine = of_rank(RANK, dtype=dtype).to(NPU)
         part = torch.empty(24 // WORLD, dtype=dtype, device=NPU)
-        dist.reduce_scatter_single(part, mine, getattr(dist.ReduceOp, op))
+        reduce_scatter_single(part, mine, getattr(dist.ReduceOp, op))
         same(part, expected.chunk(WORLD)[RANK])
         dist.all_reduce(mine, getattr(dist.ReduceOp, op))
         same(mine, expected)
@@ -94,7 +97,7 @@ def movements() -> None:
 
         mine = part(RANK).to(NPU)
         gathered = torch.empty(8 * WORLD, dtype=dtype, device=NPU)
-        dist.all_gather_single(gathered, mine)
+        all_gather_single(gathered, mine)
         same(gathered, torch.cat(everyone(part)))
         dist.broadcast(mine, src=WORLD - 1)
         same(mine, part(WORLD - 1))
@@ -237,7 +240,7 @@ def _() -> None:
     outs = [torch.empty(24 * WORLD, device=NPU) for _ in range(2)]
     with _coalescing_manager(device=NPU):
         for i, each in enumerate(outs):
-            dist.all_gather_single(each, of_rank(RANK + 10 * i).to(NPU))
+            all_gather_single(each, of_rank(RANK + 10 * i).to(NPU))
     for i, each in enumerate(sums):
         same(each, folded("SUM", everyone(lambda rank: of_rank(rank + 10 * i))))  # noqa: B023
     for i, each in enumerate(outs):
@@ -410,7 +413,7 @@ def counts() -> dict[str, Any]:
         dist.all_reduce(torch.ones(6, device=NPU))
         dist.all_reduce(torch.ones(6, device=NPU))
         dist.broadcast(torch.ones(6, device=NPU), 0)
-        dist.all_gather_single(torch.empty(6 * WORLD, device=NPU), torch.ones(6, device=NPU))
+        all_gather_single(torch.empty(6 * WORLD, device=NPU), torch.ones(6, device=NPU))
     return {**vars(counted), "text": str(counted)}
 
 

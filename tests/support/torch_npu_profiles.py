@@ -64,7 +64,7 @@ _OLDER = {
     "otherwise": {"npu_grouped_matmul": {"output_dtype": "ScalarType? output_dtype=None"}},
 }
 RELEASES: dict[str, Profile] = {
-    # op-plugin, branch 7.2.0, op_plugin_functions.yaml and derivatives.yaml; no wheel was looked at.
+    # op-plugin, branch 7.2.0, op_plugin_functions.yaml and derivatives.yaml; the wheel has the same.
     "2.7.1": Profile(
         **_OLDER,
         without={
@@ -87,6 +87,9 @@ RELEASES: dict[str, Profile] = {
     # The wheel.
     NEWEST: Profile(),
 }
+
+# Wheels whose operators are those of another.
+ALIKE = {"2.10.0.post7": NEWEST, "2.14.0": NEWEST}
 
 
 @dataclass(frozen=True)

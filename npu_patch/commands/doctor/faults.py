@@ -118,6 +118,18 @@ def _fla_with_cuda_triton(findings: Findings) -> str | None:
     return "fla is installed without triton-ascend: its kernels cannot run on an NPU"
 
 
+def _fla_asks_for_a_newer_triton(findings: Findings) -> str | None:
+    """0.6.0 asks for triton-ascend 3.6.0, which the package index does not have."""
+    fla, triton = findings.release("fla-core"), findings.release("triton-ascend")
+    if fla is None or triton is None or fla < (0, 6, 0) or triton >= (3, 6, 0):
+        return None
+    return (
+        f"fla-core {findings.version('fla-core')} asks for triton-ascend 3.6.0, "
+        f"here is {findings.version('triton-ascend')}: the compiler of 3.2.0 refuses chunk_dqkwg_bwd_kernel_full, "
+        "of the gated delta rule's gradient, at heads of 128"
+    )
+
+
 def _triton_is_not_ascends(findings: Findings) -> str | None:
     """An upgrade of torch brings the triton of GPUs."""
     version = findings.version("triton")
@@ -140,9 +152,9 @@ def _undeclared(findings: Findings) -> str | None:
 
 def _new_transformers(findings: Findings) -> str | None:
     version = findings.release("transformers")
-    if version is None or version[:2] <= (5, 23):
+    if version is None or version[:2] <= (5, 24):
         return None
-    return f"transformers {findings.version('transformers')} is newer than any this npu_patch was tested with (5.23)"
+    return f"transformers {findings.version('transformers')} is newer than any this npu_patch was tested with (5.24)"
 
 
 def _numpy(findings: Findings) -> str | None:
@@ -288,6 +300,12 @@ FAULTS: tuple[Fault, ...] = (
         "pip uninstall mindspeed, then install it from https://gitcode.com/Ascend/MindSpeed (core_r0.16.0 or newer).",
     ),
     Fault("old fla", _old_fla, "Install a newer flash-linear-attention; until then its kernels are not used."),
+    Fault(
+        "older triton than fla asks for",
+        _fla_asks_for_a_newer_triton,
+        "Install triton-ascend 3.6.0 where you can get it; until then the self-check declines what does not compile.",
+        serious=False,
+    ),
     Fault("fla without triton-ascend", _fla_with_cuda_triton, "Install triton-ascend.", serious=False),
     Fault(
         "triton is not Ascend's",

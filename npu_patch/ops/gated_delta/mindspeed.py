@@ -21,7 +21,7 @@ from npu_patch.serving.implementation import Implementation
 NAME = "MindSpeed chunk_gated_delta_rule"
 FUNCTION = "chunk_gated_delta_rule"
 MODULES = (
-    "mindspeed.core.ssm.npu_chunk_gated_delta_rule",  # core_r0.17.0, core_r0.18.0
+    "mindspeed.core.ssm.npu_chunk_gated_delta_rule",  # core_r0.17.0, core_r0.18.0; the newest needs the package fla_npu
     "mindspeed.core.ssm.chunk_gated_delta_rule",  # core_r0.16.0
 )
 PARAMETERS = (
@@ -35,16 +35,21 @@ def missing() -> str | None:
         importlib.import_module("mindspeed")
     except Exception as error:  # a broken installation raises more than ImportError
         return f"mindspeed cannot be imported: {error}"
+    lacking = None
     for name in MODULES:
         try:
             function = getattr(importlib.import_module(name), FUNCTION)
-        except (ModuleNotFoundError, AttributeError):
+        except AttributeError:
+            continue
+        except ModuleNotFoundError as error:
+            if error.name is not None and not f"{name}.".startswith(f"{error.name}."):
+                lacking = lacking or f"{name} cannot be imported: {error}"
             continue
         except Exception as error:
             return f"{name} cannot be imported: {type(error).__name__}: {error}"
         absent = set(PARAMETERS) - set(inspect.signature(function).parameters)
         return f"{name}.{FUNCTION} takes no {', '.join(sorted(absent))}" if absent else None
-    return f"this MindSpeed has no public {FUNCTION}: its release lines from core_r0.16.0 on have one"
+    return lacking or f"this MindSpeed has no public {FUNCTION}: its release lines from core_r0.16.0 on have one"
 
 
 def unsupported(call: RuleCall) -> str | None:

@@ -3,6 +3,7 @@
 import torch
 
 from .. import wrong
+from ..overriding import override
 from . import (
     adam_w,
     attention,
@@ -63,5 +64,5 @@ def register() -> None:
         for name, kernel in family.KERNELS.items():
             if not is_declared(name):  # by this version of torch_npu
                 continue
-            library.impl(name, npu_kernel(name, kernel), "PrivateUse1", allow_override=True)
+            override(library, name, npu_kernel(name, kernel), "PrivateUse1")
         wrong.SIMULATED.update(family.KERNELS)

@@ -382,7 +382,7 @@ def npu_fusion_attention_grad(
     gen_mask_parallel: bool,
     sync: bool,
     softmax_layout: str,
-    sink: Tensor | None,
+    sink: Tensor | None = None,
     **unused: Any,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of npu_fusion_attention: dq, dk, dv, dpse, dsink (None where there was no pse or sink)."""

@@ -20,7 +20,7 @@ import pytest
 from npu_patch.commands import main
 from npu_patch.commands.console.terminal import Steps
 from npu_patch.commands.doctor.cann import Cann, find_cann
-from npu_patch.commands.doctor.faults import FAULTS, complaints
+from npu_patch.commands.doctor.faults import FAULTS, UNDECLARED, complaints
 from npu_patch.commands.doctor.findings import OPERATORS, Findings, look
 from npu_patch.commands.doctor.processes import Answer, Processes, Question
 
@@ -216,7 +216,7 @@ SOUND = Findings(
             "torch-npu 2.13.0 and 2.9.0 in site",
         ),
         ({"distributions": (*SOUND.distributions, ("kernels", "0.20.0", "x"))}, "kernels", r">=0.18.2,<0.19 and"),
-        ({"distributions": (*SOUND.distributions[:2], ("transformers", "5.24.1", "x"))}, "new transformers", "5.24.1"),
+        ({"distributions": (*SOUND.distributions[:2], ("transformers", "5.25.0", "x"))}, "new transformers", "5.25.0"),
         (
             {"distributions": (*SOUND.distributions, ("triton", "3.6.0", "x"))},
             "triton is not Ascend's",
@@ -255,6 +255,18 @@ SOUND = Findings(
             {"distributions": (*SOUND.distributions, ("fla-core", "0.6.0", "x"))},
             "fla without triton-ascend",
             "without triton-ascend",
+        ),
+        (
+            {
+                "distributions": (
+                    *SOUND.distributions,
+                    *((name, "1", "x") for name in UNDECLARED),
+                    ("fla-core", "0.6.0", "x"),
+                    ("triton-ascend", "3.2.0", "x"),
+                )
+            },
+            "older triton than fla asks for",
+            "asks for triton-ascend 3.6.0, here is 3.2.0.*chunk_dqkwg_bwd_kernel_full",
         ),
     ],
 )

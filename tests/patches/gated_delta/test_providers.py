@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import npu_patch
-from npu_patch.ops.gated_delta import fla
+from npu_patch.ops.gated_delta import fla, mindspeed
 from npu_patch.ops.gated_delta.calls import ConvolutionCall, RuleCall
 from npu_patch.ops.gated_delta.rule import gated_delta_rule
 from npu_patch.probe import gated_delta_checks as gated_delta_providers
@@ -92,6 +92,22 @@ def test_mindspeed_with_another_signature_is_named(model: torch.nn.Module, monke
     install(monkeypatch, {"mindspeed": {}, name: {"chunk_gated_delta_rule": chunk_gated_delta_rule}})
     with applied(model) as report:
         assert "cu_seqlens" in the_rule(report).declined[MINDSPEED]
+
+
+def test_what_mindspeed_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its newest source imports fla_npu, which nothing brings."""
+    install(monkeypatch, {"mindspeed": {}})
+
+    def import_module(name: str) -> object:
+        if name == "mindspeed.core.ssm.npu_chunk_gated_delta_rule":
+            raise ModuleNotFoundError("No module named 'fla_npu'", name="fla_npu")
+        return genuine(name)
+
+    genuine = mindspeed.importlib.import_module
+    monkeypatch.setattr(mindspeed, "importlib", mock.Mock(import_module=import_module))
+    assert mindspeed.RULE.missing() == (
+        "mindspeed.core.ssm.npu_chunk_gated_delta_rule cannot be imported: No module named 'fla_npu'"
+    )
 
 
 @pytest.mark.parametrize("package", ["mindspeed", "fla"])
