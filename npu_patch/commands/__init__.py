@@ -29,6 +29,7 @@ COMMANDS = {
     "coverage": "what would be patched in a model family, or in all of them; needs no weights and no device",
     "verify": "on your device, each patched op and a whole model against float64, forward and gradients",
     "bench": "on your device, each patched op at a model's shapes and a LoRA step, patched against unpatched",
+    "run": "your script as it is, or a program or module, with apply() once transformers is imported",
     "tune": "on your device, the fastest right way for each op and shape, written to a file that apply() reads",
 }
 WRONG, REFUSED, INTERRUPTED = 1, 2, 130

@@ -14,7 +14,7 @@ from typing import Any
 
 from npu_patch.commands.console.result import CommandError, Result
 from npu_patch.commands.console.terminal import steps, table
-from npu_patch.commands.doctor.faults import Complaint, complaints, variables_of, wrong_switches
+from npu_patch.commands.doctor.faults import Complaint, complaints, variables_of, why_not_by_itself, wrong_switches
 from npu_patch.commands.doctor.findings import OPERATORS, PACKAGES, Findings, look
 from npu_patch.devices import is_simulated
 from npu_patch.switches import PREFIX, SWITCHES, TUNE, Switch, resolve
@@ -36,6 +36,7 @@ def run(options: argparse.Namespace) -> Result:
 
 def _content(findings: Findings, found: list[Complaint]) -> dict[str, Any]:
     device = findings.torch_npu.found or {}
+    closed_by = why_not_by_itself(findings)
     return {
         "npu_patch": __version__,
         "python": findings.python,
@@ -51,6 +52,7 @@ def _content(findings: Findings, found: list[Complaint]) -> dict[str, Any]:
         "operators_unknown": findings.torch_npu.error,
         "providers": findings.providers.found or {},
         "providers_unknown": findings.providers.error,
+        "by_itself": {"open": closed_by is None, "closed_by": closed_by},
         "switches": _switches(findings),
     }
 
@@ -128,6 +130,8 @@ def _shown(content: dict[str, Any]) -> Iterator[Any]:
         (s["variable"], ("red", "wrong") if s["error"] else _word(s["value"]), s["source"], s["gates"])
         for s in content["switches"]
     ]
+    closed_by = content["by_itself"]["closed_by"]
+    yield f"apply() by itself, once transformers is imported: {'yes' if closed_by is None else f'no: {closed_by}'}\n"
     yield table("Switches", ("variable", "value", "from", "gates"), rows)
     for each in content["complaints"]:
         yield f"{'FAULT' if each['serious'] else 'note'}: {each['fault']}: {each['what']}\n    {each['remedy']}"

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from npu_patch.autoload.entry import AUTOLOAD, GROUP
 from npu_patch.commands.console.output_file import why_no_file_can_be_made
 from npu_patch.commands.console.terminal import Steps
 from npu_patch.commands.doctor.cann import Cann, find_cann
@@ -16,7 +17,6 @@ from npu_patch.commands.doctor.processes import Answer, Processes, too_long
 from npu_patch.commands.tuning_file import content_of
 from npu_patch.switches import PREFIX, TUNE
 
-AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 TIMES = PREFIX + "TRITON_CACHE"
 # By the name under which pip knows each; what is imported to see whether it works.
 PACKAGES: Mapping[str, str] = {
@@ -64,6 +64,7 @@ class Findings:
     alone: Mapping[str, Answer] = field(default_factory=dict)  # of those that fail: without torch loading torch_npu
     tuning_file: Answer = field(default_factory=Answer)  # of TWINKLE_NPU_TUNE
     times_file: Answer = field(default_factory=Answer)  # of TWINKLE_NPU_TRITON_CACHE
+    entries: Answer = field(default_factory=Answer)  # names of what torch calls when it is imported
 
     def version(self, name: str) -> str | None:
         """Of an installed distribution; the first on the path counts."""
@@ -98,7 +99,7 @@ def look(
     distributions = tuple((name, version, folder) for name, version, folder in listed.found or ())
     installed = [name for name in PACKAGES if any(same(name, each[0]) for each in distributions)]
     modules = list(dict.fromkeys(PACKAGES[name] for name in installed))
-    progress.of(3 + len(modules))
+    progress.of(4 + len(modules))
     progress.done()
 
     def ask(*arguments: str) -> Answer:
@@ -111,6 +112,7 @@ def look(
     try:
         device = pool.submit(ask, "torch_npu", mode, *OPERATORS)
         providers = pool.submit(ask, "providers", mode)
+        entries = pool.submit(ask, "entry_points", GROUP)
         imports = {name: pool.submit(ask, "package", mode, name) for name in modules}
         answers = {name: future.result() for name, future in imports.items()}
         failed = [name for name, answer in answers.items() if answer.error not in (None, too_long(timeout))]
@@ -129,6 +131,7 @@ def look(
             {name: future.result() for name, future in again.items()},
             _tuning_file(environ),
             _times_file(environ),
+            entries.result(),
         )
     except BaseException:  # Ctrl-C: nobody waits for an answer any more
         pool.shutdown(wait=False, cancel_futures=True)

@@ -356,7 +356,7 @@ def test_packages_are_probed_on_the_simulated_npu(simulated: None, monkeypatch: 
     monkeypatch.setattr(Steps, "done", lambda self: said.append("done"))
     look("python", {}, timeout=1.0, simulated=True, progress=Steps(""))
     assert {("package", "simulated", "torch"), ("package", "simulated", "peft")} <= set(asked)
-    assert said == [len(asked), *["done"] * len(asked)] == [5, *["done"] * 5]
+    assert said == [len(asked), *["done"] * len(asked)] == [6, *["done"] * 6]
 
 
 def test_an_interruption_ends_the_probes(tmp_path: Path, real: None) -> None:
