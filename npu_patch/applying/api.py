@@ -32,6 +32,7 @@ from npu_patch.reporting.outcome import NOTHING_APPLIED
 from npu_patch.reporting.report import Report
 from npu_patch.reporting.text import headline
 from npu_patch.sites.late_imports import LateImports, is_modeling_module, is_within
+from npu_patch.sites.other_tools import of_tool
 from npu_patch.sites.scope import Scope
 from npu_patch.switches import resolve
 
@@ -166,7 +167,7 @@ def _go(walk: Walk) -> None:
         report.outcomes += live_layers.reach(model)
         warn_of_what_serves_nothing(report, [patch for patch, _ in entries], model)
         if getattr(model, "use_kernels", False) or getattr(model, "_use_kernels", False):
-            report.warnings.append("the model uses hub kernels: those stay wherever they are bound")
+            report.warnings.append(f"the model has hub kernels, which stay wherever they are bound{of_tool('kernels')}")
     prepare(walk.request, report)
     if model is None or STATE.patched:
         STATE.registries |= {key[1:] for key in walk.searched}

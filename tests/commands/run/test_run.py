@@ -61,7 +61,7 @@ def test_the_script_finds_its_arguments_and_its_folder(arguments: tuple[str, ...
     ("arguments", "message"),
     [
         (["absent.py"], "no such script: absent.py"),
-        ([sys.executable], "is no Python script"),
+        (["ls"], "is no Python script"),
         (["--report", "/nowhere/r.json", "-m", "this"], "--report /nowhere/r.json: there is no folder /nowhere"),
     ],
 )
