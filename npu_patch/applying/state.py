@@ -46,6 +46,7 @@ class State:
     tune: str | None = None  # the tuning file of the first apply()
     models: list[weakref.ref[torch.nn.Module]] = field(default_factory=list)  # that were given
     unreached: weakref.WeakSet[torch.nn.Module] = field(default_factory=weakref.WeakSet)  # layers, and said to be
+    counted: weakref.WeakSet[torch.nn.Module] = field(default_factory=weakref.WeakSet)  # layers made, as outcomes say
     half_executed: list[new_layers.HalfExecuted] = field(default_factory=list)  # modules, when an apply() came
 
     def claim(self, device_type: str) -> None:
@@ -76,7 +77,7 @@ class State:
 
     def watch_new_layers(self) -> None:
         if not self.journal.holds(new_layers.REGISTRY, new_layers.KEY):
-            hook = new_layers.watcher(self.patched, self.registries, self.half_executed)
+            hook = new_layers.watcher(self.patched, self.registries, self.half_executed, self.counted)
             self.journal.rebind(new_layers.REGISTRY, new_layers.KEY, hook)
 
     def undo_to(self, mark: int) -> None:
@@ -87,6 +88,7 @@ class State:
                 self.device_type = None
                 self.models.clear()
                 self.unreached.clear()
+                self.counted.clear()
                 forget()
 
 

@@ -81,7 +81,7 @@ def _tell(wanted: Unasked, first: Report, process: int, since: float) -> None:
     from npu_patch.applying.api import report
 
     found = report() if first.nothing_because is None else first
-    used = any(each.layers or each.calls.ran or each.calls.fell_through for each in found)
+    used = any(each.reached or each.called for each in found)
     try:
         if wanted.file is not None and (used or not _is_newer(wanted.file, since)):
             found.write(wanted.file)
