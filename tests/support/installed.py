@@ -12,7 +12,7 @@ from npu_patch.simulator.inherit import OPTIONS
 from npu_patch.version import __version__
 
 ROOT = Path(__file__).parents[2]
-ON_NPU = ("-m", "npu_patch.simulator") if simulator.is_active() else ()
+ON_NPU = ("-m", "npu_patch.simulator") if simulator.real_device() is None else ()
 PYTHON = (sys.executable, *ON_NPU)
 
 
