@@ -14,27 +14,7 @@ TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-WORDS = [
-    "the",
-    "small",
-    "model",
-    "reads",
-    "a",
-    "few",
-    "words",
-    "and",
-    "writes",
-    "them",
-    "again",
-    "because",
-    "that",
-    "is",
-    "all",
-    "it",
-    "has",
-    "to",
-    "do",
-]
+WORDS = ("the", "small", "model", "reads", "a", "few", "words", "and", "writes", "them", "again")
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
 

@@ -2,12 +2,13 @@
 
     python scripts/clients/run.py [--clients 'trl sft' ...] [--python PYTHON] [--json FILE]
 
-A row of table.py each: unpatched, by TWINKLE_NPU_AUTO and by `python -m npu_patch run`; no line of a script is edited.
+A row of table.py each: unpatched, by TWINKLE_NPU_AUTO, by `python -m npu_patch run`; no line of a script is edited.
 Says for each whether it starts, how far the losses are apart, and what ran. A client whose packages PYTHON does not have
 is left out, and named. On the simulated NPU unless this machine has one. Exit code 1 where a client does not start,
 computes something else, or nothing of npu_patch ran in it.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import argparse
@@ -26,7 +27,8 @@ from npu_patch import simulator
 from scripts.clients.table import CLIENTS, Client
 from tests.support.installed import PYTHON, installed
 
-NEAR = 1e-4  # of losses in float32, relative
+NUMBERS = ("loss", "grad_norm", "reward", "completions/mean_length")
+NEAR = 1e-4  # of those in float32, relative
 WAYS = ("unpatched", "variable", "run")
 VERSIONS = """
 import importlib.metadata as m, json, sys
@@ -42,19 +44,22 @@ print(json.dumps(found))
 
 @dataclass
 class Found:
-    """Of one client. `apart`: by the way it was patched, the largest relative distance of its losses from the unpatched
-    ones; `ran`: patches of which something ran; `wrong`: why it is not as it should be."""
+    """Of one client. `numbers`: losses, norms of gradients and rewards, step by step; `apart`: by the way it was patched,
+    the largest relative distance from the unpatched ones; `ran`: patches of which something ran; `wrong`: why it is not as it should be."""
 
     client: str
     versions: dict[str, str]
-    losses: dict[str, list[float]] = field(default_factory=dict)
+    numbers: dict[str, list[float]] = field(default_factory=dict)
     apart: dict[str, float] = field(default_factory=dict)
     ran: dict[str, list[str]] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
 
     def said(self) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        ways = [f"{way}: losses {far:.1e} apart, ran {', '.join(self.ran[way])}" for way, far in self.apart.items()]
+        ways = [
+            f"{way}: losses and gradients {far:.1e} apart, ran {', '.join(self.ran[way])}"
+            for way, far in self.apart.items()
+        ]
         return "\n    ".join([f"{self.client} ({versions})", *ways, *(f"WRONG: {each}" for each in self.wrong)])
 
 
@@ -96,15 +101,15 @@ def compared(client: Client, python: str, folder: Path, versions: dict[str, str]
         if done.returncode:
             found.wrong.append(f"{way}: exit code {done.returncode}: {done.stderr.strip()[-1500:]}")
             return found
-        found.losses[way] = losses_in(at)
+        found.numbers[way] = numbers_in(at)
         if way == WAYS[0]:
             continue
-        pairs = list(zip(found.losses[way], found.losses[WAYS[0]], strict=True))
+        pairs = list(zip(found.numbers[way], found.numbers[WAYS[0]], strict=True))
         found.apart[way] = max(abs(one - other) / max(abs(other), 1e-2) for one, other in pairs)
         outcomes = json.loads((at / "report.json").read_text())["outcomes"]
         found.ran[way] = list(dict.fromkeys(each["patch"] for each in outcomes if each["ran"]))
         if not found.apart[way] <= NEAR:
-            found.wrong.append(f"{way}: losses {found.losses[way]}, unpatched {found.losses[WAYS[0]]}")
+            found.wrong.append(f"{way}: {found.numbers[way]}, unpatched {found.numbers[WAYS[0]]}")
         if not found.ran[way]:
             found.wrong.append(f"{way}: nothing of npu_patch ran")
     return found
@@ -122,21 +127,15 @@ def started(client: Client, way: str, python: str, folder: Path, at: Path) -> su
         command = ["-m", "npu_patch.simulator", "--devices", str(client.ranks), *command]
     elif way != "run":
         command[0] = str(Path(python).parent / command[0])
-    return subprocess.run(
-        [python, *command],
-        cwd=at,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
+    quiet = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+    return subprocess.run([python, *command], cwd=at, env=environment, check=False, **quiet)
 
 
-def losses_in(folder: Path) -> list[float]:
-    """As the Trainer of the client wrote them down."""
+def numbers_in(folder: Path) -> list[float]:
+    """Of each step, as the Trainer of the client wrote them down."""
     (state,) = folder.rglob("checkpoint-*/trainer_state.json")
-    return [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
+    history = json.loads(state.read_text())["log_history"]
+    return [entry[name] for entry in history for name in NUMBERS if name in entry]
 
 
 if __name__ == "__main__":
