@@ -3,8 +3,8 @@
     python scripts/clients/run.py [--clients 'trl sft' ...] [--python PYTHON] [--json FILE]
 
 A row of table.py each: unpatched, by TWINKLE_NPU_AUTO, by `python -m npu_patch run`; no line of a script is edited.
-Says for each whether it starts, how far the losses are apart, and what ran. A client whose packages PYTHON does not have
-is left out, and named. On the simulated NPU unless this machine has one. Exit code 1 where a client does not start,
+Says for each whether it starts, how far losses and gradients are apart, and what ran. A client whose packages PYTHON
+does not have is left out, and named. On the simulated NPU unless this machine has one. Exit code 1 where a client does not start,
 computes something else, or nothing of npu_patch ran in it.
 """
 
@@ -44,8 +44,9 @@ print(json.dumps(found))
 
 @dataclass
 class Found:
-    """Of one client. `numbers`: losses, norms of gradients and rewards, step by step; `apart`: by the way it was patched,
-    the largest relative distance from the unpatched ones; `ran`: patches of which something ran; `wrong`: why it is not as it should be."""
+    """Of one client. `numbers`: losses, norms of gradients and rewards, step by step; `apart`: by the way it was
+    patched, the largest relative distance from the unpatched ones; `ran`: patches of which something ran; `wrong`: why
+    it is not as it should be."""
 
     client: str
     versions: dict[str, str]

@@ -44,7 +44,7 @@ CLIENTS: tuple[Client, ...] = (
         ("trl",),
         ("trl", "grpo", "--dataset_name", "{material}/grpo", "--reward_funcs",
          "scripts.clients.reward.length", "--num_generations", "2", "--max_completion_length", "8",
-         "--temperature", "1.0", "--top_k", "1", *TRL),
+         "--temperature", "1.0", "--top_k", "0", *TRL),
     ),
     Client(
         "accelerate launch, Trainer",
