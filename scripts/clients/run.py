@@ -4,8 +4,8 @@
 
 A row of table.py each: unpatched, by TWINKLE_NPU_AUTO, by `python -m npu_patch run`; no line of a script is edited.
 Says for each whether it starts, how far losses and gradients are apart, and what ran. A client whose packages PYTHON
-does not have is left out, and named. On the simulated NPU unless this machine has one. Exit code 1 where a client does not start,
-computes something else, or nothing of npu_patch ran in it.
+does not have is left out, and named. On the simulated NPU unless this machine has one. Exit code 1 where a client does
+not start, computes something else, or nothing of npu_patch ran in it.
 """
 
 # ruff: noqa: E402
