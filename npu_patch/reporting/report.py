@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from npu_patch.reporting.outcome import Outcomes
@@ -37,7 +38,7 @@ class Report(Outcomes):
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """To a file, as JSON, as a page or as text: by its ending."""
-        forms = {".json": self.json, ".html": self.to_html}
+        forms: dict[str, Callable[[], str]] = {".json": self.json, ".html": self.to_html}
         Path(path).write_text(forms.get(Path(path).suffix.lower(), self.__str__)() + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
