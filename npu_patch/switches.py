@@ -6,9 +6,8 @@ environment, a switch of its own wins over its group, and `TWINKLE_NPU_PATCH=0` 
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +16,7 @@ from npu_patch import log
 
 PREFIX = "TWINKLE_NPU_"
 TUNE = PREFIX + "TUNE"  # a file, not a switch
+UNASKED, REPORT = PREFIX + "AUTO", PREFIX + "REPORT"  # of the processes in which apply() runs by itself; REPORT: a file
 TRUE_WORDS = ("1", "true", "on", "yes")
 FALSE_WORDS = ("0", "false", "off", "no")
 AUTO = "auto"
@@ -108,6 +108,47 @@ def resolve(keywords: Mapping[str, Any] | None = None, environ: Mapping[str, str
     return Switches(MappingProxyType(values), MappingProxyType(sources), environ.get(TUNE) or None)
 
 
+@dataclass(frozen=True)
+class Unasked:
+    """Whether `apply()` runs by itself, and what becomes of its report when the process ends: printed, written to
+    `file`, or neither."""
+
+    wanted: bool
+    printed: bool = False
+    file: str | None = None
+
+
+def unasked(environ: Mapping[str, str] | None = None) -> Unasked:
+    """
+    Raises:
+        ValueError: naming the variable, its value and what is accepted.
+    """
+    environ = os.environ if environ is None else environ
+    word = environ.get(UNASKED, "").strip().lower()
+    if word in ("", *FALSE_WORDS):
+        return Unasked(False)
+    if word not in (*TRUE_WORDS, "report"):
+        accepted = f"report, {'/'.join(TRUE_WORDS)} and {'/'.join(FALSE_WORDS)}"
+        raise ValueError(f"{UNASKED}={environ[UNASKED]!r}: accepted are {accepted}")
+    file = os.path.abspath(environ[REPORT]) if environ.get(REPORT) else None
+    return Unasked(True, word == "report" and file is None, file)
+
+
+def set_for_children(environ: MutableMapping[str, str], values: Mapping[str, Value], report: str | None) -> None:
+    """Puts switches, by their keywords, and `apply()` by itself into an environment that processes inherit. `report`:
+    the file for it, or "-" to print it."""
+    for name, value in values.items():
+        switch = BY_NAME[name]
+        variables = [PREFIX + variable for variable in (switch.variable, *switch.aliases)]
+        for variable in (variables[0], *(alias for alias in variables[1:] if alias in environ)):
+            environ[variable] = str(int(value)) if isinstance(value, bool) else str(value)
+    if report == "-":
+        environ.pop(REPORT, None)
+    elif report is not None:
+        environ[REPORT] = report
+    environ[UNASKED] = "report" if report == "-" or unasked(environ).printed else "1"
+
+
 def _check_keywords(keywords: Mapping[str, Any]) -> None:
     for name, value in keywords.items():
         if name not in BY_NAME:
@@ -160,11 +201,14 @@ def _environment_value(switch: Switch, name: str, text: str) -> Value:
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     """In words, each variable with our prefix that is no switch."""
-    known = [TUNE, *(PREFIX + variable for switch in SWITCHES for variable in (switch.variable, *switch.aliases))]
+    variables = [variable for switch in SWITCHES for variable in (switch.variable, *switch.aliases)]
+    known = [TUNE, UNASKED, REPORT, *(PREFIX + variable for variable in variables)]
     unknown = [name for name in environ if name.startswith(PREFIX) and name not in known]
     return [f"unknown environment variable {name}{_closest(name, known)}" for name in unknown]
 
 
 def _closest(name: str, known: Mapping[str, object] | list[str]) -> str:
+    import difflib
+
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
     return f" (did you mean {match[0]}?)" if match else ""

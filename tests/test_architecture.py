@@ -25,6 +25,7 @@ FLOORS = (
     ("applying",),
     (
         "commands",
+        "autoload",
         "sequence_parallel",
         "lifecycle",
         "tuning",

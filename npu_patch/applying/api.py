@@ -17,6 +17,7 @@ from npu_patch.applying import live_layers
 from npu_patch.applying.binding import bind
 from npu_patch.applying.choosing import Choosing, tuning_for
 from npu_patch.applying.enabling import STILL_IN_PLACE, Enabled, choice_here, libraries_of
+from npu_patch.applying.new_layers import HalfExecuted
 from npu_patch.applying.options_kept import in_words
 from npu_patch.applying.patched_site import as_they_stand
 from npu_patch.applying.preparing import prepare
@@ -30,8 +31,9 @@ from npu_patch.patches import CATALOGUE
 from npu_patch.reporting.outcome import NOTHING_APPLIED
 from npu_patch.reporting.report import Report
 from npu_patch.reporting.text import headline
+from npu_patch.sites.late_imports import LateImports, is_modeling_module, is_within
+from npu_patch.sites.other_tools import of_tool
 from npu_patch.sites.scope import Scope
-from npu_patch.sites.sites import LateImports, is_modeling_module, is_within
 from npu_patch.switches import resolve
 
 
@@ -153,9 +155,10 @@ def _go(walk: Walk) -> None:
     model, report, decisions = walk.request.model, walk.report, walk.choosing.decisions
     entries = walk.enabled()
     libraries = libraries_of(entries)
-    walk.over(Scope.of(model, libraries), entries)
+    scope, half_executed = Scope.of(model, libraries).parted()
+    walk.over(scope, entries)
     report.warnings += in_words(walk.kept_options)
-    _watch_imports(walk, entries, libraries)
+    _watch_imports(walk, entries, libraries, half_executed)
     if model is None:
         if decisions.checked:
             report.notes.append(self_check.NO_MODEL)
@@ -164,15 +167,18 @@ def _go(walk: Walk) -> None:
         report.outcomes += live_layers.reach(model)
         warn_of_what_serves_nothing(report, [patch for patch, _ in entries], model)
         if getattr(model, "use_kernels", False) or getattr(model, "_use_kernels", False):
-            report.warnings.append("the model uses hub kernels: those stay wherever they are bound")
+            report.warnings.append(f"the model has hub kernels, which stay wherever they are bound{of_tool('kernels')}")
     prepare(walk.request, report)
     if model is None or STATE.patched:
         STATE.registries |= {key[1:] for key in walk.searched}
         STATE.watch_new_layers()
 
 
-def _watch_imports(walk: Walk, entries: Sequence[Enabled], libraries: Collection[str]) -> None:
-    """Of libraries, and of modeling files where no model was given: what is imported later is of no model yet."""
+def _watch_imports(
+    walk: Walk, entries: Sequence[Enabled], libraries: Collection[str], half_executed: Sequence[ModuleType]
+) -> None:
+    """Of libraries, and of modeling files where no model was given: what is imported later is of no model yet.
+    `half_executed`: what is being imported now."""
     every_family = walk.request.model is None
     later = replace(walk, request=replace(walk.request, model=None))  # a hook keeps no model alive
 
@@ -183,5 +189,13 @@ def _watch_imports(walk: Walk, entries: Sequence[Enabled], libraries: Collection
         with STATE.journal.lock:
             later.over(Scope.of_late(module), entries)
 
+    def once_complete(module: ModuleType) -> None:
+        with STATE.journal.lock:
+            if any(each.module is module for each in STATE.half_executed):  # no other thread came before
+                STATE.half_executed[:] = [each for each in STATE.half_executed if each.module is not module]
+                after_import(module)
+
     if every_family or libraries:
         STATE.journal.insert(sys.meta_path, LateImports(wanted, after_import))
+    for module in half_executed:
+        STATE.journal.insert(STATE.half_executed, HalfExecuted(module, once_complete))

@@ -25,7 +25,7 @@ def bind(patched: PatchedSite) -> None:
         if not STATE.patched[key]:
             del STATE.patched[key]
 
-    STATE.journal.rebind(site.owner, site.name, replacement.function, on_undo=forget)
+    STATE.journal.rebind(site.owner, site.name, replacement.function, forget, site.label)
     STATE.patched.setdefault(key, []).append(patched)
     if replacement.participant is not None:
         enter(replacement.function, replacement.participant)

@@ -46,6 +46,8 @@ class State:
     tune: str | None = None  # the tuning file of the first apply()
     models: list[weakref.ref[torch.nn.Module]] = field(default_factory=list)  # that were given
     unreached: weakref.WeakSet[torch.nn.Module] = field(default_factory=weakref.WeakSet)  # layers, and said to be
+    counted: weakref.WeakSet[torch.nn.Module] = field(default_factory=weakref.WeakSet)  # layers made, as outcomes say
+    half_executed: list[new_layers.HalfExecuted] = field(default_factory=list)  # modules, when an apply() came
 
     def claim(self, device_type: str) -> None:
         if len(self.journal) and self.device_type != device_type:
@@ -75,7 +77,7 @@ class State:
 
     def watch_new_layers(self) -> None:
         if not self.journal.holds(new_layers.REGISTRY, new_layers.KEY):
-            hook = new_layers.watcher(self.patched, self.registries)
+            hook = new_layers.watcher(self.patched, self.registries, self.half_executed, self.counted)
             self.journal.rebind(new_layers.REGISTRY, new_layers.KEY, hook)
 
     def undo_to(self, mark: int) -> None:
@@ -86,6 +88,7 @@ class State:
                 self.device_type = None
                 self.models.clear()
                 self.unreached.clear()
+                self.counted.clear()
                 forget()
 
 

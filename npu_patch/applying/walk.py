@@ -75,7 +75,7 @@ class Walk:
                 elif decision is LEFT_AS_TUNED:
                     self._skip(patch, site, decision, layers)
                     self._note_unfused(patch, site)
-                elif decision.notable:
+                elif decision.notable or replaced_before.is_notable(site, patch.called):
                     self._skip(patch, site, NotRead(theirs) if theirs else decision, layers)
         except Exception as error:
             self._failed(patch, site.label, error)

@@ -168,5 +168,5 @@ def _cases(cls: type, readings: Readings[RMSNormReading], live: LiveModules) -> 
 
 
 PATCH = Patch(
-    "rms_norm", "rms_norm", RMS_NORM, find, read_site, bind_site, options=("gated_rmsnorm_fp32",), called=("rmsnorm",)
+    "rms_norm", "rms_norm", RMS_NORM, find, read_site, bind_site, options=("gated_rmsnorm_fp32",), called=("norm",)
 )

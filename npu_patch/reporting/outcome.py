@@ -1,5 +1,5 @@
 """What happened at each site, live counters included. report.py says it, by rows.py (what is put together), text.py and
-page.py."""
+page.py; actions.py has what a user can do about it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from npu_patch.reporting.actions import what_to_do
 from npu_patch.serving.calls import Calls
 
 PATCHED, PREPARED, SKIPPED, FAILED = "patched", "prepared", "skipped", "failed"
@@ -27,12 +28,22 @@ class Outcome:
     declined: Mapping[str, str] = field(default_factory=dict)
     calls: Calls = field(default_factory=Calls)
     layers: int | None = None  # live modules of the given model that it reaches; None where no model was given
+    made: int = 0  # layers that it reaches and that were made since
     in_order: bool = False  # skipped, and nothing to warn of
 
     @property
     def is_in_place(self) -> bool:
         """Patched or prepared, and not undone since."""
         return self.status in (PATCHED, PREPARED) and self.calls.active
+
+    @property
+    def reached(self) -> int | None:
+        """Layers of the given model; without one, those that were made since."""
+        return self.layers if self.layers is not None else self.made or None
+
+    @property
+    def called(self) -> bool:
+        return bool(self.calls.ran or self.calls.fell_through)
 
     def describe(self, dispatch: Any) -> None:
         """Takes what serves the site and why others do not from its `Dispatch`."""
@@ -47,11 +58,12 @@ class Outcome:
             "variant": self.variant,
             "implementation": self.implementation,
             "declined": {**self.declined, **self.calls.declined},
-            "layers": self.layers,
+            "layers": self.reached,
             "ran": self.calls.ran,
             "tuned": self.calls.tuned,
             "ran_by": dict(self.calls.ran_by),
             "fell_through": dict(self.calls.fell_through),
+            "actions": {reason: action for reason in self.calls.fell_through if (action := what_to_do(reason))},
         }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 
+from npu_patch.reporting.actions import with_action
 from npu_patch.reporting.outcome import PATCHED, Outcomes
 from npu_patch.reporting.rows import Row, rows
 from npu_patch.reporting.text import headline
@@ -49,14 +50,17 @@ def table(header: tuple[str, ...], rows_of_cells: Iterable[Iterable[str]]) -> st
 
 def _cells(row: Row) -> list[str]:
     names = escape(", ".join(row.names))
+    status = "never called" if row.never_called else row.status
+    what = row.what if row.status == PATCHED else with_action(row.what)
     patched = row.status == PATCHED
     reasons = "".join(
-        f'<br><span class="what">{count} x {escape(reason)}</span>' for reason, count in row.fell_through.most_common()
+        f'<br><span class="what">{count} x {escape(with_action(reason))}</span>'
+        for reason, count in row.fell_through.most_common()
     )
     return [
         f"<td>{escape(row.patch)}</td>",
-        f'<td class="{row.status}">{row.status}</td>',
-        f'<td>{names}<br><span class="what">{escape(row.what)}</span></td>',
+        f'<td class="{row.status}">{status}</td>',
+        f'<td>{names}<br><span class="what">{escape(what)}</span></td>',
         f'<td class="number">{"" if row.layers is None else row.layers}</td>',
         f'<td class="number">{row.ran if patched else ""}</td>',
         f'<td class="number">{row.fell_through.total() if patched else ""}{reasons}</td>',

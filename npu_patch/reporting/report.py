@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from npu_patch.reporting.outcome import Outcomes
 from npu_patch.reporting.page import page_of_report
-from npu_patch.reporting.text import text_of_report
+from npu_patch.reporting.text import headline, text_of_report
 
 
 class Report(Outcomes):
@@ -30,6 +31,15 @@ class Report(Outcomes):
         if path is not None:
             Path(path).write_text(page, encoding="utf-8")
         return page
+
+    def headline(self) -> str:
+        """What became of everything, in one line."""
+        return headline(self)
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """To a file, as JSON, as a page or as text: by its ending."""
+        forms: dict[str, Callable[[], str]] = {".json": self.json, ".html": self.to_html}
+        Path(path).write_text(forms.get(Path(path).suffix.lower(), self.__str__)() + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
         """A table of at most 100 columns, whatever the model."""

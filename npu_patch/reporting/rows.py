@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from npu_patch.reporting.outcome import FAILED, PATCHED, PREPARED, SKIPPED, Outcome
@@ -19,16 +20,17 @@ class Row:
     status: str
     sites: tuple[Outcome, ...]
     what: str
+    never_called: bool = False
 
     @property
     def names(self) -> list[str]:
-        """Short names, each once; "x 94" where 94 sites have it."""
+        """Short names, each once, with the family where they do not say it; "x 94" where 94 sites have it."""
         counts = Counter(short_name(outcome.site) for outcome in self.sites)
         return [name if count == 1 else f"{name} x {count}" for name, count in counts.items()]
 
     @property
     def layers(self) -> int | None:
-        known = [outcome.layers for outcome in self.sites if outcome.layers is not None]
+        known = [outcome.reached for outcome in self.sites if outcome.reached is not None]
         return sum(known) if known else None
 
     @property
@@ -41,21 +43,41 @@ class Row:
 
 
 def rows(outcomes: Iterable[Outcome]) -> list[Row]:
-    """By patch, in the order of the catalogue: what is patched or prepared, then what was skipped, then what failed."""
-    by_patch: dict[str, list[Outcome]] = {}
-    for outcome in outcomes:
-        by_patch.setdefault(outcome.patch, []).append(outcome)
+    """By patch, in the order of the catalogue: what is patched or prepared, then what was skipped, then what failed.
+    Once anything was called: what was called, what was left alone, and last what never was called, a row a patch."""
+    outcomes = list(outcomes)
+    if not any(each.called for each in outcomes if each.status == PATCHED):
+        return _in_order(outcomes, (PATCHED, PREPARED, SKIPPED, FAILED))
+    called = [each for each in outcomes if each.status != PATCHED or each.called]
+    idle = [each for each in outcomes if each.status == PATCHED and not each.called]
+    folded = [Row(patch, PATCHED, tuple(sites), "", True) for patch, sites in _by_patch(idle).items()]
+    return _in_order(called, (PATCHED, PREPARED)) + _in_order(called, (SKIPPED, FAILED)) + folded
+
+
+def _in_order(outcomes: Iterable[Outcome], statuses: Sequence[str]) -> list[Row]:
     return [
         row
-        for members in by_patch.values()
-        for status in (PATCHED, PREPARED, SKIPPED, FAILED)
+        for members in _by_patch(outcomes).values()
+        for status in statuses
         for row in _rows_of([outcome for outcome in members if outcome.status == status])
     ]
 
 
+def _by_patch(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
+    by_patch: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        by_patch.setdefault(outcome.patch, []).append(outcome)
+    return by_patch
+
+
 def short_name(site: str) -> str:
-    """`Qwen3RMSNorm` of `transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm.forward`, or of its `__call__`."""
-    return site.removesuffix(".forward").removesuffix(".__call__").rsplit(".", 1)[-1]
+    """`Qwen3RMSNorm` of `transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm.forward`, or of its `__call__`;
+    `apply_rotary_pos_emb (qwen3)` of what many families have under one name."""
+    name = site.removesuffix(".forward").removesuffix(".__call__").rsplit(".", 1)[-1]
+    family = re.search(r"\.modeling_(\w+)\.", site)
+    if family is None or name.lower().startswith(family[1].replace("_", "")):
+        return name
+    return f"{name} ({family[1]})"
 
 
 def _rows_of(outcomes: list[Outcome]) -> list[Row]:

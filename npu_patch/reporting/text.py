@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
+from npu_patch.reporting.actions import with_action
 from npu_patch.reporting.outcome import NOTHING_APPLIED, PATCHED, Outcomes
 from npu_patch.reporting.rows import Row, rows
 
@@ -36,7 +37,7 @@ def headline(report: Outcomes) -> str:
         return f"npu_patch on {report.device}: no site was found"
     counts = f"{len(report.patched)} patched, {len(report.skipped)} skipped, {len(report.failed)} failed"
     counts += f", {len(report.prepared)} prepared" if report.prepared else ""
-    idle = sum(outcome.layers == 0 for outcome in report.patched)
+    idle = sum(outcome.reached == 0 for outcome in report.patched)
     apart = f"; {idle} of the patched without a layer in this model" if idle else ""
     return f"npu_patch on {report.device}: {len(report.outcomes)} sites: {counts}{apart}"
 
@@ -47,9 +48,10 @@ def _lines(row: Row, above: Row | None) -> list[str]:
     width = COLUMNS[1][1]
     names = row.names
     named = ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
-    if row.status != PATCHED:
-        named = f"{row.status}: {named}"
-    what = row.what + "".join(f"; {count} fell through: {why}" for why, count in row.fell_through.most_common())
+    if row.status != PATCHED or row.never_called:
+        named = f"{'never called' if row.never_called else row.status}: {named}"
+    fell = (f"; {count} fell through: {with_action(why)}" for why, count in row.fell_through.most_common())
+    what = (row.what if row.status == PATCHED else with_action(row.what)) + "".join(fell)
     first, *more = textwrap.wrap(named, width, subsequent_indent="  ")
     numbers = ("-", "-")
     if row.status == PATCHED:

@@ -1,13 +1,11 @@
 """python -m npu_patch.simulator [options] script.py ARGS... runs a script with a simulated npu:0."""
 
 import argparse
-import runpy
-import shutil
 import sys
-from pathlib import Path
 
 from . import start
 from .errors import SimulatorError
+from .program import NoProgram, found, run_module, run_script
 
 
 def main(arguments: list[str]) -> int:
@@ -29,7 +27,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
 
     try:
-        script = options.script if options.module else _file_of(options.script)
+        script = options.script if options.module else found(options.script)
         start(
             devices=options.devices,
             any_version=options.any_version,
@@ -37,31 +35,12 @@ def main(arguments: list[str]) -> int:
             poison=options.poison,
             children=not options.no_children,
         )
-    except SimulatorError as error:
+    except (SimulatorError, NoProgram) as error:
         return _fail(str(error))
 
-    sys.argv = [options.script, *options.args]
-    if options.module:
-        sys.path[0] = str(Path.cwd())
-        runpy.run_module(options.script, run_name="__main__", alter_sys=True)
-    else:
-        sys.path[0] = str(Path(script).resolve().parent)
-        runpy.run_path(script, run_name="__main__")
+    run = run_module if options.module else run_script
+    run(script, options.args)
     return 0
-
-
-def _file_of(script: str) -> str:
-    """The script, or a program that is one: torchrun, accelerate."""
-    if Path(script).is_file():
-        return script
-    program = shutil.which(script, path=str(Path(sys.executable).parent)) or shutil.which(script)
-    if program is None:
-        raise SimulatorError(f"no such script: {script}")
-    with open(program, "rb") as file:
-        first = file.read(200)
-    if not first.startswith(b"#!") or b"python" not in first:
-        raise SimulatorError(f"{program} is no Python script")
-    return program
 
 
 def _fail(message: str) -> int:

@@ -19,6 +19,7 @@ from types import CellType, MethodType, ModuleType
 from typing import Any
 
 from npu_patch import log
+from npu_patch.sites.whose import whose
 
 _ABSENT = object()
 
@@ -32,6 +33,7 @@ class Entry:
     before: Any
     new: Any
     on_undo: Callable[[], None] | None
+    label: str = ""  # for people
 
 
 class Journal:
@@ -45,10 +47,14 @@ class Journal:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def rebind(self, owner: Any, name: Any, new: Any, on_undo: Callable[[], None] | None = None) -> None:
-        """Binds `name` in `owner`'s own namespace to `new`. `on_undo` runs after the old object is back."""
+    def rebind(
+        self, owner: Any, name: Any, new: Any, on_undo: Callable[[], None] | None = None, label: str = ""
+    ) -> None:
+        """Binds `name` in `owner`'s own namespace to `new`. `on_undo` runs after the old object is back. `label`: what
+        the place is called, where owner and name do not say it."""
         with self.lock:
-            entry = Entry(_reference(owner), name, _read(owner, name), _core(new), on_undo)
+            label = label or f"{_label(owner)}.{name}"
+            entry = Entry(_reference(owner), name, _read(owner, name), _core(new), on_undo, label)
             _write(owner, name, new)
             self._entries.append(entry)
             self._held.setdefault((id(owner), name), []).append(entry)
@@ -90,8 +96,7 @@ class Journal:
                 try:
                     _undo(entry)
                 except Exception as error:
-                    owner = entry.owner()
-                    errors.append(f"{entry.name if owner is None else f'{owner!r}.{entry.name}'}: {error}")
+                    errors.append(f"{entry.label or entry.name}: {error}")
         if errors:
             raise RuntimeError("could not be restored: " + "; ".join(errors))
 
@@ -122,7 +127,8 @@ def _undo(entry: Entry) -> None:
         if _core(present) is entry.new:
             _write(owner, entry.name, entry.before)
         elif present is not entry.before:
-            log.warning(f"{_label(owner)}.{entry.name} was bound anew by somebody else: restore() leaves it so")
+            what = "removed by somebody else" if present is _ABSENT else f"bound anew by {whose(present)}"
+            log.warning(f"{entry.label} was {what}: restore() leaves it so")
     if entry.on_undo is not None:
         entry.on_undo()
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from npu_patch.sites.names_used import names_used
+from npu_patch.sites.other_tools import tool_of
 from npu_patch.sites.sites import Site
 from npu_patch.sites.whose import OWN, home, package, whose
 
@@ -26,8 +27,18 @@ def by_whom(site: Site) -> str | None:
     if isinstance(site.owner, ModuleType):
         return _in_module(site.owner, site.name)
     if isinstance(site.owner, type):
-        return _theirs(site.original, (*EXPECTED, site.owner.__module__.split(".", 1)[0]))
+        theirs = _theirs(site.original, (*EXPECTED, site.owner.__module__.split(".", 1)[0]))
+        return theirs or (f"already replaced by {whose(site.owner)}" if tool_of(site.owner.__module__) else None)
     return None
+
+
+def is_notable(site: Site, words: Sequence[str]) -> bool:
+    """Whether it is a layer of another tool's with one of the words in its name: it took the place of a site."""
+    return (
+        isinstance(site.owner, type)
+        and tool_of(site.owner.__module__) is not None
+        and any(word in site.owner.__name__.lower() for word in words)
+    )
 
 
 def replaced_in(module: ModuleType, called: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str, str]]:

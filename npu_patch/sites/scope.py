@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
 
 import torch
 
+from npu_patch.sites.late_imports import is_half_executed, is_modeling_module, is_within
 from npu_patch.sites.sites import (
     Displaced,
     LiveModules,
     displaced_classes,
-    is_modeling_module,
-    is_within,
     loaded_modules,
     modules_of_model,
 )
@@ -56,6 +55,15 @@ class Scope:
     def of_late(cls, module: ModuleType) -> Scope:
         """What is imported after the walk."""
         return cls([module]) if is_modeling_module(module.__name__) else cls((), [module])
+
+    def parted(self) -> tuple[Scope, list[ModuleType]]:
+        """Without the modules that are being imported now, and those: they are looked through once they are complete.
+        The files of a model that exists stay."""
+        of_model = self.modules if self.live is not None else ()
+        found = {id(each): each for each in (*self.modules, *self.libraries) if is_half_executed(each)}
+        half = [each for each in found.values() if not any(each is known for known in of_model)]
+        modules, libraries = ([m for m in ms if id(m) not in found] for ms in (self.modules, self.libraries))
+        return replace(self, modules=of_model or modules, libraries=libraries), half
 
     def modules_for(self, libraries: Collection[str]) -> list[ModuleType]:
         """To look through for a patch that names these libraries: each module once, be it the model's own too."""

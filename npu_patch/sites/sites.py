@@ -1,10 +1,8 @@
-"""Where things can be rebound: modeling modules, their classes and functions, live instances, and late imports."""
+"""Where things can be rebound: modeling modules, their classes and functions, and live instances."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.abc
-import importlib.util
 import inspect
 import sys
 import weakref
@@ -16,7 +14,8 @@ from typing import Any
 
 import torch
 
-MODELING_PACKAGES = ("transformers.models.", "transformers_modules.")
+from npu_patch.sites.late_imports import is_modeling_module
+
 CELL, WRAPPED = "cell_contents", "__wrapped__"
 # Classes of a model that are defined here are not modeling code: wrappers, hooks, kernels, building blocks.
 FOREIGN_PACKAGES = (
@@ -52,15 +51,6 @@ class Site:
         if isinstance(self.owner, ModuleType):
             return f"{self.owner.__name__}.{self.name}"
         return f"{self.owner.__module__}.{self.owner.__qualname__}.{self.name}"
-
-
-def is_modeling_module(name: str) -> bool:
-    return name.startswith(MODELING_PACKAGES) and name.rsplit(".", 1)[-1].startswith("modeling_")
-
-
-def is_within(name: str, libraries: Iterable[str]) -> bool:
-    """Whether a module is one of `libraries`, packages or modules by their dotted names, or inside one."""
-    return any(name == each or name.startswith(f"{each}.") for each in libraries)
 
 
 def loaded_modules(wanted: Callable[[str], bool]) -> list[ModuleType]:
@@ -235,46 +225,6 @@ def innermost(function: Any) -> Any:
 def defining_class(module: torch.nn.Module) -> type[torch.nn.Module]:
     """The class whose `forward` an instance runs."""
     return next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
-
-
-class LateImports(importlib.abc.MetaPathFinder):
-    """Calls `after_import(module)` once each module with a `wanted` name that is imported from now on was executed."""
-
-    def __init__(self, wanted: Callable[[str], bool], after_import: Callable[[ModuleType], None]) -> None:
-        self._wanted, self._after_import = wanted, after_import
-        self._searching: set[str] = set()
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if not self._wanted(fullname) or fullname in self._searching:
-            return None
-        self._searching.add(fullname)
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self._searching.discard(fullname)
-        if spec is not None and spec.loader is not None and hasattr(spec.loader, "exec_module"):
-            spec.loader = _NotifyingLoader(spec.loader, self._after_import)
-        return spec
-
-
-class _NotifyingLoader(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader, after_import: Callable[[ModuleType], None]) -> None:
-        self._loader, self._after_import = loader, after_import
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__loader__ = self._loader  # inspect.getsource and pickling see no wrapper
-        if module.__spec__ is not None:
-            module.__spec__.loader = self._loader
-        self._loader.exec_module(module)
-        self._after_import(module)
 
 
 class LiveModules:

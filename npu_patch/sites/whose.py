@@ -6,6 +6,8 @@ import functools
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
+from npu_patch.sites.other_tools import of_tool
+
 OWN = "npu_patch"
 MOST_HELD = 64  # functions looked through for one that a wrapper holds
 TORCH_NPU_OPERATORS = "torch._ops.npu"
@@ -24,13 +26,14 @@ def home(value: Any) -> str:
 
 
 def whose(value: Any) -> str:
-    """Its module and name, for people."""
+    """Its module and name, for people; of a tool that is known, what hands it over too."""
     function = _function(value)
     code = getattr(function, "__code__", None)
     names = [getattr(code, "co_qualname", None), getattr(code, "co_name", None)]
     names += [getattr(function, "__qualname__" if isinstance(function, type) else "__name__", None)]
     name = next(filter(None, names), type(function).__qualname__)
-    return f"{home(value)}.{name}".replace(".<locals>", "")
+    module = home(value)
+    return f"{module}.{name}".replace(".<locals>", "") + of_tool(module)
 
 
 def package(value: Any) -> str:

@@ -137,6 +137,12 @@ def test_a_script_that_starts_the_simulator_itself_has_its_own_options() -> None
     assert done.stdout.split() == ["2"], done.stderr
 
 
+def test_a_child_may_ask_whether_there_is_a_torch_before_it_imports_it() -> None:
+    """As trl and many others do."""
+    done = python("-c", "import importlib.util; importlib.util.find_spec('torch'); " + SUM)
+    assert done.stdout.split()[-1:] == ["3.0"], done.stderr
+
+
 def test_python_that_never_imports_torch_reads_one_file_more() -> None:
     code = "import sys; print(sorted(set(sys.modules) & {'torch', 'torch_npu', 'npu_patch', 'json', 'dataclasses'}))"
     assert python("-c", code).stdout.strip() == "[]"

@@ -88,8 +88,18 @@ def test_what_somebody_else_bound_over_it_stays_and_is_said(index: int, caplog: 
     with caplog.at_level(logging.WARNING):
         journal.undo_to(0)
     assert namespace(owner)[name] is foreign
-    assert [f".{name} was bound anew by somebody else" in line for line in caplog.messages] == [True]
+    assert [f".{name} was bound anew by builtins.object" in line for line in caplog.messages] == [True]
     theirs.undo_to(0)
+
+
+def test_what_somebody_else_removed_is_said_under_its_label(caplog: pytest.LogCaptureFixture) -> None:
+    registry = {"a": 1}
+    journal = Journal()
+    journal.rebind(registry, "a", 2, label="Registry['a']")
+    del registry["a"]
+    with caplog.at_level(logging.WARNING):
+        journal.undo_to(0)
+    assert caplog.messages == ["Registry['a'] was removed by somebody else: restore() leaves it so"] and not registry
 
 
 def test_what_somebody_else_already_put_back_is_no_news(caplog: pytest.LogCaptureFixture) -> None:

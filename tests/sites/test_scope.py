@@ -18,7 +18,7 @@ import npu_patch
 from npu_patch.applying import api
 from npu_patch.applying.dry_run import dry_run
 from npu_patch.patches import rms_norm, swiglu
-from npu_patch.sites.sites import is_within
+from npu_patch.sites.late_imports import is_within
 from tests.support.tiny_models import tiny
 
 LIBRARY = "fake_adapters"

@@ -7,12 +7,17 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from npu_patch.switches import SWITCHES
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
     """Those of one command, and those of every command."""
     OF_COMMANDS[command](parser)
+    if command == "run":  # all that follows its script is the script's
+        parser.set_defaults(json=False, debug=False)
+        return
     parser.add_argument("--json", action="store_true", help="print JSON to stdout, and nothing else")
     parser.add_argument("--debug", action="store_true", help="show the traceback of what fails")
 
@@ -84,6 +89,22 @@ def _tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="the file to write")
 
 
+def _run(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s [--report FILE] [--no-rope ...] [-m] SCRIPT [ARGUMENTS ...]"
+    parser.add_argument(
+        "--report", metavar="FILE", help="write the report there at the end (.json, .html or text); - prints it"
+    )
+    for switch in SWITCHES:
+        option = f"--{switch.name.replace('_', '-')}"
+        if switch.kind == "path":
+            parser.add_argument(option, metavar="FILE", help=switch.gates)
+        else:
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, help=switch.gates)
+    parser.add_argument("-m", dest="module", action="store_true", help="SCRIPT is the name of a module")
+    parser.add_argument("script", metavar="SCRIPT", help="a file, a program such as torchrun, or a module after -m")
+    parser.add_argument("args", metavar="ARGUMENTS", nargs=argparse.REMAINDER, help="those of the script")
+
+
 def _model_and_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
@@ -113,4 +134,5 @@ OF_COMMANDS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "bench": _bench,
     "count": _count,
     "tune": _tune,
+    "run": _run,
 }

@@ -15,7 +15,7 @@ from typing import Any
 from npu_patch.commands.console import standard_output
 from npu_patch.commands.console.result import CommandError, Result
 from npu_patch.commands.console.terminal import drawn, steps, table
-from npu_patch.commands.doctor.faults import Complaint, complaints, variables_of, wrong_switches
+from npu_patch.commands.doctor.faults import Complaint, complaints, variables_of, why_not_by_itself, wrong_switches
 from npu_patch.commands.doctor.findings import OPERATORS, PACKAGES, Findings, at_first_sight, look
 from npu_patch.commands.doctor.processes import Processes
 from npu_patch.devices import is_simulated
@@ -42,6 +42,7 @@ def run(options: argparse.Namespace) -> Result:
 
 def _content(findings: Findings, found: list[Complaint]) -> dict[str, Any]:
     device = findings.torch_npu.found or {}
+    closed_by = why_not_by_itself(findings)
     return {
         "npu_patch": __version__,
         "python": findings.python,
@@ -57,6 +58,7 @@ def _content(findings: Findings, found: list[Complaint]) -> dict[str, Any]:
         "operators_unknown": findings.torch_npu.error,
         "providers": findings.providers.found or {},
         "providers_unknown": findings.providers.error,
+        "by_itself": {"open": closed_by is None, "closed_by": closed_by},
         "switches": _switches(findings),
     }
 
@@ -107,7 +109,8 @@ def _shown_at_first_sight(content: dict[str, Any]) -> Iterator[Any]:
     cann = content["cann"]
     yield f"CANN: {cann['version'] or 'of unknown version'} in {cann['home']}" if cann["home"] else "CANN: not found"
     yield from (f"seen at once: {each['what']}" for each in content["complaints"])
-    yield ""
+    closed_by = content["by_itself"]["closed_by"]
+    yield f"apply() by itself, once transformers is imported: {'yes' if closed_by is None else f'no: {closed_by}'}\n"
     rows = [
         (s["variable"], ("red", "wrong") if s["error"] else _word(s["value"]), s["source"], s["gates"])
         for s in content["switches"]

@@ -6,8 +6,19 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from npu_patch.autoload.entry import why_no_entry
 from npu_patch.commands.doctor.findings import Findings
-from npu_patch.switches import PREFIX, SWITCHES, TUNE, Switch, resolve, unknown_variables
+from npu_patch.switches import (
+    FALSE_WORDS,
+    PREFIX,
+    SWITCHES,
+    TUNE,
+    UNASKED,
+    Switch,
+    resolve,
+    unasked,
+    unknown_variables,
+)
 
 
 @dataclass(frozen=True)
@@ -254,6 +265,28 @@ def _unknown_variable(findings: Findings) -> str | None:
     return "; ".join(unknown_variables(findings.environ)) or None
 
 
+def why_not_by_itself(findings: Findings) -> str | None:
+    """Why `apply()` does not run by itself in scripts that nobody edits, or None."""
+    try:
+        wanted = unasked(findings.environ).wanted
+    except ValueError as error:
+        return str(error)
+    if not wanted:
+        return f"{UNASKED} is not set" if not findings.environ.get(UNASKED) else f"switched off by {UNASKED}"
+    entries = findings.entries.found
+    if entries is None:
+        return f"entry points cannot be told: {findings.entries.error}"
+    return why_no_entry(entries, findings.release("torch"), findings.environ)
+
+
+def _unasked(findings: Findings) -> str | None:
+    """Only where it is wanted."""
+    reason = why_not_by_itself(findings)
+    if reason is None or findings.environ.get(UNASKED, "").strip().lower() in ("", *FALSE_WORDS):
+        return None
+    return reason if reason.startswith(UNASKED) else f"{UNASKED}={findings.environ[UNASKED]} does nothing: {reason}"
+
+
 def _autoload(findings: Findings) -> str | None:
     if findings.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") != "0" or findings.version("torch_npu") is None:
         return None
@@ -331,6 +364,11 @@ FAULTS: tuple[Fault, ...] = (
     Fault("packages that break", _others_broken, "Reinstall them, or uninstall those that are not needed."),
     Fault("two versions in one place", _twice, "pip uninstall the package until it is gone, then install it once."),
     Fault("switch", _switch, "Correct or unset the variable."),
+    Fault(
+        "patching by itself",
+        _unasked,
+        "Until then: python -m npu_patch run script.py, or npu_patch.apply() in the script.",
+    ),
     Fault(
         "tuning file",
         lambda findings: findings.tuning_file.error,

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from npu_patch.autoload.entry import AUTOLOAD, GROUP
 from npu_patch.commands.console.output_file import why_no_file_can_be_made
 from npu_patch.commands.console.terminal import Steps
 from npu_patch.commands.doctor.cann import Cann, find_cann
@@ -16,7 +17,6 @@ from npu_patch.commands.doctor.processes import Answer, Processes, Question, too
 from npu_patch.commands.tuning_file import content_of
 from npu_patch.switches import PREFIX, TUNE
 
-AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 TIMES = PREFIX + "TRITON_CACHE"
 # By the name under which pip knows each; what is imported to see whether it works.
 PACKAGES: Mapping[str, str] = {
@@ -64,6 +64,7 @@ class Findings:
     alone: Mapping[str, Answer] = field(default_factory=dict)  # of those that fail: without torch loading torch_npu
     tuning_file: Answer = field(default_factory=Answer)  # of TWINKLE_NPU_TUNE
     times_file: Answer = field(default_factory=Answer)  # of TWINKLE_NPU_TRITON_CACHE
+    entries: Answer = field(default_factory=Answer)  # names of what torch calls when it is imported
 
     def version(self, name: str) -> str | None:
         """Of an installed distribution; the first on the path counts."""
@@ -100,6 +101,7 @@ def at_first_sight(
         dict(environ),
         tuning_file=_tuning_file(environ),
         times_file=_times_file(environ),
+        entries=running.ask(python, environ, timeout, "entry_points", GROUP),
     )
 
 

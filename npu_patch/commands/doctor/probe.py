@@ -23,6 +23,13 @@ def distributions():
     ]
 
 
+def entry_points(group):
+    """Names in the group, of what torch calls when it is imported."""
+    from importlib import metadata
+
+    return [each.name for each in metadata.entry_points(group=group)]
+
+
 def package(mode, name):
     """Whether a module can be imported, and what it says of itself. "alone": without torch loading torch_npu."""
     if mode == "alone":
@@ -86,6 +93,7 @@ if __name__ == "__main__":
     sys.path.pop(0)  # the folder of this file
     probe: dict[str, Any] = {
         "distributions": distributions,
+        "entry_points": entry_points,
         "package": package,
         "torch_npu": torch_npu,
         "providers": providers,

@@ -22,7 +22,8 @@ from npu_patch.ops.readings import AsNamed, NotRead
 from npu_patch.ops.token_losses import TOKEN_LOSSES
 from npu_patch.patches.loss import forward, losses, of_tokens, smoothing
 from npu_patch.patches.patch import Context, Patch, Replacement
-from npu_patch.sites.sites import Site, is_within
+from npu_patch.sites.late_imports import is_within
+from npu_patch.sites.sites import Site
 
 TRL = "trl"
 

@@ -21,7 +21,8 @@ from npu_patch.commands.console.result import Result
 from npu_patch.commands.coverage import command as coverage
 from npu_patch.commands.coverage.survey import Tally, cell, survey
 from npu_patch.reporting.report import Report
-from npu_patch.sites.sites import is_modeling_module, loaded_modules, modules_of_model
+from npu_patch.sites.late_imports import is_modeling_module
+from npu_patch.sites.sites import loaded_modules, modules_of_model
 from tests.support.tiny_models import tiny
 
 # With norms that nothing computes, experts of their own, gated delta nets, vision, GELU.
