@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import npu_patch
 from npu_patch import simulator
 
 from .case import Case, Engine, Step, counting, ids, mean_over_ranks, mine, npu, rank, whole, without_wrappers, world
@@ -72,44 +71,34 @@ def zero3(case: Case) -> Step:
     return zero(case, 3)
 
 
-def ulysses(case: Case) -> Step:
-    """accelerate's sp_size: DeepSpeed's attention around the registry's. One row, of which each rank has a part."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    imported()
-    registry = ALL_ATTENTION_FUNCTIONS._global_mapping
-    kept = dict(registry)  # DeepSpeed leaves its own there, around what it finds
-    model = case.built()
-    its = accelerator()
-    engine, _ = its.prepare(model, optimizer(model))
-    case.after(model)
-    batch = ids().reshape(1, -1)
+def one_row(batch: Tensor) -> tuple[Tensor, Tensor]:
+    """All tokens as one sequence, with the token that follows each."""
+    batch = batch.reshape(1, -1)
     labels = batch.roll(-1, 1)
     labels[0, -1] = batch[0, 0]
+    return batch, labels
+
+
+def ulysses(case: Case) -> Step:
+    """accelerate's sp_size: DeepSpeed's attention around the registry's. One row, of which each rank has a part."""
+    imported()
+    model = case.built()
+    engine, _ = accelerator().prepare(model, optimizer(model))
+    case.after(model)
+    batch, labels = one_row(ids())
     positions = torch.arange(batch.shape[1], device=npu())[None]
     own = slice(rank() * batch.shape[1] // world(), (rank() + 1) * batch.shape[1] // world())
     given = {"position_ids": positions[:, own], "labels": labels[:, own], "shift_labels": labels[:, own]}
-    try:
-        with counting():
-            loss = engine(input_ids=batch[:, own], **given, use_cache=False).loss
-            engine.backward(loss / world())  # gradients are summed; accelerate's backward would take a step at once
-        return found(model, loss)
-    finally:
-        engine.destroy()
-        npu_patch.restore()
-        registry.clear()
-        registry.update(kept)
+    with counting():
+        loss = engine(input_ids=batch[:, own], **given, use_cache=False).loss
+        engine.backward(loss / world())  # gradients are summed; accelerate's backward would take a step at once
+    return found(model, loss)
 
 
 def accelerator() -> Any:
     from accelerate import Accelerator, DeepSpeedPlugin
-    from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import DeepSpeedSequenceParallelConfig, ParallelismConfig
-    from deepspeed.runtime.sequence_parallel import parallel_state_sp
 
-    parallel_state_sp._SEQUENCE_PARALLEL_GROUP = parallel_state_sp._SEQUENCE_DATA_PARALLEL_GROUP = None
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
     handler = DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True, sp_attn_implementation="sdpa")
     parallelism = ParallelismConfig(sp_size=world(), sp_backend="deepspeed", sp_handler=handler)
     return Accelerator(parallelism_config=parallelism, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=configuration(2)))
@@ -118,5 +107,4 @@ def accelerator() -> Any:
 ENGINES = (
     Engine("DeepSpeed, ZeRO-2", zero2, adapters=True),
     Engine("DeepSpeed, ZeRO-3", zero3, adapters=True),
-    Engine("accelerate, sp_size by DeepSpeed", ulysses, adapters=True, in_one_row=True),
 )
