@@ -25,7 +25,7 @@ Value = bool | str | None
 
 @dataclass(frozen=True)
 class Switch:
-    """One switch: the environment variable `TWINKLE_NPU_<variable>`, the keyword `name` of `apply()`.
+    """One switch: the environment variable `TWINKLE_NPU_<variable>`, the keyword `name` of `apply()`, or of `of`.
 
     `kind`: "on/off", "auto" (on, off, or as `AUTO` finds best), or "path" of a file (None: the usual place).
     """
@@ -37,6 +37,7 @@ class Switch:
     group: str | None = None  # the switch whose value is this one's default
     aliases: tuple[str, ...] = ()
     kind: str = "on/off"
+    of: str = "apply()"
 
 
 SWITCHES: tuple[Switch, ...] = (
@@ -61,6 +62,13 @@ SWITCHES: tuple[Switch, ...] = (
         kind="path",
     ),
     Switch("self_check", "SELF_CHECK", True, "checking operators on a real device against float64 before they serve"),
+    Switch(
+        "sequence_parallel",
+        "SEQUENCE_PARALLEL",
+        True,
+        "dividing sequences among ranks by npu_patch.sequence_parallel; off, each rank has whole ones",
+        of="SequenceParallel()",
+    ),
 )
 BY_NAME: Mapping[str, Switch] = MappingProxyType({switch.name: switch for switch in SWITCHES})
 
@@ -78,15 +86,17 @@ class Switches:
         return self.values[name]
 
 
-def resolve(keywords: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> Switches:
-    """Reads every switch once.
+def resolve(
+    keywords: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None, of: str = "apply()"
+) -> Switches:
+    """Reads every switch once; `of`: whose keywords these are.
 
     Raises `ValueError` naming the variable (or keyword), its value and what is accepted; warns about an unknown
     `TWINKLE_NPU_*` variable, naming the closest real one.
     """
     environ = os.environ if environ is None else environ
     keywords = keywords or {}
-    _check_keywords(keywords)
+    _check_keywords(keywords, of)
     for fact in unknown_variables(environ):
         log.warning(fact)
 
@@ -95,7 +105,7 @@ def resolve(keywords: Mapping[str, Any] | None = None, environ: Mapping[str, str
     for switch in SWITCHES:  # a group stands before its members
         if switch.name in keywords:
             values[switch.name] = _keyword_value(switch, keywords[switch.name])
-            sources[switch.name] = f"apply({switch.name}={values[switch.name]!r})"
+            sources[switch.name] = _said(switch, values[switch.name])
             continue
         found = _read_environment(switch, environ)
         if found is not None:
@@ -149,26 +159,31 @@ def set_for_children(environ: MutableMapping[str, str], values: Mapping[str, Val
     environ[UNASKED] = "report" if report == "-" or unasked(environ).printed else "1"
 
 
-def _check_keywords(keywords: Mapping[str, Any]) -> None:
+def _check_keywords(keywords: Mapping[str, Any], of: str) -> None:
+    known = {switch.name: switch for switch in SWITCHES if switch.of == of}
     for name, value in keywords.items():
-        if name not in BY_NAME:
+        if name not in known:
             raise TypeError(
-                f"apply() got the unknown switch {name!r}{_closest(name, BY_NAME)}; accepted: {', '.join(BY_NAME)}"
+                f"{of} got the unknown switch {name!r}{_closest(name, known)}; accepted: {', '.join(known)}"
             )
-        _keyword_value(BY_NAME[name], value)
+        _keyword_value(known[name], value)
+
+
+def _said(switch: Switch, value: Any) -> str:
+    return f"{switch.of.removesuffix(')')}{switch.name}={value!r})"
 
 
 def _keyword_value(switch: Switch, value: Any) -> Value:
     if switch.kind == "path":
         if value is None or isinstance(value, (str, os.PathLike)):
             return None if value is None else os.fspath(value)
-        raise ValueError(f"apply({switch.name}={value!r}): accepted are a path and None")
+        raise ValueError(f"{_said(switch, value)}: accepted are a path and None")
     if isinstance(value, int) and value in (0, 1):
         return bool(value)
     if switch.kind == "auto" and isinstance(value, str) and value == AUTO:
         return AUTO
     auto = f"{AUTO!r}, " if switch.kind == "auto" else ""
-    raise ValueError(f"apply({switch.name}={value!r}): accepted are {auto}True (or 1) and False (or 0)")
+    raise ValueError(f"{_said(switch, value)}: accepted are {auto}True (or 1) and False (or 0)")
 
 
 def _read_environment(switch: Switch, environ: Mapping[str, str]) -> tuple[Value, str] | None:

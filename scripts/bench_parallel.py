@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 2 scripts/bench_parallel.py                       # GPUs, by NCCL
     torchrun --nproc-per-node 8 scripts/bench_parallel.py --engines sequences --tokens 65536
     python -m npu_patch.simulator torchrun --nproc-per-node 2 scripts/bench_parallel.py --device npu --tiny
+    ... --nproc-per-node 1 or 2 ... --tiny --tokens 32768 --engines sequences --ways patched   # the peak by ranks
 
 Qwen3 of 1.7 billion random weights in bfloat16, rank 8 on all linear layers. DDP and FSDP2: `--tokens` on each device.
 Sequences: `--tokens` on all devices together, of which each has a part. The ways of an engine run in turns on one
@@ -53,9 +54,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=BACKENDS, default="cuda")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--tiny", action="store_true", help="a model to try the script with, 64 tokens, two steps")
-    return parser.parse_args()
+    parser.add_argument("--tokens", type=int, help="8192, or 64 with --tiny")
+    parser.add_argument("--tiny", action="store_true", help="a model to try the script with, two steps")
+    asked = parser.parse_args()
+    asked.tokens = asked.tokens or (64 if asked.tiny else 8192)
+    return asked
 
 
 def made(device: torch.device, tiny: bool) -> nn.Module:
@@ -133,16 +136,16 @@ def stepping(model: nn.Module, given: Any, optimizer: torch.optim.Optimizer) -> 
 
 def rows(options: argparse.Namespace, device: torch.device) -> Iterator[str]:
     accelerator = torch.get_device_module(options.device)
-    count, timed = (64, (1, 2)) if options.tiny else (options.tokens, (WARM_UPS, STEPS))
+    timed = (1, 2) if options.tiny else (WARM_UPS, STEPS)
     for engine in options.engines:
-        model, given = ENGINES[engine](made(device, options.tiny), count, device)
+        model, given = ENGINES[engine](made(device, options.tiny), options.tokens, device)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         step = stepping(model, given, torch.optim.AdamW(trained, lr=0.0))  # every way has the same adapters
         for way in options.ways:
             switches = WAYS[way]
             with npu_patch.applied(model, device=options.device, patch=switches is not None, **(switches or {})):
                 loss, milliseconds, gib = measured(step, accelerator, *timed)
-            yield f"| {engine} | {way} | {loss:.4f} | {milliseconds:.1f} | {gib:.2f} |"
+            yield f"| {engine} | {way} | {loss:.4f} | {milliseconds:.1f} | {gib:.4g} |"
         del model, given, step, trained
         accelerator.empty_cache()
 

@@ -15,6 +15,7 @@ engine refuses this model, or is itself as far off. Exit code 1: a cell is unequ
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -107,6 +108,8 @@ def main() -> int:
     found = launch(options)
     cells = [merged(each) for each in zip(*found, strict=True)]
     print(table(cells, options.ranks))
+    if not importlib.util.find_spec("deepspeed"):
+        print("\nleft out: DeepSpeed, the package deepspeed is not installed")
     if options.counts:
         print(f"\n{counts_table([cell for cell in found[0] if cell['when'] == options.orders[0]])}")
     if options.served:

@@ -121,3 +121,18 @@ def test_a_group_stands_before_its_members() -> None:
 def test_numbers_stand_for_on_and_off_in_every_keyword(name: str) -> None:
     assert [resolve({name: value}, {})[name] for value in (1, 0)] == [True, False]
     assert resolve({name: 0}, {}).sources[name] == f"apply({name}=False)"
+
+
+def test_a_switch_of_another_door_is_a_keyword_there_and_not_of_apply() -> None:
+    door, variable = "SequenceParallel()", "TWINKLE_NPU_SEQUENCE_PARALLEL"
+    assert resolve({}, {}, of=door)["sequence_parallel"]
+    assert not resolve({}, {variable: "off"}, of=door)["sequence_parallel"]
+    switches = resolve({"sequence_parallel": True}, {variable: "0"}, of=door)
+    assert switches["sequence_parallel"]
+    assert switches.sources["sequence_parallel"] == "SequenceParallel(sequence_parallel=True)"
+    with pytest.raises(ValueError, match=r"SequenceParallel\(sequence_parallel='no'\): accepted are True"):
+        resolve({"sequence_parallel": "no"}, {}, of=door)
+    with pytest.raises(TypeError, match=r"apply\(\) got the unknown switch 'sequence_parallel'"):
+        npu_patch.apply(sequence_parallel=False)
+    with pytest.raises(TypeError, match=r"SequenceParallel\(\) got the unknown switch 'rope'.*sequence_parallel"):
+        resolve({"rope": False}, {}, of=door)

@@ -71,12 +71,12 @@ def _why_not(
         with around:
             observed = forward(StandIn(cls, mine.attributes(training)), mine.x)
             expected = others.result()
+        far = distance([observed], [expected], mine.differentiated, others.differentiated)
     except Missing as missing:
         return f"it asks for {missing.name!r}"
     except Exception as error:
         unless_accident(error)
         return error_text(error)
-    far = distance([observed], [expected], mine.differentiated, others.differentiated)
     return None if far <= 1.0 else "it computes something else than base(x) + B(A(drop(x))) s"
 
 

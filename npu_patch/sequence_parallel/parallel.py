@@ -1,9 +1,10 @@
-"""A model whose attention gets whole sequences, while the rest of it has a part of each."""
+"""A model whose attention and gated delta nets get whole sequences, while the rest of it has a part of each."""
 
 from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,48 +14,79 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from npu_patch.sequence_parallel.exchange import to_heads, to_tokens
+from npu_patch.applying.ranks import in_place, require_same
+from npu_patch.patches.gated_delta.packing import REMEDY, sign_of_packing
+from npu_patch.sequence_parallel.exchange import Group, to_heads, to_tokens
+from npu_patch.sequence_parallel.gated_delta import hooked
+from npu_patch.sites.journal import Journal
+from npu_patch.switches import resolve
 
 NO_LABEL = -100
 KNOWN_LAYERS = ("full_attention", "sliding_attention")
+GATED_DELTA = "linear_attention"
+LATE_S = 300.0  # the first step of a rank after that of another
 _numbers = itertools.count()
 
 
 class SequenceParallel:
-    """`group`: the ranks that share each sequence (default: all). Raises ValueError where its size does not divide the
-    heads, the model's attention is none of transformers' registry, or layers carry a state along the sequence."""
+    """`group`: the ranks that share each sequence (default: all). `sequence_parallel=False`, before the switch of that
+    name: every rank has whole sequences, with the same losses and gradients. Raises ValueError where the group's size
+    does not divide the heads, attention is none of transformers' registry, or other layers look along the sequence."""
 
-    def __init__(self, model: torch.nn.Module, group: dist.ProcessGroup | None = None) -> None:
-        from transformers.masking_utils import AttentionMaskInterface
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
-
+    def __init__(self, model: torch.nn.Module, group: Group = None, **switch: bool) -> None:
         self.group = group
         self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
         configuration: Any = model.config
         self.config = configuration.get_text_config()
         self.inner: str = self.config._attn_implementation
+        self.divides: bool = resolve(switch, of="SequenceParallel()")["sequence_parallel"]
+        self._batch: dict[str, Any] | None = None
+        self._masks: dict[bool, Any] = {}
+        self._hooks: list[Any] = []
+        self._alike = self.ranks == 1
+        self.name = f"{self.inner}_over_ranks_{next(_numbers)}"
+        if self.divides:
+            self._attach(model)
+
+    def _attach(self, model: torch.nn.Module) -> None:
+        from transformers.masking_utils import AttentionMaskInterface
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
         _require_divisible(self.ranks, "attention heads", self.config.num_attention_heads)
-        key_heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
-        if self.ranks % key_heads:
-            _require_divisible(self.ranks, "key-value heads", key_heads)
-        others = sorted(set(getattr(self.config, "layer_types", None) or ()) - set(KNOWN_LAYERS))
-        if others:
-            raise ValueError(f"layers of {', '.join(others)}: sequences are divided for {' and '.join(KNOWN_LAYERS)}")
         if self.inner not in ALL_ATTENTION_FUNCTIONS:
             known = ", ".join(sorted(ALL_ATTENTION_FUNCTIONS))
             raise ValueError(f"attention {self.inner!r} is a model's own: accepted is one that all have: {known}")
-        self._batch: dict[str, Any] | None = None
-        self._masks: dict[bool, Any] = {}
-        self.name = f"{self.inner}_over_ranks_{next(_numbers)}"
+        kinds = list(getattr(self.config, "layer_types", None) or ())
+        others = set(kinds) - set(KNOWN_LAYERS)
+        if GATED_DELTA in kinds:
+            journal, divided = Journal(), lambda: self._batch is not None
+            of_nets = [hooked(layer, journal, divided, self.ranks, self.rank, self.group) for layer in model.modules()]
+            self._hooks = [hook for hooks in of_nets for hook in hooks]
+            if sum(map(bool, of_nets)) == kinds.count(GATED_DELTA):
+                others -= {GATED_DELTA}
+        try:
+            if others:
+                known = f"{', '.join(KNOWN_LAYERS)} and gated delta nets (of transformers 5.15 or newer)"
+                raise ValueError(f"layers of {', '.join(sorted(others))}: sequences are divided for {known}")
+            if self._hooks:
+                _require_divisible(self.ranks, "value heads of gated delta nets", self.config.linear_num_value_heads)
+        except ValueError:
+            self._unhook()
+            raise
         AttentionInterface.register(self.name, self._attention)
         AttentionMaskInterface.register(self.name, self._mask)
         self.config._attn_implementation = self.name  # which its layers look up
+
+    def _unhook(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def close(self) -> None:
         """The model attends as before."""
         from transformers.masking_utils import AttentionMaskInterface
         from transformers.modeling_utils import AttentionInterface
 
+        self._unhook()
         self.config._attn_implementation = self.inner
         for interface in (AttentionInterface, AttentionMaskInterface):
             interface._global_mapping.pop(self.name, None)
@@ -68,14 +100,26 @@ class SequenceParallel:
         position_ids: Tensor | None = None,
         **others: Any,
     ) -> Iterator[dict[str, Any]]:
-        """This rank's arguments for the model, of the whole batch's. The backward belongs into the block as well."""
+        """This rank's arguments for the model, of the whole batch's. The backward belongs into the block as well.
+
+        Raises ValueError for tokens that the ranks do not divide; PatchError where the ranks are not patched alike."""
+        self._require_alike()
+        batch = {"attention_mask": attention_mask, "position_ids": position_ids}
+        if not self.divides:
+            given = {"input_ids": input_ids, "labels": labels, **batch, **others, "use_cache": False}
+            yield {name: each for name, each in given.items() if each is not None}
+            return
         rows, length = input_ids.shape
         _require_divisible(self.ranks, "tokens of each sequence", length)
+        if self._hooks:
+            others = _told(length, batch, others)
         if position_ids is None:
             position_ids = torch.arange(length, device=input_ids.device)[None]
         position_ids = position_ids.expand(rows, length)
         mine = slice(self.rank * length // self.ranks, (self.rank + 1) * length // self.ranks)
         part: dict[str, Any] = {"input_ids": input_ids[:, mine], "position_ids": position_ids[:, mine], **others}
+        if attention_mask is not None:
+            part["attention_mask"] = attention_mask[:, mine]
         if labels is not None:
             following = F.pad(labels, (0, 1), value=NO_LABEL)[:, 1:]
             each = (following != NO_LABEL).sum() / self.ranks  # the mean over ranks is that over tokens then
@@ -87,6 +131,14 @@ class SequenceParallel:
         finally:
             self._batch = None
             self._masks.clear()
+
+    def _require_alike(self) -> None:
+        """Once: ranks that call other collectives would wait for each other."""
+        if not self._alike:
+            own = {"divides": "on" if self.divides else "off", "attention": self.inner}
+            state = {**in_place(), "sequence_parallel": own}
+            require_same("sequences", dist.get_process_group_ranks(self.group), state, LATE_S)
+            self._alike = True
 
     def _mask(self, *args: Any, **kwargs: Any) -> Any:
         """Of the model, which knows a part of the tokens only: none."""
@@ -116,10 +168,10 @@ class SequenceParallel:
             return inner(module, query, key, value, attention_mask, **kwargs)
         if kwargs.get("position_bias") is not None:
             raise ValueError("position_bias: attention with a bias by position is not divided among ranks")
-        repeats = self.ranks // key.shape[1] if key.shape[1] < self.ranks else 1
+        repeats = self.ranks // math.gcd(self.ranks, key.shape[1])
         if repeats > 1:
             key, value = (tensor.repeat_interleave(repeats, 1) for tensor in (key, value))
-            module = _WithGroups(module, query.shape[1] // self.ranks)
+            module = _WithGroups(module, query.shape[1] // key.shape[1])
         query, key, value = (to_tokens(tensor, self.ranks, self.group) for tensor in (query, key, value))
         if kwargs.get("s_aux") is not None:
             kwargs["s_aux"] = kwargs["s_aux"].chunk(self.ranks)[self.rank]
@@ -143,3 +195,18 @@ class _WithGroups:
 def _require_divisible(ranks: int, what: str, number: int) -> None:
     if number % ranks:
         raise ValueError(f"{number} {what} over {ranks} ranks: accepted is a multiple of {ranks}")
+
+
+def _told(length: int, batch: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """With the number of the sequence of each token, if some are packed. Refused on every rank, if that is not said:
+    position ids start anew in the parts of some ranks only."""
+    bounds = others.get("cu_seq_lens_q")
+    if others.get("seq_idx") is None and bounds is not None:
+        tokens = torch.arange(length, device=bounds.device, dtype=bounds.dtype)
+        return {**others, "seq_idx": torch.searchsorted(bounds[1:].contiguous(), tokens, right=True)[None]}
+    if others.get("seq_idx") is None and sign_of_packing(batch) is not None:
+        raise ValueError(
+            "packed sequences would leak into each other: position_ids start anew, and gated delta nets are not told "
+            f"where sequences end. {REMEDY}"
+        )
+    return others

@@ -59,6 +59,7 @@ def sizes(family: str) -> dict[str, Any]:
         found["num_experts"] = 4
     if family == "qwen3_5":
         found["layer_types"] = ["linear_attention", "full_attention"] * (layers // 2)
+        found["linear_num_key_heads"], found["linear_num_value_heads"] = 2, 8  # the former fewer than four ranks
     return found
 
 

@@ -25,7 +25,7 @@ from torch import nn
 
 import npu_patch
 from npu_patch.commands.replay.bars import FLOORS, GROSS, relative_error
-from scripts.parallel import plans, sequences, torchs
+from scripts.parallel import deepspeeds, plans, sequences, torchs
 from scripts.parallel.case import COUNTS, Case, Engine, Step, evaluated, gradients, ids, npu, plain
 from tests.support.gradients import in_float64
 
@@ -171,7 +171,7 @@ def beside_unpatched(
     engine: Engine, case: Case, found: Step | str, own: Step | str, reason: str | None
 ) -> tuple[str, str | None]:
     if isinstance(own, str):
-        return ("as unpatched", own) if isinstance(found, str) else ("equal", f"but unpatched: {own}")
+        return ("as unpatched", own) if isinstance(found, str) else ("unequal", f"{reason}; unpatched: {own}")
     if isinstance(found, str):
         return "unequal", found
     expected = reference(key(engine), case.family, case.lora)
@@ -190,7 +190,8 @@ def beside_unpatched(
 
 def cells(asked: dict[str, Any], host: Any) -> list[dict[str, Any]]:
     found, turn = [], 0
-    for engine in (*torchs.ENGINES, *plans.ENGINES, *sequences.ENGINES):
+    optional = () if deepspeeds.MISSING else deepspeeds.ENGINES
+    for engine in (*torchs.ENGINES, *plans.ENGINES, *sequences.ENGINES, *optional):
         if asked["engines"] and not any(word in engine.name for word in asked["engines"]):
             continue
         for family in filter(engine.families.__contains__, asked["families"]):

@@ -34,8 +34,7 @@ def over_fsdp2(case: Case) -> Step:
     return divided(case, lambda model: sharded(case, model))
 
 
-ATTENTIVE = ("qwen3", "qwen3_moe")
 ENGINES = (
-    Engine("npu_patch.sequence_parallel, DDP", over_ddp, ATTENTIVE, adapters=True),
-    Engine("npu_patch.sequence_parallel, FSDP2", over_fsdp2, ATTENTIVE, adapters=True),
+    Engine("npu_patch.sequence_parallel, DDP", over_ddp, adapters=True),
+    Engine("npu_patch.sequence_parallel, FSDP2", over_fsdp2, adapters=True),
 )

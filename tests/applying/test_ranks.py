@@ -20,7 +20,7 @@ def asked(states: list[State], world: int | None = None, timeout: float = 20.0) 
     """What each of the ranks is told that ask."""
     store, world = dist.HashStore(), world or len(states)
     with ThreadPoolExecutor() as pool:
-        each = [pool.submit(why_not_same, store, i, world, state, timeout, "0") for i, state in enumerate(states)]
+        each = [pool.submit(why_not_same, store, i, range(world), s, timeout, "0") for i, s in enumerate(states)]
         return [future.result() for future in each]
 
 

@@ -83,7 +83,7 @@ def refuse_if_untold(op: str) -> None:
     if torch.compiler.is_compiling():
         return
     given = _GIVEN.get()
-    sign = None if given is None else _sign_of_packing(given)
+    sign = None if given is None else sign_of_packing(given)
     if sign is not None:
         raise ValueError(
             f"packed sequences would leak into each other: the model was given some ({sign}), the {op} of its gated "
@@ -91,7 +91,7 @@ def refuse_if_untold(op: str) -> None:
         )
 
 
-def _sign_of_packing(given: Mapping[str, Any]) -> str | None:
+def sign_of_packing(given: Mapping[str, Any]) -> str | None:
     """The host reads at most one flag per step, and none unless position ids or `seq_idx` are given to a call whose
     layers do not receive boundaries."""
     lengths = given.get("cu_seq_lens_q")
