@@ -1,5 +1,6 @@
 """Copies between devices, reads by the host, and unwritten memory: aten operators with rules of their own."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ def _empty_like(
     return memory.poisoned(like.size(), like.stride(), like.dtype, memory.index_of(target))
 
 
-KERNELS = {
+KERNELS: dict[str, Callable[..., Any]] = {
     "copy_": _copy_,
     "_copy_from": _copy_from,
     "_copy_from_and_resize": _copy_from_and_resize,

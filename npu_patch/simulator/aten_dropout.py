@@ -3,6 +3,9 @@
 Source: op-plugin, NativeDropoutKernelNpuOpApi.cpp.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,4 +28,7 @@ def _native_dropout_backward(grad_output: Tensor, mask: Tensor, scale: float) ->
     return torch.zeros_like(grad_output) if p == 1 else torch.ops.npu.npu_dropout_backward(grad_output, mask, p)
 
 
-KERNELS = {"native_dropout": _native_dropout, "native_dropout_backward": _native_dropout_backward}
+KERNELS: dict[str, Callable[..., Any]] = {
+    "native_dropout": _native_dropout,
+    "native_dropout_backward": _native_dropout_backward,
+}

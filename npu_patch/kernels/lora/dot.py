@@ -14,7 +14,7 @@ from npu_patch.kernels import launch
 WHOLE, IN_PARTS, IN_PARTS_APART = 0, 1, 2
 
 
-def parts_of(machine: launch.Machine, dtype: torch.dtype) -> int:
+def parts_of(machine: launch.Machine, dtype: torch.dtype | None) -> int:
     """PARTS for layers that multiply in `dtype`.
 
     Apart from what was summed before: a GPU's matrix unit cuts off, always the same way, what does not fit where it
