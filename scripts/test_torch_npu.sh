@@ -36,7 +36,7 @@ suite=(
 )
 log=$directory/npu_patch.log
 code=0
-"$python" -m pytest -q -rs "${@:-${suite[@]}}" 2>&1 | tee "$log" || code=$?
+"$python" -m pytest -rs "${@:-${suite[@]}}" 2>&1 | tee "$log" || code=$?
 counted() { grep -oE "[0-9]+ $1" <<<"$(tail -n 1 "$log")" | grep -oE '[0-9]+' || echo 0; }
 echo "| $version | $torch_version | $(counted passed) | $(counted failed) | $(counted skipped) |"
 exit "$code"
