@@ -82,13 +82,15 @@ def _tell(wanted: Unasked, first: Report, process: int, since: float) -> None:
 
     found = report() if first.nothing_because is None else first
     used = any(each.reached or each.called for each in found)
+    printed = wanted.printed
     try:
         if wanted.file is not None and (used or not _is_newer(wanted.file, since)):
             found.write(wanted.file)
-        if wanted.printed and (used or not _is_worker()):
-            print(found if used else f"{found.headline()}; no layer was made in this process", file=sys.stderr)
     except Exception as error:
         log.warning(f"{UNASKED}: the report could not be written: {type(error).__name__}: {error}")
+        printed = True
+    if printed and (used or not _is_worker()):
+        print(found if used else f"{found.headline()}; no layer was made in this process", file=sys.stderr)
 
 
 def _is_newer(file: str, since: float) -> bool:

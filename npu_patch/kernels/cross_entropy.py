@@ -57,7 +57,9 @@ def _cross_entropy(
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         here = logits + tl.cast(row, tl.int64) * row_stride
         label = tl.load(labels + row)
-        of_label = tl.load(here + label).to(tl.float32)
+        # Of a label that is none of the vocabulary nothing is read, and loss and gradient are no numbers.
+        known = (label >= 0) & (label < columns)
+        of_label = tl.load(here + label, mask=known, other=float("nan")).to(tl.float32)
         greatest = float("-inf")
         total = 0.0
         for start in range(0, columns, BLOCK):
@@ -71,7 +73,7 @@ def _cross_entropy(
         tl.store(losses + row, normalizer - of_label)
         there = found + tl.cast(row, tl.int64) * columns
         if GRADIENT:
-            by = tl.load(scale + row).to(tl.float32)
+            by = tl.where(known, tl.load(scale + row).to(tl.float32), float("nan"))
         for start in range(0, columns, BLOCK):
             column = start + place
             x = tl.load(here + column, mask=column < columns, other=float("-inf")).to(tl.float32) - normalizer

@@ -64,3 +64,11 @@ def test_what_is_no_number_is_seen(value: float) -> None:
     logits[0, 7] = value
     losses, gradient = cross_entropy(logits, torch.tensor([1, 1]), torch.ones(2))
     assert losses.isnan().tolist() == [True, False] and gradient.isnan().any(-1).tolist() == [True, False]
+
+
+@ONE_MACHINE
+@pytest.mark.parametrize("label", [-1, 300, 2**31, 2**31 + 5, -(2**40)])
+def test_a_label_that_is_none_of_the_vocabulary_is_seen_and_reads_nothing(label: int) -> None:
+    losses, gradient = cross_entropy(normal(2, 300).detach(), torch.tensor([label, 1]), torch.ones(2))
+    assert losses.isnan().tolist() == [True, False]
+    assert gradient[0].isnan().all() and not gradient[1].isnan().any()
