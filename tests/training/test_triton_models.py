@@ -16,7 +16,9 @@ from tests.support.needs_triton import needs_triton
 from tests.support.parity import assert_no_further_from_float64, why_unequal
 from tests.support.tiny_models import tiny, tiny_batch
 
-SERVED = {family: {"rms_norm", "swiglu", "qk_norm_rope", "add_rms_norm"} for family in ("qwen3", "qwen3_5")}
+SERVED = {
+    family: {"rms_norm", "swiglu", "qk_norm_rope", "add_rms_norm", "cross_entropy"} for family in ("qwen3", "qwen3_5")
+}
 
 
 pytestmark = pytest.mark.usefixtures("two_cores")
@@ -55,7 +57,7 @@ def test_rows_that_do_not_fit_on_chip_are_left_to_torch_npu(npu: torch.device, m
     original = loss_and_gradients(model, batch)
     with npu_patch.applied(model, triton=True) as report:
         patched = loss_and_gradients(model, batch)
-    assert ran_triton(report) == {"swiglu", "qk_norm_rope"}
+    assert ran_triton(report) == {"swiglu", "qk_norm_rope", "cross_entropy"}
     (norms,) = [outcome for outcome in report.patched if outcome.patch == "rms_norm" and outcome.layers]
     assert set(norms.calls.ran_by) == {"torch_npu.npu_rms_norm"} and not norms.calls.fell_through
     assert norms.as_dict()["declined"]["triton"] == "48 wide: 40 is the most that fits on chip"

@@ -24,10 +24,18 @@ def distributions():
 
 
 def entry_points(group):
-    """Names in the group, of what torch calls when it is imported."""
+    """Names in the group, of what torch calls when it is imported. Not of what lies beside the npu_patch that asks: its
+    folder is on the path for this process alone, unless it is the interpreter's own."""
+    import site
     from importlib import metadata
 
-    return [each.name for each in metadata.entry_points(group=group)]
+    *others, ours = os.environ["PYTHONPATH"].split(os.pathsep)
+    foreign = ours not in (*others, *site.getsitepackages(), site.getusersitepackages())
+    path = [each for each in sys.path if not (foreign and each == ours)]
+    installed = {}
+    for each in metadata.distributions(path=path):
+        installed.setdefault(each.metadata["Name"], each)
+    return [entry.name for each in installed.values() for entry in each.entry_points if entry.group == group]
 
 
 def package(mode, name):
