@@ -114,7 +114,7 @@ def test_run_needs_no_entry_point_and_says_what_its_children_miss(
     script.write_text("import sys; print(sys.argv[1:], [type(each).__name__ for each in sys.meta_path][:1])")
     done = subprocess.run(
         [sys.executable, "-m", "npu_patch", "run", str(script), "--json"],
-        env=told, capture_output=True, text=True, timeout=60, check=True,
+        env=told, capture_output=True, text=True, timeout=60, check=True, cwd=tmp_path,
     )  # fmt: skip
     assert done.stdout == "['--json'] ['LateImports']\n"
     assert done.stderr.startswith("npu_patch run: processes that it starts are not patched: ")
