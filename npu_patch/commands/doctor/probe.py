@@ -32,7 +32,7 @@ def entry_points(group):
     *others, ours = os.environ["PYTHONPATH"].split(os.pathsep)
     foreign = ours not in (*others, *site.getsitepackages(), site.getusersitepackages())
     path = [each for each in sys.path if not (foreign and each == ours)]
-    installed = {}
+    installed: dict[str, Any] = {}
     for each in metadata.distributions(path=path):
         installed.setdefault(each.metadata["Name"], each)
     return [entry.name for each in installed.values() for entry in each.entry_points if entry.group == group]
