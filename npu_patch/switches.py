@@ -144,9 +144,12 @@ def unasked(environ: Mapping[str, str] | None = None) -> Unasked:
     return Unasked(True, word == "report" and file is None, file)
 
 
-def set_for_children(environ: MutableMapping[str, str], values: Mapping[str, Value], report: str | None) -> None:
+def set_for_children(
+    values: Mapping[str, Value], report: str | None, environ: MutableMapping[str, str] | None = None
+) -> None:
     """Puts switches, by their keywords, and `apply()` by itself into an environment that processes inherit. `report`:
     the file for it, or "-" to print it."""
+    environ = os.environ if environ is None else environ
     for name, value in values.items():
         switch = BY_NAME[name]
         variables = [PREFIX + variable for variable in (switch.variable, *switch.aliases)]

@@ -75,7 +75,7 @@ def short_name(site: str) -> str:
     `apply_rotary_pos_emb (qwen3)` of what many families have under one name."""
     name = site.removesuffix(".forward").removesuffix(".__call__").rsplit(".", 1)[-1]
     family = re.search(r"\.modeling_(\w+)\.", site)
-    if family is None or name.lower().startswith(family[1].replace("_", "")):
+    if family is None or name.lower().replace("_", "").startswith(family[1].replace("_", "")):
         return name
     return f"{name} ({family[1]})"
 

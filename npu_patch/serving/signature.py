@@ -20,7 +20,7 @@ Signature = tuple[tuple[torch.dtype | str, tuple[int, ...]], ...]
 def signature_of(*call: Any) -> Signature:
     """Of an op's call, with the tensors in its sequences and dataclasses. Not whether gradients are on: who watches
     decides nothing."""
-    return tuple((tensor.dtype, bucket(tensor.shape)) for tensor in _tensors_in(call))
+    return tuple((tensor.dtype, bucket(tensor.shape)) for tensor in tensors_in(call))
 
 
 def bucket(shape: Sequence[int]) -> tuple[int, ...]:
@@ -29,11 +29,11 @@ def bucket(shape: Sequence[int]) -> tuple[int, ...]:
     return len(shape), 1 << max(math.prod(shape[:-1]) - 1, 0).bit_length(), shape[-1]
 
 
-def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, (tuple, list)):
-            yield from _tensors_in(value)
+            yield from tensors_in(value)
         elif is_dataclass(value):
-            yield from _tensors_in(vars(value).values())
+            yield from tensors_in(vars(value).values())

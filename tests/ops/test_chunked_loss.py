@@ -225,12 +225,17 @@ def test_neither_logits_nor_their_gradient_are_made(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head", HEADS)
 def test_the_same_bits_with_gradients_and_without(head: str, dtype: torch.dtype, npu: torch.device) -> None:
+    for run in run_of(npu, interpreted=head == "plain"):
+        assert_the_same_bits(head, dtype, run, npu)
+
+
+def assert_the_same_bits(head: str, dtype: torch.dtype, run: Any, npu: torch.device) -> None:
     labels = labels_of(npu)
 
     def both(given: list[Tensor]) -> list[Tensor]:
         return [
-            cross_entropy(HEADS[head][1](*given), labels, reference).detach(),
-            *(each.detach() for each in chosen(HEADS[head][1](*given), labels.clamp(min=0), reference, entropy=True)),
+            cross_entropy(HEADS[head][1](*given), labels, run).detach(),
+            *(each.detach() for each in chosen(HEADS[head][1](*given), labels.clamp(min=0), run, entropy=True)),
         ]
 
     wanted = both(tensors(head, dtype, npu))

@@ -93,7 +93,7 @@ def _counted(options: argparse.Namespace, switches: dict[str, Any]) -> dict[str,
                 raise CommandError(f"--{what} {wanted}: {named(error)}") from error
     batch = models.batch_for(model, batch=1, length=options.tokens)
     if options.lora:
-        model = _with_adapters(model)
+        model = _adapted(model)
     model = model.to("npu")
     models.require_it_runs(model, batch, options.model)
     batch = {name: tensor.to("npu") for name, tensor in laid_out(batch, options.packed, options.padding).items()}
@@ -107,17 +107,15 @@ def _counted(options: argparse.Namespace, switches: dict[str, Any]) -> dict[str,
     }
 
 
-def _with_adapters(model: torch.nn.Module) -> torch.nn.Module:
+def _adapted(model: torch.nn.Module) -> torch.nn.Module:
     """In float32, on all linear layers but the head: "all-linear" means experts too."""
     import torch
 
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise CommandError(f"--lora needs peft, which cannot be imported ({error}): pip install peft") from error
+    from npu_patch.commands.subject.lora_step import with_adapters
+
     linear = [name for name, each in model.named_modules() if type(each) is torch.nn.Linear]
     targets = sorted({name.rsplit(".", 1)[-1] for name in linear} - {"lm_head"})
-    adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=targets))
+    adapted = with_adapters(model, r=8, lora_alpha=16, lora_dropout=0.05, target_modules=targets)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

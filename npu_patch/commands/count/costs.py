@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from npu_patch.commands.count.layers import Layers
 from npu_patch.commands.count.level_two import LevelTwo
+from npu_patch.serving.signature import tensors_in
 from npu_patch.simulator.counters import Counted, tensor_bytes
 
 COPY = re.compile(r"contiguous\(inside .*|.*::(copy_|clone|contiguous|_to_copy|cat|stack|repeat|\w*transpose\w*)")
@@ -50,7 +51,7 @@ class Costs(Counted):
 
     def launched(self, name: str, moved: int, read: Sequence[Any], written: Sequence[Any]) -> None:
         super().launched(name, moved, read, written)
-        inputs, outputs = list(_tensors(read)), list(_tensors(written))
+        inputs, outputs = list(tensors_in(read)), list(tensors_in(written))
         beyond = sum(self._beyond(each, False) for each in inputs) + sum(self._beyond(each, True) for each in outputs)
         floating = [each.dtype for each in inputs if each.is_floating_point()]
         product = PRODUCT.fullmatch(name) is not None and floating[:1] == [torch.float32]
@@ -77,11 +78,3 @@ class Costs(Counted):
         if tensor.device.type == "meta" or not tensor.numel():
             return 0
         return self._level_two.touched(tensor.untyped_storage().data_ptr(), tensor_bytes(tensor), written)
-
-
-def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)

@@ -6,7 +6,6 @@ Imports no torch: the script may set what torch reads when it is imported.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -19,6 +18,7 @@ from npu_patch.simulator.program import NoProgram, found, run_module, run_script
 from npu_patch.switches import SWITCHES, set_for_children, unasked
 
 PRINTED = "-"
+INTERRUPTED = 130
 
 
 class ProgramEnded(SystemExit):
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> NoReturn:
         raise CommandError(str(error)) from error
     given = {switch.name: getattr(options, switch.name) for switch in SWITCHES}
     values = {name: value for name, value in given.items() if value is not None}
-    set_for_children(os.environ, values, _report(options.report))
+    set_for_children(values, _report(options.report))
     closed = why_no_entry_here()
     if closed is not None:
         print(f"npu_patch run: processes that it starts are not patched: {closed}", file=sys.stderr)
@@ -46,9 +46,9 @@ def run(options: argparse.Namespace) -> NoReturn:
         (run_module if options.module else run_script)(script, options.args)
     except SystemExit as ended:
         raise ProgramEnded(ended.code) from None
-    except Exception:
+    except (Exception, KeyboardInterrupt) as error:
         sys.excepthook(*sys.exc_info())  # as it would be shown without us: programs bring their own
-        raise ProgramEnded(1) from None
+        raise ProgramEnded(INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1) from None
     raise ProgramEnded(0)
 
 

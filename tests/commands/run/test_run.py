@@ -49,6 +49,12 @@ def test_an_error_in_the_script_shows_its_traceback(tmp_path: Path) -> None:
     assert done.stderr.endswith("LookupError: mine\n") and "npu_patch run:" not in done.stderr
 
 
+def test_an_interrupted_script_shows_where_it_was(tmp_path: Path) -> None:
+    script = "import os, signal\ndef waits():\n    os.kill(os.getpid(), signal.SIGINT)\n    while True: pass\nwaits()"
+    done = run("script.py", folder=tmp_path, script=script)
+    assert done.returncode == 130 and "in waits" in done.stderr and done.stderr.endswith("KeyboardInterrupt\n")
+
+
 @pytest.mark.parametrize("arguments", [("script.py",), ("-m", "script")])
 def test_the_script_finds_its_arguments_and_its_folder(arguments: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "beside.py").write_text("here = True")
@@ -89,7 +95,7 @@ def test_what_cannot_be_started_is_refused(
 def test_children_inherit_what_was_asked_for(
     environ: dict[str, str], values: dict[str, object], report: str | None, expected: dict[str, str]
 ) -> None:
-    set_for_children(environ, values, report)
+    set_for_children(values, report, environ)
     assert environ == {f"TWINKLE_NPU_{name}": value for name, value in expected.items()}
     wanted = unasked(environ)
     assert wanted.wanted and wanted.file == expected.get("REPORT")
