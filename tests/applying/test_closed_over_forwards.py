@@ -6,12 +6,13 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import accelerate
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 import npu_patch
 from npu_patch.sites.sites import bound_forward
@@ -135,6 +136,15 @@ def test_what_closes_over_another_layers_forward_is_left_alone(npu: torch.device
     assert [o.layers for o in report.skipped if "lambda" in o.reason] == [1]
 
 
+@pytest.fixture
+def no_accelerator_yet() -> Iterator[None]:
+    """What an Accelerator is asked for first stands for the process: a Trainer of another test may have asked."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("no_accelerator_yet")
 def test_autocast_of_accelerate_stays_where_the_model_is_patched_after_it(npu: torch.device) -> None:
     model = accelerate.Accelerator(mixed_precision="bf16").prepare(tiny("qwen3"))
     expected = loss_and_gradients(model, tiny_batch())
