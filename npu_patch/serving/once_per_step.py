@@ -8,7 +8,7 @@ finds it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -110,13 +110,24 @@ class Padding:
 
 
 class HostReads:
-    """Everything that attention needs on the host, each read once per step."""
+    """Everything that a step needs on the host, each read once."""
 
     def __init__(self) -> None:
-        self._ends = OncePerTensor()
-        self._positions, self._read_positions = OncePerTensor(), OncePerTensor()
-        self._masks, self._paddings, self._last_paddings = OncePerTensor(), OncePerTensor(), OncePerTensor()
-        self._packed_indices = OncePerTensor()
+        self._on_host, self._ends, self._read_positions = OncePerTensor(), OncePerTensor(), OncePerTensor()
+        self._paddings, self._last_paddings, self._packed_indices = OncePerTensor(), OncePerTensor(), OncePerTensor()
+
+    def on_host(self, tensor: Tensor) -> Tensor:
+        """Its values, not to be written to."""
+        return self._on_host.of((tensor,), tensor.cpu)
+
+    def together(self, tensors: Sequence[Tensor]) -> None:
+        """Integers and truth values of one device: those that nobody read yet, in one copy."""
+        unread = [tensor for tensor in tensors if version_of(tensor) is not None and self._on_host.known(tensor) is None]
+        if len(unread) < 2:
+            return
+        numbers = made_apart(lambda: torch.cat([tensor.reshape(-1).long() for tensor in unread]).cpu())
+        for tensor, read in zip(unread, numbers.split([tensor.numel() for tensor in unread]), strict=True):
+            self._on_host.keep((tensor,), read.view(tensor.shape).to(tensor.dtype))
 
     def ends_of_lengths(self, *cumulative: Tensor) -> tuple[Ends, ...]:
         """From cumulative lengths `[0, ..., T]` of queries and of keys: one copy to the host for both."""
@@ -131,21 +142,17 @@ class HostReads:
 
         return self._ends.of(cumulative, read)
 
-    def positions(self, position_ids: Tensor) -> Tensor:
-        """The position ids on the host."""
-        return self._positions.of((position_ids,), position_ids.cpu)
-
     def of_positions(self, position_ids: Tensor, read: Callable[[Tensor], Value]) -> Value:
         """`read(positions on the host)`, once; always the same `read`."""
-        return self._read_positions.of((position_ids,), lambda: read(self.positions(position_ids)))
+        return self._read_positions.of((position_ids,), lambda: read(self.on_host(position_ids)))
 
     def padding(self, mask: Tensor) -> Padding:
         """mask: `[B, S]`, true where there is a token."""
-        return self._paddings.of((mask,), lambda: _padding(self._masks.of((mask,), mask.cpu), mask.device))
+        return self._paddings.of((mask,), lambda: _padding(self.on_host(mask), mask.device))
 
     def last_padding(self, mask: Tensor, last: int) -> Padding:
         """The padding of the last tokens of each sample."""
-        on_host = self._masks.of((mask,), mask.cpu)
+        on_host = self.on_host(mask)
         return self._last_paddings.by((mask,), last, lambda: _padding(on_host[:, -last:], mask.device))
 
     def packed_indices(self, position_ids: Tensor) -> Tensor | None:
@@ -154,7 +161,7 @@ class HostReads:
         """
 
         def read() -> Tensor | None:
-            starts = _starts(self.positions(position_ids))
+            starts = _starts(self.on_host(position_ids))
             if not starts[:, 1:].any():
                 return None
             indices = starts.cumsum(-1)

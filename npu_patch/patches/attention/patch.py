@@ -36,9 +36,10 @@ from npu_patch.serving.changed_later import Callers
 from npu_patch.serving.dispatch import no_cases
 from npu_patch.serving.replacement import replacement_for
 from npu_patch.sites.sites import Site, forwards, innermost
-from npu_patch.waiting.contract import materialised
+from npu_patch.waiting.as_flash import FLASH, ONE_CALL, is_as_flash
+from npu_patch.waiting.contract import Abandoned, materialised
 
-OWN_NAME = "npu"
+SDPA_NAME, OWN_NAME = "sdpa", "npu"
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,13 @@ def _read_own_name(function: Callable[..., Any]) -> AsNamed | NotRead:
     return attention
 
 
-_SDPA, _FLASH, _PACKING = "sdpa", "flash_attention_2", "find_packed_sequence_indices"
+_PACKING = "find_packed_sequence_indices"
 DOORS: tuple[Door, ...] = (
-    Door("AttentionInterface['sdpa']", _attention_entries, _SDPA, read_attention, attention_sdpa.serve),
-    Door("AttentionInterface['npu']", _attention_entries, OWN_NAME, _read_own_name, attention_sdpa.serve, _SDPA),
-    Door(f"AttentionInterface['{_FLASH}']", _attention_entries, _FLASH, read_flash, attention_flash.serve),
-    Door("AttentionMaskInterface['sdpa']", _mask_entries, _SDPA, read_mask, attention_mask.serve),
-    Door("AttentionMaskInterface['npu']", _mask_entries, OWN_NAME, read_mask, attention_mask.serve, _SDPA),
+    Door("AttentionInterface['sdpa']", _attention_entries, SDPA_NAME, read_attention, attention_sdpa.serve),
+    Door("AttentionInterface['npu']", _attention_entries, OWN_NAME, _read_own_name, attention_sdpa.serve, SDPA_NAME),
+    Door(f"AttentionInterface['{FLASH}']", _attention_entries, FLASH, read_flash, attention_flash.serve),
+    Door("AttentionMaskInterface['sdpa']", _mask_entries, SDPA_NAME, read_mask, attention_mask.serve),
+    Door("AttentionMaskInterface['npu']", _mask_entries, OWN_NAME, read_mask, attention_mask.serve, SDPA_NAME),
     Door(f"masking_utils.{_PACKING}", _masking_utils, _PACKING, read_packing, attention_mask.serve_packing),
 )
 _BY_DESCRIPTION = {door.described: door for door in DOORS}
@@ -116,7 +117,9 @@ def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
     door, calls = _BY_DESCRIPTION[site.described], Calls()
 
     def original(*args: Any, **kwargs: Any) -> Any:
-        """What falls through sees masks, not patterns."""
+        """What falls through sees masks, not patterns. A vision layer that asked for one call is run anew instead."""
+        if args and is_as_flash(args[0]):
+            raise Abandoned(f"a call of {door.described} fell through")
         return site.original(*materialised(args, "the original"), **materialised(kwargs, "the original"))
 
     attends = door.holder is _attention_entries
@@ -125,6 +128,8 @@ def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
     if attends:
         serve = _with_a_result_to_change(serve, calls)
     function = replacement_for(original, calls, serve, named_after=site.original)
+    if door.name == FLASH:
+        ONE_CALL[function] = calls
     looked_up_by = partial(_why_asked, door.name) if attends else by_nobody_known
     return Replacement(function, reading.name, calls, dispatch=dispatch, looked_up_by=looked_up_by)
 
