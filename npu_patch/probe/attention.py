@@ -6,6 +6,7 @@ on a few small CPU tensors: it is what it should be, or not read.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -83,6 +84,27 @@ def read_packing(function: Callable[..., Any]) -> AsNamed | NotRead:
         same = isinstance(numbered, Tensor) and numbered.dtype == expected.dtype and torch.equal(numbered, expected)
         one_each = nothing is None or (isinstance(nothing, Tensor) and not nothing.any())
         return AsNamed("packed position ids") if same and one_each else NotRead("it does not number packed sequences")
+
+
+def read_preparing(function: Callable[..., Any]) -> AsNamed | NotRead:
+    """Its second result should be the padding mask as truth values."""
+    with quiet_room():
+        padding = torch.tensor([[0, 1, 2, 0]])
+        config, embeds = SimpleNamespace(_attn_implementation="sdpa"), torch.zeros(1, 4, 2)
+        known = {
+            "config": config,
+            "inputs_embeds": embeds,
+            "input_embeds": embeds,  # up to transformers 5.0
+            "attention_mask": padding,
+            "cache_position": torch.arange(4),
+        }
+        try:
+            made = function(**{name: known.get(name) for name in inspect.signature(function).parameters})[1]
+        except Exception as problem:
+            unless_accident(problem)
+            return NotRead(f"it fails: {error_text(problem)}")
+        same = isinstance(made, Tensor) and made.dtype == torch.bool and torch.equal(made, padding.bool())
+        return AsNamed("padding mask as truth values") if same else NotRead("it makes no truth values of a padding mask")
 
 
 def _distance(

@@ -120,6 +120,14 @@ class HostReads:
         """Its values, not to be written to."""
         return self._on_host.of((tensor,), tensor.cpu)
 
+    def known(self, tensor: Tensor) -> Tensor | None:
+        """Its values, if somebody read them already."""
+        return self._on_host.known(tensor)
+
+    def same_as(self, tensor: Tensor, read: Tensor) -> None:
+        """The values of a tensor that was made of one that is read."""
+        self._on_host.keep((tensor,), read)
+
     def together(self, tensors: Sequence[Tensor]) -> None:
         """Integers and truth values of one device: those that nobody read yet, in one copy."""
         unread = [tensor for tensor in tensors if version_of(tensor) is not None and self._on_host.known(tensor) is None]
@@ -127,7 +135,7 @@ class HostReads:
             return
         numbers = made_apart(lambda: torch.cat([tensor.reshape(-1).long() for tensor in unread]).cpu())
         for tensor, read in zip(unread, numbers.split([tensor.numel() for tensor in unread]), strict=True):
-            self._on_host.keep((tensor,), read.view(tensor.shape).to(tensor.dtype))
+            self.same_as(tensor, read.view(tensor.shape).to(tensor.dtype))
 
     def ends_of_lengths(self, *cumulative: Tensor) -> tuple[Ends, ...]:
         """From cumulative lengths `[0, ..., T]` of queries and of keys: one copy to the host for both."""

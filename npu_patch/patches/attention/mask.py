@@ -12,11 +12,12 @@ from torch import Tensor
 from npu_patch.ops.attention.band import Band
 from npu_patch.patches.attention.checked import Attend
 from npu_patch.serving.implementation import is_plain
-from npu_patch.serving.once_per_step import HOST_READS
-from npu_patch.serving.replacement import Unfused, Unserved
+from npu_patch.serving.once_per_step import HOST_READS, version_of
+from npu_patch.serving.replacement import TakenOver, Unfused, Unserved
 from npu_patch.waiting.contract import materialised
 from npu_patch.waiting.masks import Pattern, PatternMask, read_mask_function
 
+PADDING = "attention_mask"
 
 def serve(original: Callable[..., Any], device_type: str, attend: Attend) -> Callable[..., Any]:
     def serve_mask(*args: Any, **arguments: Any) -> PatternMask | Unserved | Unfused | None:
@@ -32,7 +33,7 @@ def serve(original: Callable[..., Any], device_type: str, attend: Attend) -> Cal
         others = {name: value for name, value in arguments.items() if name not in ("q_length", "q_offset")}
         pattern = _pattern(q_length=queries.length, q_offset=queries.offset, **others)
         if isinstance(pattern, Unserved):
-            made = original(**materialised(arguments, "the original"))
+            made = original(**_answered(materialised(arguments, "the original"), queries))
             # That no mask is needed is what a mask that is never written out is for: nothing fell through.
             return None if made is None else Unfused(made, pattern.reason)
         shape = (arguments["batch_size"], 1, queries.length, arguments["kv_length"])
@@ -40,6 +41,31 @@ def serve(original: Callable[..., Any], device_type: str, attend: Attend) -> Cal
         return PatternMask(shape, queries.device, pattern, lambda: original(**written_out))
 
     return serve_mask
+
+
+def _answered(arguments: dict[str, Any], queries: _Queries) -> dict[str, Any]:
+    """Of a padding mask that the host has read, it need not ask the device whether it hides anything."""
+    mask = arguments.get(PADDING)
+    read = HOST_READS.known(mask) if isinstance(mask, Tensor) and queries.length == arguments["kv_length"] else None
+    if read is None or read.shape[-1] != queries.length:
+        return arguments
+    return arguments | ({PADDING: None} if bool(read.all()) else {"allow_is_causal_skip": False})
+
+
+def serve_preparing(original: Callable[..., Any], device_type: str, attend: Attend) -> Callable[..., Any]:
+    """Of a padding mask that the host has read, it knows the truth values too."""
+
+    def prepare(*args: Any, **kwargs: Any) -> TakenOver:
+        prepared = original(*args, **kwargs)
+        given, made = kwargs.get(PADDING, args[2] if len(args) > 2 else None), prepared[1]
+        tensors = isinstance(given, Tensor) and isinstance(made, Tensor) and not torch.compiler.is_compiling()
+        if tensors and made is not given and made.shape == given.shape and version_of(made) is not None:
+            read = HOST_READS.known(given)
+            if read is not None:
+                HOST_READS.same_as(made, read.bool())
+        return TakenOver(prepared)
+
+    return prepare
 
 
 def serve_packing(original: Callable[..., Any], device_type: str, attend: Attend) -> Callable[..., Any]:

@@ -1,7 +1,7 @@
 """Attention: what transformers' registries hold under `sdpa` and `flash_attention_2`, and a name of our own, `npu`.
 
 Rebinds    entries of `AttentionInterface` and `AttentionMaskInterface`, which every model looks up at call time, and
-           the function of masking_utils that reads packed position ids.
+           the functions of masking_utils that read packed position ids and prepare padding masks.
 To         `npu_fusion_attention`, with masks as patterns wherever transformers makes them from patterns; single tokens
            beside a cache that need no backward to `npu_fused_infer_attention_score`.
            The operator keeps its result for the backward: a layer that changes it in place gets a copy.
@@ -29,7 +29,7 @@ from npu_patch.patches.attention import sdpa as attention_sdpa
 from npu_patch.patches.attention.checked import REGISTRY, Attend, checks
 from npu_patch.patches.attention.flash import read_flash
 from npu_patch.patches.patch import Context, Patch, Replacement, by_nobody_known
-from npu_patch.probe.attention import read_attention, read_mask, read_packing
+from npu_patch.probe.attention import read_attention, read_mask, read_packing, read_preparing
 from npu_patch.serving.bypassed import SDPA
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.changed_later import Callers
@@ -84,7 +84,7 @@ def _read_own_name(function: Callable[..., Any]) -> AsNamed | NotRead:
     return attention
 
 
-_PACKING = "find_packed_sequence_indices"
+_PACKING, _PREPARING = "find_packed_sequence_indices", "_preprocess_mask_arguments"
 DOORS: tuple[Door, ...] = (
     Door("AttentionInterface['sdpa']", _attention_entries, SDPA_NAME, read_attention, attention_sdpa.serve),
     Door("AttentionInterface['npu']", _attention_entries, OWN_NAME, _read_own_name, attention_sdpa.serve, SDPA_NAME),
@@ -92,6 +92,9 @@ DOORS: tuple[Door, ...] = (
     Door("AttentionMaskInterface['sdpa']", _mask_entries, SDPA_NAME, read_mask, attention_mask.serve),
     Door("AttentionMaskInterface['npu']", _mask_entries, OWN_NAME, read_mask, attention_mask.serve, SDPA_NAME),
     Door(f"masking_utils.{_PACKING}", _masking_utils, _PACKING, read_packing, attention_mask.serve_packing),
+    Door(
+        f"masking_utils.{_PREPARING}", _masking_utils, _PREPARING, read_preparing, attention_mask.serve_preparing
+    ),
 )
 _BY_DESCRIPTION = {door.described: door for door in DOORS}
 
