@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from npu_patch.serving.implementation import Implementation
-from npu_patch.serving.op import Op
 from npu_patch.serving.once_per_step import HOST_READS
+from npu_patch.serving.op import Op
 
 HOST_INTEGERS: Op[[Tensor], Tensor] = Op(
     "host integers",

@@ -10,8 +10,8 @@ from npu_patch.patches.loss import patch as loss
 from npu_patch.patches.order import in_order
 from npu_patch.patches.patch import Patch
 from npu_patch.patches.preparation import Preparation
+from npu_patch.patches.vision import approximate_gelu
 from npu_patch.patches.vision import attention as vision_attention
-from npu_patch.patches.vision import gelu
 from npu_patch.patches.vision import on_host as vision_on_host
 
 CATALOGUE: tuple[Patch, ...] = in_order(
@@ -22,7 +22,7 @@ CATALOGUE: tuple[Patch, ...] = in_order(
         attention.PATCH,
         vision_attention.PATCH,
         vision_on_host.PATCH,
-        gelu.PATCH,
+        approximate_gelu.PATCH,
         experts.PATCH,
         gated_delta_net.PATCH,
         lora.PATCH,

@@ -104,7 +104,9 @@ def read_preparing(function: Callable[..., Any]) -> AsNamed | NotRead:
             unless_accident(problem)
             return NotRead(f"it fails: {error_text(problem)}")
         same = isinstance(made, Tensor) and made.dtype == torch.bool and torch.equal(made, padding.bool())
-        return AsNamed("padding mask as truth values") if same else NotRead("it makes no truth values of a padding mask")
+        return (
+            AsNamed("padding mask as truth values") if same else NotRead("it makes no truth values of a padding mask")
+        )
 
 
 def _distance(

@@ -130,7 +130,9 @@ class HostReads:
 
     def together(self, tensors: Sequence[Tensor]) -> None:
         """Integers and truth values of one device: those that nobody read yet, in one copy."""
-        unread = [tensor for tensor in tensors if version_of(tensor) is not None and self._on_host.known(tensor) is None]
+        unread = [
+            tensor for tensor in tensors if version_of(tensor) is not None and self._on_host.known(tensor) is None
+        ]
         if len(unread) < 2:
             return
         numbers = made_apart(lambda: torch.cat([tensor.reshape(-1).long() for tensor in unread]).cpu())

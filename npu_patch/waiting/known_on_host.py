@@ -88,7 +88,9 @@ class KnownOnHost(torch.Tensor, Waiting):
         tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         known = [each for each in tensors if isinstance(each, KnownOnHost)]
         devices = {_device(each) for each in known}
-        number = (each.dim() == 0 and each.device.type == "cpu" for each in tensors if not isinstance(each, KnownOnHost))
+        number = (
+            each.dim() == 0 and each.device.type == "cpu" for each in tensors if not isinstance(each, KnownOnHost)
+        )
         if len(devices) == 1 and all(number) and kwargs.get("device") is None:
             host_args, host_kwargs = tree_map_only(KnownOnHost, lambda each: each.host, (args, kwargs))
             return _known(func(*host_args, **host_kwargs), devices.pop(), known)
@@ -160,7 +162,9 @@ def _cpu(self: KnownOnHost, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _expand_as(self: Any, other: Any) -> Any:
-    return KnownOnHost(self.host.expand(other.shape), _device(self)) if isinstance(self, KnownOnHost) else NotImplemented
+    return (
+        KnownOnHost(self.host.expand(other.shape), _device(self)) if isinstance(self, KnownOnHost) else NotImplemented
+    )
 
 
 def _masked_scatter(self: Any, mask: Any, source: Any) -> Any:
@@ -218,7 +222,7 @@ def _leading(of: Tensor, index: Any) -> KnownOnHost | None:
     first, *others = index if isinstance(index, tuple) else (index,)
     if not isinstance(first, KnownOnHost) or first.dtype != torch.bool or any(each != FULL for each in others):
         return None
-    fits = 0 < first.dim() and first.dim() + len(others) <= of.dim() and first.shape == of.shape[: first.dim()]
+    fits = first.dim() > 0 and first.dim() + len(others) <= of.dim() and first.shape == of.shape[: first.dim()]
     return first if fits else None
 
 

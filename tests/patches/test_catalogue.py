@@ -57,7 +57,11 @@ def test_two_patches_of_one_name_are_an_error() -> None:
 def test_the_catalogue_is_in_the_order_of_its_needs() -> None:
     assert in_order(reversed(CATALOGUE)) != CATALOGUE == in_order(CATALOGUE)
     needs = {patch.name: set(patch.needs) for patch in CATALOGUE if patch.needs}
-    assert needs == {"qk_norm_rope": {"rms_norm", "rope"}, "add_rms_norm": {"rms_norm"}}
+    assert needs == {
+        "qk_norm_rope": {"rms_norm", "rope"},
+        "add_rms_norm": {"rms_norm"},
+        "vision_attention": {"attention"},
+    }
 
 
 @pytest.mark.parametrize("room", ["applying", "commands", "sites", "measuring", "reporting"])

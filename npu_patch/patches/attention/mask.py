@@ -19,6 +19,7 @@ from npu_patch.waiting.masks import Pattern, PatternMask, read_mask_function
 
 PADDING = "attention_mask"
 
+
 def serve(original: Callable[..., Any], device_type: str, attend: Attend) -> Callable[..., Any]:
     def serve_mask(*args: Any, **arguments: Any) -> PatternMask | Unserved | Unfused | None:
         queries = None if args or "mask_function" not in arguments else _queries(arguments)

@@ -92,9 +92,7 @@ DOORS: tuple[Door, ...] = (
     Door("AttentionMaskInterface['sdpa']", _mask_entries, SDPA_NAME, read_mask, attention_mask.serve),
     Door("AttentionMaskInterface['npu']", _mask_entries, OWN_NAME, read_mask, attention_mask.serve, SDPA_NAME),
     Door(f"masking_utils.{_PACKING}", _masking_utils, _PACKING, read_packing, attention_mask.serve_packing),
-    Door(
-        f"masking_utils.{_PREPARING}", _masking_utils, _PREPARING, read_preparing, attention_mask.serve_preparing
-    ),
+    Door(f"masking_utils.{_PREPARING}", _masking_utils, _PREPARING, read_preparing, attention_mask.serve_preparing),
 )
 _BY_DESCRIPTION = {door.described: door for door in DOORS}
 

@@ -30,7 +30,7 @@ from npu_patch.serving.calls import Calls
 from npu_patch.serving.once_per_step import HOST_READS
 from npu_patch.serving.replacement import Unserved, replacement_for
 from npu_patch.sites.names_used import names_used
-from npu_patch.sites.sites import Site, innermost, rebindable_forwards
+from npu_patch.sites.sites import Site, rebindable_forwards
 from npu_patch.waiting.as_flash import FLASH, ONE_CALL, as_flash
 from npu_patch.waiting.contract import Abandoned
 

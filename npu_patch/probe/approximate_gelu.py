@@ -11,7 +11,7 @@ from npu_patch.numerics.closeness import distance
 from npu_patch.numerics.findings import unless_accident
 from npu_patch.numerics.room import quiet_room
 from npu_patch.numerics.values import values
-from npu_patch.ops.gelu import APPROXIMATIONS, Approximation
+from npu_patch.ops.approximate_gelu import APPROXIMATIONS, Approximation
 from npu_patch.ops.readings import NotRead
 from npu_patch.probe.stand_in import Missing, StandIn, problem_text
 

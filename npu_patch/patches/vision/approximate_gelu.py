@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_patch.ops.gelu import BY_APPROXIMATION, GELU_BY_SIGMOID, GELU_BY_TANH, Approximation, case
+from npu_patch.ops.approximate_gelu import BY_APPROXIMATION, GELU_BY_SIGMOID, GELU_BY_TANH, Approximation, case
 from npu_patch.ops.readings import NotRead
 from npu_patch.patches.patch import Context, Patch, Replacement
-from npu_patch.probe.gelu import read_gelu
+from npu_patch.probe.approximate_gelu import read_gelu
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.dispatch import Dispatch
 from npu_patch.serving.implementation import choose
@@ -62,8 +62,8 @@ def bind_site(site: Site, approximation: Approximation, context: Context) -> Rep
 
 
 PATCH = Patch(
-    "gelu",
-    "gelu",
+    "approximate_gelu",
+    "approximate_gelu",
     GELU_BY_SIGMOID,
     find,
     read_site,
