@@ -24,6 +24,7 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cp
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-first-steps", action="store_true", help="every combination in test_observation_apart.py")
+    parser.addoption("--all-vision", action="store_true", help="every combination in test_vision_parity.py")
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from npu_patch.commands.replay.bars import FLOORS, GROSS, RATIO, relative_error
 from tests.support.gradients import in_float64, loss_and_gradients, token_losses
 
 NEAR = FLOORS[torch.float32]
+Results = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
 
 
 def apart(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
@@ -27,7 +28,11 @@ def apart(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[s
 
 
 def why_unequal(
-    model: nn.Module, batch: dict[str, Tensor], original: dict[str, Tensor], patched: dict[str, Tensor]
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    original: dict[str, Tensor],
+    patched: dict[str, Tensor],
+    results: Results = loss_and_gradients,
 ) -> str | None:
     """The first of `patched` that is further than NEAR from `original` and from float64 more than GROSS times as far.
 
@@ -38,7 +43,7 @@ def why_unequal(
     if patched.keys() != original.keys():
         return f"gradients of {sorted(patched.keys() ^ original.keys())[:3]}"
     names = apart(patched, original)
-    exact = loss_and_gradients(in_float64(model), batch) if names else {}
+    exact = results(in_float64(model), batch) if names else {}
     for name in names:
         error, own = (relative_error(found[name], exact[name]) for found in (patched, original))
         if not error < GROSS * own:

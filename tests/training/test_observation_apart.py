@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import npu_patch
+from tests.support.apply_orders import ORDERS
 from tests.support.gradients import loss_and_gradients
 from tests.support.parity import why_unequal
 from tests.support.tiny_models import FAMILIES, MIXTURES, tiny, tiny_batch
@@ -24,39 +25,6 @@ from tests.support.what_ran import why_not_ran
 HAS_EXPERTS = (*MIXTURES, *(family for family in FAMILIES if "moe" in family), "qwen3_next")
 TUNINGS = ("full", "lora")
 TRUE_REASONS = {"the activation is GELUTanh"}  # of gemma3
-
-
-def apply_before_the_model(make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-    npu_patch.apply()
-    return make().train()
-
-
-def apply_beside_the_model(make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-    """Its layers are there already, and not given: nothing can be seen of them before they are called."""
-    model = make().train()
-    npu_patch.apply()
-    return model
-
-
-def apply_to_the_evaluating_model(make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-    """As from_pretrained leaves it."""
-    model = make().eval()
-    npu_patch.apply(model)
-    return model.train()
-
-
-def apply_to_the_training_model(make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-    model = make().train()
-    npu_patch.apply(model)
-    return model
-
-
-ORDERS = (
-    apply_before_the_model,
-    apply_beside_the_model,
-    apply_to_the_evaluating_model,
-    apply_to_the_training_model,
-)
 
 
 def made(family: str, tuning: str, npu: torch.device) -> torch.nn.Module:

@@ -62,7 +62,7 @@ def tiny_model(model_type: str, *, seed: int = 0, every_expert: bool = False) ->
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = auto.from_config(config).float().eval()
-            _shake(model)
+            shaken(model)
     except Exception as error:
         raise CommandError(
             f"no tiny {model_type} can be built ({named(error)}); give the folder of a model instead"
@@ -139,7 +139,7 @@ def tiny_config(model_type: str, every_expert: bool = False) -> Any:
     return type(default)(**given)
 
 
-def _shake(model: torch.nn.Module) -> None:
+def shaken(model: torch.nn.Module) -> None:
     """transformers' initial weights are ones, and small enough to hide a wrong attention."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
