@@ -155,7 +155,7 @@ class _Attention:
         scale = given.get("scaling") or query.shape[-1] ** -0.5
         ends = (0, query.shape[2]) if self.lengths is None else SEGMENTS
         outs = []
-        for start, end in zip(ends, ends[1:], strict=False):
+        for start, end in itertools.pairwise(ends):
             q, k, v = (each[:, :, start:end] for each in (query, key, value))
             k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], 1) for each in (k, v))
             weights = (q @ k.mT * scale).softmax(-1, dtype=torch.float32).to(q.dtype)
