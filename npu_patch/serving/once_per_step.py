@@ -118,11 +118,18 @@ class HostReads:
 
     def on_host(self, tensor: Tensor) -> Tensor:
         """Its values, not to be written to."""
-        return self._on_host.of((tensor,), tensor.cpu)
+        read = self.known(tensor)
+        return self._on_host.of((tensor,), tensor.cpu) if read is None else read
 
     def known(self, tensor: Tensor) -> Tensor | None:
-        """Its values, if somebody read them already."""
-        return self._on_host.known(tensor)
+        """Its values, if somebody read them already, or those that it is a view of."""
+        read, base = self._on_host.known(tensor), tensor._base
+        if read is not None or base is None or not base.is_contiguous():
+            return read
+        whole = self._on_host.known(base)
+        if whole is None:
+            return None
+        return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - base.storage_offset())
 
     def same_as(self, tensor: Tensor, read: Tensor) -> None:
         """The values of a tensor that was made of one that is read."""

@@ -2,7 +2,7 @@
 
 Rebinds    in the classes of models: `forward`, `get_image_features`, `get_video_features`, `get_placeholder_mask` and
            `get_rope_index`; in modeling modules, the functions of transformers' vision_utils that work out positions,
-           windows and lengths of a grid.
+           windows and lengths of a grid, and its `create_recurrent_attention_mask`.
 To         the same functions, on integers that are known on the host too (npu_patch/waiting/known_on_host.py): one
            copy to the host per step for ids, masks and grids together. Positions, windows and lengths are worked out on
            the host; image tokens are put in their places by their numbers, in place of a boolean mask.
@@ -36,13 +36,16 @@ from npu_patch.waiting.known_on_host import KnownOnHost
 FORWARD, PLACEHOLDERS, POSITIONS = "forward", "get_placeholder_mask", "get_rope_index"
 FEATURES = ("get_image_features", "get_video_features")
 IMAGES, GRID, TABLES = "pixel_values", "grid_thw", "transformers.vision_utils"
+PADDING, PADDING_OF_STATES = "attention_mask", "create_recurrent_attention_mask"
 Serve = Callable[..., Any]
 
 
 def find(module: ModuleType) -> Iterable[Site]:
     for name, value in list(vars(module).items()):
         function = innermost(value) if callable(value) else None
-        if isinstance(function, FunctionType) and function.__module__ == TABLES and GRID in _parameters(function):
+        if isinstance(function, FunctionType) and (
+            (function.__module__ == TABLES and GRID in _parameters(function)) or name == PADDING_OF_STATES
+        ):
             yield Site(module, name, value)
     for cls in list(vars(module).values()):
         if isinstance(cls, type) and issubclass(cls, torch.nn.Module) and cls.__module__ == module.__name__:
@@ -116,6 +119,19 @@ def _features(original: Callable[..., Any], device_type: str) -> Serve:
     return serve
 
 
+def _padding(original: Callable[..., Any], device_type: str) -> Serve:
+    """Whether a padding mask hides anything, where the host has read it."""
+
+    def serve(*args: Any, **kwargs: Any) -> Any:
+        mask = kwargs.get(PADDING)
+        if not _is_read(mask, device_type) or HOST_READS.known(mask) is None:
+            return TakenOver(original(*args, **kwargs))
+        found = original(*args, **{**kwargs, PADDING: _known(mask)})
+        return found.there() if isinstance(found, KnownOnHost) else found
+
+    return serve
+
+
 def _positions(original: Callable[..., Any], device_type: str) -> Serve:
     """All of it on the host; positions go to the device."""
 
@@ -178,5 +194,6 @@ _WAYS: dict[str, Callable[[Callable[..., Any], str], Serve]] = {
     FORWARD: _forward,
     PLACEHOLDERS: _placeholders,
     POSITIONS: _positions,
+    PADDING_OF_STATES: _padding,
 }
 PATCH = Patch("vision_on_host", "vision_on_host", HOST_INTEGERS, find, read_site, bind_site, tunable=False, around=True)
