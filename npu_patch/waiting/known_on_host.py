@@ -8,7 +8,7 @@ there, once. A boolean index, whose shape the device would have to be asked for,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -127,13 +127,14 @@ def _device(known: KnownOnHost) -> torch.device:
         return known.device
 
 
-def _known(result: Any, device: torch.device, given: Iterable[KnownOnHost]) -> Any:
+def _known(result: Any, device: torch.device, given: Sequence[KnownOnHost]) -> Any:
     """The tensors of a result on the host; what was written in place is itself."""
 
     def known(each: Any) -> Any:
         if not isinstance(each, Tensor):
             return each
-        return next((own for own in given if own.host is each), None) or KnownOnHost(each, device)
+        own = [one for one in given if one.host is each]
+        return own[0] if own else KnownOnHost(each, device)
 
     return tree_map(known, result)
 

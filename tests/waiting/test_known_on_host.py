@@ -37,6 +37,8 @@ ANSWERS: dict[str, Callable[[Tensor], Any]] = {
     "its own device": lambda grid: grid.to(grid.device).tolist(),
     "on the host": lambda grid: grid.cpu().tolist(),
     "a copy": lambda grid: copy.deepcopy(grid).tolist(),
+    "itself, contiguous": lambda grid: grid.contiguous().tolist(),
+    "written in place": lambda grid: (grid.add_(1).tolist(), grid.tolist()),
     "membership": lambda grid: 6 in grid,
 }
 
@@ -52,7 +54,7 @@ def test_what_is_asked_of_it_alone_is_right_and_waits_for_nothing(answer: str, n
     grid = known(GRID, npu)
     with simulator.count() as counted:
         found = ANSWERS[answer](grid)
-    assert found == ANSWERS[answer](GRID)
+    assert found == ANSWERS[answer](GRID.clone())
     assert counted.host_copies == 0 and counted.launches == 0
 
 
