@@ -105,13 +105,17 @@ def _distance(layer: torch.nn.Module, dtype: torch.dtype) -> float:
 
 def _arguments(layer: torch.nn.Module, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Beside the hidden states; positions as the towers of transformers make them: tables of two widths, or numbers on
-    the unit circle; angles too up to transformers 5.9."""
+    the unit circle; angles up to transformers 5.9."""
     named = _named(innermost(type(layer).forward))[1:]
-    circle = torch.polar(torch.ones(PATCHES, HEAD_DIM // 2), values((PATCHES, HEAD_DIM // 2), 71))
+    half = (PATCHES, HEAD_DIM // 2)
     tables = [tuple(values((PATCHES, width), seed, dtype) for seed in (71, 72)) for width in (HEAD_DIM, HEAD_DIM // 2)]
     all_given = []
-    for positions in (*tables, circle):
-        given: dict[str, Any] = {LENGTHS: torch.tensor(SEGMENTS, dtype=torch.int32), "position_embeddings": positions}
+    for positions in (*tables, torch.polar(torch.ones(half), values(half, 71)), None):
+        given = {
+            LENGTHS: torch.tensor(SEGMENTS, dtype=torch.int32),
+            "position_embeddings": positions,
+            "rotary_pos_emb": values(half, 71) if positions is None else None,
+        }
         wanted = (each.name for each in named if each.name in given or each.default is each.empty)
         all_given.append({name: given.get(name) for name in wanted})
     return all_given

@@ -10,7 +10,7 @@ from npu_patch.reporting.outcome import NOTHING_APPLIED, PATCHED, Outcomes
 from npu_patch.reporting.rows import Row, rows
 
 WIDTH = 100
-COLUMNS = (("patch", 15), ("what", 49), ("layers", 6), ("ran", 10), ("fell through", 12))
+COLUMNS = (("patch", 16), ("what", 48), ("layers", 6), ("ran", 10), ("fell through", 12))
 MOST_NAMES = 3
 GAP = "  "
 

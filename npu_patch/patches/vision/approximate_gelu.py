@@ -44,6 +44,8 @@ def read_site(site: Site) -> Approximation | NotRead:
 
 def bind_site(site: Site, approximation: Approximation, context: Context) -> Replacement | NotRead:
     op, calls, device_type = BY_APPROXIMATION[approximation], Calls(), context.device_type
+    if context.live is not None and not context.live_modules(site.owner):
+        return NotRead("no layer of the model is one", notable=False)
     choice = choose(op.implementations, device_type)
     if choice.chosen is None:
         return NotRead(choice.why_none(), in_order=True)

@@ -86,9 +86,10 @@ def _forward(original: Callable[..., Any], device_type: str) -> Serve:
     """All integers of a model's inputs in one copy, where there are images."""
 
     def serve(*args: Any, **kwargs: Any) -> Any:
-        if any(name.startswith(IMAGES) and value is not None for name, value in kwargs.items()):
-            HOST_READS.together([each for each in kwargs.values() if _is_read(each, device_type)])
-        return TakenOver(original(*args, **kwargs))
+        if not any(name.startswith(IMAGES) and value is not None for name, value in kwargs.items()):
+            return TakenOver(original(*args, **kwargs))
+        HOST_READS.together([each for each in kwargs.values() if _is_read(each, device_type)])
+        return original(*args, **kwargs)
 
     return serve
 
@@ -108,13 +109,15 @@ def _features(original: Callable[..., Any], device_type: str) -> Serve:
     grids = {name: names.index(name) for name in _grids(original)}
 
     def serve(*args: Any, **kwargs: Any) -> Any:
-        given = list(args)
+        given, named = list(args), dict(kwargs)
         for name, at in grids.items():
-            if name in kwargs and _is_read(kwargs[name], device_type):
-                kwargs[name] = _known(kwargs[name])
+            if _is_read(named.get(name), device_type):
+                named[name] = _known(named[name])
             elif at < len(given) and _is_read(given[at], device_type):
                 given[at] = _known(given[at])
-        return TakenOver(original(*given, **kwargs))
+        result = original(*given, **named)
+        known = any(isinstance(each, KnownOnHost) for each in (*given, *named.values()))
+        return result if known else TakenOver(result)
 
     return serve
 
