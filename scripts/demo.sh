@@ -1,14 +1,21 @@
 #!/usr/bin/env bash
-# From a fresh clone to a LoRA fine-tuning on an NPU, without and with npu_patch.apply().
+# From a fresh clone to a LoRA fine-tuning on an NPU, of text or of images, without and with npu_patch.apply().
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+job=lora_finetune packages=(transformers peft accelerate matplotlib tqdm)
+if [[ ${1:-} == --vision ]]; then
+    job=vlm_finetune packages+=(torchvision)
+    shift
+fi
 
 case ${1:-} in
     -h | --help)
         cat <<'HELP'
-usage: scripts/demo.sh [ARGUMENTS]
+usage: scripts/demo.sh [--vision] [ARGUMENTS]
 
-Makes a virtual environment (.venv) with everything that is needed, then runs scripts/lora_finetune.py ARGUMENTS in it.
+Makes a virtual environment (.venv) with everything that is needed, then runs scripts/lora_finetune.py ARGUMENTS in it,
+or, with --vision before them, scripts/vlm_finetune.py ARGUMENTS.
 On a machine with a working NPU, the interpreter that has it is used as it is, and only packages that it lacks are
 added.
 
@@ -18,12 +25,12 @@ added.
 
 pip's own variables work too; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves some gigabytes of CUDA.
 
-ARGUMENTS, those of scripts/lora_finetune.py:
-
 HELP
-        exec "${PYTHON:-python3}" "$root/scripts/lora_finetune.py" --help
+        echo "ARGUMENTS, those of scripts/$job.py:"
+        echo
+        exec "${PYTHON:-python3}" "$root/scripts/$job.py" --help
         ;;
 esac
 
-prepare_environment transformers peft accelerate matplotlib tqdm
-exec "$python" "$root/scripts/lora_finetune.py" "$@"
+prepare_environment "${packages[@]}"
+exec "$python" "$root/scripts/$job.py" "$@"

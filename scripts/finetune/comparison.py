@@ -13,9 +13,10 @@ MOST_COLUMNS = 8
 
 
 def comparison(candidate: Candidate, runs: Mapping[str, Run], settings: Settings, device: Device) -> str:
+    each = "images" if settings.sequence_length is None else f"x {settings.sequence_length} tokens"
     heading = (
         f"{candidate.title}: LoRA rank {settings.lora_rank} on all linear layers, {settings.dtype}, "
-        f"{settings.steps} steps of {settings.batch_size} x {settings.sequence_length} tokens, on {device}"
+        f"{settings.steps} steps of {settings.batch_size} {each}, on {device}"
     )
     reports = [str(run.report) for run in runs.values() if run.report is not None]
     return "\n\n".join([heading, *reports, loss_table(runs), cost_table(runs, device)])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import torch
 import transformers
@@ -47,6 +48,7 @@ class Candidate:
     build: Callable[[], transformers.PreTrainedModel]
     tokenize: Tokenize
     vocabulary: int
+    collate: Callable[[list[Any]], dict[str, torch.Tensor]] | None = None  # None: examples are tensors
 
 
 def candidates(settings: Settings) -> list[Candidate]:

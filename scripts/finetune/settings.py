@@ -20,15 +20,15 @@ class Unacceptable(ValueError):
         super().__init__(f"argument {argument}: {str(value)!r}: {reason}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """One comparison: the model, the text, the LoRA job, and which of its two runs to do."""
 
-    model: Path | None  # None: the two small random models
-    text: Path | None  # None: the help topics of Python
+    model: Path | None = None  # None: small random models
+    text: Path | None = None  # None: the help topics of Python
+    sequence_length: int | None = None  # None: of pictures, as long as each example is
     steps: int
     batch_size: int
-    sequence_length: int
     learning_rate: float
     lora_rank: int
     dtype: str
@@ -49,18 +49,34 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", type=_model_directory, metavar="DIR", help="a causal LM and its tokenizer, as saved by transformers")
     add("--text", type=_text_file, metavar="FILE", help="a UTF-8 text file to train on")
+    add("--sequence-length", type=_whole(2), default=128, help="tokens per sequence")
+    _add_the_job(parser, "out/lora_finetune")
+    return parser
+
+
+def vision_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Fine-tune a small Qwen2.5-VL with LoRA on an Ascend NPU (a simulated one where there is none), "
+        "the same job without and with npu_patch.apply(), and show what that changed. It learns to name the shape and the "
+        "colour in drawn images of several sizes, which go through the family's own processor.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_the_job(parser, "out/vlm_finetune")
+    return parser
+
+
+def _add_the_job(parser: argparse.ArgumentParser, output: str) -> None:
+    add = parser.add_argument
     add("--steps", type=_whole(1), default=30, help="optimizer steps of each run")
     add("--batch-size", type=_whole(1), default=4, help="sequences per step")
-    add("--sequence-length", type=_whole(2), default=128, help="tokens per sequence")
     add("--learning-rate", type=_positive, default=3e-3, help="at the first step; it falls linearly to 0")
     add("--lora-rank", type=_whole(1), default=8, help="of the adapters on all linear layers")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights and the computation")
     add("--gradient-checkpointing", action="store_true", help="recompute each layer in the backward pass")
-    add("--seed", type=_whole(0), default=0, help="of the weights, the adapters and the order of the text")
+    add("--seed", type=_whole(0), default=0, help="of the weights, the adapters and the order of the data")
     add("--only", choices=RUNS, help="do one of the two runs")
     add("--device", choices=DEVICES, default="auto", help="auto: the NPU if there is one, else a simulated one")
-    add("--output", type=_output_directory, default="out/lora_finetune", metavar="DIR", help="curves and adapters")
-    return parser
+    add("--output", type=_output_directory, default=output, metavar="DIR", help="curves and adapters")
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:

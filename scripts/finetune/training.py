@@ -29,7 +29,7 @@ class Run:
 
 
 def train(
-    candidate: Candidate, run: str, data: list[dict[str, torch.Tensor]], settings: Settings, device: Device, bar: tqdm
+    candidate: Candidate, run: str, data: list[dict[str, Any]], settings: Settings, device: Device, bar: tqdm
 ) -> Run:
     """`run` is "unpatched" or "patched"; everything else is the same in both, seeds and order of the data included."""
     bar.set_description_str(f"{candidate.name}, {run}")
@@ -52,8 +52,10 @@ def train(
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=False,
+            remove_unused_columns=False,
         ),
         train_dataset=data,
+        data_collator=candidate.collate,
         callbacks=[meter, losses],
     )
     trainer.remove_callback(PrinterCallback)

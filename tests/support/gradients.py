@@ -29,8 +29,9 @@ def loss_and_gradients(model: torch.nn.Module, batch: dict[str, Tensor]) -> dict
     return {name: tensor.detach().cpu().double() for name, tensor in {"loss": loss, **found}.items()}
 
 
-def token_losses(model: torch.nn.Module, ids: Tensor) -> Tensor:
-    """The loss of each token of ids `[B, S]` on the CPU: `[B * (S - 1)]`, float64."""
+def token_losses(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The loss of each token of a batch of text, ids `[B, S]` on the CPU: `[B * (S - 1)]`, float64."""
+    ids = batch["input_ids"]
     with torch.no_grad():
         logits = model(input_ids=ids.to(next(model.parameters()).device)).logits.cpu().double()
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")

@@ -71,3 +71,24 @@ def results(model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, Tenso
     found = loss_and_gradients(model, batch)
     with torch.no_grad():
         return {"logits": logits(model, batch).cpu().double(), **found}
+
+
+def label_losses(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The loss of each token that has a label, as float64 on the CPU."""
+    with torch.no_grad():
+        found = logits(model, batch).cpu().double()
+    losses = torch.nn.functional.cross_entropy(
+        found[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="none"
+    )
+    return losses[batch["labels"][:, 1:].flatten() >= 0]
+
+
+@torch.no_grad()
+def generated(model: Any, batch: dict[str, Tensor], count: int) -> Tensor:
+    """The likeliest `count` tokens after each sequence, on the CPU. None comes twice: a random model would say the one
+    word again and again."""
+    device = next(model.parameters()).device
+    given = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+    how = {"max_new_tokens": count, "do_sample": False, "no_repeat_ngram_size": 1, "use_cache": True}
+    found: Tensor = model.generate(**given, **how)
+    return found[:, batch["input_ids"].shape[1] :].cpu()
