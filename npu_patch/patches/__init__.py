@@ -10,6 +10,7 @@ from npu_patch.patches.loss import patch as loss
 from npu_patch.patches.order import in_order
 from npu_patch.patches.patch import Patch
 from npu_patch.patches.preparation import Preparation
+from npu_patch.patches.vision import patch_embedding
 
 CATALOGUE: tuple[Patch, ...] = in_order(
     (
@@ -23,6 +24,7 @@ CATALOGUE: tuple[Patch, ...] = in_order(
         qk_norm_rope.PATCH,
         add_rms_norm.PATCH,
         loss.PATCH,
+        patch_embedding.PATCH,
     )
 )
 PREPARATIONS: tuple[Preparation, ...] = ()
