@@ -33,7 +33,7 @@ from npu_patch.sites.sites import LiveModules, Site, parameter_names, rebindable
 SQUARE = {"kernel_size": 4, "stride": 4, "padding": 0, "dilation": 1}  # of the class itself, in each dimension
 OF = {Conv2d: 2, Conv3d: 3}
 BYPASSED = {Conv2d: (F, "conv2d"), Conv3d: (F, "conv3d")}
-NO_PATCHES = NotRead("no layer of it embeds patches")
+NO_PATCHES = NotRead("no layer of it embeds patches", notable=False)
 
 
 def find(module: ModuleType) -> Iterable[Site]:
