@@ -27,6 +27,7 @@ from npu_patch.probe.readings import Readings
 from npu_patch.serving.bypassed import Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import Case
+from npu_patch.serving.implementation import FLOAT_DTYPES
 from npu_patch.serving.replacement import Unserved, replacement_for, tensors_on
 from npu_patch.sites.sites import LiveModules, Site, parameter_names, rebindable_forwards
 
@@ -76,12 +77,17 @@ def bind_site(site: Site, found: Patches, context: Context) -> Replacement | Not
             return Unserved(f"a weight of {weight.dim()} dimensions that is no kernel")
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
-            x, weight, bias = (each if each is None else each.to(dtype) for each in (x, weight, bias))
+            x, weight, bias = _cast(x, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
         serving = dispatch.serving(calls, x, weight, bias)
         return Unserved(serving) if isinstance(serving, str) else serving.run(x, weight, bias)
 
     function = replacement_for(original, calls, serve, bypassed=Bypassed.by(original, BYPASSED[cls]))
     return Replacement(function, found.name, calls, dispatch=dispatch, observe=readings.of)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast does: neither numbers that are none nor float64."""
+    return tensor.to(dtype) if tensor.dtype in FLOAT_DTYPES else tensor
 
 
 def _is_for_later(context: Context) -> bool:
