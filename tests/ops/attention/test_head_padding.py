@@ -24,8 +24,10 @@ from npu_patch.ops.attention.fusion import IMPLEMENTATION
 from npu_patch.ops.attention.op import ATTENTION
 from npu_patch.ops.attention.padding import PADDED, multiple_of_32, power_of_two
 from npu_patch.serving.calls import Calls
-from npu_patch.serving.dispatch import Dispatch
+from npu_patch.serving.case import Measured
+from npu_patch.serving.dispatch import NO_LAYERS, Dispatch, Verdict
 from npu_patch.serving.implementation import Choice
+from npu_patch.sites.sites import LiveModules
 from tests.support.attention_cases import BOUNDS
 from tests.support.gradients import relative_error
 from tests.support.parity import apart
@@ -211,6 +213,20 @@ def test_where_nothing_was_found_faster_no_key_is_made(npu: torch.device, monkey
     unmeasured.op = replace(ATTENTION, key=lambda *call: pytest.fail("a key for nothing"))
     assert unmeasured.serving(calls, *full, FORMS["full"]) is IMPLEMENTATION
     assert dict(calls.ran_by) == {IMPLEMENTATION.name: 1}
+
+
+@pytest.mark.parametrize(("width", "checked", "count"), [(72, False, 3), (64, False, 0), (72, True, 9), (64, True, 9)])
+def test_without_checks_only_what_times_decide_is_waited_for(width: int, checked: bool, count: int) -> None:
+    waiting = dispatch(cases=lambda live: cases(2, 2, width, width, torch.bfloat16, False))
+    assert len(waiting.undecided(LiveModules(torch.nn.Identity()), checked)) == count
+
+
+def test_the_report_says_that_no_heads_were_there_to_be_padded() -> None:
+    (case, *_) = cases(2, 2, 64, 64, torch.float32, False)
+    checked = Verdict(case, None, IMPLEMENTATION.name, {IMPLEMENTATION.name: Measured()})
+    found = dispatch(verdicts={case.key(): checked}, asked=True)
+    assert found.name() == IMPLEMENTATION.name
+    assert found.declined() == {each.name: NO_LAYERS for each in PADDED}
 
 
 @pytest.fixture
