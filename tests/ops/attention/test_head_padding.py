@@ -215,7 +215,7 @@ def test_where_nothing_was_found_faster_no_key_is_made(npu: torch.device, monkey
     assert dict(calls.ran_by) == {IMPLEMENTATION.name: 1}
 
 
-@pytest.mark.parametrize(("width", "checked", "count"), [(72, False, 3), (64, False, 0), (72, True, 9), (64, True, 9)])
+@pytest.mark.parametrize(("width", "checked", "count"), [(80, False, 3), (64, False, 0), (80, True, 9), (64, True, 9)])
 def test_without_checks_only_what_times_decide_is_waited_for(width: int, checked: bool, count: int) -> None:
     waiting = dispatch(cases=lambda live: cases(2, 2, width, width, torch.bfloat16, False))
     assert len(waiting.undecided(LiveModules(torch.nn.Identity()), checked)) == count
