@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 import npu_patch
-from npu_patch.measuring import measure
+from npu_patch.measuring import measure, measurer
 from npu_patch.measuring.measured_on import MeasuredOn
 from npu_patch.measuring.measurements import Measurements
 from npu_patch.measuring.measurer import Measurer
+from npu_patch.ops.attention import padding
 from npu_patch.ops.attention.band import CAUSAL_TOP_LEFT, Band
 from npu_patch.ops.attention.call import Attention
 from npu_patch.ops.attention.cases import cases
@@ -29,7 +30,7 @@ from npu_patch.serving.dispatch import NO_LAYERS, Dispatch, Verdict
 from npu_patch.serving.implementation import Choice
 from npu_patch.sites.sites import LiveModules
 from tests.support.attention_cases import BOUNDS
-from tests.support.gradients import relative_error
+from tests.support.gradients import loss_and_gradients, relative_error
 from tests.support.parity import apart
 from tests.support.tiny_models import tiny, tiny_batch
 
@@ -238,8 +239,6 @@ def restored() -> Iterator[None]:
 @pytest.mark.usefixtures("restored")
 @pytest.mark.parametrize("implementation", ["sdpa", "npu"])
 def test_a_model_whose_heads_are_padded_trains_as_unpatched(implementation: str, npu: torch.device) -> None:
-    from tests.support.gradients import loss_and_gradients
-
     model, batch = (
         tiny("qwen3", head_dim=72, attn_implementation=implementation if implementation == "sdpa" else None),
         tiny_batch(),
@@ -258,8 +257,6 @@ def test_a_model_whose_heads_are_padded_trains_as_unpatched(implementation: str,
 def test_by_default_nothing_is_padded_on_the_simulated_device_and_the_report_says_why(
     simulated: None, npu: torch.device
 ) -> None:
-    from tests.support.gradients import loss_and_gradients
-
     model = tiny("qwen3", head_dim=72).to(npu)
     report = npu_patch.apply(model)
     loss_and_gradients(model, tiny_batch())
@@ -269,3 +266,32 @@ def test_by_default_nothing_is_padded_on_the_simulated_device_and_the_report_say
     npu_patch.restore()
     outcome = next(e for e in npu_patch.apply(model, head_padding=False) if e.site == "AttentionInterface['sdpa']")
     assert outcome.declined[TO_POWERS.name] == "switched off by apply(head_padding=False)"
+
+
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize(("padded_ms", "ran"), [(1.0, TO_32), (3.0, IMPLEMENTATION)], ids=["faster", "slower"])
+def test_auto_pads_the_heads_of_a_model_where_the_clock_says_so(
+    padded_ms: float, ran: Any, npu: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On the simulated device as if it were a real one, by a clock that is made up."""
+    padded: list[int] = []
+    own = padding._padded
+    monkeypatch.setattr(padding, "_padded", lambda heads, width: padded.append(width) or own(heads, width))
+    monkeypatch.setattr("npu_patch.serving.implementation.is_simulated", lambda device_type: False)
+    monkeypatch.setattr("npu_patch.ops.attention.cases._TIMED_TOKENS", {"full": 24, "causal": 24, "packed": 24})
+
+    def stopwatch(function: Callable[[], Any]) -> float:
+        padded.clear()
+        function()
+        return 1e-3 * (padded_ms if padded else 2.0)
+
+    monkeypatch.setattr(measurer, "stopwatch", lambda device: stopwatch)
+    monkeypatch.setenv("TWINKLE_NPU_TRITON_CACHE", str(tmp_path / "times.json"))
+    model, batch = tiny("qwen3", head_dim=72).to(npu), tiny_batch()
+    original = loss_and_gradients(model, batch)
+    report = npu_patch.apply(model, triton=False)
+    assert apart(loss_and_gradients(model, batch), original) == {}
+    (outcome,) = (each for each in report.patched if each.site == "AttentionInterface['sdpa']")
+    assert set(outcome.calls.ran_by) == {ran.name}
+    assert ("1 ms against 2 ms" in outcome.implementation) is (ran is TO_32)
+    assert ("3 ms against 2 ms" in outcome.declined[TO_POWERS.name]) is (ran is IMPLEMENTATION)
