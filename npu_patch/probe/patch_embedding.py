@@ -52,7 +52,7 @@ def read_patches(cls: type, forward: Callable[..., Any], settings: tuple[Any, ..
                 return NotRead(f"its forward does more than a convolution ({problem_text(problem)})")
             tensors = [[each for each in inputs if each is not None] for inputs in (observed, expected)]
             if distance([found], [convolution(*expected)], *tensors) > 1.0:
-                return NotRead("its kernel is not its stride, or more is done")
+                return NotRead("it computes no product of whole patches")
     return Patches(kernel)
 
 

@@ -66,6 +66,8 @@ def bind_site(site: Site, found: Patches, context: Context) -> Replacement | Not
             return Unserved("compiling: the compiler has convolutions of its own")
         if not dispatch.takes_any:
             return Unserved(NOT_FASTER)
+        if self.kernel_size != self.stride:  # most convolutions: nothing else need be asked
+            return Unserved("its kernel is not its stride")
         bound = tensors_on(device_type, names, args, kwargs)
         if isinstance(bound, Unserved):
             return bound
