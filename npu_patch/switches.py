@@ -34,7 +34,7 @@ class Switch:
     variable: str
     default: Value
     gates: str
-    group: str | None = None  # the switch whose value is this one's default
+    group: str | None = None  # the switch that has to be on for this one's default
     aliases: tuple[str, ...] = ()
     kind: str = "on/off"
     of: str = "apply()"
@@ -51,15 +51,15 @@ SWITCHES: tuple[Switch, ...] = (
     Switch("fla", "FLA", True, "gated delta rule, causal conv1d and its update"),
     Switch("lora", "LORA", True, "linear layers with a LoRA adapter of peft's"),
     Switch("loss", "LOSS", True, "losses and log-probabilities of tokens without logits"),
-    Switch("vision", "VISION", True, "what vision towers have: the next three together"),
+    Switch("vision", "VISION", True, "what vision towers have: the next five together"),
     Switch("vision_attention", "VISION_ATTENTION", True, "attention within segments in one call", group="vision"),
     Switch("vision_on_host", "VISION_ON_HOST", True, "grids and token ids of images known on the host", group="vision"),
+    Switch("approximate_gelu", "APPROXIMATE_GELU", True, "approximations of GELU in one operator", group="vision"),
     Switch(
-        "approximate_gelu",
-        "APPROXIMATE_GELU",
-        True,
-        "GELU's approximations that are written out in parts",
-        group="vision",
+        "patch_embedding", "PATCH_EMBEDDING", AUTO, "patch embeddings as products over patches", "vision", kind="auto"
+    ),
+    Switch(
+        "head_padding", "HEAD_PADDING", AUTO, "attention heads padded to widths of the cube unit", "vision", kind="auto"
     ),
     Switch("gated_rmsnorm_fp32", "GATED_RMSNorm_FP32", False, "gated RMSNorm computed in float32"),
     Switch("swiglu_recompute", "SWIGLU_RECOMPUTE", AUTO, "making SwiGLU's product again in the backward", kind="auto"),
@@ -121,7 +121,7 @@ def resolve(
         if found is not None:
             values[switch.name], sources[switch.name] = found
         elif switch.group is not None:
-            values[switch.name] = values[switch.group]
+            values[switch.name] = switch.default if values[switch.group] else False
             sources[switch.name] = sources[switch.group]
         else:
             values[switch.name], sources[switch.name] = switch.default, "default"

@@ -15,7 +15,8 @@ def test_defaults() -> None:
         "gated_rmsnorm_fp32",
         "triton_cache",
     }
-    assert switches["triton"] == switches["swiglu_recompute"] == "auto"
+    measured = ("triton", "swiglu_recompute", "patch_embedding", "head_padding")
+    assert [switches[name] for name in measured] == ["auto"] * 4
     assert switches.sources["rope"] == "default"
 
 
@@ -43,6 +44,23 @@ def test_a_group_is_the_default_of_its_members_and_a_member_wins() -> None:
     assert not any(switches[name] for name in ("rms_norm", "swiglu", "sdpa"))
     assert switches["fla"] and switches["moe_patch"]
     assert switches.sources["rms_norm"] == "TWINKLE_NPU_FUSED_OPS"
+
+
+@pytest.mark.parametrize(
+    ("environ", "padding", "source"),
+    [
+        ({}, "auto", "default"),
+        ({"TWINKLE_NPU_VISION": "1"}, "auto", "TWINKLE_NPU_VISION"),
+        ({"TWINKLE_NPU_VISION": "0"}, False, "TWINKLE_NPU_VISION"),
+        ({"TWINKLE_NPU_VISION": "0", "TWINKLE_NPU_HEAD_PADDING": "auto"}, "auto", "TWINKLE_NPU_HEAD_PADDING"),
+        ({"TWINKLE_NPU_VISION": "1", "TWINKLE_NPU_HEAD_PADDING": "1"}, True, "TWINKLE_NPU_HEAD_PADDING"),
+    ],
+)
+def test_a_group_that_is_on_leaves_its_members_their_own_defaults(
+    environ: dict[str, str], padding: bool | str, source: str
+) -> None:
+    switches = resolve({}, environ)
+    assert (switches["head_padding"], switches.sources["head_padding"]) == (padding, source)
 
 
 def test_keywords_win_over_the_environment() -> None:

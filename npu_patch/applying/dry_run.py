@@ -69,14 +69,14 @@ def dry_run(
 
 def choice_if_sound(request: Request, report: Report, patch: AnyPatch) -> AnyChoice:
     """What is chosen here, or what would be if nothing were missing."""
-    choice: AnyChoice = choose(patch.op.implementations, request.device_type, *request.triton)
+    choice: AnyChoice = choose(patch.op.implementations, request.device_type, *request.of(patch.optional))
     if choice.candidates and not choice.forced:
         unmeasured = {each.name: "a dry run measures nothing" for each in choice.candidates}
         choice = Choice(choice.chosen, choice.declined | unmeasured)
     if choice.chosen is not None:
         return choice
     usual = [each for each in patch.op.implementations if not each.optional]
-    if not usual and request.switches["triton"] is True:
+    if not usual and request.switches[patch.optional] is True:
         kernels = tuple(each for each in patch.op.implementations if request.device_type in each.device_types)
         return Choice(None, {}, kernels, forced=True)
     serving = [each for each in usual if request.device_type in each.device_types]

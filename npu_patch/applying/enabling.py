@@ -10,7 +10,7 @@ from npu_patch.applying.state import patched_sites
 from npu_patch.patches.patch import AnyPatch
 from npu_patch.reporting.report import Report
 from npu_patch.serving.dispatch import NO_MODEL
-from npu_patch.serving.implementation import AnyChoice, choose
+from npu_patch.serving.implementation import TRITON, AnyChoice, choose
 
 STILL_IN_PLACE = "still in place from an earlier apply(); call restore() first"
 ChoiceOf = Callable[[Request, Report, AnyPatch], AnyChoice]
@@ -36,7 +36,9 @@ def enabled(catalogue: Iterable[AnyPatch], request: Request, choice_of: ChoiceOf
         elif choice.chosen is None and not choice.candidates:
             usual = [each for each in patch.op.implementations if not each.optional]
             served = any(request.device_type in each.device_types for each in usual)
-            if usual or request.switches["triton"] is False:  # else the line about Triton kernels says why
+            optional, source = request.of(patch.optional)  # for Triton kernels, a line of their own says why
+            told = optional is not False if patch.optional == TRITON else source == "default"
+            if usual or not told:
                 (report.warnings if served else report.notes).append(f"{patch.name}: {choice.why_none()}")
         else:
             found.append(Enabled(patch, choice))
@@ -49,8 +51,8 @@ def libraries_of(entries: Iterable[Enabled]) -> tuple[str, ...]:
 
 def choice_here(request: Request, report: Report, patch: AnyPatch) -> AnyChoice:
     """Of the implementations that this machine has."""
-    choice: AnyChoice = choose(patch.op.implementations, request.device_type, *request.triton)
-    if request.switches["triton"] is not False and request.switches[patch.switch]:
+    choice: AnyChoice = choose(patch.op.implementations, request.device_type, *request.of(patch.optional))
+    if patch.optional == TRITON and request.switches[TRITON] is not False and request.switches[patch.switch]:
         _note_triton(request, report, patch, choice)
     return choice
 

@@ -15,7 +15,7 @@ Kept = tuple[str, str]  # what is said of an option before and after the number 
 
 def kept_at(held: PatchedSite, patch: AnyPatch, asked: Switches) -> Iterator[Kept]:
     """Of each option that is another now than when the site was patched."""
-    names = [*patch.options, *(["triton"] if any(each.optional for each in patch.op.implementations) else [])]
+    names = [*patch.options, *([patch.optional] if any(each.optional for each in patch.op.implementations) else [])]
     for name in names:
         if held.switches[name] != asked[name]:
             yield (

@@ -18,7 +18,6 @@ class Request:
     switches: Switches
     strict: bool = False
 
-    @property
-    def triton(self) -> tuple[bool | str, str]:
-        """The switch for Triton kernels, and where it comes from."""
-        return self.switches["triton"], self.switches.sources["triton"]
+    def of(self, name: str) -> tuple[bool | str, str]:
+        """A switch for optional implementations, and where it comes from."""
+        return self.switches[name], self.switches.sources[name]

@@ -14,7 +14,7 @@ from npu_patch.measuring.measure import answers, check, faster, measure, stopwat
 from npu_patch.measuring.measured_on import here
 from npu_patch.measuring.measurements import Measurements, default_path
 from npu_patch.serving.case import ACCIDENTS, DEVICE_LOST, Alternative, AnyCase, Measured, Stopwatch
-from npu_patch.serving.dispatch import AnyVerdict, Verdict
+from npu_patch.serving.dispatch import AnyVerdict, Verdict, contenders
 from npu_patch.serving.implementation import AnyChoice, AnyImplementation
 
 
@@ -41,7 +41,8 @@ class Measurer:
         measured |= {each.name: self._measured(case, _alternative(each), False) for each in others}
         if usual is None or not timed:
             return Verdict(case, None, "" if usual is None else usual.name, MappingProxyType(measured))
-        winner = faster([(each.name, measured[each.name]) for each in choice.candidates], measured[usual.name])
+        alternatives = [(each.name, measured[each.name]) for each in every if each is not usual]
+        winner = faster(alternatives, measured[usual.name])
         taken = next((each for each in choice.candidates if each.name == winner), None)
         return Verdict(case, taken, usual.name, MappingProxyType(measured))
 
@@ -70,13 +71,14 @@ class Measurer:
 
 def _competitors(case: AnyCase, choice: AnyChoice) -> tuple[list[Alternative], Alternative | None, bool]:
     """All that could serve the case, the usual one of them, and whether times decide."""
-    timed = bool(choice.candidates) and not choice.forced
+    candidates = choice.candidates if choice.forced else contenders(case, choice)
+    timed = bool(candidates) and not choice.forced
     usual = None if choice.chosen is None else _alternative(choice.chosen)
     if timed and usual is None:
         usual = case.original
         if usual is None:
             raise ValueError(f"{case.title}: no implementation and no original to compare {choice.candidates} with")
-    return [*map(_alternative, choice.candidates), *([] if usual is None else [usual])], usual, timed
+    return [*map(_alternative, candidates), *([] if usual is None else [usual])], usual, timed
 
 
 def _alternative(implementation: AnyImplementation) -> Alternative:

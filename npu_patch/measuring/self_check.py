@@ -108,6 +108,8 @@ class Decisions:
                     done()
                 left += len(cases) - len(verdicts)
                 journal.rebind(dispatch, "verdicts", {**dispatch.verdicts, **verdicts})
+                faster = {key: each.taken for key, each in verdicts.items() if each.taken is not None}
+                journal.rebind(dispatch, "faster", {**dispatch.faster, **faster})
                 wrong = {(name, key): why for key, each in verdicts.items() for name, why in each.wrong.items()}
                 if self.checked and wrong:
                     journal.rebind(dispatch, "wrong", {**dispatch.wrong, **wrong})

@@ -10,7 +10,7 @@ from npu_patch.patches.loss import patch as loss
 from npu_patch.patches.order import in_order
 from npu_patch.patches.patch import Patch
 from npu_patch.patches.preparation import Preparation
-from npu_patch.patches.vision import approximate_gelu
+from npu_patch.patches.vision import approximate_gelu, patch_embedding
 from npu_patch.patches.vision import attention as vision_attention
 from npu_patch.patches.vision import on_host as vision_on_host
 
@@ -29,6 +29,7 @@ CATALOGUE: tuple[Patch, ...] = in_order(
         qk_norm_rope.PATCH,
         add_rms_norm.PATCH,
         loss.PATCH,
+        patch_embedding.PATCH,
     )
 )
 PREPARATIONS: tuple[Preparation, ...] = ()

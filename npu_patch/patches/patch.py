@@ -13,7 +13,7 @@ from npu_patch.ops.readings import NotRead
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import Case
 from npu_patch.serving.dispatch import AnyDispatch, Dispatch, no_cases
-from npu_patch.serving.implementation import AnyChoice, Call, Choice, Result
+from npu_patch.serving.implementation import TRITON, AnyChoice, Call, Choice, Result
 from npu_patch.serving.op import Op
 from npu_patch.sites.sites import LiveModules, Site
 from npu_patch.switches import Switches
@@ -95,7 +95,8 @@ class Patch(Generic[Reading, Call, Result]):
     implementations of `op`, or says why the given model is to have none. `layers(site, context)` is how many of its
     layers the site reaches. `customers(module)` are the classes of a modeling module that look up at call time
     what `registered()` replaces. `tunable`: a tuning file may choose another implementation of `op`, or the original.
-    `options`: switches that its replacements are made with, beside its own and that of Triton kernels.
+    `options`: switches that its replacements are made with, beside its own and `optional`, the one that says whether
+    optional implementations of `op` are taken: where it is "auto", where they were measured to be faster.
     `libraries`: packages or modules beside modeling code, by dotted names, that `find` is given the modules of too,
     imported before or later.
     `further_ops`: of sites that are of another op.
@@ -117,6 +118,7 @@ class Patch(Generic[Reading, Call, Result]):
     customers: Callable[[ModuleType], Iterable[type]] = lambda module: ()
     tunable: bool = True
     options: tuple[str, ...] = ()
+    optional: str = TRITON
     needs: tuple[str, ...] = ()
     libraries: tuple[str, ...] = ()
     further_ops: tuple[Op[..., Any], ...] = ()

@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from npu_patch.serving.implementation import Call, Result
+from npu_patch.serving.implementation import Call, Implementation, Result
 from npu_patch.serving.op import Op
 
 FEW_TOKENS = 5
@@ -50,6 +50,8 @@ class Case(Generic[Call, Result]):
     `inputs(tokens)`: shapes and dtypes for so many tokens. `call(function, *inputs)` is a call of whatever takes the
     op's calls: an implementation's `run` and `unsupported`, the op's `key` and `exact`. Every input gets a gradient,
     unless it is one that is not `differentiated`. It is checked at each number of `tokens`, to the bars `allowed`.
+    `timed_tokens`: at how many of them it is timed; 0 for a case that times do not decide, None for as many as a large
+    call has.
     """
 
     op: Op[Call, Result]
@@ -60,6 +62,7 @@ class Case(Generic[Call, Result]):
     tokens: tuple[int, ...] = (FEW_TOKENS,)
     allowed: Mapping[torch.dtype, float] = field(default_factory=lambda: ALLOWED)
     differentiated: bool = True
+    timed_tokens: int | None = None
 
     @property
     def title(self) -> str:
@@ -67,8 +70,14 @@ class Case(Generic[Call, Result]):
 
     def key(self) -> Hashable:
         """The op's, of the calls that this one stands for."""
-        inputs = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in self.inputs(self.tokens[0])]
-        return self.call(self.op.key, *inputs)
+        return self.call(self.op.key, *self._meta())
+
+    def why_not_by(self, implementation: Implementation[Call, Result]) -> str | None:
+        """Why it does not take the calls that this one stands for, or None."""
+        return self.call(implementation.unsupported, *self._meta())
+
+    def _meta(self) -> list[Tensor]:
+        return [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in self.inputs(self.tokens[0])]
 
     def definition(self, *inputs: Tensor) -> Result:
         return self.call(self.op.exact, *inputs)

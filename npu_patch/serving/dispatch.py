@@ -34,6 +34,13 @@ def no_cases(live: LiveModules) -> Iterable[Case[Call, Result]]:
     return ()
 
 
+def contenders(case: Case[Call, Result], choice: Choice[Call, Result]) -> tuple[Implementation[Call, Result], ...]:
+    """The optional implementations that times may choose for a case."""
+    if choice.forced or case.timed_tokens == 0:
+        return ()
+    return tuple(each for each in choice.candidates if case.why_not_by(each) is None)
+
+
 @dataclass(frozen=True)
 class Verdict(Generic[Call, Result]):
     """Of one case: the optional implementation that is taken, or None, and what was measured of each one; of the usual
@@ -61,9 +68,10 @@ class Verdict(Generic[Call, Result]):
 @dataclass
 class Dispatch(Generic[Call, Result]):
     """Of one site. `cases(live)` yields what to measure for a model's layers, `verdicts` are those that were, by key;
-    `asked` whether a model was ever looked at. `wrong`: of implementations that were found wrong, by name and key, how
-    far. `unproven(implementation, *call)`: why one has not proved itself for such a call, if it has to. `tuned`: by the
-    signature of a call, its implementation, or why it is the original's, or None where it is served as usual."""
+    `faster`: the optional ones that go first, by key; `asked` whether a model was ever looked at. `wrong`: of
+    implementations that were found wrong, by name and key, how far. `unproven(implementation, *call)`: why one has not
+    proved itself for such a call, if it has to. `tuned`: by the signature of a call, its implementation, or why it is
+    the original's, or None where it is served as usual."""
 
     op: Op[Call, Result]
     choice: Choice[Call, Result]
@@ -71,6 +79,7 @@ class Dispatch(Generic[Call, Result]):
     unproven: Callable[Concatenate[Implementation[Call, Result], Call], str | None] | None = None
     # Not mapping proxies: to the compiler, each dict that a model writes to later may be what one stands for.
     verdicts: Mapping[Hashable, Verdict[Call, Result]] = field(default_factory=dict)
+    faster: Mapping[Hashable, Implementation[Call, Result]] = field(default_factory=dict)
     wrong: Mapping[tuple[str, Hashable], str] = field(default_factory=dict)
     asked: bool = False
     tuned: Mapping[Signature, Implementation[Call, Result] | str | None] = field(default_factory=dict)
@@ -80,6 +89,11 @@ class Dispatch(Generic[Call, Result]):
         """Whether times decide what serves it."""
         return bool(self.choice.candidates) and not self.choice.forced
 
+    @property
+    def takes_any(self) -> bool:
+        """Whether an optional implementation may serve a call."""
+        return bool(self.choice.forced or self.faster or self.tuned)
+
     if TYPE_CHECKING:
 
         def serving(self, calls: Calls, *call: Call.args, **none: Call.kwargs) -> Implementation[Call, Result] | str:
@@ -88,11 +102,16 @@ class Dispatch(Generic[Call, Result]):
     else:  # without `**`, for which each call would make a dict
 
         def serving(self, calls, *call):
-            usual = self.choice.chosen
-            if usual is None or self.choice.candidates or self.wrong or self.unproven is not None or self.tuned:
+            choice, usual = self.choice, self.choice.chosen
+            candidates = choice.candidates and (choice.forced or self.faster)
+            if usual is None or candidates or self.wrong or self.unproven is not None or self.tuned:
                 return self._first_of_several(calls, call)
             reason = usual.unsupported(*call)
-            return usual if reason is None else reason
+            if reason is not None:
+                return reason
+            if choice.candidates and not torch.compiler.is_compiling():
+                calls.ran_by[usual.name] += 1
+            return usual
 
     def _first_of_several(self, calls: Calls, call: tuple[Any, ...]) -> Implementation[Call, Result] | str:
         op: Op[..., Result] = self.op
@@ -132,8 +151,8 @@ class Dispatch(Generic[Call, Result]):
             return ()
         if self.choice.forced:
             return self.choice.candidates
-        verdict = self.verdicts.get(key)
-        return () if verdict is None or verdict.taken is None else (verdict.taken,)
+        taken = self.faster.get(key)
+        return () if taken is None else (taken,)
 
     @property
     def tuned_to(self) -> tuple[Implementation[Call, Result], ...]:
@@ -151,7 +170,8 @@ class Dispatch(Generic[Call, Result]):
         found: dict[Hashable, Case[Call, Result]] = {}
         with quiet_room():
             for case in self.cases(live):
-                found.setdefault(case.key(), case)  # the first: others may be served as it is
+                if checked or contenders(case, self.choice):
+                    found.setdefault(case.key(), case)  # the first: others may be served as it is
         return {key: case for key, case in found.items() if key not in self.verdicts}
 
     def name(self) -> str:
@@ -177,10 +197,11 @@ class Dispatch(Generic[Call, Result]):
         if not self.timed:
             return found
         for candidate in self.choice.candidates:
-            others = [each for each in self.verdicts.values() if each.taken is not candidate]
+            measured = [each for each in self.verdicts.values() if candidate.name in each.measured]
+            others = [each for each in measured if each.taken is not candidate]
             if others:
                 found[candidate.name] = "; ".join(f"{each.case.name}: {each.words(candidate.name)}" for each in others)
-            elif not self.verdicts:
+            elif not measured:
                 found[candidate.name] = NO_LAYERS if self.asked else NO_MODEL
         return found
 

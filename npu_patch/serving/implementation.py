@@ -26,9 +26,9 @@ class Implementation(Generic[Call, Result]):
     """One way to compute an op on tensors of the named device types.
 
     `missing()` says what the machine lacks for it, or None. `unsupported(...)` says why it cannot serve one call, or
-    None; it looks at devices, dtypes and shapes only, and never at a value. `optional`: a Triton kernel, taken in the
-    place of another one as `TWINKLE_NPU_TRITON` says. `partly`: operators without which it serves only some calls, by
-    the kind of the others, which the report names.
+    None; it looks at devices, dtypes and shapes only, and never at a value. `optional`: taken in the place of another
+    one, or of the original, as a switch of its patch says (`Patch.optional`). `partly`: operators without which it
+    serves only some calls, by the kind of the others, which the report names.
     """
 
     name: str

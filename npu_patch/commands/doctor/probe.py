@@ -87,9 +87,9 @@ def providers(mode):
 
     switches = resolve()
     found = {}
-    further = [(op.name, op) for patch in CATALOGUE for op in patch.further_ops]
-    for name, op in [*((patch.name, patch.op) for patch in CATALOGUE), *further]:
-        choice: AnyChoice = choose(op.implementations, "npu", switches["triton"], switches.sources["triton"])
+    further = [(op.name, op, patch.optional) for patch in CATALOGUE for op in patch.further_ops]
+    for name, op, optional in [*((patch.name, patch.op, patch.optional) for patch in CATALOGUE), *further]:
+        choice: AnyChoice = choose(op.implementations, "npu", switches[optional], switches.sources[optional])
         measured = {} if choice.forced else {each.name: WHERE_FASTER for each in choice.candidates}
         used = [choice.chosen, *(choice.candidates if choice.forced else ())]
         why = measured | choice.declined

@@ -39,6 +39,8 @@ _FORMS: dict[str, tuple[tuple[int, ...], int | None, _Ask]] = {
     SINGLE: (CACHES, 1, lambda scale, hidden, bias: Attention(scale, decodes=True)),
     SINGLE_MASKED: (CACHES, 1, lambda scale, hidden, bias: Attention(scale, hidden=hidden, decodes=True)),
 }
+# Those whose inputs do not grow with the square of the length: one large image, causal text, several images.
+_TIMED_TOKENS = {"full": 4096, "causal": 4096, "packed": 8192}
 _WITH_SINKS = ("causal", "window", "packed", "mask")
 _SAMPLES = 2
 
@@ -92,6 +94,7 @@ def _case(form: str, all_heads: tuple[int, int], widths: tuple[int, int], dtype:
         tokens=lengths,
         allowed=ALLOWED_OF_PRODUCTS,
         differentiated=not single,
+        timed_tokens=_TIMED_TOKENS.get(form, 0),
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from npu_patch.ops.attention import decode as attention_decode
 from npu_patch.ops.attention.call import Attention
 from npu_patch.ops.attention.fusion import IMPLEMENTATION
+from npu_patch.ops.attention.padding import PADDED
 from npu_patch.serving.op import Op
 
 SINGLE, SINGLE_MASKED = "single query", "single query, masked"  # the inference operator's
@@ -67,4 +68,4 @@ def _exact(query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> T
     return out if ends is None else out[0]
 
 
-ATTENTION = Op("attention", (IMPLEMENTATION,), _key, _exact)
+ATTENTION = Op("attention", (*PADDED, IMPLEMENTATION), _key, _exact)

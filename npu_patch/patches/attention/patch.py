@@ -168,4 +168,14 @@ def customers(module: ModuleType) -> Iterable[type]:
             yield site.owner
 
 
-PATCH = Patch("attention", "sdpa", ATTENTION, find, read_site, bind_site, registered, customers=customers)
+PATCH = Patch(
+    "attention",
+    "sdpa",
+    ATTENTION,
+    find,
+    read_site,
+    bind_site,
+    registered,
+    customers=customers,
+    optional="head_padding",
+)
