@@ -29,7 +29,7 @@ def head_sizes(layers: Iterable[torch.nn.Module], live: LiveModules) -> Iterator
     rotated: dict[int, set[int]] = {}
     for layer in layers:
         config = getattr(layer, "config", None)
-        heads = _number(config, "num_attention_heads")
+        heads = _number(config, "num_attention_heads") or _number(layer, "num_heads")  # of a tower
         if heads is None:
             continue
         latent = _number(layer, "qk_head_dim")

@@ -23,12 +23,12 @@ from npu_patch.numerics.values import values
 from npu_patch.ops.readings import AsNamed, NotRead
 from npu_patch.probe.tiny_layer import CONFIG, Config, Unobservable, fill, tensors_in
 from npu_patch.sites.sites import innermost
-from npu_patch.waiting.as_flash import as_flash
+from npu_patch.waiting.as_flash import SEGMENTS, as_flash
 
-REGISTRY, LENGTHS = "ALL_ATTENTION_FUNCTIONS", "cu_seqlens"
+REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 HEADS, HEAD_DIM, PATCHES = 3, 8, 9
 HIDDEN = HEADS * HEAD_DIM
-SEGMENTS = (0, 4, 5, 9)
+CUT = (0, 4, 5, 9)
 # What the configs of towers call their sizes.
 NAMES = {
     "hidden_size": HIDDEN,
@@ -94,7 +94,7 @@ def _distance(layer: torch.nn.Module, dtype: torch.dtype) -> float:
             unless_accident(error)
             problem = problem or error
             continue
-        attention = _Attention(given[LENGTHS])
+        attention = _Attention(given[SEGMENTS])
         observed = tensors_in(_forward(layer, attention)(as_flash(layer), x, **given))
         if attention.called != 1:
             raise Unobservable(f"it asks for flash attention {attention.called} times")
@@ -112,7 +112,7 @@ def _arguments(layer: torch.nn.Module, dtype: torch.dtype) -> list[dict[str, Any
     all_given = []
     for positions in (*tables, torch.polar(torch.ones(half), values(half, 71)), None):
         given = {
-            LENGTHS: torch.tensor(SEGMENTS, dtype=torch.int32),
+            SEGMENTS: torch.tensor(CUT, dtype=torch.int32),
             "position_embeddings": positions,
             "rotary_pos_emb": values(half, 71) if positions is None else None,
         }
@@ -157,7 +157,7 @@ class _Attention:
         if attention_mask is not None or causal or not all(each is self.lengths for each in named):
             raise Unobservable("it tells its attention something else than its segments")
         scale = given.get("scaling") or query.shape[-1] ** -0.5
-        ends = (0, query.shape[2]) if self.lengths is None else SEGMENTS
+        ends = (0, query.shape[2]) if self.lengths is None else CUT
         outs = []
         for start, end in itertools.pairwise(ends):
             q, k, v = (each[:, :, start:end] for each in (query, key, value))

@@ -15,7 +15,7 @@ import torch
 
 from npu_patch.serving.calls import Calls
 
-FLASH = "flash_attention_2"
+FLASH, SEGMENTS = "flash_attention_2", "cu_seqlens"
 # The replacements of what transformers has under that name, which give such a layer back where they do not serve it.
 ONE_CALL: WeakKeyDictionary[Callable[..., Any], Calls] = WeakKeyDictionary()
 

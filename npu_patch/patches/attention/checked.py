@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from npu_patch.serving.case import Case
 from npu_patch.serving.dispatch import Dispatch
 from npu_patch.sites.names_used import names_used
 from npu_patch.sites.sites import LiveModules
+from npu_patch.waiting.as_flash import FLASH, SEGMENTS
 
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # as modeling files hold AttentionInterface
 
@@ -35,13 +37,18 @@ class Attend:
 
 
 def checks(name: str, live: LiveModules) -> Iterator[Case]:
-    """For the layers whose config asks for the attention `name`, in the model's dtype."""
+    """For the layers whose config asks for the attention `name`, in the model's dtype; under flash attention's also for
+    those that are seen as if they did (npu_patch/patches/vision/attention.py)."""
     asking: dict[type, bool] = {}
 
     def asks(layer: torch.nn.Module) -> bool:
+        forward = type(layer).forward
         if type(layer) not in asking:
-            asking[type(layer)] = REGISTRY in names_used(type(layer).forward)
-        return asking[type(layer)] and getattr(getattr(layer, "config", None), "_attn_implementation", None) == name
+            asking[type(layer)] = REGISTRY in names_used(forward)
+        if not asking[type(layer)]:
+            return False
+        by_segments = name == FLASH and SEGMENTS in inspect.signature(forward).parameters
+        return by_segments or getattr(getattr(layer, "config", None), "_attn_implementation", None) == name
 
     for sizes in head_sizes(filter(asks, live), live):
         yield from cases(sizes.heads, sizes.key_heads, sizes.head_dim, sizes.value_dim, live.dtype, sizes.sinks)

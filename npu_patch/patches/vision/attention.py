@@ -24,14 +24,14 @@ from npu_patch.ops.attention.op import ATTENTION
 from npu_patch.ops.readings import AsNamed, NotRead
 from npu_patch.patches.attention.patch import OWN_NAME, SDPA_NAME
 from npu_patch.patches.patch import Context, Patch, Replacement
-from npu_patch.probe.vision_attention import LENGTHS, REGISTRY, read_vision_attention
+from npu_patch.probe.vision_attention import REGISTRY, read_vision_attention
 from npu_patch.serving.bypassed import Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.once_per_step import HOST_READS
 from npu_patch.serving.replacement import Unserved, replacement_for
 from npu_patch.sites.names_used import names_used
 from npu_patch.sites.sites import Site, rebindable_forwards
-from npu_patch.waiting.as_flash import FLASH, ONE_CALL, as_flash
+from npu_patch.waiting.as_flash import FLASH, ONE_CALL, SEGMENTS, as_flash
 from npu_patch.waiting.contract import Abandoned
 
 LONGEST = "max_seqlen"
@@ -39,7 +39,7 @@ LONGEST = "max_seqlen"
 
 def find(module: ModuleType) -> Iterable[Site]:
     for site in rebindable_forwards(module):
-        if LENGTHS in inspect.signature(site.original).parameters and REGISTRY in names_used(site.original):
+        if SEGMENTS in inspect.signature(site.original).parameters and REGISTRY in names_used(site.original):
             yield site
 
 
@@ -50,7 +50,7 @@ def read_site(site: Site) -> AsNamed | NotRead:
 def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
     original, device_type, calls = site.original, context.device_type, Calls()
     names = list(inspect.signature(original).parameters)[1:]
-    at_lengths = names.index(LENGTHS)
+    at_lengths = names.index(SEGMENTS)
     takes_longest = LONGEST in names
 
     def serve(self: torch.nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -61,9 +61,9 @@ def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
         asked = getattr(self.config, "_attn_implementation", None)
         if asked not in (SDPA_NAME, OWN_NAME):
             return Unserved(f"its attention is {asked}")
-        lengths = kwargs.get(LENGTHS, args[at_lengths - 1] if len(args) >= at_lengths else None)
+        lengths = kwargs.get(SEGMENTS, args[at_lengths - 1] if len(args) >= at_lengths else None)
         if not isinstance(lengths, Tensor):
-            return Unserved(f"no {LENGTHS}")
+            return Unserved(f"no {SEGMENTS}")
         if not _is_served():
             return Unserved(f"nothing of npu_patch stands under {FLASH}")
         if takes_longest and kwargs.get(LONGEST) is None:  # else each layer asks the device

@@ -13,7 +13,9 @@ from torch import Tensor
 import npu_patch
 from npu_patch import simulator
 from npu_patch.numerics.values import values
+from npu_patch.patches.attention.checked import checks
 from npu_patch.patches.vision.attention import PATCH
+from npu_patch.sites.sites import LiveModules
 from tests.support.vision_cases import FULL, IMAGES, LANGUAGE, batch_of, made, results
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -115,3 +117,11 @@ def test_the_layer_and_its_config_stay_what_they_are(layer: torch.nn.Module, npu
     run(layer, npu)
     assert dict(vars(layer)) == before[0] and layer.config.to_dict() == before[1]
     assert layer.config._attn_implementation == "sdpa"
+
+
+def test_towers_are_among_what_is_checked_on_a_real_device() -> None:
+    model = made("qwen2_5_vl", FULL)
+    (head_dim,) = {each.head_dim for name, each in model.named_modules() if name.endswith(".attn")}
+    assert head_dim != model.config.text_config.head_dim
+    names = [case.name for case in checks("flash_attention_2", LiveModules(model))]
+    assert [each for each in names if each.startswith("packed") and f"heads of {head_dim} " in each]
