@@ -3,12 +3,13 @@
     python scripts/bench_vision.py                              # counts on the simulated NPU, of the tiny families
     python scripts/bench_vision.py --families qwen2_5_vl --images 4 --lora
     python scripts/bench_vision.py --device cuda                # times on a GPU, of towers in the sizes of real ones
+    python scripts/bench_vision.py --device npu                 # the same on a real NPU
 
 Counts are those of `python -m npu_patch count FAMILY --images N`: for the tower (forward and backward) and for the
 whole training step, before and after, and the ratio. Times are of one tower in bfloat16 with random weights, for one
 image: forward alone, and forward and backward of all weights. The ways run in turns in one process, on one tower, with
 sdpa and, where flash_attn is there, with flash_attention_2; a cell is the median over that of unpatched sdpa, and the
-highest memory that was allocated. Times say something of a GPU and nothing of an NPU.
+highest memory that was allocated. Times on a GPU say nothing of an NPU.
 """
 
 from __future__ import annotations
@@ -97,10 +98,11 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     options = arguments()
     found: dict[str, Any] = {}
-    if options.device == "cuda":
+    if options.device != "simulated":
         for tower in options.towers:
-            found[tower] = {way: asdict(cost) for way, cost in timed_tower(TOWERS[tower], options.triton).items()}
-            print_times(tower, found[tower])
+            costs = timed_tower(TOWERS[tower], options.device, options.triton)
+            found[tower] = {way: asdict(cost) for way, cost in costs.items()}
+            print_times(tower, options.device, found[tower])
     else:
         for family in options.families:
             found[family] = counted(family, options.images, options.lora, options.dtype)
@@ -111,7 +113,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("simulated", "cuda"), default="simulated")
+    parser.add_argument("--device", choices=("simulated", "cuda", "npu"), default="simulated")
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES, metavar="FAMILY")
     parser.add_argument("--images", type=int, default=2, help="counted: in the one sequence (default 2)")
     parser.add_argument("--lora", action="store_true", help="counted: adapters on all linear layers, the rest frozen")
@@ -145,12 +147,13 @@ def print_counts(family: str, steps: dict[str, Any], images: int) -> None:
             print(f"  {step:<14} {title:<40} {before:10,.2f}  {after:10,.2f}{ratio}", flush=True)
 
 
-def timed_tower(tower: Tower, triton: bool) -> dict[str, Cost]:
+def timed_tower(tower: Tower, device: str, triton: bool) -> dict[str, Cost]:
     import torch
 
     import npu_patch
 
-    model = made(tower)
+    of_device = torch.get_device_module(device)
+    model = made(tower, device)
     pixels, grid = picture(tower, model)
     ways = {name: way for name, way in WAYS.items() if "flash" not in way.attention or has_flash_attention()}
     costs = {name: Cost([], []) for name in ways}
@@ -158,18 +161,18 @@ def timed_tower(tower: Tower, triton: bool) -> dict[str, Cost]:
     for _ in range(TURNS):
         for name, way in ways.items():
             model.set_attn_implementation(way.attention)
-            with npu_patch.applied(model, device="cuda", patch=way.patched, triton=triton):
+            with npu_patch.applied(model, device=device, patch=way.patched, triton=triton):
                 forward, step = calls(model, pixels, grid)
                 result = forward()
                 reference = result if reference is None else reference
                 costs[name].error = float((result - reference).norm() / reference.norm())
-                costs[name].forward += times(forward)
-                costs[name].step += times(step)
-                torch.cuda.reset_peak_memory_stats()
+                costs[name].forward += times(forward, of_device)
+                costs[name].step += times(step, of_device)
+                of_device.reset_peak_memory_stats()
                 step()
-                torch.cuda.synchronize()
-                costs[name].gib = torch.cuda.max_memory_allocated() / 2**30
-            torch.cuda.empty_cache()
+                of_device.synchronize()
+                costs[name].gib = of_device.max_memory_allocated() / 2**30
+            of_device.empty_cache()
     return costs
 
 
@@ -177,14 +180,14 @@ def has_flash_attention() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
-def made(tower: Tower) -> Any:
+def made(tower: Tower, device: str) -> Any:
     import torch
 
     folder = f"transformers.models.{tower.module}"
     kind = getattr(importlib.import_module(f"{folder}.modeling_{tower.module}"), tower.model)
     config = getattr(importlib.import_module(f"{folder}.configuration_{tower.module}"), tower.config)(**tower.sizes)
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device(device):
         return kind._from_config(config, dtype=torch.bfloat16).train()
 
 
@@ -192,11 +195,11 @@ def picture(tower: Tower, model: Any) -> tuple[Any, Any]:
     """As the image processor gives it: patches, and how many there are in time, height and width."""
     import torch
 
-    config = model.config
+    config, device = model.config, model.device
     down, across = (side // config.patch_size for side in tower.sides)
     size = config.in_channels * config.temporal_patch_size * config.patch_size**2
-    pixels = torch.randn(down * across, size, device="cuda", dtype=torch.bfloat16)
-    return pixels, torch.tensor([[1, down, across]], device="cuda")
+    pixels = torch.randn(down * across, size, device=device, dtype=torch.bfloat16)
+    return pixels, torch.tensor([[1, down, across]], device=device)
 
 
 def calls(model: Any, pixels: Any, grid: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
@@ -217,27 +220,26 @@ def calls(model: Any, pixels: Any, grid: Any) -> tuple[Callable[[], Any], Callab
     return forward, step
 
 
-def times(call: Callable[[], Any]) -> list[float]:
-    return list(_times(call))[WARM_UPS:]
+def times(call: Callable[[], Any], of_device: Any) -> list[float]:
+    return list(_times(call, of_device))[WARM_UPS:]
 
 
-def _times(call: Callable[[], Any]) -> Iterator[float]:
+def _times(call: Callable[[], Any], of_device: Any) -> Iterator[float]:
     """Milliseconds, the host's part included."""
-    import torch
-
     for _ in range(WARM_UPS + STEPS):
-        torch.cuda.synchronize()
+        of_device.synchronize()
         started = time.perf_counter()
         call()
-        torch.cuda.synchronize()
+        of_device.synchronize()
         yield (time.perf_counter() - started) * 1e3
 
 
-def print_times(tower: str, costs: dict[str, dict[str, Any]]) -> None:
+def print_times(tower: str, device: str, costs: dict[str, dict[str, Any]]) -> None:
     import torch
 
     height, width = TOWERS[tower].sides
-    print(f"\n{tower}: one image of {height} x {width} on {torch.cuda.get_device_name()}, torch {torch.__version__}")
+    name = torch.get_device_module(device).get_device_name()
+    print(f"\n{tower}: one image of {height} x {width} on {name}, torch {torch.__version__}")
     if not has_flash_attention():
         print("  flash_attn is not installed: flash_attention_2 is left out")
     base = costs["sdpa"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from npu_patch.commands import main
 from npu_patch.commands.subject.vision.families import FAMILIES
@@ -62,6 +65,28 @@ def test_the_script_prints_the_ratio_of_each_measure(tmp_path: Path) -> None:
     before, after = (totals[way]["launches"] for way in WAYS)
     row = [f"{before:,.2f}", f"{after:,.2f}", f"{after / before:.2f}"]
     assert ["training", "step", "launches", *row] in [line.split() for line in done.stdout.splitlines()]
+
+
+def test_the_script_times_each_way_on_one_tower_in_turns(
+    npu: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = importlib.util.spec_from_file_location("bench_vision", ROOT / "scripts" / "bench_vision.py")
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "bench_vision", script)
+    spec.loader.exec_module(script)
+    small = {"depth": 2, "hidden_size": 48, "intermediate_size": 88, "num_heads": 2, "out_hidden_size": 64}
+    errors: list[float] = []
+    for name, tower in script.TOWERS.items():
+        tiny = dataclasses.replace(tower, sizes=tower.sizes | small | {"patch_size": 4}, sides=(24, 32))
+        costs = script.timed_tower(tiny, "npu", False)
+        assert list(costs) == ["sdpa", "sdpa, patched"]
+        assert {(len(cost.forward), len(cost.step)) for cost in costs.values()} == {(15, 15)}
+        assert costs["sdpa"].error == 0.0 and costs["sdpa, patched"].error < 2**-6
+        errors.append(costs["sdpa, patched"].error)
+        script.print_times(name, "npu", {way: dataclasses.asdict(cost) for way, cost in costs.items()})
+    assert max(errors) > 0  # by roundings: the patched way is another one
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  sdpa")]
+    assert len(rows) == 4 and rows[0].count("=  1.00") == 2 and all("GiB" in row for row in rows)
 
 
 @pytest.mark.parametrize(
