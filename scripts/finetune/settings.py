@@ -57,8 +57,8 @@ def parser() -> argparse.ArgumentParser:
 def vision_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Fine-tune a small Qwen2.5-VL with LoRA on an Ascend NPU (a simulated one where there is none), "
-        "the same job without and with npu_patch.apply(), and show what that changed. It learns to name the shape and the "
-        "colour in drawn images of several sizes, which go through the family's own processor.",
+        "the same job without and with npu_patch.apply(), and show what that changed. It learns to name the shape and "
+        "the colour in drawn images of several sizes, which go through the family's own processor.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _add_the_job(parser, "out/vlm_finetune")

@@ -65,6 +65,13 @@ def _count(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--packed", type=int, default=1, metavar="N", help="sequences that the tokens are packed of")
     parser.add_argument("--padding", type=int, default=0, metavar="N", help="of the tokens, at the left")
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=0,
+        metavar="N",
+        help="drawn ones, for a tiny model with a tower, whose part is counted too",
+    )
     parser.add_argument("--lora", action="store_true", help="adapters in float32 on the linear layers, the rest frozen")
     parser.add_argument("--attention", metavar="NAME", help="the attention implementation, such as sdpa")
     parser.add_argument("--experts", metavar="NAME", help="the experts implementation, such as eager or grouped_mm")

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 NOTE = "counted on the simulated NPU: properties of the program, not times. The optimizer's step is no part of it."
 UNPATCHED, PATCHED = "unpatched", "patched"
+GIVEN = ("model", "tokens", "images", "packed", "padding", "dtype", "lora")
+IMAGE_SIZES = ((56, 72), (40, 88), (72, 48))  # height and width
 
 
 def run(options: argparse.Namespace) -> Result:
@@ -32,13 +34,17 @@ def run(options: argparse.Namespace) -> Result:
         if value < least or (most is not None and value > most):
             up_to = "" if most is None else f" to {most}"
             raise CommandError(f"--{name} {value}: accepted are numbers from {least}{up_to}")
+    if options.images < 0:
+        raise CommandError(f"--images {options.images}: accepted are numbers from 0")
+    if options.images and (options.real or options.size or options.packed > 1 or options.padding):
+        raise CommandError("--images: accepted are no --real, --size, --packed and --padding beside it")
     ways = {UNPATCHED: {"patch": False}, PATCHED: _switches(options)}
     try:
         simulator.start()
     except SimulatorError as error:
         raise CommandError(f"count counts on the simulated NPU alone: {error}") from error
     content: dict[str, Any] = {
-        **{name: getattr(options, name) for name in ("model", "tokens", "packed", "padding", "dtype", "lora")},
+        **{name: getattr(options, name) for name in GIVEN},
         "note": NOTE,
         "ways": ways,
         "steps": {},
@@ -81,8 +87,7 @@ def _counted(options: argparse.Namespace, switches: dict[str, Any]) -> dict[str,
     from npu_patch.commands.count.model_steps import counted_steps, laid_out
     from npu_patch.commands.subject import models
 
-    sizes = dict(_pair("--size", each) for each in options.size)
-    model = models.sized_source_of(options.model, sizes, options.real).make(0, False)
+    model, batch = _with_images(options) if options.images else _of_text(options)
     model = model.to(models.DTYPES[options.dtype])
     for what, setter in (("attention", "set_attn_implementation"), ("experts", "set_experts_implementation")):
         wanted = getattr(options, what)
@@ -91,7 +96,6 @@ def _counted(options: argparse.Namespace, switches: dict[str, Any]) -> dict[str,
                 getattr(model, setter)(wanted)
             except Exception as error:
                 raise CommandError(f"--{what} {wanted}: {named(error)}") from error
-    batch = models.batch_for(model, batch=1, length=options.tokens)
     if options.lora:
         model = _adapted(model)
     model = model.to("npu")
@@ -107,6 +111,24 @@ def _counted(options: argparse.Namespace, switches: dict[str, Any]) -> dict[str,
     }
 
 
+def _of_text(options: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    from npu_patch.commands.subject import models
+
+    sizes = dict(_pair("--size", each) for each in options.size)
+    model = models.sized_source_of(options.model, sizes, options.real).make(0, False)
+    return model, models.batch_for(model, batch=1, length=options.tokens)
+
+
+def _with_images(options: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    from npu_patch.commands.subject.vision.batches import padded
+    from npu_patch.commands.subject.vision.drawing import several
+    from npu_patch.commands.subject.vision.models import tiny_vision_model, vision_family
+
+    model = tiny_vision_model(options.model)
+    sizes = [IMAGE_SIZES[at % len(IMAGE_SIZES)] for at in range(options.images)]
+    return model, padded(model, vision_family(options.model), [several(*sizes)])
+
+
 def _adapted(model: torch.nn.Module) -> torch.nn.Module:
     """In float32, on all linear layers but the head: "all-linear" means experts too."""
     import torch
@@ -114,7 +136,7 @@ def _adapted(model: torch.nn.Module) -> torch.nn.Module:
     from npu_patch.commands.subject.lora_step import with_adapters
 
     linear = [name for name, each in model.named_modules() if type(each) is torch.nn.Linear]
-    targets = sorted({name.rsplit(".", 1)[-1] for name in linear} - {"lm_head"})
+    targets = [name for name in linear if name.rpartition(".")[2] != "lm_head"]
     adapted = with_adapters(model, r=8, lora_alpha=16, lora_dropout=0.05, target_modules=targets)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -127,7 +149,8 @@ def _shown(content: dict[str, Any], rows: int) -> Iterator[Any]:
 
     ways = list(content["ways"])
     lora = ", LoRA" if content["lora"] else ""
-    yield f"{content['model']}, {content['tokens']} tokens, {content['dtype']}{lora}: {' to '.join(ways)}"
+    given = f"{content['images']} images" if content["images"] else f"{content['tokens']} tokens"
+    yield f"{content['model']}, {given}, {content['dtype']}{lora}: {' to '.join(ways)}"
     yield content["note"]
     titles = {**MEASURES, "peak_bytes": "peak MB"}
     for step, found in content["steps"].items():

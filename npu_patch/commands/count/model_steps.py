@@ -1,4 +1,5 @@
-"""What is counted: a training step and a decoded token of a model, unpatched and patched."""
+"""What is counted: a training step and a decoded token of a model, unpatched and patched; or, of one that is given
+pictures, a training step and its tower's part."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ from npu_patch.commands.count.costs import Costs
 from npu_patch.commands.count.layers import Layers
 from npu_patch.commands.count.level_two import LevelTwo
 from npu_patch.commands.subject.models import loss_of
+from npu_patch.serving.signature import tensors_in
 
-TRAINING, DECODING = "training step", "decoded token"
+TRAINING, DECODING, TOWER = "training step", "decoded token", "tower"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,9 @@ def counted_steps(
     with npu_patch.applied(model, **switches):
         model.train()
         found[TRAINING] = _counted(model, lambda: _trained(model, batch))
+        if "pixel_values" in batch:
+            found[TOWER] = _counted(model, lambda: _tower_trained(model, batch))
+            return found
         model.eval()
         if "past_key_values" in inspect.signature(_own(model).forward).parameters:
             with torch.no_grad():
@@ -71,6 +76,18 @@ def _counted(model: torch.nn.Module, step: Callable[[], None]) -> Counting:
 def _trained(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> None:
     no_cache = {"use_cache": False} if "use_cache" in inspect.signature(_own(model).forward).parameters else {}
     loss_of(model(**batch, **no_cache)).backward()
+    model.zero_grad(set_to_none=True)
+
+
+def _tower_trained(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> None:
+    """Forward and, where something of it is trained, backward."""
+    features: Any = _own(model).get_image_features
+    names = inspect.signature(features).parameters
+    found = features(**{name: tensor for name, tensor in batch.items() if name in names})
+    parts = getattr(found, "pooler_output", found)
+    loss = torch.stack([part.float().square().mean() for part in tensors_in(parts)]).sum()
+    if loss.requires_grad:
+        loss.backward()
     model.zero_grad(set_to_none=True)
 
 

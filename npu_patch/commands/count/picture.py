@@ -30,7 +30,8 @@ def drawn(content: dict[str, Any]) -> str:
                 y += BAR
             y += GAP
         y += GAP
-    title = f"{content['model']}, {content['tokens']} tokens, {content['dtype']}: simulated counts, no times"
+    given = f"{content['images']} images" if content["images"] else f"{content['tokens']} tokens"
+    title = f"{content['model']}, {given}, {content['dtype']}: simulated counts, no times"
     parts.insert(0, _text(8, 16, title, bold=True))
     size = f'width="{LEFT + WIDTH + 90}" height="{y}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">\n' + "\n".join(
