@@ -19,9 +19,10 @@ import argparse
 import ast
 import importlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 from npu_patch import simulator
 
@@ -52,7 +53,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--classes", action="store_true", help="count classes of transformers instead")
     if parser.parse_args().classes:
-        count_classes()
+        found = classes()
+        total = len(found.served) + len(found.by_source) + len(found.others)
+        print(f"transformers {transformers.__version__}: {total} classes, {len(found.served)} of them made and served")
+        print(f"not made here, of torch's own class by their source: {', '.join(found.by_source) or 'none'}")
+        print(f"not served: {'; '.join(map(': '.join, found.others.items())) or 'none'}")
         return
     print(f"{'':<72}{'forward':>20}{'trained':>20}\n{'':<72}" + f"{'launches':>10}{'MB':>10}" * 2)
     (product,) = PATCH_EMBEDDING.implementations
@@ -84,32 +89,49 @@ def row(name: str, function: Callable[..., Tensor], *shapes: tuple[int, ...]) ->
     print(f"{name:<72}{cells}")
 
 
-def count_classes() -> None:
-    served, by_source, others = 0, [], []
-    for module, name in sorted(_with_patches(), key=lambda each: each[1]):
-        found = _convolutions(module, getattr(module, name))
-        reasons = [each.reason for each in map(_read, found) if not isinstance(each, Patches)]
-        served += bool(found) and not reasons
-        by_source += [] if found else [name]
-        others += [f"{name}: {reasons[0]}"] if reasons else []
-    total = served + len(by_source) + len(others)
-    print(f"transformers {transformers.__version__}: {total} classes, {served} of them made here and served")
-    print(f"not made here, of torch's own class by their source: {', '.join(by_source) or 'none'}")
-    print(f"not served: {', '.join(others) or 'none'}")
+@dataclass
+class Classes:
+    """Of transformers, with convolutions whose kernel is their stride. `by_source`: that could not be made here."""
+
+    served: list[str] = field(default_factory=list)
+    by_source: list[str] = field(default_factory=list)
+    others: dict[str, str] = field(default_factory=dict)
 
 
-def _with_patches() -> Iterator[tuple[ModuleType, str]]:
-    for file in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
-        source = file.read_text(encoding="utf-8")
-        classes = [each for each in ast.walk(ast.parse(source)) if isinstance(each, ast.ClassDef)]
-        names = [each.name for each in classes if any(map(_is_of_patches, ast.walk(each)))]
+def classes(families: str = "*") -> Classes:
+    """`families`: of their names, as in a shell."""
+    found = Classes()
+    for module, name in _with_patches(families):
+        readings = [_read(each) for each in _convolutions(module, getattr(module, name))]
+        reasons = [each.reason for each in readings if not isinstance(each, Patches)]
+        if reasons:
+            found.others[name] = reasons[0]
+        else:
+            (found.served if readings else found.by_source).append(name)
+    return found
+
+
+def _with_patches(families: str) -> Iterator[tuple[ModuleType, str]]:
+    for file in sorted((Path(transformers.__file__).parent / "models").glob(f"{families}/modeling_*.py")):
+        names = [name for name, calls in convolutions_of_patches(file).items() if calls]
         if names:
             module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}")
             yield from ((module, name) for name in names)
 
 
-def _is_of_patches(node: ast.AST) -> bool:
-    if not isinstance(node, ast.Call) or ast.unparse(node.func) not in ("nn.Conv2d", "nn.Conv3d", "torch.nn.Conv2d"):
+def convolutions_of_patches(file: Path) -> dict[str, list[ast.Call]]:
+    """By class, in its source."""
+    source = file.read_text(encoding="utf-8")
+    if "nn.Conv" not in source:
+        return {}
+    found = [each for each in ast.parse(source).body if isinstance(each, ast.ClassDef)]
+    return {each.name: list(filter(_is_of_patches, ast.walk(each))) for each in found}
+
+
+def _is_of_patches(node: ast.AST) -> TypeGuard[ast.Call]:
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        return False
+    if node.func.attr not in ("Conv2d", "Conv3d"):
         return False
     given = dict(zip(("in", "out", "kernel_size", "stride"), map(ast.unparse, node.args), strict=False))
     given |= {each.arg: ast.unparse(each.value) for each in node.keywords if each.arg}

@@ -30,8 +30,9 @@ def multiple_of_32(width: int) -> int:
 
 def _attention(wider: Width, query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> Tensor:
     """`[B, Sq, N, Dv]`, contiguous; packed `[T, N, Dv]`."""
-    padded = (_padded(each, wider(each.shape[-1])) for each in (query, key, value))
-    out = IMPLEMENTATION.run(*padded, attention)
+    width = wider(query.shape[-1])
+    wide_value = _padded(value, wider(value.shape[-1]))
+    out = IMPLEMENTATION.run(_padded(query, width), _padded(key, width), wide_value, attention)
     return out[..., : value.shape[-1]].contiguous()
 
 
