@@ -20,8 +20,11 @@ declare -A WITH=(
         addict colorama einops fastcore fire hf_transfer numba requests scipy wandb"
 )
 
-# What a package declares and cannot be loaded beside a torch without CUDA.
+# torchrun for this interpreter; and what a package declares and cannot be loaded beside a torch without CUDA.
 settle() {
+    local torchrun=${layered_python%/*}/torchrun
+    printf '#!%s\nfrom torch.distributed.run import main\n\nmain()\n' "$layered_python" >"$torchrun"
+    chmod +x "$torchrun"
     case $1 in
         llamafactory)
             # torchvision is optional there, and torchaudio asks whether its extension exists.

@@ -34,7 +34,12 @@ from tests.support.installed import PYTHON, installed
 NUMBERS = ("loss", "grad_norm", "reward", "completions/mean_length")
 NEAR = 1e-4  # of those in float32, relative
 UNPATCHED = "unpatched"
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "AXOLOTL_DO_NOT_TRACK": "1", "WANDB_MODE": "offline"}
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "WANDB_MODE": "offline",
+}
 
 
 @dataclass
@@ -157,7 +162,9 @@ def started(client: Client, way: Way, places: dict[str, Any], at: Path) -> subpr
     report = str(at / "report.json")
     command = [part.format(**places, out=at / "out") for part in (*client.command, *way.options)]
     environment = installed(at / "installed") | OFFLINE | dict(client.variables)
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), str(places["material"] / "bin"), environment["PATH"]])
+    environment["PATH"] = os.pathsep.join(
+        [str(Path(sys.executable).parent), str(places["material"] / "bin"), environment["PATH"]]
+    )
     if way.variable:
         environment |= {"TWINKLE_NPU_AUTO": "1", "TWINKLE_NPU_REPORT": report}
     elif way.options:
