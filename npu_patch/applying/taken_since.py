@@ -1,13 +1,13 @@
 """What others took since it was patched: sites, names of patched classes, and layers, by another class or by a forward
 of their own. Who took several alike is said once.
 
-A model may be gone when somebody asks: what became of its layers is looked at before the first step of an optimizer too.
+A model may be gone when somebody asks: its layers are looked at before the first step of an optimizer too.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Container, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
