@@ -92,10 +92,9 @@ def main() -> None:
             }
             every.append(compared(client, places, {name: version or "" for name, version in versions.items()}))
             print(every[-1].said(), flush=True)
-    found = [asdict(each) for each in every]
-    if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=2))
-    print(as_markdown(found))
+            if options.json is not None:  # at once: a run takes minutes
+                options.json.write_text(json.dumps([asdict(each) for each in every], indent=2))
+    print(as_markdown(map(asdict, every)))
     sys.exit(any(each.wrong for each in every))
 
 
