@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 TRAIN = """\
@@ -29,15 +30,17 @@ SESSION = (
     "cat train.py",
     'python train.py | grep -o "\'loss.*learn"',
     "TWINKLE_NPU_AUTO=report python train.py",
-    "TWINKLE_NPU_AUTO=report TWINKLE_NPU_SDPA=0 python train.py",
+    "TWINKLE_NPU_AUTO=report TWINKLE_NPU_SDPA=0 python train.py |& grep -E \"'loss'|npu_patch on|note:\"",
 )
 NOISE = re.compile(r"Warning: |warnings\.warn|^\s*(return|warn)|Loading weights|Writing model shards|\[transformers\]")
+ABOUT = """\
+A new user on a machine with {device} ({versions}) installs npu_patch, asks whether it will work, trains with a script \
+that nobody edited, reads what ran, and switches one patch off. `scripts/first_five_minutes.sh --write` typed this, and \
+made this page of what came. Paths of that machine are shortened, other packages' warnings left out."""
 PAGE = """\
 # The first five minutes
 
-A new user on a machine with {device}: installs npu_patch, asks whether it will work, trains with a script that nobody
-edited, reads what ran, and switches one patch off. `scripts/first_five_minutes.sh --write` typed this, and made this
-page of what came: {versions}. Left out are paths of that machine and other packages' warnings.
+{about}
 
 ```console
 {session}
@@ -55,7 +58,8 @@ def main() -> None:
     options = parser.parse_args()
     Path("train.py").write_text(TRAIN)
     Path("npu_patch").symlink_to(options.source)
-    page = PAGE.format(device=device(), versions=versions(), session="\n".join(map(typed, SESSION)))
+    about = textwrap.fill(ABOUT.format(device=device(), versions=versions()), 120)
+    page = PAGE.format(about=about, session="\n".join(map(typed, SESSION)))
     if options.page is None:
         print(page, end="")
     else:
@@ -74,6 +78,8 @@ def typed(command: str) -> str:
     if done.returncode:
         sys.exit(f"{command}: exit code {done.returncode}\n{done.stdout}")
     lines = [line for line in done.stdout.splitlines() if not NOISE.search(line)]
+    report = next((number for number, line in enumerate(lines) if line.startswith("npu_patch on ")), 0)
+    lines = [*filter(str.strip, lines[:report]), *lines[report:]]
     return "\n".join([f"$ {command}", *map(shortened, lines)])
 
 
@@ -85,7 +91,10 @@ def device() -> str:
     import torch
     import torch_npu  # noqa: F401
 
-    return f"one {torch.npu.get_device_name(0)}"
+    from npu_patch import simulator
+
+    kind = "simulated " if simulator.is_active() else ""
+    return f"one {kind}{torch.npu.get_device_name(0)}"
 
 
 def versions() -> str:

@@ -51,8 +51,9 @@ def as_markdown(found: Iterable[Mapping[str, Any]]) -> str:
 def _fare(client: Mapping[str, Any], way: str) -> tuple[str, ...]:
     if way not in client["apart"]:
         return ("no", "")
-    left = f"; {client['tool']}'s, by name: {', '.join(client['left'][way])}" if client["left"][way] else ""
-    return ("yes", ", ".join(sorted(client["ran"][way])) + left)
+    effects = [", ".join(sorted(client["ran"][way]))] if client["ran"][way] else []
+    effects += [f"{client['tool']}'s, by name: {', '.join(client['left'][way])}"] if client["left"][way] else []
+    return ("yes", "; ".join(effects))
 
 
 def _equal(apart: Sequence[float]) -> str:
