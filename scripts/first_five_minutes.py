@@ -33,10 +33,12 @@ SESSION = (
     "TWINKLE_NPU_AUTO=report TWINKLE_NPU_SDPA=0 python train.py |& grep -E \"'loss'|npu_patch on|note:\"",
 )
 NOISE = re.compile(r"Warning: |warnings\.warn|^\s*(return|warn)|Loading weights|Writing model shards|\[transformers\]")
-ABOUT = """\
-A new user on a machine with {device} ({versions}) installs npu_patch, asks whether it will work, trains with a script \
-that nobody edited, reads what ran, and switches one patch off. `scripts/first_five_minutes.sh --write` typed this, and \
-made this page of what came. Paths of that machine are shortened, other packages' warnings left out."""
+ABOUT = (
+    "A new user on a machine with {device} ({versions}) installs npu_patch, asks whether it will work, trains with a "
+    "script that nobody edited, reads what ran, and switches one patch off. `scripts/first_five_minutes.sh --write` "
+    "typed this, and made this page of what came. Paths of that machine are shortened, other packages' warnings left "
+    "out."
+)
 PAGE = """\
 # The first five minutes
 

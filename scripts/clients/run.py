@@ -45,7 +45,7 @@ OFFLINE = {
 class Found:
     """Of one client. `numbers`: losses, norms of gradients and rewards, step by step; by the way it was patched,
     `apart`: the largest relative distance from the unpatched ones, `ran`: patches of which something ran, `left`: those
-    that the report leaves to `tool` by name; `wrong`: why it is not as it should be."""
+    of the table that the report leaves to `tool` by name; `wrong`: why it is not as it should be."""
 
     client: str
     versions: dict[str, str]
@@ -142,18 +142,18 @@ def compared(client: Client, places: dict[str, Any], versions: dict[str, str]) -
             found.wrong.append(f"{way.name}: {numbers}, unpatched {found.numbers[UNPATCHED]}")
         report = json.loads((at / "report.json").read_text())
         found.ran[way.name] = list(dict.fromkeys(each["patch"] for each in report["outcomes"] if each["ran"]))
-        found.left[way.name] = left_to(tool, report) if tool else []
+        found.left[way.name] = [each for each in left if each in left_to(tool, report)]
         found.wrong += [f"{way.name}: {each} did not run" for each in client.ran if each not in found.ran[way.name]]
         unnamed = [each for each in left if each not in found.left[way.name] and each not in found.ran[way.name]]
         found.wrong += [f"{way.name}: {each} did not run, and the report names nobody" for each in unnamed]
     return found
 
 
-def left_to(tool: str, report: dict[str, Any]) -> list[str]:
+def left_to(tool: str, report: dict[str, Any]) -> set[str]:
     """The patches that the report says `tool` stands in the place of."""
     said = [f"{each['patch']}: {each['reason']}" for each in report["outcomes"]] + report["warnings"]
     named = [line.split(": ")[0].split(", ") for line in said if f"({tool}; " in line]
-    return sorted({patch for patches in named for patch in patches})
+    return {patch for patches in named for patch in patches}
 
 
 def started(client: Client, way: Way, places: dict[str, Any], at: Path) -> subprocess.CompletedProcess[str]:
