@@ -71,7 +71,7 @@ def apply(
     with STATE.journal.lock:
         STATE.claim(request.device_type)
         report.warnings += STATE.tuned_by(request.switches.tune)
-        report.warnings += STATE.bound_since()
+        report.warnings += STATE.taken_since()
         STATE.reports.append(report)
         try:
             with STATE.journal.transaction():
@@ -80,7 +80,7 @@ def apply(
             STATE.reports.remove(report)
             raise
         report.outcomes = as_they_stand(report.outcomes, STATE.patched.values())
-        STATE.note_model(model)
+        STATE.note_layers(model)
     tell(report)
     return report
 
@@ -115,7 +115,7 @@ def report() -> Report:
         combined.warnings += [warning for warning in each.warnings if warning not in combined.warnings]
     with STATE.journal.lock:
         combined.outcomes = as_they_stand(combined.outcomes, STATE.patched.values())
-        combined.warnings += [line for line in STATE.bound_since() if line not in combined.warnings]
+        combined.warnings += [line for line in STATE.taken_since() if line not in combined.warnings]
     return combined
 
 
@@ -171,7 +171,7 @@ def _go(walk: Walk) -> None:
     prepare(walk.request, report)
     if model is None or STATE.patched:
         STATE.registries |= {key[1:] for key in walk.searched}
-        STATE.watch_new_layers()
+        STATE.watch_layers()
 
 
 def _watch_imports(

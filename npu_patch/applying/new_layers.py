@@ -8,7 +8,7 @@ through then, too: none of their layers exists before. Layers are counted for th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, MutableSet, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -36,11 +36,11 @@ def watcher(
     patched: Mapping[tuple[int, str], Sequence[Any]],
     registries: Iterable[tuple[int, str]],
     half_executed: Sequence[HalfExecuted],
-    counted: MutableSet[torch.nn.Module],
+    layers: MutableMapping[torch.nn.Module, tuple[int, str]],
 ) -> Callable[..., None]:
     """A hook for all modules. `patched`: what stands at each site (`PatchedSite`), live; `registries`: the keys of
-    those that serve layers of any class; `half_executed`: live too, emptied by looking. `counted`: layers that the
-    outcomes of their class have counted; wrappers register a layer again."""
+    those that serve layers of any class; `half_executed`: live too, emptied by looking. `layers`: those that the
+    outcomes of their class have counted, and that site's key; wrappers register a layer again."""
 
     def look_at(parent: torch.nn.Module, name: str, layer: torch.nn.Module | None) -> None:
         if layer is None or torch.compiler.is_compiling() or in_quiet_room():
@@ -48,8 +48,8 @@ def watcher(
         for each in [each for each in half_executed if not is_half_executed(each.module)]:
             each.look_through(each.module)
         own = (id(defining_class(layer)), "forward")
-        if own in patched and layer not in counted:
-            counted.add(layer)
+        if own in patched and layer not in layers:
+            layers[layer] = own
             for held in patched[own]:
                 held.outcome.made += 1
         sites: tuple[tuple[int, str], ...] = (own, *registries)

@@ -59,15 +59,6 @@ def _present(site: Site) -> Any:
     return site.owner.get(site.name)
 
 
-def why_not_made(stack: Stack) -> str | None:
-    """Who took the name of a patched class, if anybody did: layers that are made from now on are of theirs."""
-    cls = stack[-1].site.owner
-    if not isinstance(cls, type) or "." in cls.__qualname__:
-        return None
-    named = getattr(sys.modules.get(cls.__module__), cls.__name__, cls)
-    return None if named is cls else f"its name is {whose(named)} now: layers that are made from now on are not served"
-
-
 def own_forwards(
     model: torch.nn.Module, patched: Mapping[tuple[int, str], Stack]
 ) -> Iterator[tuple[torch.nn.Module, Stack, BoundForward]]:
@@ -85,25 +76,3 @@ def as_they_stand(outcomes: Iterable[Outcome], stacks: Iterable[Stack]) -> list[
     lost = {id(held.outcome): (held.outcome, why) for stack in stacks if (why := why_not_run(stack)) for held in stack}
     found = [each for each in outcomes if id(each) not in lost]
     return found + [replace(each, status=SKIPPED, reason=why) for each, why in lost.values()]
-
-
-def bound_since(stacks: Iterable[Stack], models: Iterable[torch.nn.Module], known: Any) -> list[str]:
-    """In words, each site that somebody bound anew since it was patched, by whom, and the patches that are left out.
-    `known`: layers with a forward of their own from before."""
-    stacks = list(stacks)
-    lines = []
-    for stack in stacks:
-        for reason in filter(None, (why_not_run(stack), why_not_made(stack))):
-            lines.append(f"{_patches(stack)}: {stack[-1].site.label}: {reason}")
-    patched = {(id(stack[0].site.owner), stack[0].site.name): stack for stack in stacks}
-    counts: dict[str, int] = {}
-    for model in models:
-        for module, stack, bound in own_forwards(model, patched):
-            if not bound.reachable and module not in known:
-                what = f"{_patches(stack)}: {stack[-1].site.label}: bound anew by {whose(bound.bound)}"
-                counts[what] = counts.get(what, 0) + 1
-    return lines + [f"{what} on {count} layers: this patch no longer runs there" for what, count in counts.items()]
-
-
-def _patches(stack: Stack) -> str:
-    return ", ".join(dict.fromkeys(held.outcome.patch for held in stack))

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from npu_patch.applying import new_layers
-from npu_patch.applying.patched_site import PatchedSite, bound_since
+from npu_patch.applying import new_layers, taken_since
+from npu_patch.applying.patched_site import PatchedSite
 from npu_patch.numerics.findings import forget
 from npu_patch.reporting.outcome import Outcome
 from npu_patch.reporting.report import Report
@@ -44,9 +44,9 @@ class State:
     device_type: str | None = None
     registries: set[tuple[int, str]] = field(default_factory=set)  # keys of `patched` that serve layers of any class
     tune: str | None = None  # the tuning file of the first apply()
-    models: list[weakref.ref[torch.nn.Module]] = field(default_factory=list)  # that were given
     unreached: weakref.WeakSet[torch.nn.Module] = field(default_factory=weakref.WeakSet)  # layers, and said to be
-    counted: weakref.WeakSet[torch.nn.Module] = field(default_factory=weakref.WeakSet)  # layers made, as outcomes say
+    layers: taken_since.Layers = field(default_factory=weakref.WeakKeyDictionary)
+    seen: taken_since.Seen = field(default_factory=taken_since.Seen)
     half_executed: list[new_layers.HalfExecuted] = field(default_factory=list)  # modules, when an apply() came
 
     def claim(self, device_type: str) -> None:
@@ -67,18 +67,20 @@ class State:
             "an earlier apply() rebound stays as it was; call restore() first"
         ]
 
-    def note_model(self, model: torch.nn.Module | None) -> None:
-        if model is not None and not any(reference() is model for reference in self.models):
-            self.models.append(weakref.ref(model))
+    def note_layers(self, model: torch.nn.Module | None) -> None:
+        if model is not None:
+            taken_since.note_layers(model, self.patched, self.layers)
 
-    def bound_since(self) -> list[str]:
-        models = [model for reference in self.models if (model := reference()) is not None]
-        return bound_since(self.patched.values(), models, self.unreached)
+    def taken_since(self) -> list[str]:
+        return taken_since.in_words(self.patched, self.layers, self.unreached, self.seen)
 
-    def watch_new_layers(self) -> None:
+    def watch_layers(self) -> None:
+        """Those that are made from now on, and what becomes of all of them."""
         if not self.journal.holds(new_layers.REGISTRY, new_layers.KEY):
-            hook = new_layers.watcher(self.patched, self.registries, self.half_executed, self.counted)
-            self.journal.rebind(new_layers.REGISTRY, new_layers.KEY, hook)
+            made = new_layers.watcher(self.patched, self.registries, self.half_executed, self.layers)
+            self.journal.rebind(new_layers.REGISTRY, new_layers.KEY, made)
+            before = self.seen.hook(lambda: taken_since.layers_taken(self.patched, self.layers, self.unreached))
+            self.journal.rebind(taken_since.FIRST_STEP, new_layers.KEY, before)
 
     def undo_to(self, mark: int) -> None:
         with self.journal.lock:
@@ -86,9 +88,9 @@ class State:
             self.reports = [each for each in self.reports if mark and any(o.is_in_place for o in each)]
             if not len(self.journal):
                 self.device_type = None
-                self.models.clear()
                 self.unreached.clear()
-                self.counted.clear()
+                self.layers.clear()
+                self.seen = taken_since.Seen()
                 forget()
 
 

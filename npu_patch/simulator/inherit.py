@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 OPTIONS = "NPU_PATCH_SIMULATOR_OPTIONS"  # also in children/sitecustomize.py
+WAITING = "SimulateOnImport"  # children/sitecustomize.py's
 FOLDER = str(Path(__file__).with_name("children"))
 
 
@@ -33,6 +34,11 @@ def let_children_simulate(options: Mapping[str, object] | None) -> None:
         os.environ.pop("PYTHONPATH", None)
 
 
+def is_inherited() -> bool:
+    """Whether this process has a simulated NPU as soon as it imports torch."""
+    return any(type(finder).__name__ == WAITING for finder in sys.meta_path)
+
+
 def stop_waiting_for_torch() -> None:
     """A script that calls `start()` itself has its own options."""
-    sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "SimulateOnImport"]
+    sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != WAITING]

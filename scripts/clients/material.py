@@ -38,6 +38,7 @@ def write(folder: Path) -> None:
     for name, of_form in rows.items():
         (folder / name).mkdir()
         (folder / name / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_form))
+    (folder / "sft" / "test.jsonl").write_text((folder / "sft" / "train.jsonl").read_text())
     information = {"alpaca": {"file_name": "train.jsonl"}}
     (folder / "alpaca" / "dataset_info.json").write_text(json.dumps(information))
 

@@ -19,6 +19,7 @@ from npu_patch.commands.doctor.faults import Complaint, complaints, variables_of
 from npu_patch.commands.doctor.findings import OPERATORS, PACKAGES, Findings, at_first_sight, look
 from npu_patch.commands.doctor.processes import Processes
 from npu_patch.devices import is_simulated
+from npu_patch.simulator.inherit import is_inherited
 from npu_patch.switches import PREFIX, SWITCHES, TUNE, Switch, resolve
 from npu_patch.version import __version__
 
@@ -30,7 +31,8 @@ def run(options: argparse.Namespace) -> Result:
     if not options.timeout > 0:
         raise CommandError(f"--timeout {options.timeout:g}: accepted are seconds above 0")
     running = Processes()
-    seen = at_first_sight(running, python, os.environ, timeout=options.timeout, simulated=is_simulated())
+    simulated = is_simulated() or is_inherited()
+    seen = at_first_sight(running, python, os.environ, timeout=options.timeout, simulated=simulated)
     if not options.json:
         standard_output.write(drawn(_shown_at_first_sight(_content(seen, list(complaints(seen))))))
     with steps("looking around", options.json) as progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from npu_patch.commands.doctor.cann import Cann, find_cann
 from npu_patch.commands.doctor.faults import FAULTS, UNDECLARED, complaints
 from npu_patch.commands.doctor.findings import OPERATORS, Findings, look
 from npu_patch.commands.doctor.processes import Answer, Processes, Question
+from npu_patch.simulator.inherit import OPTIONS
 
 WORKS = "__version__ = 'made up'\n"
 WORKING_TORCH_NPU = """
@@ -170,6 +172,16 @@ def test_on_the_simulated_npu_it_shows_what_this_torch_npu_really_has(
     assert (rope["value"], rope["source"]) == (False, "TWINKLE_NPU_ROPE")
     (note,) = [each["what"] for each in content["complaints"] if each["fault"] == "unknown variable"]
     assert note == "unknown environment variable TWINKLE_NPU_ROPES (did you mean TWINKLE_NPU_ROPE?)"
+
+
+def test_what_a_simulated_process_starts_is_examined_simulated(simulated: None) -> None:
+    """Such a doctor imports no torch, so nothing has started a simulator in its own process."""
+    ask = "import npu_patch.commands.doctor.command as it; print(it.is_simulated(), it.is_inherited())"
+    told = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    assert told.stdout == "False True\n"
+    alone = {name: value for name, value in os.environ.items() if name != OPTIONS}
+    told = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True, env=alone)
+    assert told.stdout == "False False\n"
 
 
 def test_the_doctor_itself_imports_nothing_that_may_be_broken() -> None:
