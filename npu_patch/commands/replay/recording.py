@@ -78,15 +78,20 @@ def _watch(
     known = recording.calls.setdefault(id(held), {})
 
     def watch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        waiting = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Waiting)]
-        seen = {id(each): each.peek() for each in waiting}
-        if not any(each is None for each in seen.values()):
-            call = Call(*tree_map(lambda each: seen.get(id(each), each), (args, kwargs)))
-            if len(known) < MOST and call.key not in known:
-                known[call.key] = Call(*tree_map(snapshot, (call.args, call.kwargs)))
+        note(known, args, kwargs)
         return originals
 
     return watch
+
+
+def note(known: dict[tuple[Any, ...], Call], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Copies a call, if there is room for one of its shapes."""
+    waiting = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Waiting)]
+    seen = {id(each): each.peek() for each in waiting}
+    if not any(each is None for each in seen.values()):
+        call = Call(*tree_map(lambda each: seen.get(id(each), each), (args, kwargs)))
+        if len(known) < MOST and call.key not in known:
+            known[call.key] = Call(*tree_map(snapshot, (call.args, call.kwargs)))
 
 
 @dataclass(frozen=True)

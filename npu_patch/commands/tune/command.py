@@ -2,64 +2,110 @@
 writes the fastest that is right to a file that `apply()` reads.
 
 What is not within the bars of `verify` is refused, however fast. The original stays unless another way is clearly
-faster, timed as it will be called: three quarters of its samples below three quarters of the original's.
+faster, timed as it will be called: three quarters of its samples below three quarters of the original's. What fuses
+functions of several sites, or computes several calls at once, is timed in the layer around it, whose other parts are
+timed along: it is decided only where one way is clearly faster, and goes as without the file where none is.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from npu_patch import devices
 from npu_patch.applying import api as lifecycle
+from npu_patch.applying.choosing import tune
 from npu_patch.applying.patched_site import PatchedSite
 from npu_patch.applying.state import patched_sites
 from npu_patch.commands.bench.command import prepared, recorded_step
 from npu_patch.commands.console.output_file import output_file
 from npu_patch.commands.console.result import CommandError, Result, named
 from npu_patch.commands.console.terminal import Steps, steps, table
-from npu_patch.commands.replay.bars import why_not
-from npu_patch.commands.replay.recording import Call, function_of, run_in_float64, run_original, timed_forms
+from npu_patch.commands.replay.bars import CANNOT_BE_JUDGED, why_not
+from npu_patch.commands.replay.enclosing import as_layer, layers_recorded
+from npu_patch.commands.replay.recording import (
+    Call,
+    function_of,
+    recorded,
+    run_in_float64,
+    run_original,
+    timed_forms,
+)
+from npu_patch.commands.subject.lora_step import RANK, with_adapters
 from npu_patch.commands.subject.models import DTYPES
 from npu_patch.commands.verify.command import compared
-from npu_patch.measuring.in_turns import Timing, in_turns
-from npu_patch.measuring.tuning import ORIGINAL, Decided, Decision, Forced, agreed, signature_for_json, write
+from npu_patch.measuring.decision import DECLINES, ORIGINAL, Decision, agreed
+from npu_patch.measuring.in_turns import in_turns
+from npu_patch.measuring.measure import fastest
+from npu_patch.measuring.tuning import Decided, Forced, write
 from npu_patch.patches import CATALOGUE
 from npu_patch.reporting.rows import short_name
+from npu_patch.serving.case import Measured
 from npu_patch.serving.dispatch import AnyDispatch
 from npu_patch.serving.implementation import AnyImplementation
 from npu_patch.serving.signature import Signature
 from npu_patch.switches import TUNE, resolve
 
-DECLINES = "does not take it: "
 FEWEST = 5  # samples that have quartiles
+UNDECIDED = "no way is clearly faster: goes as without the file"
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A site with one of its calls. `of_layer`: its own, or the site by calls of the layer around it. `parts`: others
+    are timed along."""
+
+    held: PatchedSite
+    dispatch: AnyDispatch
+    of_layer: PatchedSite
+    call: Call
+    parts: bool
+
+    @property
+    def site(self) -> str:
+        name = short_name(self.held.outcome.site)
+        return name if self.of_layer is self.held else f"{name} in {type(self.call.args[0]).__name__}"
 
 
 @dataclass(frozen=True)
 class Tuned:
-    site: str
-    shapes: str
-    decision: Decision
+    """`decisions`: none where no way is clearly faster."""
+
+    timed: Timed
+    measured: Mapping[str, Measured]
+    decisions: Sequence[Decision]
+
+    @property
+    def choice(self) -> str:
+        return self.decisions[0].choice if self.decisions else UNDECIDED
+
+    @property
+    def refused(self) -> dict[str, str]:
+        found = {name: each.wrong for name, each in self.measured.items() if each.wrong is not None}
+        return {name: wrong for name, wrong in found.items() if not wrong.startswith(DECLINES)}
 
 
 def run(options: argparse.Namespace) -> Result:
     output_file("--output", options.output)
-    if (tune := resolve().tune) is not None:
-        raise CommandError(f"{TUNE}={tune!r} is set: unset it, so that nothing is tuned before it is measured")
+    if (path := resolve().tune) is not None:
+        raise CommandError(f"{TUNE}={path!r} is set: unset it, so that nothing is tuned before it is measured")
     if options.samples < FEWEST:
         raise CommandError(f"--samples {options.samples}: accepted are numbers from {FEWEST}, which have quartiles")
     device, model, batch = prepared(options)
+    if options.lora:
+        model = with_adapters(model, r=RANK, target_modules="all-linear", init_lora_weights=False).train()
     if devices.is_simulated(device.type):
         note = "simulated NPU: its times mean nothing; this file is of no use on a real one, where it is refused"
     else:
         note = None
     with steps("measuring", options.json) as progress:
         found, left = _tune(model, batch, device, options, progress)
-    write(options.output, device.type, [each.decision for each in found])
+    decisions = agreed([decision for each in found for decision in each.decisions])
+    write(options.output, device.type, decisions)
     content = {
         "model": options.model,
         "device": devices.described(device.type),
@@ -67,12 +113,10 @@ def run(options: argparse.Namespace) -> Result:
         "file": str(options.output),
         "note": note,
         "not_tuned": left,
-        "decisions": [
-            {"shapes": each.shapes, **vars(each.decision), "signature": signature_for_json(each.decision.signature)}
-            for each in found
-        ],
+        "undecided": [f"{each.timed.held.outcome.patch} {each.timed.site}" for each in found if not each.decisions],
+        "decisions": [each.as_json() for each in decisions],
     }
-    return Result(content, lambda: _shown(content, found), fine=not any(each.decision.refused for each in found))
+    return Result(content, lambda: _shown(content, found), fine=not any(each.refused for each in found))
 
 
 def _tune(
@@ -83,27 +127,50 @@ def _tune(
     progress: Steps,
 ) -> tuple[list[Tuned], list[str]]:
     found: list[Tuned] = []
-    left: list[str] = []
-    tunable = {patch.name for patch in CATALOGUE if patch.tunable}
-    with lifecycle.applied(model, device=device.type, triton=False) as report:  # they are alternatives like others
-        sites = patched_sites(report)
-        recording = recorded_step(model, batch, device, sites)
-        pairs = []
-        for held in sites:
+    # In triton's interpreter: minutes for times that mean nothing.
+    with lifecycle.applied(model, device=device.type, triton=not devices.is_simulated(device.type)) as report:
+        timed, left = _calls(model, batch, device, patched_sites(report))
+        progress.of(len(timed))
+        for held in {id(each.held): each.held for each in timed}.values():
+            of_site = [each for each in timed if each.held is held]
+            for each in of_site:
+                tuned = decide(each, alternatives(each.dispatch, device.type), device, options)
+                found += [] if tuned is None else [tuned]
+                progress.done()
+            made = [one for each in found if each.timed.held is held for one in each.decisions]
+            tune(of_site[0].dispatch, agreed(made))  # what is built on it is timed with what it will be
+    return found, left
+
+
+def _calls(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], device: torch.device, sites: Sequence[PatchedSite]
+) -> tuple[list[Timed], list[str]]:
+    """What can be timed, with those last that are built on others; in words, what can not."""
+    patches = {patch.name: patch for patch in CATALOGUE}
+    alone: list[PatchedSite] = []
+    fused: list[PatchedSite] = []
+    within: list[PatchedSite] = []
+    left = []
+    for held in sites:
+        patch, replacement = patches.get(held.outcome.patch), held.replacement
+        if replacement.dispatch is None or patch is None or not patch.tunable:
+            left.append(f"{held.outcome.patch} {short_name(held.outcome.site)}: chooses by itself at every call")
+        elif replacement.within != ():
+            within.append(held)
+        elif function_of(held) is not None:
+            (fused if patch.needs else alone).append(held)
+    # While they are recorded, what is fused is not: else its parts would not be called.
+    unfused = [*fused, *(held for held in within if patches[held.outcome.patch].needs)]
+    with layers_recorded(model, within) as of_layers, recorded(unfused, originals=True) as of_fused:
+        of_parts = recorded_step(model, batch, device, alone)
+    found = []
+    for recording, some in ((of_parts, alone), (of_fused, fused), (of_layers, within)):
+        for held in some:
             dispatch = held.replacement.dispatch
-            if held.outcome.patch in tunable and dispatch is not None and function_of(held) is not None:
-                pairs += [(held, dispatch, call) for call in recording.of(held)]
-            else:
-                left.append(f"{held.outcome.patch} {short_name(held.outcome.site)}: chooses by itself at every call")
-        progress.of(len(pairs))
-        for held, dispatch, call in pairs:
-            ways = alternatives(dispatch, device.type)
-            decision = decide(held, dispatch, call, ways, device, options.samples, DTYPES[options.dtype])
-            if decision is not None:
-                found.append(Tuned(short_name(held.outcome.site), call.shapes, decision))
-            progress.done()
-    decided = agreed([each.decision for each in found])
-    return [replace(each, decision=decision) for each, decision in zip(found, decided, strict=True)], left
+            assert dispatch is not None
+            of_layer = as_layer(held, dispatch) if some is within else held
+            found += [Timed(held, dispatch, of_layer, call, some is not alone) for call in recording.of(held)]
+    return found, left
 
 
 def alternatives(dispatch: AnyDispatch, device_type: str) -> dict[str, AnyImplementation]:
@@ -111,50 +178,63 @@ def alternatives(dispatch: AnyDispatch, device_type: str) -> dict[str, AnyImplem
     found = {} if dispatch.choice.chosen is None else {dispatch.choice.chosen.name: dispatch.choice.chosen}
     for each in dispatch.op.implementations:
         if each.optional and devices.is_simulated(device_type):
-            continue  # in triton's interpreter: minutes for times that mean nothing
+            continue
         if each.name not in found and device_type in each.device_types and each.missing() is None:
             found[each.name] = each
     return found
 
 
 def decide(
-    held: PatchedSite,
-    dispatch: AnyDispatch,
-    call: Call,
-    ways: Mapping[str, AnyImplementation],
-    device: torch.device,
-    samples: int,
-    dtype: torch.dtype,
-) -> Decision | None:
-    """The fastest way that is right, for this call; None for a call without a floating result."""
-    original = run_original(held, call)
+    timed: Timed, ways: Mapping[str, AnyImplementation], device: torch.device, options: argparse.Namespace
+) -> Tuned | None:
+    """The fastest way that is right, for this call; None for a call without a floating result, or one that never
+    comes to the op."""
+    dispatch, of_layer, call = timed.dispatch, timed.of_layer, timed.call
+    original = run_original(of_layer, call)
     if not original.tensors:
         return None
-    exact = run_in_float64(held, call).tensors
-    refused: dict[str, str] = {}
-    declined: dict[str, str] = {}
+    exact = run_in_float64(of_layer, call).tensors
+    measured: dict[str, Measured] = {}
     forms: dict[str, Callable[[], None]] = {}
-    signature: Signature = ()
+    signatures: dict[Signature, None] = {}
     try:
         for name, implementation in ways.items():
             dispatch.tuned = forced = Forced(implementation)
-            wrong = why_wrong(held, call, original, exact, dtype)
-            signature = next(reversed(forced), signature)  # others were declined before
+            wrong = why_wrong(of_layer, call, original, exact, DTYPES[options.dtype])
+            asked = list(forced)
+            signatures |= dict.fromkeys(asked if timed.of_layer is not timed.held else asked[-1:])
             if wrong is None:
-                replaced, forms[ORIGINAL] = timed_forms(held, call)
+                replaced, forms[ORIGINAL] = timed_forms(of_layer, call)
                 forms[name] = _as_installed(dispatch, dict(forced), replaced)
-            elif wrong.startswith(DECLINES):
-                declined[name] = wrong.removeprefix(DECLINES)
-            else:
-                refused[name] = wrong
-        forms.setdefault(ORIGINAL, lambda: None)
-        times = in_turns(forms, device, samples=samples) if len(forms) > 1 else {}
+            else:  # whole layers of experts may go another way for a rounding
+                unjudged = timed.parts and wrong.startswith(CANNOT_BE_JUDGED)
+                measured[name] = Measured(f"{DECLINES}{wrong}" if unjudged else wrong)
+        times = in_turns(forms, device, samples=options.samples, peaks=False) if forms else {}
     finally:
         dispatch.tuned = {}
-    medians = {name: timing.median for name, timing in times.items()}
-    quartiles = {name: (timing.low, timing.high) for name, timing in times.items()}
-    site = held.outcome.patch, held.outcome.site, held.outcome.variant
-    return Decision(*site, signature, fastest(times), medians, quartiles, refused, declined)
+    if not signatures:
+        return None
+    measured |= {name: timing.measured() for name, timing in times.items()}
+    choice = chosen(measured, in_doubt=None if timed.parts else ORIGINAL)
+    outcome = timed.held.outcome
+    made = [
+        Decision(outcome.patch, outcome.site, outcome.variant, signature, choice, measured)
+        for signature in signatures
+        if choice is not None
+    ]
+    return Tuned(timed, measured, made)
+
+
+def chosen(measured: Mapping[str, Measured], in_doubt: str | None) -> str | None:
+    """The fastest, if it is clearly faster than the original; the original, if that is clearly faster than all others;
+    else what it is in doubt."""
+    if ORIGINAL not in measured:
+        return in_doubt
+    choice = fastest(measured, ORIGINAL)
+    others = [each for name, each in measured.items() if name != ORIGINAL and each.wrong is None]
+    if choice != ORIGINAL or all(measured[ORIGINAL].clearly_faster_than(each) for each in others):
+        return choice
+    return in_doubt
 
 
 def _as_installed(
@@ -167,12 +247,6 @@ def _as_installed(
         form()
 
     return run
-
-
-def fastest(times: Mapping[str, Timing]) -> str:
-    """The one with the lowest median of those that are clearly faster than the original, or that."""
-    clearly = [name for name in times if name != ORIGINAL and times[name].high < times[ORIGINAL].low]
-    return min(clearly, key=lambda name: times[name].median, default=ORIGINAL)
 
 
 def why_wrong(held: PatchedSite, call: Call, original: Any, exact: Mapping[str, Any], dtype: torch.dtype) -> str | None:
@@ -193,20 +267,16 @@ def _shown(content: dict[str, Any], found: list[Tuned]) -> Iterator[Any]:
     yield f"{content['model']} on {content['device']} ({content['chip']}): forward and backward, median ms"
     if content["note"]:
         yield content["note"]
-    rows = [
-        (
-            each.decision.patch,
-            each.site,
-            each.shapes,
-            ", ".join(f"{name} {time:.3f}" for name, time in sorted(each.decision.times.items(), key=lambda x: x[1])),
-            ("green", each.decision.choice),
-        )
-        for each in found
-    ]
+    rows = []
+    for each in found:
+        timed = {name: one.seconds * 1e3 for name, one in each.measured.items() if one.seconds is not None}
+        times = ", ".join(f"{name} {time:.3f}" for name, time in sorted(timed.items(), key=lambda x: x[1]))
+        what = each.timed.held.outcome.patch, each.timed.site, each.timed.call.shapes
+        rows.append((*what, times, ("green" if each.decisions else "yellow", each.choice)))
     yield table("", ("patch", "site", "shapes", "times", "chosen"), rows)
     for each in found:
-        for name, why in each.decision.refused.items():
-            yield f"REFUSED: {name} for {each.site}, {each.shapes}: {why}"
+        for name, why in each.refused.items():
+            yield f"REFUSED: {name} for {each.timed.site}, {each.timed.call.shapes}: {why}"
     for each in content["not_tuned"]:
         yield f"not tuned: {each}"
     yield f"written to {content['file']}; use it with TWINKLE_NPU_TUNE={content['file']}"
