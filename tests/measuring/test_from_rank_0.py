@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from npu_patch.applying.state import patched_sites
 from npu_patch.measuring import from_rank_0, measurer, self_check
 from npu_patch.measuring.from_rank_0 import Job
 from npu_patch.measuring.measured_on import here
-from npu_patch.measuring.measurements import Measurements
+from npu_patch.measuring.measurements import FORMAT, Measurements
 from npu_patch.serving.case import Measured
 from tests.support.tiny_models import tiny
 
@@ -70,9 +72,9 @@ def test_what_the_first_rank_did_not_have_is_measured(applied: Callable[..., Any
     second, _ = applied(Job(store, 1), "qwen3_moe")
     assert [each for each in second if each.startswith("experts")]
     job = Job(store, 0)
-    job.next_turn()
-    job.give(job.next_turn(), None)  # an apply() that had nothing to decide
-    assert applied(Job(store, 1, turns=1))[0]
+    job.next_turn("measured")
+    job.give(job.next_turn("measured"), None)  # an apply() that had nothing to decide
+    assert applied(Job(store, 1, Counter(measured=1)))[0]
 
 
 @pytest.mark.parametrize("why", ["silent", "another chip", "nonsense"])
@@ -82,13 +84,14 @@ def test_a_rank_that_gets_nothing_from_the_first_measures_for_itself_and_says_so
     store = dist.HashStore()
     kept = Measurements(Path("nowhere"), here(npu))
     if why == "another chip":
-        store.set("npu_patch/measured/1", '{"format": 2, "chip": "Ascend310", "versions": {}, "measured": {}}')
+        content = {"format": FORMAT, "chip": "Ascend310", "versions": {}, "measured": {}, "decisions": []}
+        store.set("npu_patch/measured/1", json.dumps(content))
     elif why == "nonsense":
         store.set("npu_patch/measured/1", '{"format": 1}')
     words = {
         "silent": "rank 0 did not say within 0.5 s what it measured: this rank measured for itself",
         "another chip": f"it was measured on Ascend310, this is {kept.measured_on.chip}",
-        "nonsense": "not a file of times in format",
+        "nonsense": "which measured for itself: its format is 1, this npu_patch reads",
     }
     found, report = applied(Job(store, 1))
     assert found
