@@ -80,8 +80,8 @@ class Tuned:
     decisions: Sequence[Decision]
 
     @property
-    def choice(self) -> str:
-        return self.decisions[0].choice if self.decisions else UNDECIDED
+    def what(self) -> str:
+        return f"{self.timed.site}, {self.timed.call.shapes}"
 
     @property
     def refused(self) -> dict[str, str]:
@@ -105,6 +105,7 @@ def run(options: argparse.Namespace) -> Result:
     with steps("measuring", options.json) as progress:
         found, left = _tune(model, batch, device, options, progress)
     decisions = agreed([decision for each in found for decision in each.decisions])
+    shapes_of = [each.timed.call.shapes for each in found for _ in each.decisions]
     write(options.output, device.type, decisions)
     content = {
         "model": options.model,
@@ -113,10 +114,13 @@ def run(options: argparse.Namespace) -> Result:
         "file": str(options.output),
         "note": note,
         "not_tuned": left,
-        "undecided": [f"{each.timed.held.outcome.patch} {each.timed.site}" for each in found if not each.decisions],
-        "decisions": [each.as_json() for each in decisions],
+        "undecided": [f"{each.what}: {UNDECIDED}" for each in found if not each.decisions],
+        "refused": [f"{name} for {each.what}: {why}" for each in found for name, why in each.refused.items()],
+        "decisions": [
+            {"shapes": shapes, **decision.as_json()} for shapes, decision in zip(shapes_of, decisions, strict=True)
+        ],
     }
-    return Result(content, lambda: _shown(content, found), fine=not any(each.refused for each in found))
+    return Result(content, lambda: _shown(content, found), fine=not content["refused"])
 
 
 def _tune(
@@ -272,11 +276,10 @@ def _shown(content: dict[str, Any], found: list[Tuned]) -> Iterator[Any]:
         timed = {name: one.seconds * 1e3 for name, one in each.measured.items() if one.seconds is not None}
         times = ", ".join(f"{name} {time:.3f}" for name, time in sorted(timed.items(), key=lambda x: x[1]))
         what = each.timed.held.outcome.patch, each.timed.site, each.timed.call.shapes
-        rows.append((*what, times, ("green" if each.decisions else "yellow", each.choice)))
+        choice = ("green", each.decisions[0].choice) if each.decisions else ("yellow", "undecided")
+        rows.append((*what, times, choice))
     yield table("", ("patch", "site", "shapes", "times", "chosen"), rows)
-    for each in found:
-        for name, why in each.refused.items():
-            yield f"REFUSED: {name} for {each.timed.site}, {each.timed.call.shapes}: {why}"
-    for each in content["not_tuned"]:
-        yield f"not tuned: {each}"
+    yield from (f"REFUSED: {each}" for each in content["refused"])
+    yield from (f"undecided: {each}" for each in content["undecided"])
+    yield from (f"not tuned: {each}" for each in content["not_tuned"])
     yield f"written to {content['file']}; use it with TWINKLE_NPU_TUNE={content['file']}"
