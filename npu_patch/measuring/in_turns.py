@@ -1,4 +1,5 @@
-"""Times of several ways to do the same, taken in turns, so that what else the machine does falls on all alike."""
+"""Times of several ways to do the same, taken in turns, so that what else the machine does falls on all alike: the one
+clock of `auto`, `tune` and `bench`."""
 
 from __future__ import annotations
 

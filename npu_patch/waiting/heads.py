@@ -1,8 +1,8 @@
 """RMSNorms of q and k put off until their rotation, so that one kernel computes both.
 
 While an attention layer's own forward runs inside `deferring(...)`, its two norms return `DeferredHeads`: what they
-were given, and how it is to be normalized. Nothing but the rotation takes them; whatever else looks at them raises
-`Abandoned`, and the layer runs anew without. So the forward may do what it likes, its result is right.
+were given, and how it is to be normalized. Nothing but the rotation takes them, and where no kernel takes both, it has
+them normalized first; whatever else looks at them raises `Abandoned`, and the layer runs anew without. So the forward may do what it likes, its result is right.
 """
 
 from __future__ import annotations
