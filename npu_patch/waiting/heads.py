@@ -2,7 +2,8 @@
 
 While an attention layer's own forward runs inside `deferring(...)`, its two norms return `DeferredHeads`: what they
 were given, and how it is to be normalized. Nothing but the rotation takes them, and where no kernel takes both, it has
-them normalized first; whatever else looks at them raises `Abandoned`, and the layer runs anew without. So the forward may do what it likes, its result is right.
+them normalized first; whatever else looks at them raises `Abandoned`, and the layer runs anew without. So the forward
+may do what it likes, its result is right.
 """
 
 from __future__ import annotations
