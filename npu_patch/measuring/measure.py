@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -44,17 +45,17 @@ def times(
     found: dict[str, Measured] = {}
     forms: dict[str, Callable[[], object]] = {}
     for each in alternatives:
-        form = _apart(lambda each=each: _forward_and_backward(case, each, device), device)
+        form = _apart(partial(_forward_and_backward, case, each, device), device)
         if isinstance(form, Measured):
             found[each.name] = form
         else:
             forms[each.name] = form
-    timed = _apart(lambda: clock(forms), device) if forms else {}
-    if isinstance(timed, Mapping):
+    timed = _apart(partial(clock, forms), device) if forms else {}
+    if not isinstance(timed, Measured):
         return {**found, **timed}
     for name, form in forms.items():
-        alone = _apart(lambda name=name, form=form: clock({name: form})[name], device)
-        found[name] = alone
+        alone = _apart(partial(clock, {name: form}), device)
+        found[name] = alone if isinstance(alone, Measured) else alone[name]
     return found
 
 
