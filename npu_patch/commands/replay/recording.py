@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MethodType
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from npu_patch.applying.patched_site import PatchedSite
-from npu_patch.commands.replay.float64 import everything_in_float64
+from npu_patch.commands.replay.float64 import everything_in_float64, in_float64
 from npu_patch.commands.replay.snapshot import copied_cache, is_cache, snapshot
 from npu_patch.waiting.contract import Waiting, materialised
 
@@ -204,7 +203,7 @@ def _fresh(call: Call, plain_masks: bool = True) -> tuple[tuple[Any, ...], dict[
 
 def _on_cpu_in_float64(value: Any) -> Any:
     if isinstance(value, torch.nn.Module):
-        return copy.deepcopy(value).cpu().double()
+        return in_float64(value)
     if isinstance(value, MethodType):
         return value
     if isinstance(value, torch.device):
