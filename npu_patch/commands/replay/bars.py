@@ -21,7 +21,6 @@ from torch import Tensor
 RATIO = 1.1
 GROSS = 5.0
 UNLIKE = 0.3
-CANNOT_BE_JUDGED = "cannot be judged: "
 FLOORS = {torch.float32: 1e-6, torch.bfloat16: 2.0**-10, torch.float16: 2.0**-13}
 
 
@@ -57,7 +56,7 @@ def why_not(errors: Sequence[Error], dtype: torch.dtype) -> str | None:
     floor = FLOORS[dtype]
     unlike = max(errors, key=lambda error: error.original)
     if unlike.original > UNLIKE:
-        return f"{CANNOT_BE_JUDGED}{unlike.name} of the original itself is {unlike.original:.2e} from float64"
+        return f"cannot be judged: {unlike.name} of the original itself is {unlike.original:.2e} from float64"
     far = worst(errors, dtype)
     exact = dtype == torch.float32 and far.original <= floor
     limit = floor if exact else GROSS * max(far.original, floor)

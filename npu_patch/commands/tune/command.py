@@ -1,7 +1,8 @@
 """tune: by op and shape, measures what there is on the device (the operator, other implementations, the original) and
 writes the fastest that is right to a file that `apply()` reads.
 
-What is not within the bars of `verify` is refused, however fast. The original stays unless another way is clearly
+What is not within the bars of `verify` is refused, however fast; in a layer in half precision, where a rounding sends
+tokens to other experts, what is not within those of `auto`. The original stays unless another way is clearly
 faster, timed as it will be called: three quarters of its samples below three quarters of the original's. What fuses
 functions of several sites, or computes several calls at once, is timed in the layer around it, whose other parts are
 timed along: it is decided only where one way is clearly faster, and goes as without the file where none is.
@@ -10,7 +11,7 @@ timed along: it is decided only where one way is clearly faster, and goes as wit
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ from npu_patch.commands.bench.command import prepared, recorded_step
 from npu_patch.commands.console.output_file import output_file
 from npu_patch.commands.console.result import CommandError, Result, named
 from npu_patch.commands.console.terminal import Steps, steps, table
-from npu_patch.commands.replay.bars import CANNOT_BE_JUDGED, why_not
+from npu_patch.commands.replay.bars import why_not
 from npu_patch.commands.replay.enclosing import as_layer, layers_recorded
 from npu_patch.commands.replay.recording import (
     Call,
@@ -40,14 +41,15 @@ from npu_patch.commands.subject.models import DTYPES
 from npu_patch.commands.verify.command import compared
 from npu_patch.measuring.decision import DECLINES, ORIGINAL, Decision, agreed
 from npu_patch.measuring.in_turns import in_turns
-from npu_patch.measuring.measure import fastest
+from npu_patch.measuring.measure import check, fastest
 from npu_patch.measuring.tuning import Decided, Forced, write
 from npu_patch.patches import CATALOGUE
 from npu_patch.reporting.rows import short_name
-from npu_patch.serving.case import Measured
+from npu_patch.serving.case import Alternative, AnyCase, Measured
 from npu_patch.serving.dispatch import AnyDispatch
 from npu_patch.serving.implementation import AnyImplementation
 from npu_patch.serving.signature import Signature
+from npu_patch.sites.sites import LiveModules
 from npu_patch.switches import TUNE, resolve
 
 FEWEST = 5  # samples that have quartiles
@@ -57,13 +59,14 @@ UNDECIDED = "no way is clearly faster: goes as without the file"
 @dataclass(frozen=True)
 class Timed:
     """A site with one of its calls. `of_layer`: its own, or the site by calls of the layer around it. `parts`: others
-    are timed along."""
+    are timed along. `cases`: its op at the sizes of the model."""
 
     held: PatchedSite
     dispatch: AnyDispatch
     of_layer: PatchedSite
     call: Call
     parts: bool
+    cases: Sequence[AnyCase]
 
     @property
     def site(self) -> str:
@@ -167,14 +170,20 @@ def _calls(
     unfused = [*fused, *(held for held in within if patches[held.outcome.patch].needs)]
     with layers_recorded(model, within) as of_layers, recorded(unfused, originals=True) as of_fused:
         of_parts = recorded_step(model, batch, device, alone)
-    found = []
+    found, live = [], LiveModules(model)
     for recording, some in ((of_parts, alone), (of_fused, fused), (of_layers, within)):
         for held in some:
             dispatch = held.replacement.dispatch
             assert dispatch is not None
             of_layer = as_layer(held, dispatch) if some is within else held
-            found += [Timed(held, dispatch, of_layer, call, some is not alone) for call in recording.of(held)]
+            calls = recording.of(held)
+            cases = () if some is alone or not calls else _unlike(dispatch.cases(live))
+            found += [Timed(held, dispatch, of_layer, call, some is not alone, cases) for call in calls]
     return found, left
+
+
+def _unlike(cases: Iterable[AnyCase]) -> list[AnyCase]:
+    return list({case.title: case for case in cases}.values())
 
 
 def alternatives(dispatch: AnyDispatch, device_type: str) -> dict[str, AnyImplementation]:
@@ -197,22 +206,24 @@ def decide(
     original = run_original(of_layer, call)
     if not original.tensors:
         return None
-    exact = run_in_float64(of_layer, call).tensors
+    by_cases = bool(timed.cases) and options.dtype != "float32"
+    exact = {} if by_cases else run_in_float64(of_layer, call).tensors
     measured: dict[str, Measured] = {}
     forms: dict[str, Callable[[], None]] = {}
     signatures: dict[Signature, None] = {}
     try:
         for name, implementation in ways.items():
             dispatch.tuned = forced = Forced(implementation)
-            wrong = why_wrong(of_layer, call, original, exact, DTYPES[options.dtype])
+            wrong = why_wrong(of_layer, call, original, exact, None if by_cases else DTYPES[options.dtype])
+            if by_cases and wrong is None:
+                wrong = wrong_case(timed.cases, implementation, device)
             asked = list(forced)
             signatures |= dict.fromkeys(asked if timed.of_layer is not timed.held else asked[-1:])
             if wrong is None:
                 replaced, forms[ORIGINAL] = timed_forms(of_layer, call)
                 forms[name] = _as_installed(dispatch, dict(forced), replaced)
-            else:  # whole layers of experts may go another way for a rounding
-                unjudged = timed.parts and wrong.startswith(CANNOT_BE_JUDGED)
-                measured[name] = Measured(f"{DECLINES}{wrong}" if unjudged else wrong)
+            else:
+                measured[name] = Measured(wrong)
         times = in_turns(forms, device, samples=options.samples, peaks=False) if forms else {}
     finally:
         dispatch.tuned = {}
@@ -253,8 +264,18 @@ def _as_installed(
     return run
 
 
-def why_wrong(held: PatchedSite, call: Call, original: Any, exact: Mapping[str, Any], dtype: torch.dtype) -> str | None:
-    """Why this replacement may not be used for this call, or None."""
+def wrong_case(cases: Sequence[AnyCase], implementation: AnyImplementation, device: torch.device) -> str | None:
+    """Of its op by itself, as `apply()` checks it."""
+    alternative = Alternative(implementation.name, implementation.run, implementation.unsupported)
+    found = ((case, check(case, alternative, device).wrong) for case in cases)
+    return next((f"{case.name}: {wrong}" for case, wrong in found if wrong is not None), None)
+
+
+def why_wrong(
+    held: PatchedSite, call: Call, original: Any, exact: Mapping[str, Any], dtype: torch.dtype | None
+) -> str | None:
+    """Why this replacement may not be used for this call, or None. `dtype`: by whose bars; None where others judge how
+    near it is."""
     calls = held.replacement.calls
     fell_through = calls.fell_through.copy()
     try:
@@ -264,7 +285,7 @@ def why_wrong(held: PatchedSite, call: Call, original: Any, exact: Mapping[str, 
     passed_on = calls.fell_through - fell_through
     if passed_on:
         return f"{DECLINES}{next(iter(passed_on))}"
-    return errors if isinstance(errors, str) else why_not(errors, dtype)
+    return errors if isinstance(errors, str) else dtype and why_not(errors, dtype)
 
 
 def _shown(content: dict[str, Any], found: list[Tuned]) -> Iterator[Any]:

@@ -198,8 +198,15 @@ def test_parts_that_are_left_to_the_original_are_there_for_what_is_built_on_them
     assert set(norm.calls.fell_through) <= {"tuned: original faster, 2.5 x"} and not norm.calls.ran
 
 
+@pytest.mark.parametrize(("dtype", "off"), [("float32", 1.001), ("bfloat16", 1.05)])
 def test_a_way_that_is_wrong_in_its_layer_is_refused(
-    kind: Kind, timed: Timed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    dtype: str,
+    off: float,
+    kind: Kind,
+    timed: Timed,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     if kind.run is None:
         pytest.skip("the genuine one")
@@ -207,7 +214,7 @@ def test_a_way_that_is_wrong_in_its_layer_is_refused(
 
     def slightly_off(*call: Any) -> Any:
         first, second = genuine(*call)
-        return first * 1.001, second
+        return first * off, second
 
     for place in (tune, npu_patch.applying.api):
         patches = [
@@ -219,10 +226,23 @@ def test_a_way_that_is_wrong_in_its_layer_is_refused(
         monkeypatch.setattr(place, "CATALOGUE", tuple(patches))
     timed({kind.name: 0.1, "original": 2.0})
     file = tmp_path / "tuned.json"
-    arguments = ["tune", "qwen3", "--device", "cpu", "--dtype", "float32", "--samples", "5", "--tokens", "13"]
+    arguments = ["tune", "qwen3", "--device", "cpu", "--dtype", dtype, "--samples", "5", "--tokens", "13"]
     assert main([*arguments, "--output", str(file)]) == 1
     assert f"REFUSED: another for {kind.around}" in " ".join(capsys.readouterr().out.split())
     assert not [each for each in json.loads(file.read_text())["decisions"] if each["patch"] == kind.patch]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", [KINDS[1]], indirect=True, ids=lambda kind: kind.patch)
+def test_a_layer_whose_experts_depend_on_a_rounding_is_judged_all_the_same(
+    dtype: str, kind: Kind, timed: Timed, tmp_path: Path
+) -> None:
+    timed({kind.name: 1.0, "original": 2.0})
+    file = tmp_path / "tuned.json"
+    arguments = ["tune", "qwen3_moe", "--device", "cpu", "--dtype", dtype, "--samples", "5", "--tokens", "13"]
+    main([*arguments, "--output", str(file)])
+    found = [each["choice"] for each in json.loads(file.read_text())["decisions"] if each["patch"] == kind.patch]
+    assert found == [kind.name]
 
 
 @pytest.mark.parametrize("fast", [MINDSPEED, OWN, "original"])
