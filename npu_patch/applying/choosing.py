@@ -59,7 +59,7 @@ def tune(dispatch: AnyDispatch, decisions: Iterable[Decision]) -> None:
     absent = {name for name, why in dispatch.choice.declined.items() if not why.endswith("comes first")}
     found = {each.name: None if each.name in absent else each for each in dispatch.op.implementations}
     dispatch.tuned = {
-        each.signature: each.words if each.choice == ORIGINAL else found[each.choice] for each in decisions
+        each.signature: each.words if each.choice == ORIGINAL else found.get(each.choice) for each in decisions
     }
     dispatch.tuned_words = _words(decisions)
 

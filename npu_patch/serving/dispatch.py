@@ -55,7 +55,9 @@ class Verdict(Generic[Call, Result]):
         mine, other = self.measured[name], self.measured[self.usual]
         if mine.wrong is not None:
             return mine.wrong
-        return f"{_milliseconds(mine)} against {_milliseconds(other)}"
+        near = mine.seconds is not None and other.seconds is not None and mine.seconds < other.seconds
+        close = ", not clearly faster" if near and not mine.clearly_faster_than(other) else ""
+        return f"{_milliseconds(mine)} against {_milliseconds(other)}{close}"
 
 
 @dataclass

@@ -183,6 +183,8 @@ def test_auto_wants_what_tune_wants_times_that_are_clearly_apart(
     seconds = 0.85 if quartiles else 1.0
     times = {"fake": Measured(None, seconds, quartiles), "usual": Measured(None, 1.0, (0.95, 1.2))}
     assert measure.fastest(times, "usual") == winner
+    words = dispatch.Verdict(CASE, None, "usual", times).words("fake")
+    assert words.endswith(", not clearly faster") == (quartiles is not None and winner == "usual")
 
 
 def test_a_second_process_measures_nothing(tmp_path: Path) -> None:
@@ -386,6 +388,29 @@ def test_a_tuning_file_wins_over_auto(
     kernels.ran.clear()
     loss_and_gradients(model, tiny_batch())
     assert set(kernels.ran) == {tuned}
+
+
+def test_auto_and_tune_may_have_one_file(kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither forgets what the other found, and the decisions of `tune` go first."""
+    model, seen = tiny("qwen3"), tuning.Forced(None)
+    with npu_patch.applied(model, device="cpu") as report:
+        (held,) = [each for each in patched_sites(report) if each.outcome is qwen3(report)]
+        held.replacement.dispatch.tuned = seen
+        loss_and_gradients(model, tiny_batch())
+    file = tmp_path / "times.json"
+    decisions = [tuning.Decision("rms_norm", qwen3(report).site, "weight", each, "usual") for each in seen]
+    tuning.write(file, "cpu", decisions)
+    monkeypatch.setenv("TWINKLE_NPU_TUNE", str(file))
+    kernels.timed.clear()
+    for size, timed in ((48, 0), (64, 2)):
+        kernels.ran.clear()
+        model = tiny("qwen3", hidden_size=size)
+        with npu_patch.applied(model, device="cpu"):
+            assert len(kernels.timed) == timed
+            kernels.ran.clear()
+            loss_and_gradients(model, tiny_batch())
+            assert ("fake" in kernels.ran) == (size == 64)
+    assert tuning.followed(str(file), tuning.content_of(str(file)), "cpu").decisions == decisions
 
 
 def test_restore_leaves_the_class_as_it_was(kernels: Kernels) -> None:

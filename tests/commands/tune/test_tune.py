@@ -285,6 +285,22 @@ def test_what_a_file_names_and_is_not_here_is_a_warning(
     assert said in warning
 
 
+def test_a_provider_of_another_op_of_the_patch_leaves_the_calls_as_they_were(
+    npu: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("qwen3_5").to(npu)
+    with npu_patch.applied(model) as report:
+        (rule,) = [o for o in report if o.patch == "gated_delta_net" and "over chunks" in o.variant and o.layers]
+    made = tuning.Decision("gated_delta_net", rule.site, rule.variant, (), "fla causal_conv1d")
+    tuning.write(tmp_path / "tuned.json", "npu", [made])
+    monkeypatch.setenv("TWINKLE_NPU_TUNE", str(tmp_path / "tuned.json"))
+    report = npu_patch.apply(model)
+    assert not report.failed and "absent here" in report.warnings[0]
+    loss_and_gradients(model, tiny_batch())
+    (outcome,) = [each for each in report if each.site == rule.site]
+    assert outcome.calls.ran > 0
+
+
 def test_classes_with_the_same_variant_and_shapes_are_decided_apart(tmp_path: Path) -> None:
     made = [
         tuning.Decision("rms_norm", site, "weight", tuning.signature_of(torch.zeros(2, 3)), choice)
