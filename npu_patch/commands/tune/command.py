@@ -285,7 +285,9 @@ def why_wrong(
     passed_on = calls.fell_through - fell_through
     if passed_on:
         return f"{DECLINES}{next(iter(passed_on))}"
-    return errors if isinstance(errors, str) else dtype and why_not(errors, dtype)
+    if isinstance(errors, str):
+        return errors
+    return None if dtype is None else why_not(errors, dtype)
 
 
 def _shown(content: dict[str, Any], found: list[Tuned]) -> Iterator[Any]:
