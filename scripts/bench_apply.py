@@ -17,7 +17,7 @@ import pstats
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from npu_patch.measuring import measure
 from npu_patch.measuring import measurer as selection
 from npu_patch.ops import add_rms_norm, qk_norm_rope
 from npu_patch.patches.patch import Patch
+from npu_patch.serving.case import Clock, Measured
 from npu_patch.serving.implementation import Implementation
 
 LIMITS = (10.0, 1.0)  # seconds, first and second
@@ -124,14 +125,15 @@ def _make_up_kernels() -> None:
     """Where the NPU is simulated: beside each operator for which there is an optional kernel, the operator again."""
     if not npu_patch.simulator.is_active():
         return
-    clock = iter(range(1, 1 << 30))
+    made_up = iter(range(1, 1 << 30))
 
-    def stopwatch(device: torch.device) -> Callable[[Callable[[], Any]], float]:
-        def seconds(function: Callable[[], Any]) -> float:
-            function()
-            return 1e-3 * next(clock)
+    def clock(device: torch.device) -> Clock:
+        def times(forms: Mapping[str, Callable[[], Any]]) -> dict[str, Measured]:
+            for form in forms.values():
+                form()
+            return {name: Measured(seconds=1e-3 * next(made_up)) for name in forms}
 
-        return seconds
+        return times
 
     usual = {patch.name: _usual(patch.op.implementations) for patch in lifecycle.CATALOGUE}
     norm, rope = usual["rms_norm"], usual["rope"]
@@ -153,7 +155,7 @@ def _make_up_kernels() -> None:
     lifecycle.CATALOGUE = tuple(catalogue)
     measure.ELEMENTS = 2**12
     enabling.choose = _choosing_by_time(enabling.choose)
-    selection.stopwatch = stopwatch
+    selection.clock = clock
 
 
 def _usual(implementations: Sequence[Implementation]) -> Implementation | None:

@@ -23,7 +23,7 @@ from typing import Any
 from unittest import mock
 
 from npu_patch.commands import main
-from npu_patch.measuring.tuning import ORIGINAL
+from npu_patch.measuring.decision import ORIGINAL
 from npu_patch.patches import CATALOGUE
 from npu_patch.serving.implementation import Implementation
 
@@ -44,7 +44,10 @@ def intruders() -> Iterator[None]:
         else patch
         for patch in CATALOGUE
     )
-    with mock.patch("npu_patch.commands.tune.command.CATALOGUE", with_intruders):
+    with (
+        mock.patch("npu_patch.commands.tune.command.CATALOGUE", with_intruders),
+        mock.patch("npu_patch.applying.api.CATALOGUE", with_intruders),
+    ):
         yield
 
 
@@ -62,6 +65,11 @@ def command(*arguments: str) -> tuple[int, dict[str, Any]]:
     return code, json.loads(printed.getvalue())
 
 
+def times_of(decision: dict[str, Any]) -> dict[str, float]:
+    found = {name: each["seconds"] for name, each in decision["measured"].items()}
+    return {name: seconds for name, seconds in found.items() if seconds is not None}
+
+
 def tune_and_bench(model_type: str, options: argparse.Namespace, folder: Path) -> bool:
     """Prints what was found; whether all is well."""
     file = folder / f"{model_type}.json"
@@ -70,10 +78,11 @@ def tune_and_bench(model_type: str, options: argparse.Namespace, folder: Path) -
         code, tuned = command("tune", model_type, *sizes, "--output", str(file))
     print(f"{model_type} on {tuned['device']} ({tuned['chip']}), {options.tokens} tokens; exit code of tune {code}")
     for each in tuned["decisions"]:
-        times = ", ".join(f"{name} {time:.3f}" for name, time in each["times"].items())
+        times = ", ".join(f"{name} {seconds * 1e3:.3f}" for name, seconds in times_of(each).items())
         print(f"  {each['patch']} {each['site']} [{each['shapes'][:90]}]: {times} ms -> {each['choice']}")
-        for name, reason in {**each["refused"], **each["declined"]}.items():
-            print(f"      not {name}: {reason}")
+        for name, found in each["measured"].items():
+            if found["wrong"] is not None:
+                print(f"      not {name}: {found['wrong']}")
     with mock.patch.dict(os.environ, {"TWINKLE_NPU_TUNE": str(file)}):
         _, with_file = command("bench", model_type, *sizes)
     _, without = command("bench", model_type, *sizes)
@@ -82,8 +91,9 @@ def tune_and_bench(model_type: str, options: argparse.Namespace, folder: Path) -
             gain = "-" if each["gain"] is None else f"{each['gain']:.3f} times"
             print(f"  bench {name}: {each['patch']} {each['site']} [{each['shapes'][:60]}]: {gain}")
     chosen = [each for each in tuned["decisions"] if each["choice"] == INTRUDER]
-    slower = [each for each in tuned["decisions"] if each["times"].get(ORIGINAL, 0) < each["times"][each["choice"]]]
-    seen = [each for each in tuned["decisions"] if INTRUDER in each["refused"]]
+    timed = [(times_of(each), each["choice"]) for each in tuned["decisions"]]
+    slower = [choice for times, choice in timed if times and times[ORIGINAL] < times[choice]]
+    seen = [each for each in tuned["refused"] if each.startswith(INTRUDER)]
     print(f"  intruders refused {len(seen)}, chosen {len(chosen)}; slower than the original {len(slower)}", flush=True)
     return not chosen and not slower and bool(seen)
 

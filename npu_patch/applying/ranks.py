@@ -6,19 +6,17 @@ that does not ask for longer than the timeout.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from npu_patch.applying.api import report
-from npu_patch.applying.state import STATE, PatchError
+from npu_patch.applying.state import PatchError
 from npu_patch.version import __version__
 
 NOT_IN_PLACE = "not in place"
@@ -51,21 +49,15 @@ def require_same(who: str, ranks: Sequence[int], state: State, timeout: float) -
 
 
 def in_place() -> State:
+    standing = report()
     state: dict[str, dict[str, str]] = {
         "version": {"npu_patch": __version__},
-        "tuning": {"file": "none" if STATE.tune is None else _digest(STATE.tune)},
+        "tuning": {"file": "none" if standing.tuning is None else standing.tuning.digest},
     }
-    for outcome in report():
+    for outcome in standing:
         if outcome.is_in_place:
             state.setdefault(outcome.patch, {})[outcome.site] = f"{outcome.variant} by {outcome.implementation}"
     return state
-
-
-def _digest(path: str) -> str:
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
-    except OSError as error:
-        return f"not read: {error.strerror}"
 
 
 def why_not_same(store: Any, rank: int, ranks: Sequence[int], mine: State, timeout: float, question: str) -> str | None:

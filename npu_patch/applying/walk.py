@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from npu_patch.applying.binding import Bind
-from npu_patch.applying.choosing import LEFT_AS_TUNED, TUNED_ORIGINAL, Choosing
+from npu_patch.applying.choosing import Choosing, LeftAsTuned
 from npu_patch.applying.enabling import ChoiceOf, Enabled, enabled
 from npu_patch.applying.finding import Searched, searches, taken_by_others
 from npu_patch.applying.options_kept import Kept, kept_at
@@ -40,11 +40,12 @@ class Walk:
         return enabled(self.catalogue, self.request, self.choice_of, self.report)
 
     def over(self, scope: Scope, entries: Sequence[Enabled]) -> None:
+        needed = {name for patch, _ in entries for name in patch.needs}
         for entry in entries:
             patch, choice = entry
             context: AnyContext = Context(patch.op, choice, self.request.device_type, self.request.switches, scope.live)
             for site in self._found(patch, scope):
-                self._visit(entry, site, context)
+                self._visit(entry, site, context, needed)
         known = {each.site for each in self.report} | {held.site.label for held in patched_sites()}
         self.report.outcomes += taken_by_others(scope, self.catalogue, {patch.name for patch, _ in entries}, known)
 
@@ -55,7 +56,7 @@ class Walk:
             except Exception as error:
                 self._failed(patch, where, error)
 
-    def _visit(self, entry: Enabled, site: Site, context: AnyContext) -> None:
+    def _visit(self, entry: Enabled, site: Site, context: AnyContext, needed: Collection[str]) -> None:
         patch, stack = entry.patch, STATE.patched.get((id(site.owner), site.name), ())
         layers = patch.layers(site, context)
         for held in stack:
@@ -67,14 +68,13 @@ class Walk:
         theirs = replaced_before.by_whom(site)
         try:
             with STATE.journal.transaction():
-                decision = self.choosing.at(site, entry, context)
+                decision = self.choosing.at(site, entry, context, needed)
                 if isinstance(decision, Replacement):
                     self._bind(entry, site, decision, layers)
                     if theirs is not None:
                         self.report.notes.append(f"{patch.name}: {site.label} was {theirs}; this patch is on top of it")
-                elif decision is LEFT_AS_TUNED:
+                elif isinstance(decision, LeftAsTuned):
                     self._skip(patch, site, decision, layers)
-                    self._note_unfused(patch, site)
                 elif decision.notable or replaced_before.is_notable(site, patch.called):
                     self._skip(patch, site, NotRead(theirs) if theirs else decision, layers)
         except Exception as error:
@@ -107,12 +107,6 @@ class Walk:
     def _skip(self, patch: AnyPatch, site: Site, why: NotRead, layers: int | None) -> None:
         outcome = Outcome(patch.name, site.label, SKIPPED, why.reason, layers=layers, in_order=why.in_order)
         self.report.outcomes.append(outcome)
-
-    def _note_unfused(self, patch: AnyPatch, site: Site) -> None:
-        """Patches that fuse what this site computes with what follows find nothing to build on."""
-        for other in self.catalogue:
-            if patch.name in other.needs and self.choice_of(self.request, self.report, other).candidates:
-                self.report.notes.append(f"{other.name} does not serve layers with {site.label}: {TUNED_ORIGINAL}")
 
     def _failed(self, patch: AnyPatch, label: str, error: Exception) -> None:
         if self.request.strict:

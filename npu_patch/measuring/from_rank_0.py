@@ -1,4 +1,5 @@
-"""One rank measures for its job: the others take what the first one found, and measure only what it did not have.
+"""One rank measures for its job: the others take what the first one found, and measure only what it did not have; and
+they follow its tuning file.
 
 Ranks that measured for themselves could each find something else, and serve the parts of one step in several ways.
 """
@@ -6,13 +7,12 @@ Ranks that measured for themselves could each find something else, and serve the
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-
-from npu_patch.measuring.measurements import Measurements
 
 WAIT_S = 60.0  # for a first rank that measures; one that does not apply anything is not waited for any longer
 
@@ -23,25 +23,23 @@ class Job:
 
     store: Any
     rank: int
-    turns: int = 0
+    turns: Counter[str] = field(default_factory=Counter)
 
-    def next_turn(self) -> str:
-        self.turns += 1
-        return f"npu_patch/measured/{self.turns}"
+    def next_turn(self, what: str) -> str:
+        self.turns[what] += 1
+        return f"npu_patch/{what}/{self.turns[what]}"
 
-    def give(self, turn: str, kept: Measurements | None) -> None:
+    def give(self, turn: str, content: Any) -> None:
         """By rank 0; None where it had nothing to decide."""
-        self.store.set(turn, json.dumps(None if kept is None else kept.content()))
+        self.store.set(turn, json.dumps(content))
 
-    def take(self, turn: str, kept: Measurements) -> str | None:
-        """By every other rank. Returns why nothing was to be had, if so."""
+    def take(self, turn: str) -> tuple[Any, str | None]:
+        """By every other rank: what rank 0 gave, or why nothing was to be had."""
         try:
             self.store.wait([turn], timedelta(seconds=WAIT_S))
         except (RuntimeError, dist.DistStoreError):
-            return f"rank 0 did not say within {WAIT_S:g} s what it measured: this rank measured for itself"
-        content = json.loads(self.store.get(turn))
-        why_not = None if content is None else kept.take(content)
-        return why_not and f"what rank 0 measured does not hold on this rank, which measured for itself: {why_not}"
+            return None, f"rank 0 did not say within {WAIT_S:g} s what it {turn.split('/')[1]}"
+        return json.loads(self.store.get(turn)), None
 
 
 _of_this_process: Job | None = None

@@ -1,50 +1,65 @@
 """Compares alternatives of an op at the shapes a model has: is each correct, how long does it take, which is taken.
 
-    found = measure(case, Alternative("triton", run), device, stopwatch(device))
+    checked = check(case, alternative, device)
+    timed = times(case, right_ones, device, clock(device))
 
 An alternative is checked first, against the case's definition in float64 on a few tokens, outputs and gradients; one
-that is wrong is not timed and never taken. The times are medians, forward and backward together, of a few
-milliseconds altogether beside what a kernel's first run compiles. Operators of the vendor, which nobody times here, are
-checked in the same way (`check`): that a site's original computes something says nothing of this device's operator.
+that is wrong is not timed and never taken. The times are taken in turns, forward and backward together, some tens of
+milliseconds beside what a kernel's first run compiles. Operators of the vendor, which nobody times here, are checked in
+the same way: that a site's original computes something says nothing of this device's operator.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from npu_patch.measuring.in_turns import seconds
+from npu_patch.measuring.in_turns import in_turns
 from npu_patch.numerics.closeness import difference
 from npu_patch.numerics.room import quiet_room
 from npu_patch.numerics.values import numbers, values
-from npu_patch.serving.case import ACCIDENTS, FEW_TOKENS, OUT_OF_MEMORY, Alternative, AnyCase, Measured, Stopwatch
+from npu_patch.serving.case import ACCIDENTS, FEW_TOKENS, OUT_OF_MEMORY, Alternative, AnyCase, Clock, Measured
 
 # Of the largest input that is timed: 4096 tokens of a model 4096 wide, in 32 heads.
 ELEMENTS, MOST_ROWS = 2**24, 2**17
-WARM_UPS, RUNS, IN_A_ROW = 3, 7, 4
-ENOUGH_S = 0.5  # of one alternative: fewer runs where they take that long
+SAMPLES = 7
+ENOUGH_S = 0.5  # for the samples of one alternative: fewer where they take that long
 GRADIENTS = 4.0  # times ALLOWED: a gradient passes through several roundings
-
-
-def measure(case: AnyCase, alternative: Alternative, device: torch.device, stopwatch: Stopwatch) -> Measured:
-    """Checks, then times. An alternative that raises is a wrong one."""
-    found = check(case, alternative, device)
-    if found.wrong is not None:
-        return found
-    return _apart(lambda: Measured(seconds=_median_time(case, alternative, device, stopwatch)), device)
+Found = TypeVar("Found")
 
 
 def check(case: AnyCase, alternative: Alternative, device: torch.device) -> Measured:
-    """Whether it is right, without a time."""
+    """Whether it is right, without a time. An alternative that raises is a wrong one."""
     return _apart(lambda: Measured(why_wrong(case, alternative, device)), device)
 
 
-def _apart(find: Callable[[], Measured], device: torch.device) -> Measured:
+def times(
+    case: AnyCase, alternatives: Sequence[Alternative], device: torch.device, clock: Clock
+) -> dict[str, Measured]:
+    """Of right alternatives, by name: in turns, or each by itself where one of them cannot go on."""
+    found: dict[str, Measured] = {}
+    forms: dict[str, Callable[[], object]] = {}
+    for each in alternatives:
+        form = _apart(partial(_forward_and_backward, case, each, device), device)
+        if isinstance(form, Measured):
+            found[each.name] = form
+        else:
+            forms[each.name] = form
+    timed = _apart(partial(clock, forms), device) if forms else {}
+    if not isinstance(timed, Measured):
+        return {**found, **timed}
+    for name, form in forms.items():
+        alone = _apart(partial(clock, {name: form}), device)
+        found[name] = alone if isinstance(alone, Measured) else alone[name]
+    return found
+
+
+def _apart(find: Callable[[], Found], device: torch.device) -> Found | Measured:
     """Apart from whatever the caller is in the middle of. What raises is wrong, accidents aside."""
     try:
         with quiet_room(), torch.autocast(device.type, enabled=False):
@@ -64,13 +79,15 @@ def answers(device: torch.device) -> bool:
         return False
 
 
-def faster(alternatives: Sequence[tuple[str, Measured]], incumbent: Measured) -> str | None:
-    """The name of the fastest correct alternative if it beats the incumbent, as it does a wrong one; else None."""
-    timed = [(measured.seconds, name) for name, measured in alternatives if measured.seconds is not None]
-    if not timed or incumbent.wrong in ACCIDENTS:
-        return None
-    beaten = incumbent.wrong is not None or (incumbent.seconds is not None and min(timed)[0] < incumbent.seconds)
-    return min(timed)[1] if beaten else None
+def fastest(measured: Mapping[str, Measured], incumbent: str) -> str:
+    """The right one with the lowest time of those that are clearly faster than the incumbent, or that; any right one is
+    better than an incumbent that is wrong."""
+    own = measured[incumbent]
+    if own.wrong in ACCIDENTS:
+        return incumbent
+    timed = {name: each.seconds for name, each in measured.items() if each.seconds is not None and name != incumbent}
+    better = [name for name in timed if own.wrong is not None or measured[name].clearly_faster_than(own)]
+    return min(better, key=timed.__getitem__, default=incumbent)
 
 
 def why_wrong(case: AnyCase, alternative: Alternative, device: torch.device) -> str | None:
@@ -113,22 +130,17 @@ def _tensors(result: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
     return (result,) if isinstance(result, Tensor) else result
 
 
-def _median_time(case: AnyCase, alternative: Alternative, device: torch.device, stopwatch: Stopwatch) -> float:
+def _forward_and_backward(case: AnyCase, alternative: Alternative, device: torch.device) -> Callable[[], object]:
+    """What is timed. It ran once: a kernel that must be compiled is."""
     kinds = case.inputs(_timed_tokens(case))
     leaves = [torch.ones(shape, dtype=dtype, device=device).requires_grad_() for shape, dtype in kinds]
     gradients = [torch.ones_like(each) for each in _tensors(case.call(alternative.run, *leaves))]
 
-    def forward_and_backward() -> None:
+    def run() -> None:
         torch.autograd.grad(_tensors(case.call(alternative.run, *leaves)), leaves, gradients)
 
-    forward_and_backward()  # compiles, if it is a kernel that must be
-    enough = time.perf_counter() + ENOUGH_S
-    for _ in range(WARM_UPS - 1):
-        forward_and_backward()
-    found = [stopwatch(forward_and_backward)]
-    while len(found) < RUNS and time.perf_counter() < enough:
-        found.append(stopwatch(forward_and_backward))
-    return statistics.median(found)
+    run()
+    return run
 
 
 def _timed_tokens(case: AnyCase) -> int:
@@ -140,7 +152,13 @@ def _timed_tokens(case: AnyCase) -> int:
     return max(1, min(ELEMENTS // max(1, each), MOST_ROWS))
 
 
-def stopwatch(device: torch.device) -> Stopwatch:
-    """Seconds that one of several calls in a row takes on `device`: as in training, the host launches the next while
-    the device is at one, so that launching counts only where it takes longer."""
-    return lambda function: seconds(function, device, IN_A_ROW) / IN_A_ROW
+def clock(device: torch.device) -> Clock:
+    """Several calls in a row on `device`, as in training: the host launches the next while the device is at one, so
+    that launching counts only where it takes longer. No peaks of memory: `apply` leaves the device's record alone."""
+
+    def take(forms: Mapping[str, Callable[[], object]]) -> dict[str, Measured]:
+        enough = ENOUGH_S * len(forms)
+        timings = in_turns(forms, device, samples=SAMPLES, peaks=False, enough=enough)
+        return {name: timing.measured() for name, timing in timings.items()}
+
+    return take

@@ -1,4 +1,8 @@
-"""What was measured and checked on this device with these versions, kept between processes in one JSON file."""
+"""What was measured and checked on one device with one set of versions, in one JSON file.
+
+`apply()` keeps there what `auto` and the checks of operators found, by case and alternative. `python -m npu_patch tune`
+adds what it decided on the calls of each site. Either can be given the other's file.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,22 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from npu_patch import log
 from npu_patch.measuring.atomic_file import write_atomically
+from npu_patch.measuring.decision import Decision, measured_of, plain
 from npu_patch.measuring.measured_on import MeasuredOn
 from npu_patch.serving.case import Measured
 
-FORMAT = 2
+FORMAT = 6
+
+
+class FromElsewhere(ValueError):
+    """Its measurements do not hold here."""
 
 
 def default_path(measured_on: MeasuredOn) -> Path:
@@ -27,25 +36,47 @@ def default_path(measured_on: MeasuredOn) -> Path:
 
 @dataclass
 class Measurements:
-    """By case, by alternative. `read` ignores, with one line of log, a damaged file and one from elsewhere."""
+    """By case, by alternative; and what was decided. `read` ignores, with one line of log, a damaged file and one from
+    elsewhere."""
 
     path: Path
     measured_on: MeasuredOn
     measured: dict[str, dict[str, Measured]] = field(default_factory=dict)
+    decisions: Sequence[Decision] = ()
     changed: bool = False  # since it was read or written
 
     @classmethod
     def read(cls, path: Path, measured_on: MeasuredOn) -> Measurements:
-        found = cls(path, measured_on)
         try:
-            found.measured = _parsed(json.loads(path.read_text(encoding="utf-8")), measured_on)
+            return cls.of(json.loads(path.read_text(encoding="utf-8")), path, measured_on)
         except FileNotFoundError:
             pass
         except Exception as error:  # whatever stands there, it is measured anew
             log.warning(f"{path} is ignored: {error}")
-        return found
+        return cls(path, measured_on)
 
-    def of(self, case: str, alternative: str) -> Measured | None:
+    @classmethod
+    def of(cls, content: Any, path: Path, measured_on: MeasuredOn) -> Measurements:
+        """
+        Raises:
+            FromElsewhere: where it does not hold.
+            ValueError, KeyError, TypeError, AttributeError: for what is none.
+        """
+        if not isinstance(content, dict):
+            raise ValueError(f"an object is wanted, not {type(content).__name__}")
+        if content["format"] != FORMAT:
+            raise FromElsewhere(f"its format is {content['format']}, this npu_patch reads {FORMAT}")
+        for name, kind in (("chip", str), ("versions", dict), ("measured", dict), ("decisions", list)):
+            if not isinstance(content[name], kind):
+                raise ValueError(f"{name!r} is {content[name]!r}")
+        measured = {case: measured_of(found) for case, found in content["measured"].items()}
+        decisions = [Decision.of_json(each) for each in content["decisions"]]
+        why_not = measured_on.why_not(content)
+        if why_not is not None:
+            raise FromElsewhere(why_not)
+        return cls(path, measured_on, measured, decisions)
+
+    def found(self, case: str, alternative: str) -> Measured | None:
         return self.measured.get(case, {}).get(alternative)
 
     def keep(self, case: str, alternative: str, measured: Measured) -> None:
@@ -53,47 +84,32 @@ class Measurements:
         self.changed = True
 
     def content(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self.measured_on), "measured": _plain(self.measured)}
+        measured = {case: plain(found) for case, found in self.measured.items()}
+        decisions = [each.as_json() for each in self.decisions]
+        return {"format": FORMAT, **asdict(self.measured_on), "measured": measured, "decisions": decisions}
 
     def take(self, content: Any) -> str | None:
-        """Another process's `content()`, before what is here; or why it does not hold here."""
+        """What another process measured, before what is here; or why it does not hold here."""
         try:
-            taken = _parsed(content, self.measured_on)
+            taken = self.of(content, self.path, self.measured_on)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             return str(error)
-        for case, found in taken.items():
+        for case, found in taken.measured.items():
             self.measured.setdefault(case, {}).update(found)
         return None
 
-    def write(self) -> None:
-        """Atomically: a reader sees the old file or the new one. One that cannot be written is a line of log."""
+    def save(self) -> None:
+        """Atomically: a reader sees the old file or the new one. Raises `OSError` where it cannot be written."""
+        write_atomically(self.path, json.dumps(self.content(), indent=1) + "\n")
+        self.changed = False
+
+    def save_changes(self) -> None:
+        """Where there are any. A file that cannot be written is a line of log."""
         if not self.changed:
             return
-        self.changed = False
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path, json.dumps(self.content(), indent=1))
+            self.save()
         except OSError as error:
+            self.changed = False
             log.warning(f"times are not kept: {error}")
-
-
-def _plain(measured: Mapping[str, Mapping[str, Measured]]) -> dict[str, Any]:
-    return {case: {name: asdict(each) for name, each in found.items()} for case, found in measured.items()}
-
-
-def _parsed(content: Any, measured_on: MeasuredOn) -> dict[str, dict[str, Measured]]:
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"not a file of times in format {FORMAT}")
-    why_not = measured_on.why_not(content)
-    if why_not is not None:
-        raise ValueError(why_not)
-    return {
-        case: {name: _measured(**each) for name, each in found.items()} for case, found in content["measured"].items()
-    }
-
-
-def _measured(wrong: Any, seconds: Any) -> Measured:
-    number = seconds is None or (isinstance(seconds, float) and 0.0 < seconds < float("inf"))
-    if not number or not (wrong is None or isinstance(wrong, str)) or (seconds is not None and wrong is not None):
-        raise ValueError(f"no measurement: wrong={wrong!r}, seconds={seconds!r}")
-    return Measured(wrong, seconds)

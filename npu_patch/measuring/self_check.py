@@ -14,10 +14,12 @@ import sys
 import time
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from npu_patch import log
 from npu_patch.devices import is_simulated
 from npu_patch.measuring import from_rank_0
+from npu_patch.measuring.measurements import Measurements
 from npu_patch.measuring.measurer import Measurer
 from npu_patch.reporting.outcome import Outcome
 from npu_patch.reporting.report import Report
@@ -29,6 +31,7 @@ from npu_patch.switches import Switches
 
 BUDGET_S = 10.0
 SHOWN_AFTER_S = 1.0
+MEASURED = "measured"  # turns of a job's ranks
 NO_MODEL = "no model was given: no operator was checked on this device yet"
 
 
@@ -70,18 +73,18 @@ class Decisions:
 
     def decide(self, journal: Journal, report: Report) -> None:
         job = from_rank_0.job()
-        turn = "" if job is None else job.next_turn()
+        turn = "" if job is None else job.next_turn(MEASURED)
         measurer = Measurer.of(self.device_type, self.path) if self.waiting else None
         try:
             if measurer is not None:
                 if job is not None and job.rank != 0 and not self._all_known(measurer):
-                    report.notes += filter(None, [job.take(turn, measurer.kept)])
+                    report.notes += filter(None, [_taken(job.take(turn), measurer.kept)])
                 self._decide(measurer, journal, report)
         finally:
             if measurer is not None:
-                measurer.kept.write()
+                measurer.kept.save_changes()
             if job is not None and job.rank == 0:
-                job.give(turn, None if measurer is None else measurer.kept)
+                job.give(turn, None if measurer is None else measurer.kept.content())
         for dispatch, outcome in self.described:
             outcome.describe(dispatch)
         for dispatch in [each for each, _ in (*self.waiting, *self.described)]:
@@ -120,6 +123,15 @@ class Decisions:
             report.notes.append(
                 f"{left} checks of operators did not fit into {BUDGET_S:.0f} s: the next apply(model) goes on with them"
             )
+
+
+def _taken(given: tuple[Any, str | None], kept: Measurements) -> str | None:
+    """Why a rank does not have what rank 0 gave, if so."""
+    content, silent = given
+    if silent is not None:
+        return f"{silent}: this rank measured for itself"
+    why_not = None if content is None else kept.take(content)
+    return why_not and f"what rank 0 measured does not hold on this rank, which measured for itself: {why_not}"
 
 
 @contextlib.contextmanager

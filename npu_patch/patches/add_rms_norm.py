@@ -84,7 +84,7 @@ def bind_site(site: Site, readings: Sequence[AddRMSNormReading], context: Contex
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if in_quiet_room():
             return TakenOver(original(self, *args, **kwargs))
-        if not (dispatch.choice.forced or any(each.taken for each in dispatch.verdicts.values())):
+        if dispatch.idle:
             return Unserved(NOT_FASTER)
         if torch.compiler.is_compiling():
             return Unserved("being compiled")
@@ -113,7 +113,8 @@ def bind_site(site: Site, readings: Sequence[AddRMSNormReading], context: Contex
 
     names = ", ".join(dict.fromkeys(reading.layer.__name__ for reading in readings))
     function = replacement_for(original, calls, serve, bypassed=Bypassed())
-    return Replacement(function, f"in {names}", calls, None, dispatch, alone=False)
+    within = tuple(dict.fromkeys(reading.layer for reading in readings))
+    return Replacement(function, f"in {names}", calls, None, dispatch, alone=False, within=within)
 
 
 def _caller(
@@ -186,6 +187,4 @@ def _cases(readings: Sequence[AddRMSNormReading], live: LiveModules, context: Co
                     yield case(found.variant, weight.shape[-1], live.dtype, weight.dtype, original)
 
 
-PATCH = Patch(
-    "add_rms_norm", "triton", ADD_RMS_NORM, find, read_site, bind_site, tunable=False, needs=("rms_norm",), around=True
-)
+PATCH = Patch("add_rms_norm", "triton", ADD_RMS_NORM, find, read_site, bind_site, needs=("rms_norm",), around=True)

@@ -65,6 +65,8 @@ class Replacement:
     `looked_up_by(model)`: why a forward of the model asks for this entry of a registry, or None. `one_of_several`: a
     layer that names it may call another function of the same patch instead, as its configuration says.
     `definition(*args)`: what computes a call in float64, where the original cannot.
+    `within`: the classes of layers in one call of which its own come to an end, or all those of one input: what can be
+    timed. None where that is any layer that has a layer of the site as a child.
     """
 
     function: Any  # to be called, or a descriptor
@@ -78,6 +80,7 @@ class Replacement:
     looked_up_by: Callable[[torch.nn.Module], str | None] = by_nobody_known
     one_of_several: bool = False
     definition: Callable[..., Callable[..., Any]] | None = None
+    within: tuple[type[torch.nn.Module], ...] | None = ()
 
 
 def layers_of_class(site: Site, context: AnyContext) -> int | None:
@@ -124,6 +127,10 @@ class Patch(Generic[Reading, Call, Result]):
     further_ops: tuple[Op[..., Any], ...] = ()
     called: tuple[str, ...] = ()
     around: bool = False
+
+    @property
+    def ops(self) -> tuple[Op[..., Any], ...]:
+        return self.op, *self.further_ops
 
 
 AnyPatch = Patch[Any, ..., Any]

@@ -60,18 +60,16 @@ def bind_site(site: Site, found: QKNormRoPEReading, context: Context) -> Replace
 
     def rotate(
         reading: RoPEReading, q: DeferredHeads, k: DeferredHeads, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor] | str:
         q_heads, k_heads = (Heads(each.x.transpose(1, 2), each.weight, each.eps, each.variant) for each in (q, k))
         if not reading.partial and rotary_dim(cos, reading.variant) != q.x.shape[-1]:
             raise Abandoned("tables narrower than the head")
         call = (q_heads, k_heads, cos, sin, reading.variant)
         serving = dispatch.serving(calls, *call)
-        if isinstance(serving, str):
-            raise Abandoned(serving)
-        return serving.run(*call)
+        return serving if isinstance(serving, str) else serving.run(*call)
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not (dispatch.choice.forced or any(each.taken for each in dispatch.verdicts.values())):
+        if dispatch.idle:
             return Unserved(NOT_FASTER)
         reason = _why_not(self, found.q_norm, found.k_norm, device_type)
         if reason is not None:
@@ -84,7 +82,8 @@ def bind_site(site: Site, found: QKNormRoPEReading, context: Context) -> Replace
             if not deferral.pending:
                 raise
             return Unserved(str(error))
-        return result if deferral.done else Unfused(result, "its norms or its rotation were not put off")
+        not_put_off = deferral.why_not or "its norms or its rotation were not put off"
+        return result if deferral.done else Unfused(result, not_put_off)
 
     return Replacement(
         replacement_for(original, calls, serve, bypassed=Bypassed()), found.name, calls, dispatch=dispatch
@@ -151,6 +150,4 @@ def _rotations(forward: Any) -> list[RoPESite]:
     return [site for site in found if site is not None]
 
 
-PATCH = Patch(
-    "qk_norm_rope", "triton", QK_NORM_ROPE, find, read_site, bind_site, tunable=False, needs=("rms_norm", "rope")
-)
+PATCH = Patch("qk_norm_rope", "triton", QK_NORM_ROPE, find, read_site, bind_site, needs=("rms_norm", "rope"))

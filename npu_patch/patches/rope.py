@@ -63,7 +63,8 @@ def bind_site(site: Site, reading: RoPEReading, context: Context) -> Replacement
         dimension = reading.unsqueeze_dim if dimension is None else dimension
         if not are_tensors((*tensors, cos, sin)):
             if any(isinstance(tensor, deferred_norm.DeferredHeads) for tensor in tensors):
-                return TakenOver(deferred_norm.rotate_deferred(reading, tensors, cos, sin, dimension))
+                rotated = deferred_norm.rotate_deferred(reading, tensors, cos, sin, dimension)
+                return TakenOver(rotate_normalized(args, kwargs) if rotated is None else rotated)
             return Unserved("arguments that are no tensors")
         if tensors[0].device.type != device_type:
             return Unserved(f"input on {tensors[0].device.type}")
@@ -83,6 +84,15 @@ def bind_site(site: Site, reading: RoPEReading, context: Context) -> Replacement
                 return Unserved("tables narrower than the head")
         rotated = serving.run(tensors, cos, sin, variant)
         return rotated[0] if first_of_rest == 1 else tuple(rotated)
+
+    def rotate_normalized(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Anew, with tensors."""
+        normalized = [each.normalized() if isinstance(each, deferred_norm.DeferredHeads) else each for each in args]
+        by_name = {
+            name: each.normalized() if isinstance(each, deferred_norm.DeferredHeads) else each
+            for name, each in kwargs.items()
+        }
+        return function(*normalized, **by_name)
 
     # What the kernels package wrapped into a module keeps its wrapper as the way to fall through.
     function = replacement_for(original, calls, serve, named_after=unwrapped(original))

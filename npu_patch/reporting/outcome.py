@@ -25,6 +25,7 @@ class Outcome:
     reason: str = ""
     variant: str = ""
     implementation: str = ""
+    tuned: str = ""  # what a tuning file decides, in words
     declined: Mapping[str, str] = field(default_factory=dict)
     calls: Calls = field(default_factory=Calls)
     layers: int | None = None  # live modules of the given model that it reaches; None where no model was given
@@ -48,6 +49,7 @@ class Outcome:
     def describe(self, dispatch: Any) -> None:
         """Takes what serves the site and why others do not from its `Dispatch`."""
         self.implementation, self.declined = dispatch.name(), dispatch.declined()
+        self.tuned = dispatch.tuned_words
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -61,6 +63,7 @@ class Outcome:
             "layers": self.reached,
             "ran": self.calls.ran,
             "tuned": self.calls.tuned,
+            "decided": self.tuned,
             "ran_by": dict(self.calls.ran_by),
             "fell_through": dict(self.calls.fell_through),
             "actions": {reason: action for reason in self.calls.fell_through if (action := what_to_do(reason))},
@@ -69,10 +72,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class TuningFile:
-    """The one that an `apply()` followed, and how many decisions it holds."""
+    """The one that an `apply()` followed, how many decisions it holds, and by what ranks know it."""
 
     path: str
     decisions: int
+    digest: str
 
 
 @dataclass

@@ -85,7 +85,7 @@ def _rows_of(outcomes: list[Outcome]) -> list[Row]:
     same."""
     alike: dict[tuple[str, ...], dict[str, list[Outcome]]] = {}
     for outcome in outcomes:
-        classes = alike.setdefault((outcome.variant, outcome.implementation, outcome.reason), {})
+        classes = alike.setdefault((outcome.variant, outcome.implementation, outcome.tuned, outcome.reason), {})
         classes.setdefault(outcome.site, []).append(outcome)
     found = []
     for classes in alike.values():
@@ -98,7 +98,9 @@ def _rows_of(outcomes: list[Outcome]) -> list[Row]:
 
 def _row(outcomes: list[Outcome]) -> Row:
     first = outcomes[0]
-    what = f"{first.variant} -> {_implementations(outcomes)}" if first.status == PATCHED else first.reason
+    what = first.reason
+    if first.status == PATCHED:
+        what = "; ".join(filter(None, (f"{first.variant} -> {_implementations(outcomes)}", first.tuned)))
     return Row(first.patch, first.status, tuple(outcomes), what)
 
 

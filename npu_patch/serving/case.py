@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -23,7 +24,6 @@ OUT_OF_MEMORY = "no room on the device to measure it"
 DEVICE_LOST = "the device does not answer any more"
 ACCIDENTS = (OUT_OF_MEMORY, DEVICE_LOST)  # they say nothing of the next process
 
-Stopwatch = Callable[[Callable[[], Any]], float]
 Returned = TypeVar("Returned")
 
 
@@ -88,8 +88,21 @@ AnyCase = Case[..., Any]
 
 @dataclass(frozen=True)
 class Measured:
-    """What became of one alternative: why it is wrong, or its median time in seconds, or neither: it is right, and was
-    not timed."""
+    """What became of one alternative: why it is wrong, or its median time in seconds with the `quartiles`, or neither:
+    it is right, and was not timed."""
 
     wrong: str | None = None
     seconds: float | None = None
+    quartiles: tuple[float, float] | None = None
+
+    def clearly_faster_than(self, other: Measured) -> bool:
+        """Three quarters of its samples are below three quarters of the other's. Both were timed."""
+        return self._span[1] < other._span[0]
+
+    @property
+    def _span(self) -> tuple[float, float]:
+        seconds = math.nan if self.seconds is None else self.seconds
+        return self.quartiles or (seconds, seconds)
+
+
+Clock = Callable[[Mapping[str, Callable[[], Any]]], Mapping[str, Measured]]  # times ways to do the same

@@ -20,14 +20,14 @@ import torch
 from npu_patch.numerics.room import quiet_room
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import ACCIDENTS, Case, Measured
-from npu_patch.serving.implementation import Call, Choice, Implementation, Result
+from npu_patch.serving.implementation import Call, Choice, Implementation, Result, choose
 from npu_patch.serving.op import Op
 from npu_patch.serving.signature import Signature, signature_of
 from npu_patch.sites.sites import LiveModules
 
 NO_MODEL = "no model was given: nothing was measured yet"
 NO_LAYERS = "nothing was measured: the given model has no such layer"
-TUNED_TO_ORIGINAL = "tuned: the original is the fastest for these shapes"
+TUNED = "tuned: "  # what a tuning file decides begins with, for the report
 
 
 def no_cases(live: LiveModules) -> Iterable[Case[Call, Result]]:
@@ -62,7 +62,9 @@ class Verdict(Generic[Call, Result]):
         mine, other = self.measured[name], self.measured[self.usual]
         if mine.wrong is not None:
             return mine.wrong
-        return f"{_milliseconds(mine)} against {_milliseconds(other)}"
+        near = mine.seconds is not None and other.seconds is not None and mine.seconds < other.seconds
+        close = ", not clearly faster" if near and not mine.clearly_faster_than(other) else ""
+        return f"{_milliseconds(mine)} against {_milliseconds(other)}{close}"
 
 
 @dataclass
@@ -71,7 +73,7 @@ class Dispatch(Generic[Call, Result]):
     `faster`: the optional ones that go first, by key; `asked` whether a model was ever looked at. `wrong`: of
     implementations that were found wrong, by name and key, how far. `unproven(implementation, *call)`: why one has not
     proved itself for such a call, if it has to. `tuned`: by the signature of a call, its implementation, or why it is
-    the original's, or None where it is served as usual."""
+    the original's, or None where it is served as usual; `tuned_words`: the same for the report."""
 
     op: Op[Call, Result]
     choice: Choice[Call, Result]
@@ -83,6 +85,12 @@ class Dispatch(Generic[Call, Result]):
     wrong: Mapping[tuple[str, Hashable], str] = field(default_factory=dict)
     asked: bool = False
     tuned: Mapping[Signature, Implementation[Call, Result] | str | None] = field(default_factory=dict)
+    tuned_words: str = ""
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing serves any call: there are candidates only, and none was measured or tuned to be faster."""
+        return self.choice.chosen is None and not self.takes_any
 
     @property
     def timed(self) -> bool:
@@ -222,4 +230,6 @@ def in_order(
     """Of providers, the last of which needs no proof and takes every call that any can take."""
     serving = (each for each in op.implementations if device_type in each.device_types)
     found = [each for each in serving if each.missing() is None]
-    return Dispatch(op, Choice(found[-1] if found else None, {}, tuple(found[:-1]), forced=True), unproven=unproven)
+    declined = choose(op.implementations, device_type).declined
+    choice = Choice(found[-1] if found else None, declined, tuple(found[:-1]), forced=True)
+    return Dispatch(op, choice, unproven=unproven)

@@ -1,8 +1,9 @@
 """RMSNorms of q and k put off until their rotation, so that one kernel computes both.
 
 While an attention layer's own forward runs inside `deferring(...)`, its two norms return `DeferredHeads`: what they
-were given, and how it is to be normalized. Nothing but the rotation takes them; whatever else looks at them raises
-`Abandoned`, and the layer runs anew without. So the forward may do what it likes, its result is right.
+were given, and how it is to be normalized. Nothing but the rotation takes them, and where no kernel takes both, it has
+them normalized first; whatever else looks at them raises `Abandoned`, and the layer runs anew without. So the forward
+may do what it likes, its result is right.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from npu_patch.waiting.contract import Abandoned, Waiting, name_of
 
 
 class DeferredHeads(Waiting):
-    """q or k before its norm: x `[B, H, S, D]` or `[B, S, H, D]`, to be normalized over D. Not a tensor."""
+    """q or k before its norm: x `[B, H, S, D]` or `[B, S, H, D]`, to be normalized over D; `transposed` since it was
+    given. Not a tensor."""
 
-    __slots__ = ("deferral", "eps", "norm", "variant", "version", "weight", "x")
+    __slots__ = ("deferral", "eps", "norm", "transposed", "variant", "version", "weight", "x")
 
     def __init__(
         self,
@@ -38,9 +40,10 @@ class DeferredHeads(Waiting):
         eps: float,
         variant: RMSNormVariant,
         deferral: Deferral,
+        transposed: bool = False,
     ) -> None:
         self.norm, self.x, self.weight, self.eps, self.variant = norm, x, weight, eps, variant
-        self.version, self.deferral = version_of(x), deferral
+        self.version, self.deferral, self.transposed = version_of(x), deferral, transposed
 
     @property
     def settled(self) -> bool:
@@ -61,7 +64,14 @@ class DeferredHeads(Waiting):
         if {first, second} != {1, 2} or self.x.dim() != 4:
             self._abandon(f"q or k is transposed over {first} and {second} after its norm")
         self.check()
-        return DeferredHeads(self.norm, self.x.transpose(1, 2), self.weight, self.eps, self.variant, self.deferral)
+        x, transposed = self.x.transpose(1, 2), not self.transposed
+        return DeferredHeads(self.norm, x, self.weight, self.eps, self.variant, self.deferral, transposed)
+
+    def normalized(self) -> Tensor:
+        """By the norm itself, in the layout that it was given."""
+        with deferring(None):
+            found: Tensor = self.norm(self.x.transpose(1, 2) if self.transposed else self.x)
+        return found.transpose(1, 2) if self.transposed else found
 
     def check(self) -> None:
         """The norm is that of x as it was given."""
@@ -77,19 +87,21 @@ class DeferredHeads(Waiting):
         heads._abandon(f"q or k goes through {name_of(function)} after its norm")
 
 
-Rotate = Callable[[RoPEReading, DeferredHeads, DeferredHeads, Tensor, Tensor], tuple[Tensor, Tensor]]
+# The rotated q and k, or why they are normalized by themselves.
+Rotate = Callable[[RoPEReading, DeferredHeads, DeferredHeads, Tensor, Tensor], "tuple[Tensor, Tensor] | str"]
 
 
 @dataclass
 class Deferral:
     """One call of an attention layer: the norms of q and k that are put off, and what rotates them then. `over`: they
-    wait no longer."""
+    wait no longer. `why_not`: they were not rotated together, and each norm computed its own."""
 
     norms: tuple[torch.nn.Module, torch.nn.Module]
     rotate: Rotate
     deferred: list[torch.nn.Module] = field(default_factory=list)
     done: bool = False
     over: bool = False
+    why_not: str | None = None
 
     def defer(
         self, norm: torch.nn.Module, x: Tensor, weight: Tensor | None, eps: float, variant: RMSNormVariant
@@ -131,8 +143,9 @@ def deferring(deferral: Deferral | None) -> Iterator[None]:
 
 def rotate_deferred(
     reading: RoPEReading, tensors: Sequence[Any], cos: Any, sin: Any, dimension: int | None
-) -> tuple[Tensor, Tensor]:
-    """For the rotary function's replacement, with its tables as they were given; some of `tensors` are deferred."""
+) -> tuple[Tensor, Tensor] | None:
+    """For the rotary function's replacement, with its tables as they were given; some of `tensors` are deferred. None
+    where they are to be normalized first."""
     deferral = current()
     if deferral is None or len(tensors) != 2 or not all(isinstance(each, DeferredHeads) for each in tensors):
         raise Abandoned("one of q and k is rotated without the other")
@@ -142,6 +155,9 @@ def rotate_deferred(
     q.check()
     k.check()
     rotated = deferral.rotate(reading, q, k, cos, sin)
+    if isinstance(rotated, str):
+        deferral.over, deferral.why_not = True, rotated
+        return None
     deferral.done = deferral.over = True
     return rotated
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import npu_patch
 from npu_patch.applying import ranks
 from npu_patch.applying.ranks import State, in_place, why_not_same
+from npu_patch.measuring import tuning
 from tests.support.tiny_models import tiny
 
 
@@ -80,13 +81,15 @@ def test_a_process_of_its_own_is_asked_nothing(tmp_path: Path, monkeypatch: pyte
     assert not asked_for
 
 
-@pytest.mark.parametrize("tuned", ["missing", "there"])
-def test_a_tuning_file_is_known_by_what_it_says(tuned: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from npu_patch.applying.state import STATE
-
-    file = tmp_path / "tune.json"
-    if tuned == "there":
-        file.write_text("{}")
-    monkeypatch.setattr(STATE, "tune", str(file))
-    expected = "44136fa355b3" if tuned == "there" else "not read: No such file or directory"
-    assert in_place()["tuning"]["file"] == expected
+def test_a_tuning_file_is_known_by_what_it_says(npu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for name, site in (("one", "a.Norm"), ("another", "a.Norm"), ("third", "b.Norm")):
+        file = tmp_path / f"{name}.json"
+        tuning.write(file, "npu", [tuning.Decision("rms_norm", site, "weight", (), "original")])
+        monkeypatch.setenv("TWINKLE_NPU_TUNE", str(file))
+        with npu_patch.applied(tiny("qwen3")):
+            found.append(in_place()["tuning"]["file"])
+    assert found[0] == found[1] != found[2]
+    file.write_text(file.read_text().replace('"format": 6', '"format": 5'))  # which nobody follows
+    with npu_patch.applied(tiny("qwen3")):
+        assert in_place()["tuning"]["file"] == "none"

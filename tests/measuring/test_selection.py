@@ -9,7 +9,7 @@ import logging
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from npu_patch.ops import rms_norm, swiglu
 from npu_patch.patches import rms_norm as rms_norm_patch
 from npu_patch.serving import case as case_of_op
 from npu_patch.serving import dispatch
+from npu_patch.serving.case import Measured
 from npu_patch.serving.implementation import Choice, Implementation, choose
 from tests.support.gradients import loss_and_gradients
 from tests.support.parity import apart
@@ -69,19 +70,24 @@ class Kernels:
     def implementations(self) -> tuple[Implementation, ...]:
         return self.of("fake", True), self.of("usual", False)
 
-    def stopwatch(self, function: Callable[[], Any]) -> float:
-        function()
-        self.timed.append(self.ran[-1])
-        return 1e-3 * (self.fake_ms if self.ran[-1] == "fake" else self.usual_ms)
+    def clock(self, forms: Mapping[str, Callable[[], Any]]) -> dict[str, Measured]:
+        for form in forms.values():
+            form()
+            self.timed.append(self.ran[-1])
+        return {name: Measured(seconds=1e-3 * (self.fake_ms if name == "fake" else self.usual_ms)) for name in forms}
 
     def choice(self) -> Choice:
         return choose(self.implementations, "cpu", "auto")
 
 
+def one_second(forms: Mapping[str, Callable[[], Any]]) -> dict[str, Measured]:
+    return {name: Measured(seconds=1.0) for name in forms}
+
+
 def judge(kernels: Kernels, path: Path, measured_on: MeasuredOn = HERE) -> dispatch.Verdict:
-    of_cpu = Measurer(CPU, Measurements.read(path, measured_on), kernels.stopwatch)
+    of_cpu = Measurer(CPU, Measurements.read(path, measured_on), kernels.clock)
     verdict = of_cpu.judge(CASE, kernels.choice())
-    of_cpu.kept.write()
+    of_cpu.kept.save_changes()
     return verdict
 
 
@@ -112,7 +118,7 @@ def test_a_kernel_with_a_wrong_gradient_alone_is_refused(tmp_path: Path) -> None
         return y.detach() + 1.1 * (y - y.detach())
 
     wrong = Implementation("fake", ("cpu",), run, USUAL.unsupported, optional=True)
-    of_cpu = Measurer(CPU, Measurements.read(tmp_path / "times.json", HERE), lambda function: 1.0)
+    of_cpu = Measurer(CPU, Measurements.read(tmp_path / "times.json", HERE), one_second)
     verdict = of_cpu.judge(CASE, choose((wrong, USUAL), "cpu", "auto"))
     assert verdict.taken is None
     assert "the gradient of input 0 is 0.1" in verdict.words("fake")
@@ -123,7 +129,7 @@ def test_a_kernel_that_raises_is_refused_and_named(tmp_path: Path) -> None:
         raise RuntimeError("ub overflow\nand more")
 
     broken = Implementation("fake", ("cpu",), run, USUAL.unsupported, optional=True)
-    of_cpu = Measurer(CPU, Measurements.read(tmp_path / "times.json", HERE), lambda function: 1.0)
+    of_cpu = Measurer(CPU, Measurements.read(tmp_path / "times.json", HERE), one_second)
     verdict = of_cpu.judge(CASE, choose((broken, USUAL), "cpu", "auto"))
     assert (verdict.taken, verdict.words("fake")) == (None, "RuntimeError: ub overflow")
 
@@ -141,17 +147,44 @@ def test_a_kernel_that_raises_is_refused_and_named(tmp_path: Path) -> None:
 )
 def test_the_usual_implementations_pass_every_case(case: Any, implementations: Any, dtype: torch.dtype) -> None:
     usual = choose(implementations or rms_norm.RMS_NORM.implementations, "cpu").chosen
-    found = measure.measure(case(dtype), case_of_op.Alternative(usual.name, usual.run), CPU, lambda function: 1.0)
-    assert (found.wrong, found.seconds) == (None, 1.0)
+    alternative = case_of_op.Alternative(usual.name, usual.run)
+    assert measure.check(case(dtype), alternative, CPU) == Measured()
+    assert measure.times(case(dtype), [alternative], CPU, one_second) == {usual.name: Measured(seconds=1.0)}
 
 
-def test_the_stopwatch_times_several_calls_between_two_idle_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clock_times_several_calls_between_two_idle_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    clock = iter((10.0, 12.0))
     monkeypatch.setattr(in_turns, "synchronize", lambda device: events.append("idle"))
-    monkeypatch.setattr(in_turns.time, "perf_counter", lambda: next(clock))
-    seconds = measure.stopwatch(CPU)(lambda: events.append("call"))
-    assert events == ["idle", *["call"] * measure.IN_A_ROW, "idle"] and seconds == 2.0 / measure.IN_A_ROW
+    found = measure.clock(CPU)({"one": lambda: events.append("one"), "other": lambda: events.append("other")})
+    assert set(found) == {"one", "other"}
+    in_a_row = "".join(event[0] for event in events).split("ii")
+    assert len(in_a_row[-1]) > 10 and {each[0] for each in in_a_row[-4:]} == {"o"}
+    low, high = found["one"].quartiles
+    assert 0.0 < low <= found["one"].seconds <= high
+
+
+def test_one_that_cannot_go_on_leaves_the_others_their_times() -> None:
+    def clock(forms: Mapping[str, Callable[[], Any]]) -> dict[str, Measured]:
+        if "broken" in forms:
+            raise RuntimeError("vector core exception")
+        return one_second(forms)
+
+    alternatives = [case_of_op.Alternative(name, USUAL.run) for name in ("broken", "fine")]
+    found = measure.times(CASE, alternatives, CPU, clock)
+    assert found == {"broken": Measured("RuntimeError: vector core exception"), "fine": Measured(seconds=1.0)}
+
+
+@pytest.mark.parametrize(
+    ("quartiles", "winner"), [((0.8, 1.1), "usual"), ((0.8, 0.9), "fake"), ((0.7, 0.95), "usual"), (None, "usual")]
+)
+def test_auto_wants_what_tune_wants_times_that_are_clearly_apart(
+    quartiles: tuple[float, float] | None, winner: str
+) -> None:
+    seconds = 0.85 if quartiles else 1.0
+    times = {"fake": Measured(None, seconds, quartiles), "usual": Measured(None, 1.0, (0.95, 1.2))}
+    assert measure.fastest(times, "usual") == winner
+    words = dispatch.Verdict(CASE, None, "usual", times).words("fake")
+    assert words.endswith(", not clearly faster") == (quartiles is not None and winner == "usual")
 
 
 def test_a_second_process_measures_nothing(tmp_path: Path) -> None:
@@ -182,10 +215,20 @@ def test_times_of_another_device_or_version_are_ignored(
         "{",
         "[]",
         "null",
-        json.dumps({"format": 1, "chip": "made up", "versions": dict(HERE.versions)}),
-        json.dumps({"format": 1, **dataclasses.asdict(HERE), "measured": {CASE.title: {"fake": {"seconds": -1}}}}),
-        json.dumps(
-            {"format": 1, **dataclasses.asdict(HERE), "measured": {CASE.title: {"fake": {"wrong": 1, "seconds": 1}}}}
+        json.dumps({"format": 2, **dataclasses.asdict(HERE), "measured": {}}),
+        json.dumps({"format": 6, **dataclasses.asdict(HERE)}),
+        *(
+            json.dumps(
+                {"format": 6, **dataclasses.asdict(HERE), "measured": {CASE.title: {"fake": fake}}, "decisions": []}
+            )
+            for fake in (
+                {"seconds": 1.0},
+                {"wrong": None, "seconds": -1.0, "quartiles": None},
+                {"wrong": 1, "seconds": None, "quartiles": None},
+                {"wrong": "off", "seconds": 1.0, "quartiles": None},
+                {"wrong": None, "seconds": 1.0, "quartiles": [0.5, float("inf")]},
+                {"wrong": None, "seconds": None, "quartiles": [0.5, 1.0]},
+            )
         ),
     ],
 )
@@ -224,7 +267,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Kernels
         rms_norm_patch.PATCH, op=dataclasses.replace(rms_norm.RMS_NORM, implementations=found.implementations)
     )
     monkeypatch.setattr(lifecycle, "CATALOGUE", (patch,))
-    monkeypatch.setattr(measurer, "stopwatch", lambda device: found.stopwatch)
+    monkeypatch.setattr(measurer, "clock", lambda device: found.clock)
     monkeypatch.setenv("TWINKLE_NPU_TRITON_CACHE", str(tmp_path / "times.json"))
     yield found
     npu_patch.restore()
@@ -345,6 +388,29 @@ def test_a_tuning_file_wins_over_auto(
     kernels.ran.clear()
     loss_and_gradients(model, tiny_batch())
     assert set(kernels.ran) == {tuned}
+
+
+def test_auto_and_tune_may_have_one_file(kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither forgets what the other found, and the decisions of `tune` go first."""
+    model, seen = tiny("qwen3"), tuning.Forced(None)
+    with npu_patch.applied(model, device="cpu") as report:
+        (held,) = [each for each in patched_sites(report) if each.outcome is qwen3(report)]
+        held.replacement.dispatch.tuned = seen
+        loss_and_gradients(model, tiny_batch())
+    file = tmp_path / "times.json"
+    decisions = [tuning.Decision("rms_norm", qwen3(report).site, "weight", each, "usual") for each in seen]
+    tuning.write(file, "cpu", decisions)
+    monkeypatch.setenv("TWINKLE_NPU_TUNE", str(file))
+    kernels.timed.clear()
+    for size, timed in ((48, 0), (64, 2)):
+        kernels.ran.clear()
+        model = tiny("qwen3", hidden_size=size)
+        with npu_patch.applied(model, device="cpu"):
+            assert len(kernels.timed) == timed
+            kernels.ran.clear()
+            loss_and_gradients(model, tiny_batch())
+            assert ("fake" in kernels.ran) == (size == 64)
+    assert tuning.followed(str(file), tuning.content_of(str(file)), "cpu").decisions == decisions
 
 
 def test_restore_leaves_the_class_as_it_was(kernels: Kernels) -> None:

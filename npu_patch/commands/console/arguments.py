@@ -93,7 +93,14 @@ def _count(parser: argparse.ArgumentParser) -> None:
 def _tune(parser: argparse.ArgumentParser) -> None:
     _model_and_device(parser)
     _sizes(parser)
-    parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="the file to write")
+    parser.add_argument("--lora", action="store_true", help="adapters on the linear layers, the rest frozen: them too")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help="the file to write; what another call, or apply() for TWINKLE_NPU_TRITON=auto, measured there stays",
+    )
 
 
 def _run(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MethodType
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from npu_patch.applying.patched_site import PatchedSite
-from npu_patch.commands.replay.float64 import everything_in_float64
+from npu_patch.commands.replay.float64 import everything_in_float64, in_float64
 from npu_patch.commands.replay.snapshot import copied_cache, is_cache, snapshot
 from npu_patch.waiting.contract import Waiting, materialised
 
@@ -78,15 +77,20 @@ def _watch(
     known = recording.calls.setdefault(id(held), {})
 
     def watch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        waiting = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Waiting)]
-        seen = {id(each): each.peek() for each in waiting}
-        if not any(each is None for each in seen.values()):
-            call = Call(*tree_map(lambda each: seen.get(id(each), each), (args, kwargs)))
-            if len(known) < MOST and call.key not in known:
-                known[call.key] = Call(*tree_map(snapshot, (call.args, call.kwargs)))
+        note(known, args, kwargs)
         return originals
 
     return watch
+
+
+def note(known: dict[tuple[Any, ...], Call], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Copies a call, if there is room for one of its shapes."""
+    waiting = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Waiting)]
+    seen = {id(each): each.peek() for each in waiting}
+    if not any(each is None for each in seen.values()):
+        call = Call(*tree_map(lambda each: seen.get(id(each), each), (args, kwargs)))
+        if len(known) < MOST and call.key not in known:
+            known[call.key] = Call(*tree_map(snapshot, (call.args, call.kwargs)))
 
 
 @dataclass(frozen=True)
@@ -199,7 +203,7 @@ def _fresh(call: Call, plain_masks: bool = True) -> tuple[tuple[Any, ...], dict[
 
 def _on_cpu_in_float64(value: Any) -> Any:
     if isinstance(value, torch.nn.Module):
-        return copy.deepcopy(value).cpu().double()
+        return in_float64(value)
     if isinstance(value, MethodType):
         return value
     if isinstance(value, torch.device):

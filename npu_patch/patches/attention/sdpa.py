@@ -12,7 +12,7 @@ from torch import Tensor
 from npu_patch.ops.attention.band import CAUSAL_TOP_LEFT, FULL, Band, in_operator_shape, inverted
 from npu_patch.ops.attention.call import Attention
 from npu_patch.patches.attention.checked import Attend
-from npu_patch.serving.dispatch import TUNED_TO_ORIGINAL
+from npu_patch.serving.dispatch import TUNED
 from npu_patch.serving.once_per_step import OncePerTensor
 from npu_patch.serving.replacement import Unfused, Unserved
 from npu_patch.waiting.contract import materialised
@@ -97,7 +97,7 @@ def serve(original: Callable[..., Any], device_type: str, attend: Attend) -> Cal
             out = None if packed is None else attend(*packed)
             if isinstance(out, Tensor):
                 return out.unflatten(0, (query.shape[0], query.shape[2])), None
-            if out == TUNED_TO_ORIGINAL:
+            if isinstance(out, str) and out.startswith(TUNED):
                 return Unserved(out)
         causal = query.shape[2] > 1 and mask is None and given.causal
         if causal and position_bias is not None and key.shape[2] > query.shape[2]:

@@ -34,7 +34,7 @@ from npu_patch.probe.gated_delta_checks import why_wrong
 from npu_patch.serving.bypassed import CONVOLVED, MODULE_CALL, Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.dispatch import AnyDispatch, in_order
-from npu_patch.serving.implementation import AnyChoice, AnyImplementation, choose
+from npu_patch.serving.implementation import AnyImplementation
 from npu_patch.serving.op import Op
 from npu_patch.serving.replacement import replacement_for
 from npu_patch.sites.names_used import names_used
@@ -102,21 +102,19 @@ def bind_site(site: Site, reading: Reading | AsNamed, context: AnyContext) -> Re
         return packing.watch(site)
     if isinstance(site.owner, type):
         return _open_door(site, reading, context)
-    calls = Calls()
-    served = serve(reading, _dispatch(reading, context), context.device_type, calls)
+    calls, dispatch = Calls(), _dispatch(reading, context)
+    served = serve(reading, dispatch, context.device_type, calls)
     replacement = replacement_for(site.original, calls, served, named_after=unwrapped(site.original))
     _OWN[replacement] = calls
-    choice: AnyChoice = choose(OPS[reading.kind].implementations, context.device_type)
-    return Replacement(replacement, _variant(reading), calls, choice)
+    return Replacement(replacement, _variant(reading), calls, dispatch=dispatch)
 
 
 def _open_door(site: Site, reading: Reading, context: AnyContext) -> Replacement:
-    calls = Calls()
-    served = serve(reading, _dispatch(reading, context), context.device_type, calls, door.why_inline)
+    calls, dispatch = Calls(), _dispatch(reading, context)
+    served = serve(reading, dispatch, context.device_type, calls, door.why_inline)
     bypassed = Bypassed.by(door.inline, CONVOLVED, MODULE_CALL)
     replacement = replacement_for(door.inline, calls, served, bypassed=bypassed)
-    choice = choose(CAUSAL_CONV1D.implementations, context.device_type)
-    return Replacement(door.Door(site.name, replacement), CONVOLUTION, calls, choice)
+    return Replacement(door.Door(site.name, replacement), CONVOLUTION, calls, dispatch=dispatch, within=(site.owner,))
 
 
 def _dispatch(reading: Reading, context: AnyContext) -> AnyDispatch:
@@ -169,7 +167,6 @@ PATCH: Patch[Reading | AsNamed, ..., Any] = Patch(
     bind_site,
     in_layer=in_layer,
     layers=layers,
-    tunable=False,
     further_ops=(CAUSAL_CONV1D, CAUSAL_CONV1D_UPDATE),
     called=("delta_rule", "conv1d"),
 )

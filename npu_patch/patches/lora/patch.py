@@ -108,7 +108,7 @@ def bind_site(site: Site, found: AsNamed | Another, context: Context) -> Replace
         return result
 
     function = replacement_for(original, calls, serve, bypassed=Bypassed.by(original, LINEAR, DROPOUT, MODULE_CALL))
-    return Replacement(function, found.name, calls, dispatch=dispatch)
+    return Replacement(function, found.name, calls, dispatch=dispatch, within=None)
 
 
 def _with_it(
@@ -214,5 +214,5 @@ def _cases(cls: type, live: LiveModules) -> Iterator[Case]:
 
 
 PATCH: Patch[AsNamed | Another, ..., Any] = Patch(
-    "lora", "lora", ADAPTED_LINEAR, find, read_site, bind_site, libraries=("peft",), tunable=False
+    "lora", "lora", ADAPTED_LINEAR, find, read_site, bind_site, libraries=("peft",)
 )

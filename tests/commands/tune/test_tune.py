@@ -22,7 +22,6 @@ from npu_patch.measuring.in_turns import Timing
 from npu_patch.measuring.measured_on import here
 from npu_patch.ops.swiglu import SWIGLU
 from npu_patch.patches import CATALOGUE, swiglu
-from npu_patch.serving.dispatch import TUNED_TO_ORIGINAL
 from npu_patch.serving.implementation import Implementation
 from tests.support.gradients import loss_and_gradients, relative_error
 from tests.support.parity import apart
@@ -65,7 +64,7 @@ def offered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr("npu_patch.commands.tune.command.CATALOGUE", catalogue)
         monkeypatch.setattr("npu_patch.applying.api.CATALOGUE", catalogue)
         monkeypatch.setattr(
-            tune, "in_turns", lambda forms, device, samples: {n: timing(times.get(n, 5.0)) for n in forms}
+            tune, "in_turns", lambda forms, device, samples, peaks: {n: timing(times.get(n, 5.0)) for n in forms}
         )
 
     return offer
@@ -85,7 +84,8 @@ def test_what_is_fast_and_wrong_is_refused(
     text = " ".join(capsys.readouterr().out.split())
     assert f"REFUSED: {name} for Qwen3MLP, 1x64x48 float32:" in text and "from float64" in text
     (decision,) = decisions(file)
-    assert decision["choice"] != name and name in decision["refused"] and name not in decision["times"]
+    assert decision["choice"] != name and "from float64" in decision["measured"][name]["wrong"]
+    assert decision["measured"][name]["seconds"] is None
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_the_fastest_right_way_is_what_apply_then_takes(
     assert f"tuningfile{file}:" in "".join(str(report).split())  # whose lines end where a path has a hyphen
     (outcome,) = [each for each in report if each.patch == "swiglu"]
     if chosen == "original":
-        assert outcome.status == "skipped" and "the original is the fastest for every shape" in outcome.reason
+        assert outcome.status == "skipped" and outcome.reason.startswith("tuned: original")
         assert not hasattr(type(model.model.layers[0].mlp).forward, "__wrapped__")
         return
     assert (outcome.calls.ran, outcome.calls.tuned, outcome.calls.fell_through) == (2, 2, {})
@@ -140,7 +140,7 @@ def test_wide_and_narrow_layers_of_one_class_are_decided_apart(monkeypatch: pyte
     monkeypatch.setattr("npu_patch.commands.tune.command.CATALOGUE", (swiglu.PATCH,))
     winners = iter(["original", USUAL])
 
-    def times(forms: Mapping[str, Any], device: torch.device, samples: int) -> dict[str, Timing]:
+    def times(forms: Mapping[str, Any], device: torch.device, samples: int, peaks: bool) -> dict[str, Timing]:
         winner = next(winners)
         return {name: timing(1.0 if name == winner else 2.0) for name in forms}
 
@@ -169,9 +169,9 @@ def test_packed_sequences_that_are_the_originals_are_not_served_in_another_shape
     ((query, *_),) = asked
     assert query[1][0] == 3  # dimensions: `[T, N, D]`
     ran = held.outcome.calls.ran
-    held.replacement.dispatch.tuned = dict.fromkeys(asked, TUNED_TO_ORIGINAL)
+    held.replacement.dispatch.tuned = dict.fromkeys(asked, "tuned: original")
     assert relative_error(model(**batch).logits.cpu(), expected.cpu()) < 1e-6
-    assert held.outcome.calls.ran == ran and held.outcome.calls.fell_through == {TUNED_TO_ORIGINAL: 2}
+    assert held.outcome.calls.ran == ran and held.outcome.calls.fell_through == {"tuned: original": 2}
 
 
 def test_what_does_not_take_the_shapes_is_no_choice_and_no_fault(offered: Callable[..., None], tmp_path: Path) -> None:
@@ -179,7 +179,8 @@ def test_what_does_not_take_the_shapes_is_no_choice_and_no_fault(offered: Callab
     offered({"picky": 0.001}, picky)
     assert main(["tune", "qwen3", *CPU, "--output", str(tmp_path / "tuned.json")]) == 0
     (decision,) = decisions(tmp_path / "tuned.json")
-    assert decision["declined"] == {"picky": "only Thursdays"} and decision["choice"] != "picky"
+    assert decision["measured"]["picky"]["wrong"] == "does not take it: only Thursdays"
+    assert decision["choice"] != "picky"
 
 
 def test_measured_for_real_it_is_never_slower_than_the_original(tmp_path: Path, npu: torch.device) -> None:
@@ -188,8 +189,8 @@ def test_measured_for_real_it_is_never_slower_than_the_original(tmp_path: Path, 
     every = json.loads(file.read_text())["decisions"]
     assert {each["patch"] for each in every} >= {"rms_norm", "rope", "attention", "experts"}
     for each in every:
-        low, _ = each["quartiles"]["original"]
-        assert each["choice"] == "original" or each["quartiles"][each["choice"]][1] < low
+        low, _ = each["measured"]["original"]["quartiles"]
+        assert each["choice"] == "original" or each["measured"][each["choice"]]["quartiles"][1] < low
 
 
 def written(path: Path, **changes: Any) -> Path:
@@ -207,7 +208,7 @@ def written(path: Path, **changes: Any) -> Path:
         ({"chip": "Ascend910_9391"}, "it was measured on Ascend910_9391, this is "),
         ({"versions": {"torch": "2.1.0"}}, "it was measured with torch 2.1.0, here is"),
         ({"versions": {"triton-ascend": "9.9"}}, "it was measured with triton-ascend 9.9, here is"),
-        ({"format": 4}, "its format is 4, this npu_patch reads 5"),
+        ({"format": 5}, "its format is 5, this npu_patch reads 6"),
     ],
 )
 def test_a_file_from_elsewhere_is_refused_with_the_reason(
@@ -228,10 +229,18 @@ def test_a_simulated_chip_is_not_the_chip_it_is_named_after(simulated: None) -> 
 @pytest.mark.parametrize(
     "content",
     [
-        *(None, "no json", "{}", "[]", '{"format": 5, "chip": "x", "versions": {}, "decisions": 3}'),
-        '{"format": 5, "chip": "x", "versions": [], "decisions": []}',
-        '{"format": 5, "chip": "x", "versions": {}, "decisions": [7]}',
-        '{"format": 5, "chip": "x", "versions": {}, "decisions": [{"patch": "rope", "site": 1}]}',
+        *(None, "no json", "{}", "[]"),
+        *(
+            f'{{"format": 6, "chip": "x", {rest}}}'
+            for rest in (
+                '"versions": {}, "measured": {}, "decisions": 3',
+                '"versions": [], "measured": {}, "decisions": []',
+                '"versions": {}, "decisions": []',
+                '"versions": {}, "measured": {"a case": {"an alternative": 3}}, "decisions": []',
+                '"versions": {}, "measured": {}, "decisions": [7]',
+                '"versions": {}, "measured": {}, "decisions": [{"patch": "rope", "site": 1}]',
+            )
+        ),
     ],
 )
 def test_what_is_no_tuning_file_is_an_error_that_names_it(
@@ -250,7 +259,7 @@ def test_what_is_no_tuning_file_is_an_error_that_names_it(
 
 def decision(**changes: Any) -> dict[str, Any]:
     made_up = {"patch": "swiglu", "site": "m.MLP.forward", "variant": "x", "signature": [], "choice": "original"}
-    return {**made_up, **changes}
+    return {**made_up, "measured": {}, **changes}
 
 
 @pytest.mark.parametrize(
@@ -259,9 +268,9 @@ def decision(**changes: Any) -> dict[str, Any]:
         ({"patch": "teleport"}, "is not used: it decides on teleport; this npu_patch has rms_norm, rope"),
         ({"choice": "magic"}, f"is not used: it chooses magic for swiglu; accepted are original, {USUAL}"),
         ({"choice": "torch_npu.npu_swiglu"}, "it chooses torch_npu.npu_swiglu for swiglu; accepted are original, "),
-        *(
-            ({"patch": patch}, f"it decides on {patch}, which cannot be tuned; what can is rms_norm, rope, ")
-            for patch in ("qk_norm_rope", "add_rms_norm", "gated_delta_net")
+        (
+            {"patch": "cross_entropy"},
+            "it decides on cross_entropy, which cannot be tuned; what can is rms_norm, rope, ",
         ),
     ],
 )
@@ -276,16 +285,30 @@ def test_what_a_file_names_and_is_not_here_is_a_warning(
     assert said in warning
 
 
+def test_a_provider_of_another_op_of_the_patch_leaves_the_calls_as_they_were(
+    npu: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("qwen3_5").to(npu)
+    with npu_patch.applied(model) as report:
+        (rule,) = [o for o in report if o.patch == "gated_delta_net" and "over chunks" in o.variant and o.layers]
+    made = tuning.Decision("gated_delta_net", rule.site, rule.variant, (), "fla causal_conv1d")
+    tuning.write(tmp_path / "tuned.json", "npu", [made])
+    monkeypatch.setenv("TWINKLE_NPU_TUNE", str(tmp_path / "tuned.json"))
+    report = npu_patch.apply(model)
+    assert not report.failed and "absent here" in report.warnings[0]
+    loss_and_gradients(model, tiny_batch())
+    (outcome,) = [each for each in report if each.site == rule.site]
+    assert outcome.calls.ran > 0
+
+
 def test_classes_with_the_same_variant_and_shapes_are_decided_apart(tmp_path: Path) -> None:
     made = [
         tuning.Decision("rms_norm", site, "weight", tuning.signature_of(torch.zeros(2, 3)), choice)
         for site, choice in (("a.Norm", "one"), ("b.Norm", "other"))
     ]
     tuning.write(tmp_path / "tuned.json", "cpu", made)
-    read = tuning.read(tmp_path / "tuned.json", "cpu")
-    signature = tuning.signature_of(torch.zeros(2, 3))
-    found = [read.of("rms_norm", site, "weight")[signature] for site in ("a.Norm", "b.Norm")]
-    assert found == ["one", "other"] and read.count == 2
+    path = str(tmp_path / "tuned.json")
+    assert tuning.followed(path, tuning.content_of(path), "cpu").decisions == made
 
 
 def test_lengths_in_one_bucket_are_one_and_widths_are_not() -> None:
