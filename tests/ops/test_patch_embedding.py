@@ -21,6 +21,7 @@ from npu_patch.measuring.measurer import Measurer
 from npu_patch.ops.patch_embedding import PATCH_EMBEDDING, cases, convolution
 from npu_patch.serving.implementation import Choice, Implementation
 from tests.support.gradients import relative_error
+from tests.support.made_up_clock import made_up
 
 (PRODUCT,) = PATCH_EMBEDDING.implementations
 INPUTS = {  # by name: the input's and the weight's shapes
@@ -203,7 +204,7 @@ def test_it_is_taken_where_the_clock_says_that_it_is_faster_than_the_convolution
     times = {"product": product_ms * 1e-3, "convolution": 2e-3}
     stopwatch = lambda function: function() or times[ran[-1]]  # noqa: E731
     kept = Measurements.read(tmp_path / "times.json", MeasuredOn("made up", {}))
-    of_cpu = Measurer(torch.device("cpu"), kept, stopwatch)
+    of_cpu = Measurer(torch.device("cpu"), kept, made_up(stopwatch))
     for case in cases(SHAPES["Qwen2-VL"], False, torch.float32):
         case = replace(case, original=replace(case.original, run=original))
         verdict = of_cpu.judge(case, Choice(None, {}, (product,)))
@@ -214,7 +215,7 @@ def test_it_is_taken_where_the_clock_says_that_it_is_faster_than_the_convolution
 def test_one_that_is_wrong_is_never_taken(small: None, tmp_path: Path) -> None:
     wrong: Implementation = replace(PRODUCT, run=lambda *call: PRODUCT.run(*call) * 1.01)
     kept = Measurements.read(tmp_path / "times.json", MeasuredOn("made up", {}))
-    of_cpu = Measurer(torch.device("cpu"), kept, lambda function: 1.0)
+    of_cpu = Measurer(torch.device("cpu"), kept, made_up(lambda form: 1.0))
     for case in cases(SHAPES["SigLIP"], True, torch.float32):
         verdict = of_cpu.judge(case, Choice(None, {}, (wrong,)))
         assert verdict.taken is None and "of its size off" in verdict.words(wrong.name)

@@ -31,6 +31,7 @@ from npu_patch.serving.implementation import Choice
 from npu_patch.sites.sites import LiveModules
 from tests.support.attention_cases import BOUNDS
 from tests.support.gradients import loss_and_gradients, relative_error
+from tests.support.made_up_clock import made_up
 from tests.support.parity import apart
 from tests.support.tiny_models import tiny, tiny_batch
 
@@ -285,7 +286,7 @@ def test_auto_pads_the_heads_of_a_model_where_the_clock_says_so(
         function()
         return 1e-3 * (padded_ms if padded else 2.0)
 
-    monkeypatch.setattr(measurer, "stopwatch", lambda device: stopwatch)
+    monkeypatch.setattr(measurer, "clock", lambda device: made_up(stopwatch))
     monkeypatch.setenv("TWINKLE_NPU_TRITON_CACHE", str(tmp_path / "times.json"))
     model, batch = tiny("qwen3", head_dim=72).to(npu), tiny_batch()
     original = loss_and_gradients(model, batch)

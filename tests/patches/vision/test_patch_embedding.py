@@ -22,9 +22,9 @@ from npu_patch.measuring import measurer, tuning
 from npu_patch.ops.patch_embedding import PATCH_EMBEDDING
 from npu_patch.patches.patch import NOT_FASTER
 from npu_patch.patches.vision import patch_embedding
-from npu_patch.serving.dispatch import TUNED_TO_ORIGINAL
 from npu_patch.serving.signature import signature_of
 from tests.support.gradients import relative_error
+from tests.support.made_up_clock import made_up
 
 PRODUCT = PATCH_EMBEDDING.implementations[0].name
 SITE = "torch.nn.modules.conv.Conv3d.forward"
@@ -452,7 +452,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Clock]:
     monkeypatch.setattr(op, "PATCHES", 6)
     patch = dataclasses.replace(patch_embedding.PATCH, op=on_cpu)
     monkeypatch.setattr(lifecycle, "CATALOGUE", (patch,))
-    monkeypatch.setattr(measurer, "stopwatch", lambda device: found.stopwatch)
+    monkeypatch.setattr(measurer, "clock", lambda device: made_up(found.stopwatch))
     monkeypatch.setenv("TWINKLE_NPU_TRITON_CACHE", str(tmp_path / "times.json"))
     yield found
     npu_patch.restore()
@@ -530,4 +530,4 @@ def test_a_tuning_file_wins_over_the_clock(
     model.proj(x)
     assert ran(report) == (choice == PRODUCT)
     if choice == tuning.ORIGINAL:
-        assert fell_through(report) == {TUNED_TO_ORIGINAL: 1}
+        assert fell_through(report) == {"tuned: original": 1}
