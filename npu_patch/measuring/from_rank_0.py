@@ -31,8 +31,8 @@ class Job:
         return f"npu_patch/{what}/{self.turns[what]}"
 
     def give(self, turn: str, content: Any) -> None:
-        """By rank 0; None where it had nothing to decide. Nobody waits at a store that keeps nothing, torch's fake one."""
-        with contextlib.suppress(RuntimeError):
+        """By rank 0; None where it had nothing to decide."""
+        with contextlib.suppress(RuntimeError):  # a store that keeps nothing: torch's fake one
             self.store.set(turn, json.dumps(content))
 
     def take(self, turn: str) -> tuple[Any, str | None]:
