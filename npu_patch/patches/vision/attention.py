@@ -98,4 +98,5 @@ PATCH = Patch(
     bind_site,
     tunable=False,
     needs=("attention",),
+    optional="head_padding",
 )
