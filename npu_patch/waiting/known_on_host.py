@@ -168,6 +168,20 @@ def _expand_as(self: Any, other: Any) -> Any:
     )
 
 
+def _with_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A size may be a tensor of one number."""
+
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self, KnownOnHost):
+            return NotImplemented
+        args, kwargs = tree_map_only(
+            KnownOnHost, lambda each: each.there() if each.dim() else each.item(), (args, kwargs)
+        )
+        return function(self, *args, **kwargs)
+
+    return called
+
+
 def _masked_scatter(self: Any, mask: Any, source: Any) -> Any:
     """Where the mask shows rows of `self` `[..., H]`."""
     shown = _of_rows(mask, self)
@@ -248,4 +262,5 @@ SERVED: dict[Any, Callable[..., Any]] = {
     torch.masked_scatter: _masked_scatter,
     Tensor.__getitem__: _get,
     Tensor.__setitem__: _set,
+    **{each: _with_numbers(each) for each in (Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full)},
 }

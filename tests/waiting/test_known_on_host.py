@@ -80,7 +80,8 @@ MEETINGS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "as indices": lambda x, mask, source: x.flatten(0, 1)[mask.long().flatten()],
     "as one index": lambda x, mask, source: x[mask.sum() - 3],
     "an embedding": lambda x, mask, source: F.embedding(mask.long(), x.flatten(0, 1)),
-    "a size": lambda x, mask, source: x.new_zeros(int(mask.sum()), 3),
+    "a size": lambda x, mask, source: x.new_zeros(mask.sum(), 3),
+    "rows of a size": lambda x, mask, source: set_at(x.new_ones((mask.sum(), 3)), mask[mask], source),
     "joint": lambda x, mask, source: x[(mask | ~mask)[..., None][..., 0]],
 }
 
@@ -106,7 +107,9 @@ def test_beside_tensors_of_the_device_it_is_the_tensor_that_it_stands_for(meetin
 
 
 @pytest.mark.usefixtures("simulated")
-@pytest.mark.parametrize("meeting", [each for each in MEETINGS if each.startswith(("masked_scatter", "rows"))])
+@pytest.mark.parametrize(
+    "meeting", [each for each in MEETINGS if each.startswith(("masked_scatter", "rows", "a size"))]
+)
 def test_places_are_known_without_asking_the_device(meeting: str, npu: torch.device) -> None:
     x, source, mask = X.to(npu), SOURCE.to(npu), known(MASK, npu)
     with simulator.count() as counted:
