@@ -95,6 +95,14 @@ def made_apart(make: Callable[[], Value]) -> Value:
         return make()
 
 
+def uploaded(host: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device that the host does not wait for: of pageable memory it would wait until the device has come
+    to it."""
+    if device.type == "cpu":
+        return host.to(device, copy=True)
+    return host.pin_memory().to(device, non_blocking=True)
+
+
 def version_of(tensor: Tensor) -> int | None:
     """How often it was written to; None where nobody counts, in inference mode."""
     return None if tensor.is_inference() else tensor._version
@@ -182,7 +190,7 @@ class HostReads:
             if not starts[:, 1:].any():
                 return None
             indices = starts.cumsum(-1)
-            on_device = indices.to(position_ids.device)
+            on_device = uploaded(indices, position_ids.device)
             starts[:, 0] = True
             first_tokens = starts.flatten().nonzero().flatten().tolist()
             self._ends.keep((on_device,), ((*first_tokens[1:], starts.numel()),))
@@ -199,7 +207,7 @@ class HostReads:
 def _padding(mask: Tensor, device: torch.device) -> Padding:
     mask = mask.bool()
     ends = tuple(mask.sum(-1).cumsum(0).tolist())
-    return Padding(mask.flatten().nonzero().flatten().to(device), ends)
+    return Padding(uploaded(mask.flatten().nonzero().flatten(), device), ends)
 
 
 def _starts(positions: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_map_only
 
-from npu_patch.serving.once_per_step import version_of
+from npu_patch.serving.once_per_step import uploaded, version_of
 from npu_patch.waiting.contract import Waiting
 
 Value = TypeVar("Value")
@@ -48,15 +48,15 @@ class KnownOnHost(torch.Tensor, Waiting):
 
     def there(self) -> Tensor:
         """On the device."""
-        return self._once("there", lambda: self.host.to(_device(self), copy=True))
+        return self._once("there", lambda: uploaded(self.host, _device(self)))
 
     def rows(self) -> Tensor:
         """Of a mask: the numbers of its true elements, on the device."""
-        return self._once("rows", lambda: self.host.reshape(-1).nonzero().flatten().to(_device(self)))
+        return self._once("rows", lambda: uploaded(self.host.reshape(-1).nonzero().flatten(), _device(self)))
 
     def places(self) -> tuple[Tensor, ...]:
         """Of a mask: a tensor of the device for each dimension."""
-        return tuple(each.to(_device(self)) for each in self.host.nonzero(as_tuple=True))
+        return tuple(uploaded(each, _device(self)) for each in self.host.nonzero(as_tuple=True))
 
     def _once(self, name: str, make: Callable[[], Value]) -> Value:
         version = version_of(self.host)
@@ -85,16 +85,15 @@ class KnownOnHost(torch.Tensor, Waiting):
             return served
         if name in ("cuda", "npu"):
             return args[0]
-        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        tensors: list[Tensor] = []
+        host_args, host_kwargs = _mapped((args, kwargs), _host, tensors)
         known = [each for each in tensors if isinstance(each, KnownOnHost)]
+        others = (each for each in tensors if not isinstance(each, KnownOnHost))
+        numbers = all(each.dim() == 0 and each.device.type == "cpu" for each in others)
         devices = {_device(each) for each in known}
-        number = (
-            each.dim() == 0 and each.device.type == "cpu" for each in tensors if not isinstance(each, KnownOnHost)
-        )
-        if len(devices) == 1 and all(number) and kwargs.get("device") is None:
-            host_args, host_kwargs = tree_map_only(KnownOnHost, lambda each: each.host, (args, kwargs))
+        if len(devices) == 1 and numbers and kwargs.get("device") is None:
             return _known(func(*host_args, **host_kwargs), devices.pop(), known)
-        plain_args, plain_kwargs = tree_map_only(KnownOnHost, KnownOnHost.there, (args, kwargs))
+        plain_args, plain_kwargs = _mapped((args, kwargs), KnownOnHost.there)
         versions = [version_of(each.there()) for each in known]
         result = func(*plain_args, **plain_kwargs)
         for each, version in zip(known, versions, strict=True):
@@ -108,7 +107,7 @@ class KnownOnHost(torch.Tensor, Waiting):
         """For whom torch asks below its functions: what autograd saves, modes of others."""
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return KnownOnHost(args[0].host, _device(args[0]))
-        plain_args, plain_kwargs = tree_map_only(KnownOnHost, KnownOnHost.there, (tuple(args), kwargs or {}))
+        plain_args, plain_kwargs = _mapped((tuple(args), kwargs or {}), KnownOnHost.there)
         return func(*plain_args, **plain_kwargs)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # mypy drops its names
@@ -127,16 +126,34 @@ def _device(known: KnownOnHost) -> torch.device:
         return known.device
 
 
+def _host(known: KnownOnHost) -> Tensor:
+    return known.host
+
+
+def _mapped(value: Any, change: Callable[[KnownOnHost], Tensor], tensors: list[Tensor] | None = None) -> Any:
+    """What a function of torch is given, and its tensors: torch's own trees take the host five times as long."""
+    if isinstance(value, Tensor):
+        if tensors is not None:
+            tensors.append(value)
+        return change(value) if isinstance(value, KnownOnHost) else value
+    if type(value) in (tuple, list):
+        return type(value)([_mapped(each, change, tensors) for each in value])
+    if type(value) is dict:
+        return {name: _mapped(each, change, tensors) for name, each in value.items()}
+    return value
+
+
 def _known(result: Any, device: torch.device, given: Sequence[KnownOnHost]) -> Any:
     """The tensors of a result on the host; what was written in place is itself."""
 
-    def known(each: Any) -> Any:
-        if not isinstance(each, Tensor):
-            return each
+    def known(each: Tensor) -> Tensor:
         own = [one for one in given if one.host is each]
         return own[0] if own else KnownOnHost(each, device)
 
-    return tree_map(known, result)
+    if isinstance(result, Tensor):
+        return known(result)
+    of_tensors = isinstance(result, (tuple, list)) and len(result) > 0 and isinstance(result[0], Tensor)
+    return tree_map_only(Tensor, known, result) if of_tensors else result
 
 
 def _to(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -174,9 +191,7 @@ def _with_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
     def called(self: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self, KnownOnHost):
             return NotImplemented
-        args, kwargs = tree_map_only(
-            KnownOnHost, lambda each: each.there() if each.dim() else each.item(), (args, kwargs)
-        )
+        args, kwargs = _mapped((args, kwargs), lambda each: each.there() if each.dim() else each.item())
         return function(self, *args, **kwargs)
 
     return called
@@ -257,6 +272,7 @@ def _index(index: Any) -> Any:
 SERVED: dict[Any, Callable[..., Any]] = {
     Tensor.to: _to,
     Tensor.cpu: _cpu,
+    Tensor.tolist: lambda self: self.host.tolist(),
     Tensor.expand_as: _expand_as,
     Tensor.masked_scatter: _masked_scatter,
     torch.masked_scatter: _masked_scatter,

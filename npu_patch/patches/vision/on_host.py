@@ -28,7 +28,7 @@ from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.serving.bypassed import Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.implementation import is_plain
-from npu_patch.serving.once_per_step import HOST_READS
+from npu_patch.serving.once_per_step import HOST_READS, uploaded
 from npu_patch.serving.replacement import TakenOver, Unserved, replacement_for
 from npu_patch.sites.sites import Site, innermost
 from npu_patch.waiting.known_on_host import KnownOnHost
@@ -139,7 +139,7 @@ def _positions(original: Callable[..., Any], device_type: str) -> Serve:
     """All of it on the host; positions go to the device."""
 
     def serve(*args: Any, **kwargs: Any) -> Any:
-        return _there(original, device_type, args, kwargs, lambda host, device: host.to(device))
+        return _there(original, device_type, args, kwargs, uploaded)
 
     return serve
 
