@@ -131,10 +131,11 @@ class HostReads:
 
     def known(self, tensor: Tensor) -> Tensor | None:
         """Its values, if somebody read them already, or those that it is a view of."""
-        read, base = self._on_host.known(tensor), tensor._base
+        read: Tensor | None = self._on_host.known(tensor)
+        base = tensor._base
         if read is not None or base is None or not base.is_contiguous():
             return read
-        whole = self._on_host.known(base)
+        whole: Tensor | None = self._on_host.known(base)
         if whole is None:
             return None
         return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - base.storage_offset())
@@ -151,7 +152,8 @@ class HostReads:
         if len(unread) < 2:
             return
         numbers = made_apart(lambda: torch.cat([tensor.reshape(-1).long() for tensor in unread]).cpu())
-        for tensor, read in zip(unread, numbers.split([tensor.numel() for tensor in unread]), strict=True):
+        parts = torch.split_with_sizes(numbers, [tensor.numel() for tensor in unread])
+        for tensor, read in zip(unread, parts, strict=True):
             self.same_as(tensor, read.view(tensor.shape).to(tensor.dtype))
 
     def ends_of_lengths(self, *cumulative: Tensor) -> tuple[Ends, ...]:

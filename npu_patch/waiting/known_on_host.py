@@ -79,7 +79,8 @@ class KnownOnHost(torch.Tensor, Waiting):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name == "get_device" or (name == "__get__" and func not in DERIVED):
-            return super().__torch_function__(func, types, args, kwargs)
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         served = SERVED[func](*args, **kwargs) if func in SERVED else NotImplemented
         if served is not NotImplemented:
             return served
@@ -130,7 +131,7 @@ def _host(known: KnownOnHost) -> Tensor:
     return known.host
 
 
-def _mapped(value: Any, change: Callable[[KnownOnHost], Tensor], tensors: list[Tensor] | None = None) -> Any:
+def _mapped(value: Any, change: Callable[[KnownOnHost], Any], tensors: list[Tensor] | None = None) -> Any:
     """What a function of torch is given, and its tensors: torch's own trees take the host five times as long."""
     if isinstance(value, Tensor):
         if tensors is not None:
@@ -235,15 +236,17 @@ def _get(self: Any, index: Any) -> Any:
 
 
 def _set(self: Any, index: Any, value: Any) -> Any:
+    """None: it is done."""
     if isinstance(self, KnownOnHost):
         return NotImplemented
     value = value.there() if isinstance(value, KnownOnHost) else value
     leading = _leading(self, index)
-    is_rows = leading is not None and isinstance(value, Tensor) and value.dtype == self.dtype
-    if is_rows and self.is_contiguous() and value.shape == (len(leading.rows()), *self.shape[leading.dim() :]):
-        self.flatten(0, leading.dim() - 1).index_copy_(0, leading.rows(), value)
-    else:
-        self[_index(index)] = value
+    if leading is not None and isinstance(value, Tensor) and value.dtype == self.dtype and self.is_contiguous():
+        rows = leading.rows()
+        if value.shape == (len(rows), *self.shape[leading.dim() :]):
+            self.flatten(0, leading.dim() - 1).index_copy_(0, rows, value)
+            return None
+    self[_index(index)] = value
     return None
 
 

@@ -59,11 +59,11 @@ def serve_preparing(original: Callable[..., Any], device_type: str, attend: Atte
     def prepare(*args: Any, **kwargs: Any) -> TakenOver:
         prepared = original(*args, **kwargs)
         given, made = kwargs.get(PADDING, args[2] if len(args) > 2 else None), prepared[1]
-        tensors = isinstance(given, Tensor) and isinstance(made, Tensor) and not torch.compiler.is_compiling()
-        if tensors and made is not given and made.shape == given.shape and version_of(made) is not None:
-            read = HOST_READS.known(given)
-            if read is not None:
-                HOST_READS.same_as(made, read.bool())
+        if not (isinstance(given, Tensor) and isinstance(made, Tensor)) or torch.compiler.is_compiling():
+            return TakenOver(prepared)
+        read = HOST_READS.known(given)
+        if read is not None and made is not given and made.shape == given.shape and version_of(made) is not None:
+            HOST_READS.same_as(made, read.bool())
         return TakenOver(prepared)
 
     return prepare

@@ -28,7 +28,7 @@ from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.serving.bypassed import Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.implementation import is_plain
-from npu_patch.serving.once_per_step import HOST_READS, uploaded
+from npu_patch.serving.once_per_step import HOST_READS, uploaded, version_of
 from npu_patch.serving.replacement import TakenOver, Unserved, replacement_for
 from npu_patch.sites.sites import Site, innermost
 from npu_patch.waiting.known_on_host import KnownOnHost
@@ -126,7 +126,7 @@ def _padding(original: Callable[..., Any], device_type: str) -> Serve:
     """Whether a padding mask hides anything, where the host has read it."""
 
     def serve(*args: Any, **kwargs: Any) -> Any:
-        mask = kwargs.get(PADDING)
+        mask: Any = kwargs.get(PADDING)
         if not _is_read(mask, device_type) or HOST_READS.known(mask) is None:
             return TakenOver(original(*args, **kwargs))
         found = original(*args, **{**kwargs, PADDING: _known(mask)})
@@ -167,12 +167,20 @@ def _there(
         return Unserved("other tensors than integers of the device")
     device = (known or read)[0].device
     HOST_READS.together(read)
-    on_host = lambda each: each.host if isinstance(each, KnownOnHost) else HOST_READS.on_host(each)  # noqa: E731
-    host_args, host_kwargs = tree_map_only(Tensor, on_host, (args, kwargs))
+    copies: list[Tensor] = []
+
+    def copied(each: Tensor) -> Tensor:
+        copies.append((each.host if isinstance(each, KnownOnHost) else HOST_READS.on_host(each)).clone())
+        return copies[-1]
+
+    host_args, host_kwargs = tree_map_only(Tensor, copied, (args, kwargs))
+    written = [version_of(each) for each in copies]
     try:
         result = original(*host_args, **host_kwargs)
     except Exception as problem:  # the original says it in its own words
         return Unserved(f"on the host it fails: {error_text(problem)}")
+    if [version_of(each) for each in copies] != written:
+        return Unserved("it writes to what it is given")
     return tree_map_only(Tensor, lambda each: returned(each, device), result)
 
 
@@ -189,7 +197,7 @@ def _is_read(value: Any, device_type: str) -> bool:
 
 
 def _known(tensor: Tensor) -> Tensor:
-    known: Tensor = KnownOnHost(HOST_READS.on_host(tensor), tensor.device)
+    known: Tensor = KnownOnHost(HOST_READS.on_host(tensor).clone(), tensor.device)
     return known
 
 

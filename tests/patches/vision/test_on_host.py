@@ -91,6 +91,16 @@ def test_a_function_that_fails_on_the_host_is_the_original(npu: torch.device) ->
     assert "on the host it fails" in found.reason
 
 
+def test_a_function_that_writes_to_its_input_is_the_original(npu: torch.device) -> None:
+    def writes(grid_thw: Tensor) -> Tensor:
+        grid_thw[:, 0] = 1
+        return grid_thw.sum()
+
+    grid = torch.tensor([[4, 2, 2]], device=npu)
+    assert on_host._on_host(writes, npu.type)(grid).reason == "it writes to what it is given"
+    assert on_host.HOST_READS.on_host(grid).tolist() == [[4, 2, 2]]
+
+
 def test_every_model_with_placeholders_or_positions_is_found() -> None:
     """By their methods, in whichever modeling file."""
     wanted = found = 0
