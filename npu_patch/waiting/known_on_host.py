@@ -8,6 +8,7 @@ there, once. A boolean index, whose shape the device would have to be asked for,
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from npu_patch.serving.once_per_step import uploaded, version_of
+from npu_patch.numerics.written import version_of
+from npu_patch.serving.once_per_step import uploaded
 from npu_patch.waiting.contract import Waiting
 
 Value = TypeVar("Value")
@@ -93,7 +95,8 @@ class KnownOnHost(torch.Tensor, Waiting):
         numbers = all(each.dim() == 0 and each.device.type == "cpu" for each in others)
         devices = {_device(each) for each in known}
         if len(devices) == 1 and numbers and kwargs.get("device") is None:
-            return _known(func(*host_args, **host_kwargs), devices.pop(), known)
+            with contextlib.suppress(Exception):  # what the host does not compute, the device may; or says why not
+                return _known(func(*host_args, **host_kwargs), devices.pop(), known)
         plain_args, plain_kwargs = _mapped((args, kwargs), KnownOnHost.there)
         versions = [version_of(each.there()) for each in known]
         result = func(*plain_args, **plain_kwargs)
