@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_map_only
 
 from npu_patch.numerics.written import version_of
 from npu_patch.serving.once_per_step import uploaded
-from npu_patch.waiting.contract import Waiting
 
 Value = TypeVar("Value")
 # Attributes that are tensors themselves: all others are those of the device.
@@ -26,7 +25,7 @@ DERIVED = tuple(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH",
 FULL = slice(None)
 
 
-class KnownOnHost(torch.Tensor, Waiting):
+class KnownOnHost(torch.Tensor):
     """`host`: its values, a tensor of the host."""
 
     host: Tensor
@@ -37,16 +36,6 @@ class KnownOnHost(torch.Tensor, Waiting):
         known = torch.Tensor._make_wrapper_subclass(cls, host.shape, host.stride(), dtype=host.dtype, device=device)
         known.host, known._made = host, {}
         return known
-
-    @property
-    def settled(self) -> bool:
-        return "there" in self._made
-
-    def peek(self) -> Tensor:
-        return self.there()
-
-    def materialise(self, used_by: str) -> Tensor:
-        return self.there()
 
     def there(self) -> Tensor:
         """On the device."""
