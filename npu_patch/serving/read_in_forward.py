@@ -58,12 +58,19 @@ class Forward:
         """Its values, or those that it is a view of, not to be written to; None where they were not read, or somebody
         wrote to them since."""
         found, base = self._reads.get(id(tensor)), tensor._base
-        if found is not None or base is None:
-            return found.values if found is not None and found.holds else None
-        whole = self._reads.get(id(base))
-        if whole is None or not whole.holds or not base.is_contiguous():
-            return None
-        return whole.values.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - base.storage_offset())
+        if found is not None:
+            return found.values if found.holds else None
+        for read in self._reads.values() if base is not None else ():
+            whole = read.tensor
+            if (whole is base or whole._base is base) and read.holds and whole.is_contiguous():
+                offset = tensor.storage_offset() - whole.storage_offset()
+                last = offset + sum(
+                    (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+                )
+                if whole.dtype == tensor.dtype and 0 <= offset <= last < whole.numel():
+                    offset += read.values.storage_offset()
+                    return read.values.as_strided(tensor.shape, tensor.stride(), offset)
+        return None
 
     def values(self, tensor: Tensor) -> Tensor:
         """A copy on the host, which may be written to."""
