@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from npu_patch.numerics.error_text import error_text
 from npu_patch.numerics.written import version_of
 from npu_patch.ops.host_integers import HOST_INTEGERS
-from npu_patch.ops.readings import AsNamed
+from npu_patch.ops.readings import AsNamed, NotRead
 from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.serving.bypassed import Bypassed
 from npu_patch.serving.calls import Calls
@@ -33,7 +33,7 @@ from npu_patch.serving.implementation import is_plain
 from npu_patch.serving.once_per_step import uploaded
 from npu_patch.serving.read_in_forward import AS_INTEGERS, MOST_FLOATS, Forward, forward_of, running
 from npu_patch.serving.replacement import TakenOver, Unserved, replacement_for
-from npu_patch.sites.sites import Site, innermost, is_checkpointing_layer
+from npu_patch.sites.sites import LiveModules, Site, innermost, is_checkpointing_layer
 from npu_patch.waiting.known_on_host import KnownOnHost
 
 FORWARD, PLACEHOLDERS, POSITIONS = "forward", "get_placeholder_mask", "get_rope_index"
@@ -70,6 +70,13 @@ def _methods(cls: type) -> Iterator[Site]:
             yield Site(cls, name, function)
 
 
+def _is_of(model: LiveModules, site: Site) -> bool:
+    """Whether it has a layer of the site's class, or of a class of the site's module that has sites."""
+    if isinstance(site.owner, type):
+        return any(isinstance(each, site.owner) for each in model)
+    return any(type(each).__module__ == site.owner.__name__ and any(_methods(type(each))) for each in model)
+
+
 def _parameters(function: Callable[..., Any]) -> list[str]:
     return list(inspect.signature(function).parameters)
 
@@ -83,7 +90,9 @@ def read_site(site: Site) -> AsNamed:
     return AsNamed("of integers known on the host")
 
 
-def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
+def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement | NotRead:
+    if context.live is not None and not _is_of(context.live, site):
+        return NotRead("no part of the model has images", notable=False)
     make = _WAYS.get(site.name, _features if site.name in FEATURES else _tables)
     calls = Calls()
     serve = make(site.original, context.device_type)
