@@ -34,7 +34,7 @@ def test_a_case_without_gradients_is_timed_by_its_forward() -> None:
         token_losses.case(16),
         [each for each in TOKEN_LOSSES.implementations if "cpu" in each.device_types],
     )
-    alternative = Alternative(usual.name, usual.run, usual.unsupported)
+    alternative = Alternative(usual.name, torch.no_grad()(usual.run), usual.unsupported)
     assert not case.differentiated
     found = measure.times(case, [alternative], torch.device("cpu"), measure.clock(torch.device("cpu")))[usual.name]
     assert found.wrong is None and found.seconds is not None and found.seconds > 0.0
