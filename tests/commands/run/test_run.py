@@ -50,7 +50,9 @@ def test_an_error_in_the_script_shows_its_traceback(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_script_shows_where_it_was(tmp_path: Path) -> None:
-    script = "import os, signal\ndef waits():\n    os.kill(os.getpid(), signal.SIGINT)\n    while True: pass\nwaits()"
+    # A shell starts what runs in its background with interrupts ignored.
+    script = "import os, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    script += "def waits():\n    os.kill(os.getpid(), signal.SIGINT)\n    while True: pass\nwaits()"
     done = run("script.py", folder=tmp_path, script=script)
     assert done.returncode == 130 and "in waits" in done.stderr and done.stderr.endswith("KeyboardInterrupt\n")
 
