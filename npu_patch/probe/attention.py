@@ -22,6 +22,7 @@ from npu_patch.numerics.values import values
 from npu_patch.ops.attention.band import CAUSAL_TOP_LEFT, FULL, Band
 from npu_patch.ops.readings import AsNamed, NotRead
 
+REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # as modeling files hold AttentionInterface
 BATCH, HEADS, KEY_HEADS, QUERIES, KEYS, HEAD_DIM, VALUE_DIM = 2, 6, 2, 3, 5, 8, 4
 SCALE = 0.3
 

@@ -21,11 +21,11 @@ from npu_patch.numerics.findings import unless_accident
 from npu_patch.numerics.room import quiet_room, random_state_kept
 from npu_patch.numerics.values import values
 from npu_patch.ops.readings import AsNamed, NotRead
+from npu_patch.probe.attention import REGISTRY
 from npu_patch.probe.tiny_layer import CONFIG, Config, Unobservable, fill, tensors_in
 from npu_patch.sites.sites import innermost
 from npu_patch.waiting.as_flash import SEGMENTS, as_flash
 
-REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 HEADS, HEAD_DIM, PATCHES = 3, 8, 9
 HIDDEN = HEADS * HEAD_DIM
 CUT = (0, 4, 5, 9)

@@ -173,9 +173,8 @@ def _cpu(self: KnownOnHost, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _expand_as(self: Any, other: Any) -> Any:
-    return (
-        KnownOnHost(self.host.expand(other.shape), _device(self)) if isinstance(self, KnownOnHost) else NotImplemented
-    )
+    known = isinstance(self, KnownOnHost)
+    return KnownOnHost(self.host.expand(other.shape), _device(self)) if known else NotImplemented
 
 
 def _with_numbers(function: Callable[..., Any]) -> Callable[..., Any]:

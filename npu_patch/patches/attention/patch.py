@@ -26,10 +26,10 @@ from npu_patch.ops.readings import AsNamed, NotRead
 from npu_patch.patches.attention import flash as attention_flash
 from npu_patch.patches.attention import mask as attention_mask
 from npu_patch.patches.attention import sdpa as attention_sdpa
-from npu_patch.patches.attention.checked import REGISTRY, Attend, checks
+from npu_patch.patches.attention.checked import Attend, checks
 from npu_patch.patches.attention.flash import read_flash
 from npu_patch.patches.patch import Context, Patch, Replacement, by_nobody_known
-from npu_patch.probe.attention import read_attention, read_mask, read_packing, read_preparing
+from npu_patch.probe.attention import REGISTRY, read_attention, read_mask, read_packing, read_preparing
 from npu_patch.serving.bypassed import SDPA
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.changed_later import Callers

@@ -24,10 +24,10 @@ from npu_patch.ops.attention.op import ATTENTION
 from npu_patch.ops.readings import AsNamed, NotRead
 from npu_patch.patches.attention.patch import OWN_NAME, SDPA_NAME
 from npu_patch.patches.patch import Context, Patch, Replacement
-from npu_patch.probe.vision_attention import REGISTRY, read_vision_attention
+from npu_patch.probe.attention import REGISTRY
+from npu_patch.probe.vision_attention import read_vision_attention
 from npu_patch.serving.bypassed import Bypassed
 from npu_patch.serving.calls import Calls
-from npu_patch.serving.once_per_step import HOST_READS
 from npu_patch.serving.replacement import Unserved, replacement_for
 from npu_patch.sites.names_used import names_used
 from npu_patch.sites.sites import Site, rebindable_forwards
@@ -51,7 +51,7 @@ def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
     original, device_type, calls = site.original, context.device_type, Calls()
     names = list(inspect.signature(original).parameters)[1:]
     at_lengths = names.index(SEGMENTS)
-    takes_longest = LONGEST in names
+    at_longest = names.index(LONGEST) if LONGEST in names else 0
 
     def serve(self: torch.nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -66,10 +66,9 @@ def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
             return Unserved(f"no {SEGMENTS}")
         if not _is_served():
             return Unserved(f"nothing of npu_patch stands under {FLASH}")
-        if takes_longest and kwargs.get(LONGEST) is None:  # else each layer asks the device
-            (ends,) = HOST_READS.ends_of_lengths(lengths)
-            if LONGEST in kwargs or len(args) < names.index(LONGEST):
-                kwargs = {**kwargs, LONGEST: _longest(ends)}
+        if at_longest and kwargs.get(LONGEST) is None and len(args) < at_longest:
+            # No segment is longer than the row; else each layer asks the device for the longest.
+            kwargs = {**kwargs, LONGEST: hidden_states.shape[-2]}
         try:
             return original(as_flash(self), hidden_states, *args, **kwargs)
         except Abandoned as problem:
@@ -84,10 +83,6 @@ def _is_served() -> bool:
     function: Any = AttentionInterface._global_mapping.get(FLASH)
     calls = None if function is None else ONE_CALL.get(function)
     return calls is not None and calls.active
-
-
-def _longest(ends: tuple[int, ...]) -> int:
-    return max((end - start for start, end in zip((0, *ends), ends, strict=False)), default=0)
 
 
 PATCH = Patch(
