@@ -13,19 +13,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from finetune.jobs import compare, quiet
-from finetune.settings import Settings, Unacceptable, parser, settings_of
-
-
-def main(arguments: list[str]) -> int:
-    arguments_parser = parser()
-    settings = settings_of(arguments_parser.parse_args(arguments))
-    quiet()
-    try:
-        compare(settings, jobs)
-    except Unacceptable as error:
-        arguments_parser.error(str(error))
-    return 0
+from finetune.jobs import main
+from finetune.settings import Settings, parser
 
 
 def jobs(settings: Settings) -> Iterator[tuple[Any, list[Any]]]:
@@ -37,4 +26,4 @@ def jobs(settings: Settings) -> Iterator[tuple[Any, list[Any]]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(parser(), jobs))

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .settings import Settings
+from .settings import Settings, Unacceptable, settings_of
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
 
 
-def compare(settings: Settings, jobs_of: Callable[[Settings], Iterable[tuple[Any, list[Any]]]]) -> None:
+Jobs = Callable[[Settings], Iterable[tuple[Any, list[Any]]]]
+
+
+def main(parser: argparse.ArgumentParser, jobs_of: Jobs) -> int:
+    """Of a script that compares."""
+    settings = settings_of(parser.parse_args())
+    quiet()
+    try:
+        compare(settings, jobs_of)
+    except Unacceptable as error:
+        parser.error(str(error))
+    return 0
+
+
+def compare(settings: Settings, jobs_of: Jobs) -> None:
     """`jobs_of`: candidates (`finetune.models`), each with its examples. Called once the device is there."""
     from . import device as devices
 
