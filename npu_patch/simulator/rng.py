@@ -11,16 +11,20 @@ from contextlib import contextmanager
 
 import torch
 
+from .current import current
+
 OFFSET_STEP = 4  # Philox gives four numbers per step, and torch_npu requires multiples of it
 _MASK = (1 << 64) - 1
 _default_lock = threading.Lock()
 
 
 def next_seed_and_offset(generator: torch.Generator | None, device: int) -> tuple[int, int]:
-    """The state that the next draw uses; the generator moves on. `None` is the device's default generator."""
+    """The state that the next draw uses; the generator moves on, except in a capture: a replay asks again. `None` is the device's default generator."""
     if generator is None:
         generator = torch.get_device_module("npu").default_generators[device]
     offset = generator.get_offset()
+    if current.capture is not None:  # nothing is drawn
+        return generator.initial_seed(), offset + current.capture.draw(generator, OFFSET_STEP)
     generator.set_offset(offset + OFFSET_STEP)
     return generator.initial_seed(), offset
 

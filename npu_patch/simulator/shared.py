@@ -57,7 +57,7 @@ class Shared:
                     if address and address == other:
                         return memory.view_of(tensor, value)
             made = memory.to_device(value, memory.or_current(self.device))
-            if counters._counting:
+            if counters.is_counting():
                 counters.became(value, made)
             return made
         if isinstance(value, list | tuple):

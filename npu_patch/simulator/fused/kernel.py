@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import counters, memory, rng, wrong
+from .. import counters, graphs, memory, rng, wrong
 from ..refusal import require
 
 
@@ -27,6 +27,8 @@ class Kernel:
     """Arguments x for which the formula takes `x_requires_grad`, as the C++ wrapper looks at it."""
     on_host: tuple[str, ...] = ()
     """Tensor arguments that the operator documents as CPU tensors; every other one must be on the npu."""
+    only_written: tuple[str, ...] = ()
+    """Arguments that the formula writes to and does not read; a schema need not say so."""
     draws: bool = False
     """The formula takes `draw()`, which gives the (seed, offset) of the device's generator and moves it on."""
 
@@ -85,7 +87,7 @@ def npu_kernel(name: str, kernel: Kernel) -> Callable[..., Any]:
             _count(full_name, copy_name, kernel, position, on_cpu, named_on_cpu, result)
         return aliases.give(result)
 
-    return launch
+    return graphs.leaf(full_name, launch, graphs.written_by_schema(schema, kernel.only_written))
 
 
 def _count(
@@ -102,7 +104,8 @@ def _count(
         if isinstance(value, Tensor) and not value.is_contiguous():
             counters.launch(copy_name, [value], [torch.empty(value.shape, dtype=value.dtype, device="meta")])
     written = [v for v in (result if isinstance(result, list | tuple) else (result,)) if not isinstance(v, OnHost)]
-    counters.launch(name, [*on_cpu, *named.values()], written)
+    read = [*on_cpu, *(value for argument, value in named.items() if argument not in kernel.only_written)]
+    counters.launch(name, read, written)
 
 
 class _Aliases:
