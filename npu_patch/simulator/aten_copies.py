@@ -13,14 +13,12 @@ from .graphs import leaf
 
 def _copy(self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
     to_npu, from_npu = self.device.type == "npu", src.device.type == "npu"
-    if (
-        current.capture is not None
-        and to_npu != from_npu
-        and not (non_blocking and (src if to_npu else self).is_pinned())
-    ):
-        current.capture.refuse(
-            "aten::copy_", "a copy between host and device that waits, or of memory that is not pinned,"
-        )
+    if current.capture is not None and to_npu != from_npu:
+        on_host = src if to_npu else self
+        if not (non_blocking and on_host.is_pinned()):
+            current.capture.refuse(
+                "aten::copy_", "a copy between the device and memory that is not pinned, or without non_blocking,"
+            )
     to, source = (memory.alias(self) if to_npu else self), (memory.alias(src) if from_npu else src)
     with torch._C._AutoDispatchBelowAutograd():
         to.copy_(source)

@@ -1,7 +1,7 @@
 """NPU graphs: a capture records kernels, a replay runs them over the same memory.
 
-torch_npu's own NPUGraph, memory pools, task groups and `NPUGraph.update` run over this; cann_streams.c says which stream
-is captured.
+torch_npu's own NPUGraph, memory pools, task groups and `NPUGraph.update` run over this; cann_streams.c knows which
+streams are captured.
 
 - A capture computes nothing: after it what it changed is as before, and its results are poison (0xFF).
 - Whatever waits for the device, copies pageable memory of the host or has a shape that depends on data is refused, and
@@ -71,7 +71,6 @@ class Graph:
     nodes: list[Node] = field(default_factory=list)
     saved: dict[int, bytes] = field(default_factory=dict)  # address -> what was there before the capture wrote to it
     fresh: dict[int, int] = field(default_factory=dict)  # address -> bytes of what the capture allocated
-    drawn: dict[int, int] = field(default_factory=dict)  # generator's id -> how far the capture has moved on in it
     group_starts: dict[int, int] = field(default_factory=dict)  # by stream
     freed_blocks_known: int = -1
 
@@ -116,12 +115,6 @@ class Graph:
         _library().simulator_invalidate(self.number, message.encode())
         raise Refused(message)
 
-    def draw(self, generator: torch.Generator, step: int) -> int:
-        """How far beyond the generator's offset a kernel draws that is captured."""
-        before = self.drawn.get(id(generator), 0)
-        self.drawn[id(generator)] = before + step
-        return before
-
     def check_memory(self) -> None:
         """Refuse a graph whose memory is no longer the device's."""
         library = _library()
@@ -133,8 +126,8 @@ class Graph:
                 address = tensor.untyped_storage().data_ptr()
                 if tensor.device.type == "npu" and address and not library.simulator_is_allocated(address):
                     raise Refused(
-                        f"{node.name}: the graph has a tensor {list(tensor.shape)} whose memory went back to the device "
-                        "after the capture (torch.npu.empty_cache()): keep every tensor that a graph reads"
+                        f"{node.name}: the memory of a tensor {list(tensor.shape)} went back to the device after the "
+                        "capture (torch.npu.empty_cache()): keep every tensor that a graph reads"
                     )
         self.freed_blocks_known = freed
 
@@ -166,7 +159,7 @@ class Stopped:
 
 
 _graphs: dict[int, Graph] = {}
-_groups: list[list[Node]] = []
+_groups: list[tuple[int, list[Node]]] = []  # their graph, and its nodes
 _updates: dict[int, Update] = {}  # by stream
 _recorded: set[int] = set()  # external events
 _stopped: list[Stopped] = []
@@ -297,7 +290,19 @@ def _execute(graph: int, stream: int, *unused: int) -> int:
 
 
 def _destroy(graph: int, *unused: int) -> int:
-    _graphs.pop(graph, None)
+    """What it waited for, and what was recorded for it, ends with it."""
+    global _stopped
+    gone = _graphs.pop(graph, None)
+    if gone is None:  # its capture was invalid
+        return 0
+    _recorded.difference_update(node.event for node in gone.nodes)
+    for stopped in _stopped:
+        if stopped.graph is gone:
+            _library().simulator_wait(stopped.stream, 0)
+    _stopped = [stopped for stopped in _stopped if stopped.graph is not gone]
+    for number, (owner, _) in enumerate(_groups):
+        if owner == graph:
+            _groups[number] = graph, []
     return 0
 
 
@@ -307,12 +312,13 @@ def _group_begin(graph: int, stream: int, *unused: int) -> int:
 
 
 def _group_end(graph: int, stream: int, *unused: int) -> int:
-    _groups.append([node for node in _graphs[graph].nodes[_graphs[graph].group_starts.pop(stream) :] if node.kernel])
+    start = _graphs[graph].group_starts.pop(stream)
+    _groups.append((graph, [node for node in _graphs[graph].nodes[start:] if node.kernel is not None]))
     return len(_groups)
 
 
 def _update_begin(unused: int, stream: int, group: int, *also_unused: int) -> int:
-    _updates[stream] = Update(_groups[group - 1])
+    _updates[stream] = Update(_groups[group - 1][1])
     return 0
 
 

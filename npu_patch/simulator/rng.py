@@ -19,12 +19,15 @@ _default_lock = threading.Lock()
 
 
 def next_seed_and_offset(generator: torch.Generator | None, device: int) -> tuple[int, int]:
-    """The state that the next draw uses; the generator moves on, except in a capture: a replay asks again. `None` is the device's default generator."""
+    """The state that the next draw uses; the generator moves on, except in a capture: each replay asks again. `None` is
+    the device's default generator."""
+    if current.capture is not None:
+        if generator is not None:  # whether the graph knows it is known to torch_npu only
+            current.capture.refuse("a random operator", "a generator other than the device's default one")
+        return 0, 0  # nothing is computed
     if generator is None:
         generator = torch.get_device_module("npu").default_generators[device]
     offset = generator.get_offset()
-    if current.capture is not None:  # nothing is drawn
-        return generator.initial_seed(), offset + current.capture.draw(generator, OFFSET_STEP)
     generator.set_offset(offset + OFFSET_STEP)
     return generator.initial_seed(), offset
 

@@ -29,6 +29,8 @@ class Kernel:
     """Tensor arguments that the operator documents as CPU tensors; every other one must be on the npu."""
     only_written: tuple[str, ...] = ()
     """Arguments that the formula writes to and does not read; a schema need not say so."""
+    launches: bool = True
+    """False for what only allocates: nothing of it is counted or captured."""
     draws: bool = False
     """The formula takes `draw()`, which gives the (seed, offset) of the device's generator and moves it on."""
 
@@ -83,10 +85,12 @@ def npu_kernel(name: str, kernel: Kernel) -> Callable[..., Any]:
                 result = kernel.formula(*on_cpu, **named_on_cpu, **extra)
         if isinstance(result, tuple):
             result = result[: len(schema.returns)]  # an older torch_npu declares fewer
-        if counters.is_counting():
+        if kernel.launches and counters.is_counting():
             _count(full_name, copy_name, kernel, position, on_cpu, named_on_cpu, result)
         return aliases.give(result)
 
+    if not kernel.launches:
+        return launch
     return graphs.leaf(full_name, launch, graphs.written_by_schema(schema, kernel.only_written))
 
 
