@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .graphs import Graph
+    from .graph_nodes import Graph
 
 
 class Current(threading.local):

@@ -38,9 +38,9 @@ def prepare() -> str | None:
     from npu_patch.kernels.interpreter import round_to_nearest
 
     round_to_nearest()
-    from . import graphs
+    from . import graph_nodes, graphs
 
-    launch.RUNNERS["npu"] = graphs.leaf("triton", run, graphs.everything)
+    launch.RUNNERS["npu"] = graphs.leaf("triton", run, graph_nodes.everything)
     return None
 
 

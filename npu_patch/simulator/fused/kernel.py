@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import counters, graphs, memory, rng, wrong
+from .. import counters, graph_nodes, graphs, memory, rng, wrong
 from ..refusal import require
 
 
@@ -91,7 +91,7 @@ def npu_kernel(name: str, kernel: Kernel) -> Callable[..., Any]:
 
     if not kernel.launches:
         return launch
-    return graphs.leaf(full_name, launch, graphs.written_by_schema(schema, kernel.only_written))
+    return graphs.leaf(full_name, launch, graph_nodes.written_by_schema(schema, kernel.only_written))
 
 
 def _count(

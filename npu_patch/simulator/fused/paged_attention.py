@@ -54,7 +54,7 @@ class Paged:
         require(
             in_blocks,
             name,
-            f"the cache must be [blocks, block_size {size}, H], or for query in BNSD [blocks, N, block_size {size}, D], "
+            f"the cache must be [blocks, {size}, H] (block_size {size}), or for query in BNSD [blocks, N, {size}, D], "
             f"not {list(key.shape)}",
         )
         require(key.numel() <= MOST_ELEMENTS, name, f"the cache {list(key.shape)} must have fewer than 2**31 elements")
