@@ -117,6 +117,12 @@ void simulator_wait(Stream *stream, int yes) {
     stream->waits = yes;
 }
 
+/* For libhccl.so, which records nothing: the capture ends. */
+int simulator_is_captured(Stream *stream) {
+    invalidate(capture_of(stream), "communication within a captured graph is not simulated");
+    return capture_of(stream) != NULL;
+}
+
 static int synchronize_stream(Stream *stream) {
     if (capture_of(stream)) return forbid(stream->capture, ERROR_STREAM_CAPTURED, "waiting for the captured stream");
     return stream && stream->waits ? never_ends() : 0;
