@@ -139,12 +139,12 @@ scatter = needs_operator("npu_scatter_pa_kv_cache")
 
 def fill(
     slots: list[int], cache: tuple[int, ...] = (3, 4, 2, 8), key: tuple[int, ...] = (3, 2, 8),
-    mode: str | None = "Norm", dtype: torch.dtype = torch.int32, value_cache: tuple[int, ...] | None = None, **some: Any,
+    mode: str | None = "Norm", dtype: torch.dtype = torch.int32, value_cache: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     keys, values = random(*key).to("npu:0"), random(*key, seed=1).to("npu:0")
     caches = [torch.zeros(shape, dtype=torch.bfloat16, device="npu:0") for shape in (cache, value_cache or cache)]
     torch_npu.npu_scatter_pa_kv_cache(
-        keys, values, *caches, torch.tensor(slots, dtype=dtype).to("npu:0"), cache_mode=mode, **some
+        keys, values, *caches, torch.tensor(slots, dtype=dtype).to("npu:0"), cache_mode=mode
     )
     return keys, values, *caches
 
