@@ -8,8 +8,9 @@ from torch import Tensor
 
 from npu_patch.simulator import Refused
 from tests.simulator.test_graphs import captured
+from tests.support.torch_npu_operators import ends_failed_captures
 
-pytestmark = pytest.mark.usefixtures("simulated")
+pytestmark = [pytest.mark.usefixtures("simulated"), ends_failed_captures]
 
 
 def ones() -> Tensor:

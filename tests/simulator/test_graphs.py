@@ -21,6 +21,11 @@ def captured(step: Callable[[], Tensor], **options: object) -> tuple[torch.npu.N
     return graph, result
 
 
+def launches(counted: simulator.Counted) -> int:
+    """Without those by which torch_npu 2.9 sets its generator's state on the device before each capture and replay."""
+    return counted.launches - counted.by_op.get("aten::fill_", (0, 0))[0]
+
+
 @pytest.fixture
 def x(npu: torch.device) -> Tensor:
     return torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).to(npu)
@@ -179,13 +184,13 @@ def test_a_replay_is_one_launch_and_its_kernels_are_counted_apart(x: Tensor, wei
         fused_step(x, weight)
     with simulator.count() as capture:
         graph, _ = captured(lambda: fused_step(x, weight))
-    assert (capture.launches, capture.kernels, capture.replays) == (0, 0, 0)
+    assert launches(capture) == capture.replays == capture.replayed == 0
     with simulator.count() as counted:
         x.zero_()
         for _ in range(3):
             graph.replay()
-    assert (counted.launches, counted.replays, counted.replayed) == (1 + 3, 3, 3 * eager.launches)
-    assert counted.kernels == 1 + 3 * eager.launches
+    assert (launches(counted), counted.replays, counted.replayed) == (1 + 3, 3, 3 * eager.launches)
+    assert counted.kernels == counted.launches - 3 + 3 * eager.launches
     assert counted.replayed_by_op == {name: (3 * n, 3 * moved) for name, (n, moved) in eager.by_op.items()}
     assert counted.by_op["aclmdlRIExecuteAsync"] == (3, 3 * eager.bytes)
     assert counted.bytes == sum(moved for _, moved in counted.by_op.values())
@@ -200,6 +205,7 @@ def test_a_static_decode_step_gives_the_tokens_of_eager_decoding(npu: torch.devi
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16,
     )  # fmt: skip
+    config._attn_implementation = "eager"
     model = transformers.Qwen3ForCausalLM(config).eval().to(npu)
     prompt, new = torch.tensor([[5, 9, 2, 7], [1, 4, 9, 16]], device=npu), 12
 
@@ -224,4 +230,4 @@ def test_a_static_decode_step_gives_the_tokens_of_eager_decoding(npu: torch.devi
                 graph.replay()
                 got.append(token.clone())
     assert torch.equal(torch.cat(got, 1), torch.cat(wanted, 1))
-    assert counted.launches == 2 * (new - 1) and counted.replayed > 20 * (new - 1)
+    assert launches(counted) == 2 * (new - 1) and counted.replayed > 20 * (new - 1)

@@ -7,6 +7,8 @@ import ctypes
 import pytest
 import torch
 
+from tests.support.torch_npu_operators import ends_failed_captures
+
 pytestmark = pytest.mark.usefixtures("simulated")
 
 # torch_npu 2.9 is linked against these (readelf), 2.13 looks these and the others up by name.
@@ -47,6 +49,7 @@ def test_ranks_of_another_machine_are_refused() -> None:
     assert "several devices in one process are not simulated" in said()
 
 
+@ends_failed_captures
 def test_communication_in_a_captured_graph_is_refused() -> None:
     hccl, communicator = ctypes.CDLL("libhccl.so"), ctypes.c_void_p()
     root_info = ctypes.create_string_buffer(4108)

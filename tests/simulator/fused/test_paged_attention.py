@@ -9,7 +9,7 @@ from torch import Tensor
 
 from npu_patch.simulator import Refused
 from tests.simulator.test_graphs import captured
-from tests.support.torch_npu_operators import needs_operator
+from tests.support.torch_npu_operators import needs_argument
 
 pytestmark = pytest.mark.usefixtures("simulated")
 
@@ -134,7 +134,7 @@ def test_paged_attention_refuses(change: dict[str, Any], rule: str) -> None:
         refused_attention(**change)
 
 
-scatter = needs_operator("npu_scatter_pa_kv_cache")
+scatter = needs_argument("npu_scatter_pa_kv_cache", "cache_mode")
 
 
 def fill(
