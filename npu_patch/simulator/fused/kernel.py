@@ -30,7 +30,7 @@ class Kernel:
     only_written: tuple[str, ...] = ()
     """Arguments that the formula writes to and does not read; a schema need not say so."""
     launches: bool = True
-    """False for what only allocates: nothing of it is counted or captured."""
+    """False for what only allocates: it counts nothing."""
     draws: bool = False
     """The formula takes `draw()`, which gives the (seed, offset) of the device's generator and moves it on."""
 
@@ -89,8 +89,6 @@ def npu_kernel(name: str, kernel: Kernel) -> Callable[..., Any]:
             _count(full_name, copy_name, kernel, position, on_cpu, named_on_cpu, result)
         return aliases.give(result)
 
-    if not kernel.launches:
-        return launch
     return graphs.leaf(full_name, launch, graph_nodes.written_by_schema(schema, kernel.only_written))
 
 
