@@ -2,16 +2,19 @@
 
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .graph_nodes import Graph
+
+class Capture(Protocol):
+    def refuse(self, name: str, why: str) -> None:
+        """Raise `Refused`, and end the capture."""
 
 
 class Current(threading.local):
-    capture: "Graph | None" = None
+    capture: Capture | None = None
     """What records the kernel."""
     made: "list[Tensor] | None" = None
     """Of a kernel that is captured: the tensors that it allocates."""

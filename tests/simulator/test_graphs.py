@@ -8,6 +8,7 @@ import torch_npu
 from torch import Tensor
 
 from npu_patch import simulator
+from tests.support.needs_triton import needs_triton
 
 pytestmark = pytest.mark.usefixtures("simulated")
 
@@ -54,6 +55,22 @@ def test_a_replay_computes_what_eager_does_from_the_inputs_contents_of_then(x: T
         x.copy_(torch.randn(4, 8, generator=torch.Generator().manual_seed(seed)))
         graph.replay()
         assert torch.equal(result, fused_step(x, weight))
+
+
+@needs_triton
+def test_triton_kernels_are_replayed_too(x: Tensor, weight: Tensor) -> None:
+    from npu_patch.kernels.rms_norm import add_rms_norm
+
+    residual = torch.zeros_like(x)
+    graph, results = captured(lambda: add_rms_norm(x, residual, weight[0], 1e-6))
+    for seed in range(3):
+        x.copy_(torch.randn(4, 8, generator=torch.Generator().manual_seed(seed)))
+        residual.copy_(x * seed)
+        with simulator.count() as counted:
+            graph.replay()
+        assert any(name.startswith("triton::rms_norm") for name in counted.replayed_by_op)
+        for got, eager in zip(results, add_rms_norm(x, residual, weight[0], 1e-6), strict=True):
+            assert torch.equal(got, eager)
 
 
 def test_a_capture_computes_nothing(x: Tensor) -> None:
