@@ -100,7 +100,8 @@ def _distance(layer: torch.nn.Module, dtype: torch.dtype) -> float:
             raise Unobservable(f"it asks for flash attention {attention.called} times")
         leaves = list(layer.parameters())
         return distance(observed, expected, [x, *leaves], [expected_x, *leaves])
-    raise Unobservable(f"its forward needs more than a tiny layer has: {error_text(problem)}") from problem
+    why = "it has no arguments" if problem is None else error_text(problem)
+    raise Unobservable(f"its forward needs more than a tiny layer has: {why}") from problem
 
 
 def _arguments(layer: torch.nn.Module, dtype: torch.dtype) -> list[dict[str, Any]]:

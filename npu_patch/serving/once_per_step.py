@@ -8,7 +8,7 @@ finds it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from npu_patch.numerics.selective_checkpointing import unseen
+from npu_patch.numerics.written import version_of
+from npu_patch.serving.read_in_forward import running
 
 Value = TypeVar("Value")
 Ends = tuple[int, ...]
@@ -103,11 +105,6 @@ def uploaded(host: Tensor, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
-def version_of(tensor: Tensor) -> int | None:
-    """How often it was written to; None where nobody counts, in inference mode."""
-    return None if tensor.is_inference() else tensor._version
-
-
 @dataclass(frozen=True)
 class Padding:
     """A padding mask `[B, S]` unrolled: `indices` of the tokens that are none, on the device, and where each sample
@@ -126,33 +123,9 @@ class HostReads:
 
     def on_host(self, tensor: Tensor) -> Tensor:
         """Its values, not to be written to."""
-        read = self.known(tensor)
+        forward = running()
+        read = None if forward is None else forward.known(tensor)
         return self._on_host.of((tensor,), tensor.cpu) if read is None else read
-
-    def known(self, tensor: Tensor) -> Tensor | None:
-        """Its values, if somebody read them already, or those that it is a view of."""
-        read, base = self._on_host.known(tensor), tensor._base
-        if read is not None or base is None or not base.is_contiguous():
-            return read
-        whole = self._on_host.known(base)
-        if whole is None:
-            return None
-        return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - base.storage_offset())
-
-    def same_as(self, tensor: Tensor, read: Tensor) -> None:
-        """The values of a tensor that was made of one that is read."""
-        self._on_host.keep((tensor,), read)
-
-    def together(self, tensors: Sequence[Tensor]) -> None:
-        """Integers and truth values of one device: those that nobody read yet, in one copy."""
-        unread = [
-            tensor for tensor in tensors if version_of(tensor) is not None and self._on_host.known(tensor) is None
-        ]
-        if len(unread) < 2:
-            return
-        numbers = made_apart(lambda: torch.cat([tensor.reshape(-1).long() for tensor in unread]).cpu())
-        for tensor, read in zip(unread, numbers.split([tensor.numel() for tensor in unread]), strict=True):
-            self.same_as(tensor, read.view(tensor.shape).to(tensor.dtype))
 
     def ends_of_lengths(self, *cumulative: Tensor) -> tuple[Ends, ...]:
         """From cumulative lengths `[0, ..., T]` of queries and of keys: one copy to the host for both."""

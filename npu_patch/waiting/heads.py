@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from npu_patch.numerics.written import version_of
 from npu_patch.ops.readings import NotRead, RMSNormReading, RoPEReading
 from npu_patch.ops.rms_norm import RMSNormVariant
 from npu_patch.serving.calls import Calls
-from npu_patch.serving.once_per_step import version_of
 from npu_patch.waiting.contract import Abandoned, Waiting, name_of
 
 

@@ -8,6 +8,7 @@ there, once. A boolean index, whose shape the device would have to be asked for,
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from npu_patch.serving.once_per_step import uploaded, version_of
-from npu_patch.waiting.contract import Waiting
+from npu_patch.numerics.written import version_of
+from npu_patch.serving.once_per_step import uploaded
 
 Value = TypeVar("Value")
 # Attributes that are tensors themselves: all others are those of the device.
@@ -24,7 +25,7 @@ DERIVED = tuple(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH",
 FULL = slice(None)
 
 
-class KnownOnHost(torch.Tensor, Waiting):
+class KnownOnHost(torch.Tensor):
     """`host`: its values, a tensor of the host."""
 
     host: Tensor
@@ -35,16 +36,6 @@ class KnownOnHost(torch.Tensor, Waiting):
         known = torch.Tensor._make_wrapper_subclass(cls, host.shape, host.stride(), dtype=host.dtype, device=device)
         known.host, known._made = host, {}
         return known
-
-    @property
-    def settled(self) -> bool:
-        return "there" in self._made
-
-    def peek(self) -> Tensor:
-        return self.there()
-
-    def materialise(self, used_by: str) -> Tensor:
-        return self.there()
 
     def there(self) -> Tensor:
         """On the device."""
@@ -79,7 +70,8 @@ class KnownOnHost(torch.Tensor, Waiting):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name == "get_device" or (name == "__get__" and func not in DERIVED):
-            return super().__torch_function__(func, types, args, kwargs)
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         served = SERVED[func](*args, **kwargs) if func in SERVED else NotImplemented
         if served is not NotImplemented:
             return served
@@ -92,7 +84,8 @@ class KnownOnHost(torch.Tensor, Waiting):
         numbers = all(each.dim() == 0 and each.device.type == "cpu" for each in others)
         devices = {_device(each) for each in known}
         if len(devices) == 1 and numbers and kwargs.get("device") is None:
-            return _known(func(*host_args, **host_kwargs), devices.pop(), known)
+            with contextlib.suppress(Exception):  # what the host does not compute, the device may; or says why not
+                return _known(func(*host_args, **host_kwargs), devices.pop(), known)
         plain_args, plain_kwargs = _mapped((args, kwargs), KnownOnHost.there)
         versions = [version_of(each.there()) for each in known]
         result = func(*plain_args, **plain_kwargs)
@@ -130,7 +123,7 @@ def _host(known: KnownOnHost) -> Tensor:
     return known.host
 
 
-def _mapped(value: Any, change: Callable[[KnownOnHost], Tensor], tensors: list[Tensor] | None = None) -> Any:
+def _mapped(value: Any, change: Callable[[KnownOnHost], Any], tensors: list[Tensor] | None = None) -> Any:
     """What a function of torch is given, and its tensors: torch's own trees take the host five times as long."""
     if isinstance(value, Tensor):
         if tensors is not None:
@@ -235,15 +228,17 @@ def _get(self: Any, index: Any) -> Any:
 
 
 def _set(self: Any, index: Any, value: Any) -> Any:
+    """None: it is done."""
     if isinstance(self, KnownOnHost):
         return NotImplemented
     value = value.there() if isinstance(value, KnownOnHost) else value
     leading = _leading(self, index)
-    is_rows = leading is not None and isinstance(value, Tensor) and value.dtype == self.dtype
-    if is_rows and self.is_contiguous() and value.shape == (len(leading.rows()), *self.shape[leading.dim() :]):
-        self.flatten(0, leading.dim() - 1).index_copy_(0, leading.rows(), value)
-    else:
-        self[_index(index)] = value
+    if leading is not None and isinstance(value, Tensor) and value.dtype == self.dtype and self.is_contiguous():
+        rows = leading.rows()
+        if value.shape == (len(rows), *self.shape[leading.dim() :]):
+            self.flatten(0, leading.dim() - 1).index_copy_(0, rows, value)
+            return None
+    self[_index(index)] = value
     return None
 
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from npu_patch.numerics.written import version_of
 from npu_patch.ops.chunked_loss import StandIn
 from npu_patch.ops.head_products import Cast, Logits, Scaled, Tanh, Term
 from npu_patch.ops.log_normalizers import log_normalizers
-from npu_patch.serving.once_per_step import version_of
 from npu_patch.waiting.contract import Waiting
 from npu_patch.waiting.origins import Numbers, Origin
 

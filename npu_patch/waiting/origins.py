@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
 
+from npu_patch.numerics.written import version_of
 from npu_patch.ops.head_products import Term
-from npu_patch.serving.once_per_step import version_of
 from npu_patch.waiting.before_steps import STEPS
 
 ROWS = "hidden states"

@@ -142,7 +142,7 @@ RANK_1 = {"RANK": "1"}
 @pytest.mark.parametrize(
     ("script", "variables", "printed"),
     [
-        (USED, {}, ["npu_patch on npu: 1 sites: 1 patched, 0 skipped, 0 failed", "rms_norm         Norm"]),
+        (USED, {}, ["npu_patch on npu: 1 sites: 1 patched, 0 skipped, 0 failed", "rms_norm          Norm"]),
         ("", {}, ["npu_patch on npu: 1 sites: 1 patched, 0 skipped, 0 failed; no layer was made in this process\n"]),
         (USED, RANK_1, []),
         ("import multiprocessing as m; m.process._parent_process = m.process.current_process()", {}, []),

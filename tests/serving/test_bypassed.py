@@ -173,7 +173,7 @@ def test_attention_leaves_shards_to_the_original(two_ranks: dist.DeviceMesh) -> 
     from npu_patch.serving.dispatch import Dispatch
     from npu_patch.serving.implementation import Choice
 
-    implementation = ATTENTION.implementations[0]
+    implementation = next(each for each in ATTENTION.implementations if not each.optional)
     served = attention_sdpa.serve(None, "cpu", Attend(Dispatch(ATTENTION, Choice(implementation, {})), Calls()))
     shards = [DTensor.from_local(torch.randn(1, 2, 8, 16), two_ranks, [Shard(2)], run_check=False) for _ in range(3)]
     assert served(SimpleNamespace(is_causal=True), *shards, None).reason == "tensor subclass"

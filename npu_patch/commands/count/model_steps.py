@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,16 +36,16 @@ def counted_steps(
     found = {}
     with npu_patch.applied(model, **switches):
         model.train()
-        found[TRAINING] = _counted(model, lambda: _trained(model, batch))
+        found[TRAINING] = _counted(model, partial(_trained, model), batch)
         if "pixel_values" in batch:
-            found[TOWER] = _counted(model, lambda: _tower_trained(model, batch))
+            found[TOWER] = _counted(model, partial(_tower_trained, model), batch)
             return found
         model.eval()
         if "past_key_values" in inspect.signature(_own(model).forward).parameters:
             with torch.no_grad():
                 decode = _decoding(model, batch["input_ids"])
                 if decode is not None:
-                    found[DECODING] = _counted(model, decode)
+                    found[DECODING] = _counted(model, lambda batch: decode(), {})
     return found
 
 
@@ -61,15 +62,19 @@ def laid_out(batch: Mapping[str, Tensor], packed: int, padding: int) -> dict[str
     return given
 
 
-def _counted(model: torch.nn.Module, step: Callable[[], None]) -> Counting:
+def _counted(
+    model: torch.nn.Module, step: Callable[[Mapping[str, Tensor]], None], batch: Mapping[str, Tensor]
+) -> Counting:
+    """Each step has tensors of its own, as from a loader: nothing of them is known from the step before."""
+    first, second = ({name: tensor.clone() for name, tensor in batch.items()} for _ in range(2))
     layers, level_two = Layers(model), LevelTwo()
     with simulator.count(Costs(layers, level_two)):
-        step()  # whatever is made once; and the cache is then as a step before leaves it
+        step(first)  # whatever is made once; and the cache is then as a step before leaves it
     npu, costs = torch.get_device_module("npu"), Costs(layers, level_two)
     before = npu.memory_allocated()
     npu.reset_peak_memory_stats()
     with simulator.count(costs):
-        step()
+        step(second)
     return Counting(costs, npu.max_memory_allocated() - before)
 
 

@@ -36,6 +36,7 @@ PACKAGES: Mapping[str, str] = {
 # Operators of torch_npu, and what calls them, or would.
 OPERATORS: Mapping[str, str] = {
     "npu_rms_norm": "rms_norm",
+    "npu_fast_gelu": "approximate_gelu",
     "npu_rotary_mul": "rope",
     "npu_swiglu": "swiglu, experts",
     "npu_fusion_attention": "attention",

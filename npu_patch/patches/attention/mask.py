@@ -12,7 +12,8 @@ from torch import Tensor
 from npu_patch.ops.attention.band import Band
 from npu_patch.patches.attention.checked import Attend
 from npu_patch.serving.implementation import is_plain
-from npu_patch.serving.once_per_step import HOST_READS, version_of
+from npu_patch.serving.once_per_step import HOST_READS
+from npu_patch.serving.read_in_forward import running
 from npu_patch.serving.replacement import TakenOver, Unfused, Unserved
 from npu_patch.waiting.contract import materialised
 from npu_patch.waiting.masks import Pattern, PatternMask, read_mask_function
@@ -47,7 +48,10 @@ def serve(original: Callable[..., Any], device_type: str, attend: Attend) -> Cal
 def _answered(arguments: dict[str, Any], queries: _Queries) -> dict[str, Any]:
     """Of a padding mask that the host has read, it need not ask the device whether it hides anything."""
     mask = arguments.get(PADDING)
-    read = HOST_READS.known(mask) if isinstance(mask, Tensor) and queries.length == arguments["kv_length"] else None
+    forward = running()
+    if forward is None or not isinstance(mask, Tensor) or queries.length != arguments["kv_length"]:
+        return arguments
+    read = forward.known(mask)
     if read is None or read.shape[-1] != queries.length:
         return arguments
     return arguments | ({PADDING: None} if bool(read.all()) else {"allow_is_causal_skip": False})
@@ -59,11 +63,11 @@ def serve_preparing(original: Callable[..., Any], device_type: str, attend: Atte
     def prepare(*args: Any, **kwargs: Any) -> TakenOver:
         prepared = original(*args, **kwargs)
         given, made = kwargs.get(PADDING, args[2] if len(args) > 2 else None), prepared[1]
-        tensors = isinstance(given, Tensor) and isinstance(made, Tensor) and not torch.compiler.is_compiling()
-        if tensors and made is not given and made.shape == given.shape and version_of(made) is not None:
-            read = HOST_READS.known(given)
-            if read is not None:
-                HOST_READS.same_as(made, read.bool())
+        forward = None if torch.compiler.is_compiling() else running()
+        if forward is not None and isinstance(given, Tensor) and isinstance(made, Tensor) and made is not given:
+            read = forward.known(given)
+            if read is not None and made.shape == given.shape:
+                forward.same_as(made, read.bool())
         return TakenOver(prepared)
 
     return prepare

@@ -81,7 +81,8 @@ def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
 def _is_served() -> bool:
     from transformers.modeling_utils import AttentionInterface
 
-    calls = ONE_CALL.get(AttentionInterface._global_mapping.get(FLASH))
+    function: Any = AttentionInterface._global_mapping.get(FLASH)
+    calls = None if function is None else ONE_CALL.get(function)
     return calls is not None and calls.active
 
 

@@ -247,7 +247,7 @@ def test_switched_off_alone(npu: torch.device) -> None:
     with npu_patch.applied(model, fla=False) as report:
         assert not [outcome for outcome in report if outcome.patch == "gated_delta_net"]
         assert any(outcome.patch == "rms_norm" for outcome in report.patched)
-    with npu_patch.applied(model, fused_ops=False, moe_patch=False, lora=False, loss=False) as report:
+    with npu_patch.applied(model, fused_ops=False, moe_patch=False, lora=False, loss=False, vision=False) as report:
         assert {outcome.patch for outcome in report} == {"gated_delta_net"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,19 @@ def test_a_function_that_fails_on_the_host_is_the_original(npu: torch.device) ->
     def needs_the_device(grid_thw: Tensor) -> Tensor:
         return grid_thw + torch.ones(1, dtype=torch.long, device=npu)
 
-    serve = on_host._on_host(needs_the_device, npu.type)
+    serve = on_host._tables(needs_the_device, npu.type)
     found = serve(torch.tensor([[1, 2, 2]], device=npu))
     assert "on the host it fails" in found.reason
+
+
+def test_a_function_that_writes_to_its_input_is_the_original(npu: torch.device) -> None:
+    def writes(grid_thw: Tensor) -> Tensor:
+        grid_thw[:, 0] = 1
+        return grid_thw.sum()
+
+    grid = torch.tensor([[4, 2, 2]], device=npu)
+    assert on_host._tables(writes, npu.type)(grid).reason == "it writes to what it is given"
+    assert grid.tolist() == [[4, 2, 2]]
 
 
 def test_every_model_with_placeholders_or_positions_is_found() -> None:
@@ -117,3 +128,74 @@ def test_text_alone_reads_nothing(npu: torch.device) -> None:
     with simulator.count() as counted, torch.no_grad():
         model(input_ids=ids.clone())
     assert counted.host_copies == 0
+
+
+WRITES: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "copy_": lambda tensor, new: tensor.copy_(new),
+    "the data's copy_": lambda tensor, new: tensor.data.copy_(new),
+    "other data": lambda tensor, new: setattr(tensor, "data", new.clone()),
+    "a storage's copy_": lambda tensor, new: tensor.untyped_storage().copy_(new.clone().untyped_storage()),
+    "_foreach_copy_": lambda tensor, new: torch._foreach_copy_([tensor], [new]),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_buffers_that_are_filled_anew_are_read_anew_whatever_versions_say(write: str, npu: torch.device) -> None:
+    """As a broadcast, a loader of static buffers or a graph fills them."""
+    model = made("qwen2_5_vl", FULL).to(npu)
+    batch = fresh(batch_of(copy.deepcopy(model).cpu(), "qwen2_5_vl", IMAGES), npu)
+    npu_patch.apply(model)
+    with torch.no_grad():
+        model(**batch)
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            if name in batch:  # every image token has another place now
+                WRITES[write](batch[name], batch[name].roll(-1, 1))
+        found = model(**batch).logits
+        npu_patch.restore()
+        expected = model(**fresh({name: each.cpu() for name, each in batch.items()}, npu)).logits
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("simulated")
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_prompt_with_images_waits_a_few_times(family: str, npu: torch.device) -> None:
+    """generate() works out positions and encodes images before the model's forward."""
+    model = made(family, FULL).to(npu)
+    batch = fresh(batch_of(copy.deepcopy(model).cpu(), family, IMAGES), npu)
+    batch.pop("labels")
+
+    def waits() -> int:
+        with simulator.count() as counted:
+            model.generate(**{name: each.clone() for name, each in batch.items()}, max_new_tokens=1, do_sample=False)
+        return counted.host_copies
+
+    waits()
+    unpatched = waits()
+    npu_patch.apply(model)
+    waits()
+    assert waits() <= 8 < 30 < unpatched
+
+
+@pytest.mark.usefixtures("simulated")
+def test_seconds_of_a_videos_frames_are_read_with_the_grids(npu: torch.device) -> None:
+    grid, seconds = torch.tensor([[2, 4, 4]], device=npu), torch.tensor([0.5], device=npu)
+    with simulator.count() as counted:
+        found = on_host._there(lambda grids, each: grids[0, 0] * each[0], npu.type, (grid, seconds), {}, lambda x, _: x)
+    assert found.item() == 1.0 and counted.host_copies == 1
+
+
+@pytest.mark.parametrize("part", ["blocks", "attn"])
+def test_compiled_parts_of_a_tower_are_given_plain_tensors(part: str, npu: torch.device) -> None:
+    model = made("qwen2_5_vl", FULL).to(npu)
+    batch = fresh(batch_of(copy.deepcopy(model).cpu(), "qwen2_5_vl", IMAGES), npu)
+    step(model, batch)
+    expected = {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+    npu_patch.apply(model)
+    for block in model.model.visual.blocks:
+        (block if part == "blocks" else block.attn).compile(backend="aot_eager")
+    step(model, batch)
+    found = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    torch._dynamo.reset()
+    assert found.keys() == expected.keys()
+    scale = {name: each.abs().max() for name, each in expected.items()}
+    assert [name for name in found if (found[name] - expected[name]).abs().max() > 1e-4 * scale[name] + 1e-7] == []
