@@ -11,8 +11,9 @@
 
 `python -m npu_patch.simulator train.py ARGS...` runs a script that way, `python -m npu_patch.simulator torchrun
 --nproc-per-node 2 train.py` two ranks, each with an NPU of its own and HCCL between them. Aten operators run on the
-CPU, over the very memory of the npu tensors; fused operators run a reference written from their documentation, and
-refuse what it does not allow (`Refused`). Speed means nothing here.
+CPU, over the very memory of the npu tensors, and graphs (`torch.npu.NPUGraph`) record and replay them; fused operators
+run a reference written from their documentation, and refuse what it does not allow (`Refused`). Speed means nothing
+here.
 """
 
 from __future__ import annotations

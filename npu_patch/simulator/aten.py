@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from . import aten_copies, aten_dropout, aten_formulas, aten_recurrent
+from . import aten_copies, aten_dropout, aten_formulas, aten_recurrent, graph_nodes, graphs
 from .aten_kernel import Kernel
 from .overriding import override
 
@@ -82,7 +82,8 @@ def _known(name: str) -> OpOverload:
 
 def _kernel(name: str, operator: OpOverload) -> Callable[..., Any]:
     formula = aten_formulas.FORMULAS.get(name)
-    return aten_formulas.on_device(name, formula) if formula else Kernel(operator).run
+    kernel = aten_formulas.on_device(name, formula) if formula else Kernel(operator).run
+    return graphs.leaf(operator._schema.name, kernel, graph_nodes.written_by_schema(operator._schema))
 
 
 def _operator(name: str) -> OpOverload | None:

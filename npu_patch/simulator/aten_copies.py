@@ -7,25 +7,36 @@ import torch
 from torch import Tensor
 
 from . import counters, memory
+from .current import current
+from .graphs import leaf
 
 
-def _copy_(self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
+def _copy(self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
     to_npu, from_npu = self.device.type == "npu", src.device.type == "npu"
+    if current.capture is not None and to_npu != from_npu:
+        on_host = src if to_npu else self
+        if not (non_blocking and on_host.is_pinned()):
+            current.capture.refuse(
+                "aten::copy_", "a copy between the device and memory that is not pinned, or without non_blocking,"
+            )
     to, source = (memory.alias(self) if to_npu else self), (memory.alias(src) if from_npu else src)
     with torch._C._AutoDispatchBelowAutograd():
         to.copy_(source)
-    if counters._counting:
+    if counters.is_counting():
         if to_npu and from_npu:
             counters.launch("aten::copy_", [source], [to])
-        elif from_npu:
+        elif from_npu and current.capture is None:
             counters.host_copy("aten::copy_", counters.tensor_bytes(source))
-        else:
+        elif to_npu:
             counters.upload(counters.tensor_bytes(source))
     return self
 
 
+_copy_ = leaf("aten::copy_", _copy, lambda args, kwargs: args[:1])
+
+
 def _copy_from(self: Tensor, dst: Tensor, non_blocking: bool = False) -> Tensor:
-    return _copy_(dst, self)
+    return _copy_(dst, self, non_blocking)
 
 
 def _copy_from_and_resize(self: Tensor, dst: Tensor) -> Tensor:
@@ -34,10 +45,13 @@ def _copy_from_and_resize(self: Tensor, dst: Tensor) -> Tensor:
     return _copy_(dst, self)
 
 
-def _local_scalar_dense(self: Tensor) -> Any:
-    if counters._counting:
+def _read(self: Tensor) -> Any:
+    if counters.is_counting():
         counters.host_copy("aten::_local_scalar_dense", self.element_size())
     return memory.alias(self).item()
+
+
+_local_scalar_dense = leaf("aten::_local_scalar_dense", _read, lambda args, kwargs: ())
 
 
 def _empty(

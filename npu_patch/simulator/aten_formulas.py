@@ -21,7 +21,7 @@ def on_device(name: str, formula: Callable[..., Any]) -> Callable[..., Any]:
         named = {key: shared.take(value) for key, value in kwargs.items()}
         with torch._C._AutoDispatchBelowAutograd():
             result = formula(*on_cpu, **named)
-        if counters._counting:
+        if counters.is_counting():
             given, made = [*on_cpu, *named.values()], result if isinstance(result, tuple) else (result,)
             for read, written in KERNELS.get(name, one_kernel)(given, made):
                 counters.launch(name, read, written)

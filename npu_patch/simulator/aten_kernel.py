@@ -88,7 +88,7 @@ class Kernel:
                 result = _run(self.compute, on_cpu, named, self.mutable)
             for key, value in fresh.items():
                 _write_out(kwargs[key], value)
-        if counters._counting:
+        if counters.is_counting():
             self._count(on_cpu, named, result)
         return self._given(shared, result, args, kwargs)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import counters, memory
+from .graphs import leaf
 
 # torch_npu overrides these, at its autograd key too; a composition needs no derivative of its own.
 COMPOSED = ("lstm.input", "lstm.data", "lstm_cell", "gru.input", "gru.data")
@@ -26,12 +27,14 @@ def _pack_padded_sequence(input: Tensor, lengths: Tensor, batch_first: bool) -> 
     source = memory.alias(input)
     with torch._C._AutoDispatchBelowAutograd():
         rows, batch_sizes = torch.ops.aten._pack_padded_sequence.default(source, lengths, batch_first)
-    if counters._counting:
+    if counters.is_counting():
         counters.launch("aten::_pack_padded_sequence", [source], [rows])
     return memory.to_device(rows, input.device.index), batch_sizes
 
 
-KERNELS: dict[str, Callable[..., Any]] = {"_pack_padded_sequence": _pack_padded_sequence}
+KERNELS: dict[str, Callable[..., Any]] = {
+    "_pack_padded_sequence": leaf("aten::_pack_padded_sequence", _pack_padded_sequence, lambda args, kwargs: ())
+}
 
 
 def fused_lstm_cell(

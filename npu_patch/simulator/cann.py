@@ -15,6 +15,7 @@ from .errors import SimulatorError
 TESTED_VERSIONS = ("2.9.0", "2.10.0.post7", "2.13.0", "2.14.0")
 HERE = Path(__file__).parent
 STUB = HERE / "cann_stub.c"
+STREAMS = HERE / "cann_streams.c"
 
 # The libraries that torch_npu 2.13.0 is linked against (readelf -d libtorch_npu.so). The dynamic loader takes a library
 # that is loaded already for one of the same SONAME, so no search path has to be set.
@@ -31,6 +32,7 @@ LIBRARIES = (
 )
 # Each library is made of the stub, unless it is here.
 SOURCES = {
+    "libascendcl.so": (STUB, STREAMS),
     "libhccl.so": tuple(sorted(HERE.glob("hccl/*.c"))),
     "libopapi.so": (STUB, HERE / "aclnn_padding.c"),
     "libhcomm.so": (),
@@ -64,6 +66,11 @@ def load(devices: int | None, any_version: bool, replace_real: bool, poison: boo
     memory = ctypes.c_uint64(min(HBM_BYTES, host_bytes))
     _loaded[0].simulator_configure(ctypes.c_int(devices), memory, ctypes.c_int(poison))
     return libraries[0].parent
+
+
+def loaded() -> ctypes.CDLL:
+    """The library whose functions and state count."""
+    return _loaded[0]
 
 
 def is_loaded() -> bool:

@@ -105,9 +105,22 @@ int aclrtDeviceGetUuid(int32_t device, char *uuid) { memset(uuid, 0, 16); uuid[1
 
 /* ---- Memory. Each block has a header, so that freeing it can be accounted for. ---- */
 
-typedef struct { uint64_t bytes; int device; } Header;
+typedef struct Header { uint64_t bytes; int device; struct Header *previous, *next; } Header;
 #define HEADER_BYTES 512 /* keeps the 512-byte alignment that CANN guarantees */
 #define POISON 0xFF      /* NaN in float64, float32, float16, bfloat16 and the 8-bit floats of CANN; -1 in integers */
+
+static Header *live_blocks; /* a graph keeps addresses only, and asks before it runs whether they still are the device's */
+static uint64_t blocks_freed;
+
+uint64_t simulator_blocks_freed(void) { return blocks_freed; }
+int simulator_is_allocated(const char *pointer) {
+    pthread_mutex_lock(&memory_lock);
+    Header *block = live_blocks;
+    while (block && !(pointer >= (char *)block + HEADER_BYTES && pointer < (char *)block + HEADER_BYTES + block->bytes))
+        block = block->next;
+    pthread_mutex_unlock(&memory_lock);
+    return block != NULL;
+}
 
 static int allocate(void **pointer, size_t bytes) {
     if (current_device < 0) return ERROR_CONTEXT_NULL;
@@ -126,8 +139,13 @@ static int allocate(void **pointer, size_t bytes) {
         snprintf(last_error, sizeof last_error, "out of device memory: %zu bytes asked for", bytes);
         return ERROR_OUT_OF_MEMORY;
     }
-    ((Header *)block)->bytes = rounded;
-    ((Header *)block)->device = current_device;
+    Header *header = (Header *)block;
+    *header = (Header){.bytes = rounded, .device = current_device};
+    pthread_mutex_lock(&memory_lock);
+    header->next = live_blocks;
+    if (live_blocks) live_blocks->previous = header;
+    live_blocks = header;
+    pthread_mutex_unlock(&memory_lock);
     *pointer = block + HEADER_BYTES;
     if (poison) memset(*pointer, POISON, rounded);
     return 0;
@@ -140,6 +158,9 @@ int aclrtFree(void *pointer) {
     Header *header = (Header *)block;
     pthread_mutex_lock(&memory_lock);
     memory_used[header->device] -= header->bytes;
+    *(header->previous ? &header->previous->next : &live_blocks) = header->next;
+    if (header->next) header->next->previous = header->previous;
+    blocks_freed++;
     pthread_mutex_unlock(&memory_lock);
     if (poison) memset(pointer, POISON, header->bytes);
     free(block);
@@ -168,19 +189,10 @@ int aclrtMemcpy(void *to, size_t room, const void *from, size_t bytes, int kind)
     memmove(to, from, bytes);
     return 0;
 }
-int aclrtMemcpyAsync(void *to, size_t room, const void *from, size_t bytes, int kind, void *stream) {
-    return aclrtMemcpy(to, room, from, bytes, kind);
-}
-int aclrtMemcpyAsyncWithCondition(void *to, size_t room, const void *from, size_t bytes, int kind, void *stream) {
-    return aclrtMemcpy(to, room, from, bytes, kind);
-}
 int aclrtMemset(void *to, size_t room, int32_t value, size_t bytes) {
     if (bytes > room) return ERROR_INVALID_PARAMETER;
     memset(to, value, bytes);
     return 0;
-}
-int aclrtMemsetAsync(void *to, size_t room, int32_t value, size_t bytes, void *stream) {
-    return aclrtMemset(to, room, value, bytes);
 }
 
 /* ---- Poison within torch_npu's caching allocator: it reports each block that it hands out and takes back to a memory
@@ -225,46 +237,6 @@ void mstxMemRegionsUnregister(void *domain, const References *batch) {
     }
 }
 
-/* ---- Streams and events. Work is done when it is issued, so everything is always complete. ---- */
-
-static int32_t streams_made;
-static int new_stream(void **stream) {
-    int32_t *id = malloc(sizeof *id);
-    if (!id) return ERROR_OUT_OF_MEMORY;
-    *id = __sync_fetch_and_add(&streams_made, 1);
-    *stream = id;
-    return 0;
-}
-int aclrtCreateStream(void **stream) { return new_stream(stream); }
-int aclrtCreateStreamWithConfig(void **stream, uint32_t priority, uint32_t flag) { return new_stream(stream); }
-int aclrtDestroyStream(void *stream) { free(stream); return 0; }
-int aclrtDestroyStreamForce(void *stream) { free(stream); return 0; }
-int aclrtStreamGetId(void *stream, int32_t *id) { *id = stream ? *(int32_t *)stream : 0; return 0; }
-int aclrtStreamQuery(void *stream, int32_t *status) { *status = 0; return 0; }          /* 0: complete */
-
-typedef struct { struct timespec recorded; } Event;
-static int new_event(void **event) { *event = calloc(1, sizeof(Event)); return *event ? 0 : ERROR_OUT_OF_MEMORY; }
-int aclrtCreateEvent(void **event) { return new_event(event); }
-int aclrtCreateEventWithFlag(void **event, uint32_t flag) { return new_event(event); }
-int aclrtCreateEventExWithFlag(void **event, uint32_t flag) { return new_event(event); }
-int aclrtDestroyEvent(void *event) { free(event); return 0; }
-int aclrtRecordEvent(void *event, void *stream) {
-    clock_gettime(CLOCK_MONOTONIC, &((Event *)event)->recorded);
-    return 0;
-}
-int aclrtQueryEventStatus(void *event, int32_t *status) { *status = 1; return 0; }       /* 1: complete */
-int aclrtQueryEventWaitStatus(void *event, int32_t *status) { *status = 1; return 0; }
-int aclrtEventElapsedTime(float *milliseconds, void *start, void *end) {
-    struct timespec a = ((Event *)start)->recorded, b = ((Event *)end)->recorded;
-    *milliseconds = (float)((double)(b.tv_sec - a.tv_sec) * 1e3 + (double)(b.tv_nsec - a.tv_nsec) / 1e6);
-    return 0;
-}
-int aclrtEventGetTimestamp(void *event, uint64_t *microseconds) {
-    struct timespec at = ((Event *)event)->recorded;
-    *microseconds = (uint64_t)at.tv_sec * 1000000u + (uint64_t)at.tv_nsec / 1000u;
-    return 0;
-}
-
 /* ---- Settings that torch_npu writes and reads back (determinism). ---- */
 
 static int64_t settings[64];
@@ -300,10 +272,9 @@ int aclSetCompileopt(int option, const char *value) {
 /* ---- Functions of which only the success matters. ---- */
 
 #define OK(name) long name(void) { return 0; }
-/* life cycle and synchronisation */
-OK(aclInit) OK(aclFinalize) OK(aclrtResetDevice) OK(aclrtSynchronizeDevice) OK(aclrtSynchronizeDeviceWithTimeout)
-OK(aclrtSynchronizeStream) OK(aclrtSynchronizeStreamWithTimeout) OK(aclrtSynchronizeEvent) OK(aclrtStreamWaitEvent)
-OK(aclrtResetEvent) OK(aclrtProcessReport) OK(aclrtDeviceEnablePeerAccess) OK(aclrtSetDeviceSatMode)
+/* life cycle */
+OK(aclInit) OK(aclFinalize) OK(aclrtResetDevice) OK(aclrtProcessReport) OK(aclrtDeviceEnablePeerAccess)
+OK(aclrtSetDeviceSatMode)
 OK(aclrtSetOpExecuteTimeOut) OK(aclrtSetOpWaitTimeout) OK(aclrtSetStreamOverflowSwitch)
 OK(aclrtSetStreamFailureMode) OK(aclrtPeekAtLastError) OK(aclrtGetLastError)
 /* operator descriptions: nothing reads them, since executing one is an error */

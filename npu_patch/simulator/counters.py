@@ -12,6 +12,8 @@ Rules:
 - A host copy is whatever makes the host wait for the device: a device-to-host copy, `item()`, and operators whose
   output shape or result depends on data (`nonzero`, `masked_select`, `equal`, boolean indices...), 8 bytes each.
 - Copies from host to device are `uploads`.
+- Capturing a graph counts nothing: nothing runs. A replay is one launch ("aclmdlRIExecuteAsync") and one of `replays`;
+  the kernels that it runs are `replayed`, apart from the launches, and their bytes are the replay's.
 - A collective is one call of HCCL, and its bytes are those that this rank sent to others. Those of an all-reduce are
   what a reduce-scatter and an all-gather send, 2 (n - 1) / n of the data.
 """
@@ -23,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from . import collectives
+from .current import current
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +43,10 @@ class Counted:
     host_copies: int = 0
     host_bytes: int = 0
     host_copies_by_op: dict[str, tuple[int, int]] = field(default_factory=dict)
+    replays: int = 0
+    replayed: int = 0
+    replayed_by_op: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Operator name -> (kernels run by replays, bytes)."""
     uploads: int = 0
     upload_bytes: int = 0
     collectives: int = 0
@@ -52,6 +59,23 @@ class Counted:
         self.bytes += moved
         _add(self.by_op, name, moved)
 
+    def replay_began(self) -> None:
+        self.launches += 1
+        self.replays += 1
+        _add(self.by_op, REPLAY, 0)
+
+    def ran_in_replay(self, name: str, moved: int, read: Sequence[Any], written: Sequence[Any]) -> None:
+        self.replayed += 1
+        self.bytes += moved
+        _add(self.replayed_by_op, name, moved)
+        replays, before = self.by_op.get(REPLAY, (0, 0))  # it may have begun before this block
+        self.by_op[REPLAY] = replays, before + moved
+
+    @property
+    def kernels(self) -> int:
+        """What the device ran, launched by the host or by a replay."""
+        return self.launches - self.replays + self.replayed
+
     def waited(self, name: str, moved: int) -> None:
         self.host_copies += 1
         self.host_bytes += moved
@@ -61,17 +85,19 @@ class Counted:
         """What a kernel wrote at an address is, from here on, the device's allocation."""
 
     def __str__(self) -> str:
-        rows = sorted(self.by_op.items(), key=lambda row: (-row[1][1], row[0]))
-        lines = [f"{launches:>8} {moved:>14} {name}" for name, (launches, moved) in rows]
+        lines, replayed = map(_rows, (self.by_op, self.replayed_by_op))
         sent = [f"{calls:>8} {moved:>14} {name}" for name, (calls, moved) in self.collectives_by_call.items()]
         return "\n".join(
             [
                 f"{self.launches} launches, {self.bytes} bytes, {self.host_copies} host copies",
                 *(["launches          bytes operator", *lines] if lines else []),
+                *([f"{self.replayed} kernels of {self.replays} replays", *replayed] if self.replays else []),
                 *([f"{self.collectives} collectives, {self.collective_bytes} bytes", *sent] if sent else []),
             ]
         )
 
+
+REPLAY = "aclmdlRIExecuteAsync"
 
 _lock = threading.Lock()  # backward runs on a thread of its own
 _counting: tuple[Counted, ...] = ()
@@ -96,16 +122,25 @@ def count(counted: Counted | None = None) -> Iterator[Counted]:
 
 
 def is_counting() -> bool:
-    return bool(_counting)
+    return bool(_counting) or current.capture is not None
 
 
 def launch(name: str, read: Iterable[Any], written: Iterable[Any]) -> None:
     """Record one kernel; `read` and `written` may hold anything, only tensors count."""
+    if current.capture is not None:
+        return
     read, written = list(read), list(written)
     moved = sum(map(tensor_bytes, read)) + sum(map(tensor_bytes, written))
     with _lock:
         for counted in _counting:
-            counted.launched(name, moved, read, written)
+            (counted.launched if current.places is None else counted.ran_in_replay)(name, moved, read, written)
+
+
+def replay() -> None:
+    """Record the launch of a graph."""
+    with _lock:
+        for counted in _counting:
+            counted.replay_began()
 
 
 def became(written: "Tensor", tensor: "Tensor") -> None:
@@ -117,12 +152,19 @@ def became(written: "Tensor", tensor: "Tensor") -> None:
 
 
 def host_copy(name: str, moved: int) -> None:
+    """Record a wait for the device. A capture refuses it; a copy that a replay makes is not waited for."""
+    if current.capture is not None:
+        current.capture.refuse(name, "waiting for the device")
+    if current.places is not None:
+        return
     with _lock:
         for counted in _counting:
             counted.waited(name, moved)
 
 
 def upload(moved: int) -> None:
+    if current.capture is not None:
+        return
     with _lock:
         for counted in _counting:
             counted.uploads += 1
@@ -140,6 +182,11 @@ def tensor_bytes(value: "Tensor | list[Tensor] | Any") -> int:
         if stride or not size:
             elements *= size
     return elements * value.element_size()
+
+
+def _rows(table: dict[str, tuple[int, int]]) -> list[str]:
+    rows = sorted(table.items(), key=lambda row: (-row[1][1], row[0]))
+    return [f"{times:>8} {moved:>14} {name}" for name, (times, moved) in rows]
 
 
 def _add(table: dict[str, tuple[int, int]], name: str, moved: int) -> None:

@@ -9,6 +9,8 @@ import ctypes
 import torch
 from torch import Tensor
 
+from .current import current
+
 CPU = torch.device("cpu")
 _storage_over = torch._C._construct_storage_from_data_pointer
 _empty_with_format = torch.ops.npu.empty_with_format.default  # torch_npu's factory beside the overridden aten ones
@@ -50,10 +52,15 @@ def allocate(size: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, devi
 
 
 def to_device(tensor: Tensor, device: int) -> Tensor:
-    """A copy of a CPU tensor on the device, with its strides."""
+    """A copy of a CPU tensor on the device, with its strides; in a replay, where it was at the capture."""
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
-    result = allocate(tensor.size(), tensor.stride(), tensor.dtype, device)
+    if current.places is not None:
+        result = next(current.places)
+    else:
+        result = allocate(tensor.size(), tensor.stride(), tensor.dtype, device)
+    if current.made is not None:
+        current.made.append(result)
     if tensor.numel():
         elements = _span(tensor.size(), tensor.stride())
         ctypes.memmove(result.data_ptr(), tensor.data_ptr(), elements * tensor.element_size())

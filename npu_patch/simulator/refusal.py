@@ -5,6 +5,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .current import current
 from .errors import Refused
 
 Value = TypeVar("Value")
@@ -16,6 +17,11 @@ def require(allowed: bool, operator: str, rule: str) -> None:
     """Raise `Refused` with the operator's name and the broken rule unless `allowed`."""
     if not allowed:
         raise Refused(f"{operator}: {rule}")
+
+
+def values_count() -> bool:
+    """Whether what a tensor holds is a call's. A capture runs nothing, and its inputs may be buffers to be filled."""
+    return current.capture is None
 
 
 def given(value: Value | None, operator: str, rule: str) -> Value:

@@ -11,13 +11,20 @@ from contextlib import contextmanager
 
 import torch
 
+from .current import current
+
 OFFSET_STEP = 4  # Philox gives four numbers per step, and torch_npu requires multiples of it
 _MASK = (1 << 64) - 1
 _default_lock = threading.Lock()
 
 
 def next_seed_and_offset(generator: torch.Generator | None, device: int) -> tuple[int, int]:
-    """The state that the next draw uses; the generator moves on. `None` is the device's default generator."""
+    """The state that the next draw uses; the generator moves on, except in a capture: each replay asks again. `None` is
+    the device's default generator."""
+    if current.capture is not None:
+        if generator is not None:  # whether the graph knows it is known to torch_npu only
+            current.capture.refuse("a random operator", "a generator other than the device's default one")
+        return 0, 0  # nothing is computed
     if generator is None:
         generator = torch.get_device_module("npu").default_generators[device]
     offset = generator.get_offset()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import counters, memory
+from .current import current
 from .errors import Refused
 from .memory import CPU
 
@@ -28,6 +29,8 @@ class Shared:
             if value.device.type != "npu":
                 if not value.is_cpu or (value.dim() and not cpu_allowed):
                     self.refuse(value)
+                if value.dim() and current.capture is not None:
+                    current.capture.refuse(self.name, "a copy from the host, of a tensor that was given on the CPU,")
                 return value
             self.require_strided(value)
             self.note_device(value)
@@ -57,7 +60,7 @@ class Shared:
                     if address and address == other:
                         return memory.view_of(tensor, value)
             made = memory.to_device(value, memory.or_current(self.device))
-            if counters._counting:
+            if counters.is_counting():
                 counters.became(value, made)
             return made
         if isinstance(value, list | tuple):

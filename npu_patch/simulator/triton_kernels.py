@@ -38,7 +38,9 @@ def prepare() -> str | None:
     from npu_patch.kernels.interpreter import round_to_nearest
 
     round_to_nearest()
-    launch.RUNNERS["npu"] = run
+    from . import graph_nodes, graphs
+
+    launch.RUNNERS["npu"] = graphs.leaf("triton", run, graph_nodes.everything)
     return None
 
 

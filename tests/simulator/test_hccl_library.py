@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 
 import pytest
+import torch
+
+from tests.support.torch_npu_operators import ends_failed_captures
 
 pytestmark = pytest.mark.usefixtures("simulated")
 
@@ -44,6 +47,21 @@ def test_ranks_of_another_machine_are_refused() -> None:
     assert "only ranks of one machine and network namespace are simulated" in said()
     assert hccl.HcclCommInitAll(2, None, ctypes.byref(communicator)) == 5
     assert "several devices in one process are not simulated" in said()
+
+
+@ends_failed_captures
+def test_communication_in_a_captured_graph_is_refused() -> None:
+    hccl, communicator = ctypes.CDLL("libhccl.so"), ctypes.c_void_p()
+    root_info = ctypes.create_string_buffer(4108)
+    assert hccl.HcclGetRootInfo(root_info) == 0
+    assert hccl.HcclCommInitRootInfo(1, root_info, 0, ctypes.byref(communicator)) == 0
+    graph, stream = torch.npu.NPUGraph(), torch.npu.Stream()
+    invalid = pytest.raises(RuntimeError, match="the capture is invalid: communication within a captured graph is not")
+    with invalid, torch.npu.graph(graph, stream=stream):
+        assert hccl.HcclBarrier(communicator, ctypes.c_void_p(stream.npu_stream)) == 5
+        assert said() == "HcclBarrier: communication within a captured graph is not simulated"
+    assert hccl.HcclBarrier(communicator, ctypes.c_void_p(stream.npu_stream)) == 0
+    assert hccl.HcclCommDestroy(communicator) == 0
 
 
 @pytest.mark.parametrize(("value", "code"), [(0.0, 0), (1.0, 207000)])

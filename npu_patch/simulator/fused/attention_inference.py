@@ -2,23 +2,25 @@
 
 Source: torch_npu's operator documentation. None of them has a derivative.
 
-Not simulated, and refused: quantised inputs, query_rope, shared prefixes, padding sizes, and the layouts
-that change between input and output except BNSD_BSND.
+Not simulated, and refused: quantised inputs, query_rope, shared prefixes, padding sizes, pages with TND, and the
+layouts that change between input and output except BNSD_BSND.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..refusal import HALF, given, require, require_contiguous, require_dtype, require_same_dtype
+from ..refusal import HALF, require, require_contiguous, require_dtype, require_same_dtype
 from .attention_formula import Scores, attend
 from .attention_layout import Layout, join, layout_of, split
 from .attention_mask import COMPRESSED, SPARSE_MODES, UNLIMITED, outside_band, upper_triangle
 from .kernel import Kernel
+from .paged_attention import Paged, length_of
 
+COMPRESSED_MODES = (2, 3, 4)  # their mask is no matrix of queries and keys
 MOST_HEADS = 256
 LARGEST_GROUP = 64
 WIDEST_HEAD = 512
@@ -61,8 +63,11 @@ def infer(call: Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor
     layout_out = "BSND" if call.layout == "BNSD_BSND" else call.layout
     key_heads = call.key_heads or call.heads
     if call.block_table is not None:
-        require(layout_in != "TND", name, "block_table with TND is not simulated")
-        key, value = (_unpaged(call, call.block_table, cache, key_heads, layout_in) for cache in (key, value))
+        paged = Paged(name, call.block_table, call.block_size, call.key_lengths, layout_in, key_heads)
+        paged.check(query, key, value)
+        key, value = paged.gathered(key), paged.gathered(value)
+        mask = call.mask if call.sparse_mode in COMPRESSED_MODES else paged.trimmed("atten_mask", call.mask)
+        call = replace(call, mask=mask, bias=paged.trimmed("pse_shift", call.bias))
     ends = (call.query_lengths, call.key_lengths) if layout_in == "TND" else (None, None)
     layout = layout_of(name, layout_in, query, key, value, call.heads, *ends, key_heads=key_heads)
     _check_limits(call, layout, key_heads)
@@ -77,8 +82,8 @@ def infer(call: Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor
     for index, (q, k, v) in enumerate(sequences):
         rows, columns = q.shape[1], k.shape[1]
         if layout_in != "TND":
-            rows = _length(call, "actual_seq_lengths", call.query_lengths, index, rows)
-            columns = _length(call, "actual_seq_lengths_kv", call.key_lengths, index, columns)
+            rows = length_of(name, "actual_seq_lengths", call.query_lengths, index, rows)
+            columns = length_of(name, "actual_seq_lengths_kv", call.key_lengths, index, columns)
         scores = Scores(
             call.scale,
             _hidden(call, layout, index, rows, columns),
@@ -122,20 +127,6 @@ def _check_limits(call: Call, layout: Layout, key_heads: int) -> None:
     )
 
 
-def _length(call: Call, argument: str, lengths: Sequence[int] | None, index: int, longest: int) -> int:
-    if lengths is None:
-        return longest
-    if len(lengths) == 1:  # one length serves the whole batch
-        index = 0
-    length = int(lengths[index]) if index < len(lengths) else -1
-    require(
-        0 <= length <= longest,
-        call.operator,
-        f"{argument} must be one length of at most {longest} for each entry of the batch, not {list(lengths)}",
-    )
-    return length
-
-
 def _hidden(call: Call, layout: Layout, index: int, rows: int, columns: int) -> Tensor | None:
     """What sequence `index` may not see: a bool tensor that broadcasts to [N, rows, columns]."""
     name, mask = call.operator, call.mask
@@ -149,7 +140,7 @@ def _hidden(call: Call, layout: Layout, index: int, rows: int, columns: int) -> 
     longest = layout.longest
     single = longest[0] == 1
     mode = 0 if single else call.sparse_mode  # decoding ignores the sparse mode
-    if mode in (2, 3, 4):
+    if mode in COMPRESSED_MODES:
         require(
             tuple(mask.shape) == (COMPRESSED, COMPRESSED) and torch.equal(mask.bool(), upper_triangle()),
             name,
@@ -197,36 +188,6 @@ def _bias(call: Call, layout: Layout, dtype: torch.dtype, index: int, rows: int,
         f"pse_shift must be one of {[list(some) for some in allowed]}, not {list(bias.shape)}",
     )
     return bias[index if bias.shape[0] > 1 else 0][:, :rows, :columns]
-
-
-def _unpaged(call: Call, table: Tensor, cache: Tensor, key_heads: int, layout: str) -> Tensor:
-    """The pages of each entry of the batch as one tensor in `layout`, up to the longest; cache is
-    [blocks, block_size, H] or [blocks, N, block_size, D]."""
-    name, size = call.operator, call.block_size
-    require_dtype(name, "block_table", table, (torch.int32,))
-    require(size % 16 == 0 and 16 <= size <= 512, name, f"block_size must be a multiple of 16 up to 512, not {size}")
-    lengths = given(call.key_lengths, name, "block_table needs actual_seq_lengths_kv")
-    require(cache.dim() in (3, 4), name, f"a paged cache must be 3-D or 4-D, not {list(cache.shape)}")
-    pages = cache if cache.dim() == 3 else cache.transpose(1, 2).flatten(2)
-    require(pages.shape[1] == size, name, f"the cache {list(cache.shape)} must have blocks of block_size {size}")
-    longest = max(int(length) for length in lengths)
-    rows = []
-    for index in range(table.shape[0]):
-        length = _length(call, "actual_seq_lengths_kv", lengths, index, table.shape[1] * size)
-        used = table[index, : -(-length // size)].long()
-        require(
-            bool(((used >= 0) & (used < pages.shape[0])).all()),
-            name,
-            f"block_table row {index} points beyond the {pages.shape[0]} blocks of the cache",
-        )
-        row = torch.zeros(longest, pages.shape[2], dtype=cache.dtype)
-        row[:length] = pages[used].flatten(0, 1)[:length]
-        rows.append(row)
-    joined = torch.stack(rows)
-    if layout == "BSH":
-        return joined
-    heads = joined.unflatten(-1, (key_heads, -1))
-    return heads if layout == "BSND" else heads.transpose(1, 2).contiguous()
 
 
 def _refuse_others(name: str, options: dict[str, Any], simulated: set[str]) -> None:

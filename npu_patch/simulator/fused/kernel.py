@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import counters, memory, rng, wrong
+from .. import counters, graph_nodes, graphs, memory, rng, wrong
 from ..refusal import require
 
 
@@ -27,6 +27,10 @@ class Kernel:
     """Arguments x for which the formula takes `x_requires_grad`, as the C++ wrapper looks at it."""
     on_host: tuple[str, ...] = ()
     """Tensor arguments that the operator documents as CPU tensors; every other one must be on the npu."""
+    only_written: tuple[str, ...] = ()
+    """Arguments that the formula writes to and does not read; a schema need not say so."""
+    launches: bool = True
+    """False for what only allocates: it counts nothing."""
     draws: bool = False
     """The formula takes `draw()`, which gives the (seed, offset) of the device's generator and moves it on."""
 
@@ -81,11 +85,11 @@ def npu_kernel(name: str, kernel: Kernel) -> Callable[..., Any]:
                 result = kernel.formula(*on_cpu, **named_on_cpu, **extra)
         if isinstance(result, tuple):
             result = result[: len(schema.returns)]  # an older torch_npu declares fewer
-        if counters.is_counting():
+        if kernel.launches and counters.is_counting():
             _count(full_name, copy_name, kernel, position, on_cpu, named_on_cpu, result)
         return aliases.give(result)
 
-    return launch
+    return graphs.leaf(full_name, launch, graph_nodes.written_by_schema(schema, kernel.only_written))
 
 
 def _count(
@@ -102,7 +106,8 @@ def _count(
         if isinstance(value, Tensor) and not value.is_contiguous():
             counters.launch(copy_name, [value], [torch.empty(value.shape, dtype=value.dtype, device="meta")])
     written = [v for v in (result if isinstance(result, list | tuple) else (result,)) if not isinstance(v, OnHost)]
-    counters.launch(name, [*on_cpu, *named.values()], written)
+    read = [*on_cpu, *(value for argument, value in named.items() if argument not in kernel.only_written)]
+    counters.launch(name, read, written)
 
 
 class _Aliases:

@@ -4,21 +4,23 @@
 
 /* ---- What is allowed. ---- */
 
-static int begin(Comm *comm, uint32_t call, uint32_t dtype) {
+static int begin(Comm *comm, void *stream, uint32_t call, uint32_t dtype) {
     if (dtype >= DTYPES || !bytes_of[dtype]) FAIL(BAD_PARAMETER, "%s: HcclDataType %u is unknown", call_names[call], dtype);
+    if (simulator_is_captured(stream))
+        FAIL(UNSUPPORTED, "%s: communication within a captured graph is not simulated", call_names[call]);
     if (call != SEND && call != RECEIVE) comm->collectives++;
     __sync_fetch_and_add(&simulator_hccl_counted[call][0], 1);
     return SUCCESS;
 }
 /* HCCL's documentation for Atlas A2: all of these dtypes, but no products of int16 and bfloat16. */
-static int begin_reducing(Comm *comm, uint32_t call, uint32_t dtype, uint32_t op) {
+static int begin_reducing(Comm *comm, void *stream, uint32_t call, uint32_t dtype, uint32_t op) {
     if (op >= OPS) FAIL(BAD_PARAMETER, "%s: HcclReduceOp %u is unknown", call_names[call], op);
     if (dtype > INT64 && dtype != BF16)
         FAIL(UNSUPPORTED, "%s does not reduce %s (allowed: int8, int16, int32, int64, float16, bfloat16, float32)",
              call_names[call], dtype_name(dtype));
     if (op == PROD && (dtype == INT16 || dtype == BF16))
         FAIL(UNSUPPORTED, "%s: prod does not take %s", call_names[call], dtype_name(dtype));
-    return begin(comm, call, dtype);
+    return begin(comm, stream, call, dtype);
 }
 
 /* ---- Sending to several. ---- */
@@ -75,14 +77,14 @@ static int take_reduced(Comm *comm, Header header, void *out) {
 #define NOBODY UINT32_MAX
 int HcclAllReduce(void *in, void *out, uint64_t count, uint32_t dtype, uint32_t op, Comm *comm, void *stream) {
     Header header = {ALL_REDUCE, dtype, op, 0, count, 0};
-    TRY(begin_reducing(comm, ALL_REDUCE, dtype, op));
+    TRY(begin_reducing(comm, stream, ALL_REDUCE, dtype, op));
     TRY(put_to_all(comm, header, in, NOBODY));
     return take_reduced(comm, header, out);
 }
 int HcclReduce(void *in, void *out, uint64_t count, uint32_t dtype, uint32_t op, uint32_t root, Comm *comm, void *stream) {
     Header header = {REDUCE, dtype, op, root, count, 0};
     int file;
-    TRY(begin_reducing(comm, REDUCE, dtype, op));
+    TRY(begin_reducing(comm, stream, REDUCE, dtype, op));
     TRY(file_of(&file));
     int code = add_to(file, in, count * bytes_of[dtype]);
     if (!code) code = put(comm, root, header, file, 0);
@@ -91,38 +93,38 @@ int HcclReduce(void *in, void *out, uint64_t count, uint32_t dtype, uint32_t op,
 }
 int HcclReduceScatter(void *in, void *out, uint64_t count, uint32_t dtype, uint32_t op, Comm *comm, void *stream) {
     Header header = {REDUCE_SCATTER, dtype, op, 0, count, 0};
-    TRY(begin_reducing(comm, REDUCE_SCATTER, dtype, op));
+    TRY(begin_reducing(comm, stream, REDUCE_SCATTER, dtype, op));
     TRY(put_parts(comm, header, in, NULL, NULL));
     return take_reduced(comm, header, out);
 }
 int HcclReduceScatterV(void *in, const uint64_t *counts, const uint64_t *offsets, void *out, uint64_t count,
                        uint32_t dtype, uint32_t op, Comm *comm, void *stream) {
     Header header = {REDUCE_SCATTER_V, dtype, op, 0, count, 0};
-    TRY(begin_reducing(comm, REDUCE_SCATTER_V, dtype, op));
+    TRY(begin_reducing(comm, stream, REDUCE_SCATTER_V, dtype, op));
     TRY(put_parts(comm, header, in, counts, offsets));
     return take_reduced(comm, header, out);
 }
 int HcclAllGather(void *in, void *out, uint64_t count, uint32_t dtype, Comm *comm, void *stream) {
     Header header = {ALL_GATHER, dtype, 0, 0, count, 0};
-    TRY(begin(comm, ALL_GATHER, dtype));
+    TRY(begin(comm, stream, ALL_GATHER, dtype));
     TRY(put_to_all(comm, header, in, NOBODY));
     return take_parts(comm, header, out, NULL, NULL);
 }
 int HcclAllGatherV(void *in, uint64_t count, void *out, const uint64_t *counts, const uint64_t *offsets, uint32_t dtype,
                    Comm *comm, void *stream) {
     Header header = {ALL_GATHER_V, dtype, 0, 0, count, 0};
-    TRY(begin(comm, ALL_GATHER_V, dtype));
+    TRY(begin(comm, stream, ALL_GATHER_V, dtype));
     TRY(put_to_all(comm, header, in, NOBODY));
     return take_parts(comm, header, out, counts, offsets);
 }
 int HcclBroadcast(void *buffer, uint64_t count, uint32_t dtype, uint32_t root, Comm *comm, void *stream) {
     Header header = {BROADCAST, dtype, 0, root, count, 0};
-    TRY(begin(comm, BROADCAST, dtype));
+    TRY(begin(comm, stream, BROADCAST, dtype));
     return comm->rank == root ? put_to_all(comm, header, buffer, root) : take(comm, root, header, buffer);
 }
 int HcclScatter(void *in, void *out, uint64_t count, uint32_t dtype, uint32_t root, Comm *comm, void *stream) {
     Header header = {SCATTER, dtype, 0, root, count, 0};
-    TRY(begin(comm, SCATTER, dtype));
+    TRY(begin(comm, stream, SCATTER, dtype));
     if (comm->rank == root) TRY(put_parts(comm, header, in, NULL, NULL));
     return take(comm, root, header, out);
 }
@@ -130,7 +132,7 @@ int HcclAlltoAllV(const void *in, const uint64_t *in_counts, const uint64_t *in_
                   const uint64_t *counts, const uint64_t *offsets, uint32_t out_dtype, Comm *comm, void *stream) {
     Header header = {ALL_TO_ALL, dtype, 0, 0, 0, 0};
     if (dtype != out_dtype) FAIL(BAD_PARAMETER, "HcclAlltoAllV: %s in, %s out", dtype_name(dtype), dtype_name(out_dtype));
-    TRY(begin(comm, ALL_TO_ALL, dtype));
+    TRY(begin(comm, stream, ALL_TO_ALL, dtype));
     TRY(put_parts(comm, header, in, in_counts, in_offsets));
     return take_parts(comm, header, out, counts, offsets);
 }
@@ -140,7 +142,7 @@ int HcclAlltoAll(const void *in, uint64_t in_count, uint32_t dtype, void *out, u
     if (dtype != out_dtype || in_count != count)
         FAIL(BAD_PARAMETER, "HcclAlltoAll: %llu %s in, %llu %s out", (unsigned long long)in_count, dtype_name(dtype),
              (unsigned long long)count, dtype_name(out_dtype));
-    TRY(begin(comm, ALL_TO_ALL, dtype));
+    TRY(begin(comm, stream, ALL_TO_ALL, dtype));
     TRY(put_parts(comm, header, in, NULL, NULL));
     return take_parts(comm, header, out, NULL, NULL);
 }
@@ -155,7 +157,7 @@ int HcclAlltoAllVC(const void *in, const uint64_t *matrix, uint32_t dtype, void 
 }
 int HcclBarrier(Comm *comm, void *stream) {
     Header header = {BARRIER, INT8, 0, 0, 0, 0};
-    TRY(begin(comm, BARRIER, INT8));
+    TRY(begin(comm, stream, BARRIER, INT8));
     TRY(put_to_all(comm, header, NULL, NOBODY));
     return take_parts(comm, header, NULL, NULL, NULL);
 }
@@ -167,7 +169,7 @@ static __thread struct { int depth; size_t count, room; Receive *items; } group;
 
 int HcclSend(void *data, uint64_t count, uint32_t dtype, uint32_t peer, Comm *comm, void *stream) {
     int file;
-    TRY(begin(comm, SEND, dtype));
+    TRY(begin(comm, stream, SEND, dtype));
     TRY(file_of(&file));
     int code = add_to(file, data, count * bytes_of[dtype]);
     if (!code) code = put(comm, peer, (Header){SEND, dtype, 0, 0, count, 0}, file, 0);
@@ -176,7 +178,7 @@ int HcclSend(void *data, uint64_t count, uint32_t dtype, uint32_t peer, Comm *co
 }
 int HcclRecv(void *data, uint64_t count, uint32_t dtype, uint32_t peer, Comm *comm, void *stream) {
     Header sent = {SEND, dtype, 0, 0, count, 0};
-    TRY(begin(comm, RECEIVE, dtype));
+    TRY(begin(comm, stream, RECEIVE, dtype));
     if (!group.depth) return take(comm, peer, sent, data);
     if (group.count == group.room) {
         Receive *more = realloc(group.items, (group.room * 2 + 8) * sizeof *more);

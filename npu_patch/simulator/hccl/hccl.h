@@ -34,6 +34,8 @@ void simulator_set_error(const char *message); /* cann_stub.c: what torch_npu pu
 } while (0)
 #define TRY(call) do { int code_ = (call); if (code_) return code_; } while (0)
 
+int simulator_is_captured(void *stream); /* cann_streams.c */
+
 /* names.c */
 extern const uint64_t bytes_of[DTYPES]; /* 0: no such dtype */
 extern const char *const call_names[CALLS];
