@@ -27,19 +27,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from npu_patch import simulator
 
-SIMULATED = simulator.real_device() is None
-if SIMULATED:
+if simulator.real_device() is None:
     simulator.start()
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from sft_packing import tokenizer
 from transformers import PrinterCallback, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 import npu_patch
-from sft_packing import tokenizer
 
+SIMULATED = simulator.real_device() is None
 MODEL = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "max_position_embeddings": 512}
 MODEL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 256, "eos_token_id": 257}
 PROMPTS = ("Write small letters.", "Go on:", "Small letters, please, and nothing else.", "abc")
