@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 FINEST = 64
+MOST_WINDOWS = 8
 GROWING = ("keys", "values")  # of one position each step, which a step that is run again writes again
 
 
@@ -42,10 +43,18 @@ def bucket(length: int) -> int:
 
 
 def made(config: Any, length: int) -> Any:
-    """One that is kept."""
-    kind = _class("StaticCache")
-    assert kind is not None
-    return kind(config=config, max_cache_len=length)
+    """One that is kept; or why there is none. Its windows do not slide: masks hide what has left a window, and the host
+    would count each token of a cache that lets it go."""
+    kind, full, sliding = _class("StaticCache"), _class("StaticLayer"), _class("StaticSlidingWindowLayer")
+    assert kind is not None and full is not None
+    cache = kind(config=config, max_cache_len=length)
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is sliding:
+            if length > MOST_WINDOWS * layer.max_cache_len:
+                return f"windows of less than 1 / {MOST_WINDOWS} of the cache"
+            cache.layers[index] = full(max_cache_len=length)
+            cache.layers[index].is_sliding = True  # by which models know which mask is its
+    return cache
 
 
 def start_over(cache: Any) -> None:

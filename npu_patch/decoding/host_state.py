@@ -7,7 +7,6 @@ its classes and files. Values on the device are not looked at: a graph reads tho
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +25,7 @@ APART = frozenset(
     | {"_previous_max_cache_length", "generation_config"}
 )
 DEEPEST = 4
+SMALL = 1 << 16  # numbers of a tensor that may be kept for the sake of its address
 # transformers leaves its hooks in place once outputs were asked for; they do nothing in a call that asks for none.
 SILENT = "transformers.utils.output_capturing"
 
@@ -33,16 +33,34 @@ SILENT = "transformers.utils.output_capturing"
 @dataclass(frozen=True)
 class Observed:
     """`state` is equal for two looks between which nothing changed. `why_not`: what no graph may stand for.
-    `dtypes`: of the parameters, on which those of a cache depend."""
+    `dtypes`: of the parameters, on which those of a cache depend. `loose`: tensors that modules keep beside parameters
+    and buffers, in the order of `state`, where their addresses are not: some are made anew by each prefill."""
 
     state: tuple[Any, ...]
     why_not: str | None
     dtypes: int
+    loose: tuple[Tensor, ...]
+
+    def changes_to(self, later: Observed) -> bool:
+        """Whether what lies between them, one step, changed anything but values of parameters and buffers."""
+        same = all(one is other for one, other in zip(self.loose, later.loose, strict=False))
+        return not same or self.state != later.state or self.written != later.written
+
+    @property
+    def written(self) -> list[int]:
+        return [0 if tensor.is_inference() else tensor._version for tensor in self.loose]
+
+    def renew(self, later: Observed) -> None:
+        """The values of now, at the addresses of then, where modules have other tensors of the same shapes since."""
+        for then, now in zip(self.loose, later.loose, strict=True):
+            if then is not now:
+                then.copy_(now)
 
 
 def observe(model: torch.nn.Module, device_type: str) -> Observed:
     """Walks over all modules: for once per call of generate(), not per token."""
     state: list[Any] = [journal.changes()]
+    loose: list[Tensor] = []
     dtypes: list[torch.dtype] = []
     classes: dict[type, None] = {}
     configurations: dict[int, Any] = {}
@@ -60,13 +78,16 @@ def observe(model: torch.nn.Module, device_type: str) -> Observed:
         for name, value in own.items():
             if name == "config":
                 configurations.setdefault(id(value), value)
+            elif isinstance(value, Tensor) and value.device.type == device_type and value.numel() <= SMALL:
+                loose.append(value)
+                state.append((name, value.dtype, value.shape))
             elif name not in APART:
                 state.append((name, _value(value, 0)))
     state += [_value(vars(each), 0) for each in configurations.values() if hasattr(each, "__dict__")]
     state += [(id(cls), id(cls.forward)) for cls in classes]
     files = {cls.__module__ for cls in classes if not cls.__module__.startswith("torch.")}
     state += [tuple(map(id, vars(sys.modules[name]).values())) for name in sorted(files) if name in sys.modules]
-    return Observed(tuple(state), why_not, hash(tuple(dtypes)))
+    return Observed(tuple(state), why_not, hash(tuple(dtypes)), tuple(loose))
 
 
 def _listened_to(own: dict[str, Any]) -> str | None:
@@ -115,8 +136,3 @@ def _value(value: Any, depth: int) -> Any:
         if hasattr(value, "to_dict") and hasattr(value, "__dict__"):  # a configuration within another
             return _value(vars(value), depth + 1)
     return id(value)
-
-
-def tensors_of(model: torch.nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()

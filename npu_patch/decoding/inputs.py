@@ -1,4 +1,4 @@
-"""The arguments of a decode step, at addresses that stay: what generate() lets grow with each token, as one step has it.
+"""The arguments of a decode step, at addresses that stay: what generate() lets grow, as it is for one token.
 
 - The newest token is copied to its place before each replay.
 - Positions are counted on within the graph.
@@ -20,12 +20,17 @@ MASK = "attention_mask"
 COUNTED = ("position_ids", "cache_position")
 LAST_OF = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 CACHES = ("past_key_values", "cache_params")
-# transformers hands these on at the prefill only.
-OF_THE_PROMPT = frozenset(
-    ("inputs_embeds", "pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "image_sizes")
-    + ("pixel_attention_mask", "input_features", "feature_attention_mask", "second_per_grid_ts", "mm_encoder_outputs")
+# How arguments start that a prefill alone has a use for; a step without them is compared with the model, too.
+OF_THE_PROMPT = (
+    "inputs_embeds",
+    "input_features",
+    "input_values",
+    "mm_encoder",
+    "pixel_",
+    "image_",
+    "video_",
+    "second_",
 )
-APART = OF_THE_PROMPT.union(CACHES)
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class StepInputs:
     def of(cls, tokens: Tensor, kwargs: Mapping[str, Any], length: int) -> StepInputs:
         """For a cache of `length` tokens."""
         tensors = {name: _as_it_stays(name, value, length) for name, value in _tensors(kwargs)}
-        others = {name: value for name, value in kwargs.items() if name not in tensors and name not in APART}
+        others = {name: value for name, value in kwargs.items() if name not in tensors and not _is_apart(name)}
         return cls(tokens[:, -1:].clone(memory_format=torch.contiguous_format), tensors, others)
 
     def load(self, tokens: Tensor, kwargs: Mapping[str, Any]) -> None:
@@ -64,14 +69,14 @@ class StepInputs:
                 place = self.tensors[name]
                 if not torch.equal(place, _as_it_stays(name, value, place.shape[-1])):
                     return name
-            elif name not in APART and (name not in self.others or self.others[name] != value):
+            elif not _is_apart(name) and (name not in self.others or self.others[name] != value):
                 return name
         return None
 
 
 def why_not(kwargs: Mapping[str, Any]) -> str | None:
     for name, value in kwargs.items():
-        if name not in APART and not isinstance(value, (Tensor, *PLAIN)):
+        if not _is_apart(name) and not isinstance(value, (Tensor, *PLAIN)):
             return f"the argument {name}, a {type(value).__name__}"
     if isinstance(kwargs.get(MASK), Tensor) and kwargs[MASK].dim() != 2:
         return "an attention mask that is not one of tokens"
@@ -83,16 +88,20 @@ def shape_of(tokens: Tensor, kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     found: list[Any] = [tokens.shape[0], tokens.dtype]
     for name in sorted(kwargs):
         value = kwargs[name]
-        if isinstance(value, Tensor) and name not in APART:
+        if isinstance(value, Tensor) and not _is_apart(name):
             shape = value.shape[:-1] if name in (MASK, *COUNTED, *LAST_OF) else value.shape
             found.append((name, shape, value.dtype, value.device))
-        elif name not in APART:
+        elif not _is_apart(name):
             found.append((name, value if isinstance(value, PLAIN) else None))
     return tuple(found)
 
 
+def _is_apart(name: str) -> bool:
+    return name in CACHES or name.startswith(OF_THE_PROMPT)
+
+
 def _tensors(kwargs: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
-    return [(name, value) for name, value in kwargs.items() if isinstance(value, Tensor) and name not in APART]
+    return [(name, value) for name, value in kwargs.items() if isinstance(value, Tensor) and not _is_apart(name)]
 
 
 def _as_it_stays(name: str, value: Tensor, length: int) -> Tensor:

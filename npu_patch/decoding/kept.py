@@ -6,7 +6,6 @@ Of each model a few, the least recently used one goes first; nothing of a model 
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 
 from npu_patch.decoding import cache as caches
 from npu_patch.decoding.graph import new_pool
+from npu_patch.decoding.host_state import Observed
 from npu_patch.decoding.step import Step
 
 MOST_CACHES, MOST_STEPS = 2, 4
@@ -30,10 +30,11 @@ class Lease:
 
 @dataclass
 class KeptStep:
-    """`state`: of the model, as it was captured. `cache()` is None once a caller's own is gone."""
+    """`observed`: the model, as it was captured. `cache()` is None once a caller's own is gone."""
 
     step: Step
-    state: Any
+    key: tuple[Any, ...]
+    observed: Observed
     cache: weakref.ref[Any]
     addresses: tuple[int, ...]
     why_not: str | None = None
@@ -41,48 +42,59 @@ class KeptStep:
 
 @dataclass
 class OfModel:
-    leases: list[Lease] = field(default_factory=list)  # the one used last comes last
-    steps: OrderedDict[Any, KeptStep] = field(default_factory=OrderedDict)
+    """Those used last come last. `refused`: by kinds of calls, the state of the model, and why none was captured."""
 
-    def lease(self, config: Any, length: int, kind: tuple[Any, ...]) -> Lease | None:
-        """A cache that nobody else uses, as if it were new; None where its like is in use."""
+    leases: list[Lease] = field(default_factory=list)
+    steps: list[KeptStep] = field(default_factory=list)
+    refused: dict[tuple[Any, ...], tuple[Any, str]] = field(default_factory=dict)
+
+    def why_not(self, kind: tuple[Any, ...], observed: Observed) -> str | None:
+        state, reason = self.refused.get(kind, (None, None))
+        return reason if state == observed.state else None
+
+    def refuse(self, lease: Lease, observed: Observed, reason: str) -> None:
+        """The cache served nothing."""
+        if len(self.refused) >= MOST_STEPS:
+            self.refused.clear()
+        self.refused[lease.kind] = observed.state, reason
+        self._drop([lease])
+
+    def lease(self, config: Any, length: int, kind: tuple[Any, ...]) -> Lease | str:
+        """A cache that nobody else uses, as if it were new; or why there is none."""
         found = [each for each in self.leases if each.kind == kind]
         if any(each.in_use for each in found):
-            return None
+            return "its cache is in use by another call of generate()"
         lease = next((each for each in found if caches.length_of(each.cache) >= length), None)
-        self._drop([each for each in found if each is not lease])  # transformers asks for no shorter one again
         if lease is None:
-            lease = Lease(caches.made(config, caches.bucket(length)), kind)
+            made = caches.made(config, caches.bucket(length))
+            if isinstance(made, str):
+                return made
+            lease = Lease(made, kind)
         else:
-            self.leases.remove(lease)
             caches.start_over(lease.cache)
-        idle = [each for each in self.leases if not each.in_use]
-        self._drop(idle[: max(len(self.leases) + 1 - MOST_CACHES, 0)])
-        self.leases.append(lease)
+        self._drop(found if lease not in found else [])  # transformers asks for no shorter one again
+        self.leases = [*(each for each in self.leases if each is not lease), lease]
         lease.in_use = True
+        self._drop([each for each in self.leases if not each.in_use][: max(len(self.leases) - MOST_CACHES, 0)])
         return lease
 
-    def step(self, key: tuple[Any, ...], state: Any, cache: Any) -> KeptStep:
-        """Captured or not yet; one that no longer fits is gone."""
-        key = (id(cache), *key)
-        kept, addresses = self.steps.get(key), caches.addresses(cache)
-        if kept is None or kept.cache() is not cache or kept.addresses != addresses or kept.state != state:
-            self.steps = OrderedDict(
-                (k, v) for k, v in self.steps.items() if v.cache() is not None and v.state == state
-            )
-            kept = KeptStep(Step(), state, weakref.ref(cache), addresses)
-            self.steps[key] = kept
-            while len(self.steps) > MOST_STEPS:
-                self.steps.popitem(last=False)
-        self.steps.move_to_end(key)
+    def step(self, key: tuple[Any, ...], observed: Observed, cache: Any) -> KeptStep:
+        """Captured, or to be."""
+        addresses = caches.addresses(cache)
+        self.steps = [each for each in self.steps if each.cache() is not None]
+        for kept in self.steps:
+            fits = kept.cache() is cache and kept.key == key and kept.addresses == addresses
+            if fits and kept.observed.state == observed.state:
+                self.steps.remove(kept)
+                break
+        else:
+            kept = KeptStep(Step(), key, observed, weakref.ref(cache), addresses)
+        self.steps = [*self.steps, kept][-MOST_STEPS:]
         return kept
 
     def _drop(self, leases: list[Lease]) -> None:
-        self.leases = [each for each in self.leases if each not in leases]
-        gone = [each.cache for each in leases]
-        for key, kept in list(self.steps.items()):
-            if any(kept.cache() is cache for cache in gone):
-                del self.steps[key]
+        self.leases = [each for each in self.leases if not any(each is gone for gone in leases)]
+        self.steps = [each for each in self.steps if not any(each.cache() is gone.cache for gone in leases)]
 
 
 class Kept:

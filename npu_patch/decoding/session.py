@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,27 +10,29 @@ from torch import Tensor
 from npu_patch.decoding import cache as caches
 from npu_patch.decoding import inputs
 from npu_patch.decoding.host_state import observe
-from npu_patch.decoding.kept import KEPT, KeptStep
-from npu_patch.decoding.step import cache_name_of, prove
+from npu_patch.decoding.kept import KEPT, KeptStep, Lease
+from npu_patch.decoding.step import Step, cache_name_of, prove
 from npu_patch.serving.calls import Calls
 
 STEP = "decode_step"
 
 
 class Session:
-    """`own`: the cache is ours. `watched`: code of others runs between the steps, and may change the model.
-    `grown`: the arguments of the next step, as the loop does not have them: it lets them grow only where a step is
-    eager."""
+    """`lease`: the cache, where it is ours. `watched`: code of others runs between the steps, and may change the model.
+    `kept` is what serves the call, once its first step has looked for it; `why_not`, why its steps are eager.
+    `grown`: the arguments of the next step, as the loop does not have them: it lets them grow where a step is eager."""
 
-    def __init__(self, model: Any, device_type: str, calls: Calls, own: bool, watched: bool) -> None:
-        self.model, self.device_type, self.calls, self.own, self.watched = model, device_type, calls, own, watched
+    def __init__(self, model: Any, device_type: str, calls: Calls, lease: Lease | None, watched: bool) -> None:
+        self.model, self.device_type, self.calls, self.lease, self.watched = model, device_type, calls, lease, watched
         self.prefilled = False
         self.room = 0
         self.kept: KeptStep | None = None
         self.why_not: str | None = None
+        self.nothing_captured: str | None = None  # why a step of this call could not be
         self.outputs: Any = None
-        self.owed, self.grown, self.keywords = 0, None, {}
-        self.state: Any = None
+        self.owed = 0
+        self.grown: dict[str, Any] | None = None
+        self.keywords: dict[str, Any] = {}
 
     def prepare(self, tokens: Tensor, **kwargs: Any) -> dict[str, Any]:
         if not self.prefilled:
@@ -39,82 +40,81 @@ class Session:
         return {STEP: (tokens, kwargs)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.step(*kwargs[STEP]) if STEP in kwargs else self.model(*args, **kwargs)
+        return self._step(*kwargs[STEP]) if STEP in kwargs else self.model(*args, **kwargs)
 
     def update(self, outputs: Any, kwargs: dict[str, Any], **keywords: Any) -> dict[str, Any]:
         self.prefilled = True
         if outputs is self.outputs:
-            self.owed, self.grown, self.keywords = self.owed + 1, kwargs, keywords
+            self.owed, self.keywords = self.owed + 1, keywords
+            self.grown = kwargs if self.grown is None else self.grown
             return kwargs
         kwargs, self.grown = (kwargs if self.grown is None else self.grown), None
         return dict(self.model._update_model_kwargs_for_generation(outputs, kwargs, **keywords))
 
-    def step(self, tokens: Tensor, kwargs: dict[str, Any]) -> Any:
-        kept = self.kept
-        if kept is None or self.watched or not self.calls.active:
+    def _step(self, tokens: Tensor, kwargs: dict[str, Any]) -> Any:
+        if self.kept is None or self.watched or not self.calls.active:
             kwargs = self._caught_up(kwargs)
-            kept = self._look(tokens, kwargs)
-        if self.why_not is None and self.room > 0:
-            self.room -= 1
-            if kept.step.is_proven:
-                return self._replayed(kept, tokens, kwargs)
-            kwargs = self._caught_up(kwargs)
-            outputs, reason = prove(
-                kept.step,
-                self.model,
-                tokens,
-                kwargs,
-                lambda: self._eager(tokens, kwargs),
-                KEPT.pool(self.device_type),
-                caches.length_of(kwargs[cache_name_of(kwargs)]),
-            )
-            if reason is not None:
-                kept.why_not = reason
-                kept.step.graph = kept.step.inputs = None
-                self._refuse(reason)
-            return outputs
-        return self._eager(tokens, self._caught_up(kwargs))
+            self._look(tokens, kwargs)
+        if self.why_not is None and self.room == 0:
+            self._refuse("the cache is full")
+        self.room -= 1
+        if self.why_not is not None or self.kept is None:
+            return self._eager(tokens, self._caught_up(kwargs))
+        if self.kept.step.is_proven:
+            return self._replayed(self.kept.step, tokens, kwargs)
+        return self._proved(self.kept, tokens, self._caught_up(kwargs))
 
-    def _look(self, tokens: Tensor, kwargs: dict[str, Any]) -> Any:
-        """The step that is captured for this call, or is to be; anew where the model has changed."""
-        if not self.calls.active:
-            self.why_not = self.why_not or "restored meanwhile"
+    def _look(self, tokens: Tensor, kwargs: dict[str, Any]) -> None:
+        """For the step that is captured for this call, or is to be; anew where the model has changed."""
         if self.why_not is not None:
-            return self.kept
+            return
         observed = observe(self.model, self.device_type)
         reason = observed.why_not or why_not_now(self.device_type)
-        if reason is not None:
-            return self._refuse(reason)
-        if self.kept is None:
-            self.room = caches.length_of(kwargs[cache_name_of(kwargs)]) - self._tokens_seen(tokens, kwargs)
-        elif self.kept.state == observed.state:
-            return self.kept
-        cache_name = cache_name_of(kwargs)
+        if not self.calls.active or reason is not None:
+            return self._refuse(reason or "restored meanwhile")
         key = (inputs.shape_of(tokens, kwargs), mode(self.device_type))
-        self.kept = KEPT.of(self.model).step(key, observed.state, kwargs[cache_name])
+        if self.kept is not None and self.kept.observed.state == observed.state and self.kept.key[1] == key[1]:
+            return self.kept.observed.renew(observed)
+        cache = kwargs[cache_name_of(kwargs)]
+        if self.kept is None:
+            self.room = caches.length_of(cache) - self._tokens_seen(tokens, kwargs)
         self.outputs = None
+        self.kept = KEPT.of(self.model).step(key, observed, cache)
         if self.kept.why_not is not None:
-            self._refuse(self.kept.why_not)
-        elif self.kept.step.is_proven:
-            self._begin(tokens, kwargs)
-        return self.kept
+            return self._refuse(self.kept.why_not)
+        self.kept.observed.renew(observed)
 
-    def _begin(self, tokens: Tensor, kwargs: dict[str, Any]) -> None:
-        step, cache_name = self.kept.step, cache_name_of(kwargs)
-        step.inputs.load(tokens, kwargs)
-        self.outputs = step.outputs_with(cache_name, kwargs[cache_name])
+    def _proved(self, kept: KeptStep, tokens: Tensor, kwargs: dict[str, Any]) -> Any:
+        length = caches.length_of(kwargs[cache_name_of(kwargs)])
+        pool = KEPT.pool(self.device_type)
 
-    def _replayed(self, kept: KeptStep, tokens: Tensor, kwargs: dict[str, Any]) -> Any:
+        def eager() -> Any:
+            return self._eager(tokens, kwargs)
+
+        def changed() -> bool:
+            return kept.observed.changes_to(observe(self.model, self.device_type))
+
+        outputs, reason = prove(kept.step, self.model, tokens, kwargs, eager, changed, pool, length)
+        if reason is not None:
+            kept.why_not, kept.step = reason, Step()
+            self.nothing_captured = reason
+            self._refuse(reason)
+        return outputs
+
+    def _replayed(self, step: Step, tokens: Tensor, kwargs: dict[str, Any]) -> Any:
+        assert step.inputs is not None and step.graph is not None
         if self.outputs is None:
-            self._begin(tokens, kwargs)
+            step.inputs.load(tokens, kwargs)
+            cache_name = cache_name_of(kwargs)
+            self.outputs = step.outputs_with(cache_name, kwargs[cache_name])
         else:
-            kept.step.inputs.take(tokens)
-        kept.step.graph.replay()
+            step.inputs.take(tokens)
+        step.graph.replay()
         self.calls.ran += 1
         return self.outputs
 
     def _tokens_seen(self, tokens: Tensor, kwargs: dict[str, Any]) -> int:
-        if self.own and kwargs.get("inputs_embeds") is None:
+        if self.lease is not None and kwargs.get("inputs_embeds") is None:
             return tokens.shape[1] - 1
         return caches.tokens_in(kwargs[cache_name_of(kwargs)])
 
@@ -128,6 +128,7 @@ class Session:
     def _caught_up(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments with all that replays let grow by themselves."""
         for _ in range(self.owed):
+            assert self.grown is not None
             self.grown = self.model._update_model_kwargs_for_generation(self.outputs, self.grown, **self.keywords)
         self.owed = 0
         return kwargs if self.grown is None else {**kwargs, **self.grown}
@@ -179,6 +180,3 @@ def why_not_now(device_type: str) -> str | None:
     if torch.get_device_module(device_type).is_current_stream_capturing():
         return "within a capture"
     return None
-
-
-Loop = Callable[..., Any]

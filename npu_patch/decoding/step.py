@@ -42,10 +42,18 @@ class Step:
 
 
 def prove(
-    step: Step, model: Any, tokens: Tensor, kwargs: Mapping[str, Any], eager: Callable[[], Any], pool: Any, length: int
+    step: Step,
+    model: Any,
+    tokens: Tensor,
+    kwargs: Mapping[str, Any],
+    eager: Callable[[], Any],
+    changed: Callable[[], bool],
+    pool: Any,
+    length: int,
 ) -> tuple[Any, str | None]:
     """The result of `eager()`, one step of the model, after which `step` is captured and did the same; or the reason
-    why that cannot be. The cache, the random numbers and the host are as the eager step leaves them."""
+    why that cannot be. The cache, the random numbers and the host are as the eager step leaves them. `changed()`:
+    whether the model is another to the host than before."""
     cache_name = cache_name_of(kwargs)
     cache, device = kwargs[cache_name], tokens.device
     if step.inputs is not None and (differing := step.inputs.differ_from(kwargs)) is not None:
@@ -53,7 +61,7 @@ def prove(
     random, before = _RandomNumbers.of(device), Before.of(cache)
     outputs = eager()
     random_after, after = _RandomNumbers.of(device), Before.of(cache)
-    frozen = before.counted_by_the_host(cache)
+    frozen = before.counted_by_the_host(cache) or ("a step changes what the model keeps" if changed() else None)
     if frozen is not None:
         return outputs, frozen
     if step.graph is None:

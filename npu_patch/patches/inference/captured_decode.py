@@ -16,9 +16,10 @@ from torch import Tensor
 
 from npu_patch.decoding import cache as caches
 from npu_patch.decoding import inputs
-from npu_patch.decoding.host_state import observe
+from npu_patch.decoding.host_state import Observed, observe
 from npu_patch.decoding.kept import KEPT, Lease
 from npu_patch.decoding.session import ModelOfLoop, Session, mode, why_not_now
+from npu_patch.decoding.turns import turn
 from npu_patch.ops.decode_step import DECODE_STEP
 from npu_patch.ops.readings import AsNamed
 from npu_patch.patches.patch import Context, Patch, Replacement
@@ -30,6 +31,7 @@ from npu_patch.sites.sites import Site
 LIBRARY, MIXIN = "transformers.generation.utils", "GenerationMixin"
 SAMPLE, BEAMS, ASSISTED = "_sample", "_beam_search", "_assisted_decoding"
 NOT_CAPTURED = {BEAMS: "beam search reorders the cache", ASSISTED: "assisted generation takes tokens back"}
+OF_LOOP = ("generation_config", "logits_processor", "stopping_criteria", "streamer", "synced_gpus")
 ASKED_FOR = ("output_attentions", "output_hidden_states")
 # Of transformers, but they call what a caller gave them.
 CALLING_OTHERS = ("PrefixConstrainedLogitsProcessor",)
@@ -83,26 +85,42 @@ def _captured(original: Callable[..., Any], device_type: str, calls: Calls) -> C
         observed = observe(model, device_type)
         if observed.why_not is not None:
             return Unserved(observed.why_not)
-        name, lease = _name_of_cache(kwargs), None
-        if not kwargs["generation_config"].return_dict_in_generate and caches.is_own(kwargs[name]):
-            kind = (input_ids.shape[0], input_ids.device, observed.dtypes, mode(device_type))
-            config = model.config.get_text_config(decoder=True)
-            lease = KEPT.of(model).lease(config, caches.length_of(kwargs[name]), kind)
-            if lease is None:
-                return Unserved("its cache is in use by another call of generate()")
-            kwargs[name] = lease.cache
-        session = Session(model, device_type, calls, lease is not None, _others_between(kwargs))
-        try:
-            return TakenOver(original(ModelOfLoop(session), input_ids, *args, **kwargs))
-        finally:
-            _give_back(lease)
+        with turn(device_type) as taken:
+            lease = _lease(model, input_ids, kwargs, observed, device_type) if taken is None else taken
+            if isinstance(lease, str):
+                return Unserved(lease)
+            session = Session(model, device_type, calls, lease, _others_between(kwargs))
+            try:
+                return TakenOver(original(ModelOfLoop(session), input_ids, *args, **kwargs))
+            finally:
+                if lease is not None:
+                    lease.in_use = False
+                    if session.nothing_captured is not None:
+                        KEPT.of(model).refuse(lease, observed, session.nothing_captured)
 
     return serve
 
 
-def _give_back(lease: Lease | None) -> None:
-    if lease is not None:
-        lease.in_use = False
+def _lease(
+    model: Any, input_ids: Tensor, kwargs: dict[str, Any], observed: Observed, device_type: str
+) -> Lease | str | None:
+    """A cache of ours, in the place of one that transformers made for this call; or why the call is left alone. None
+    where the cache is the caller's."""
+    name, config = _name_of_cache(kwargs), kwargs["generation_config"]
+    if config.return_dict_in_generate or not caches.is_own(kwargs[name]):
+        return None
+    of_model = KEPT.of(model)
+    kind = (input_ids.shape[0], input_ids.device, observed.dtypes, mode(device_type))
+    reason = of_model.why_not(kind, observed)
+    if reason is not None:
+        return reason
+    embedded = kwargs.get("inputs_embeds")
+    length = max(caches.length_of(kwargs[name]), config.max_length - 1)
+    length += 0 if embedded is None else embedded.shape[1]
+    lease = of_model.lease(model.config.get_text_config(decoder=True), length, kind)
+    if isinstance(lease, Lease):
+        kwargs[name] = lease.cache
+    return lease
 
 
 def _why_not(model: Any, input_ids: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device_type: str) -> str | None:
@@ -124,11 +142,8 @@ def _why_not(model: Any, input_ids: Any, args: tuple[Any, ...], kwargs: dict[str
         return "attentions or hidden states are asked for"
     if not kwargs.get("use_cache", True):
         return "no cache is used"
-    model_kwargs = {name: value for name, value in kwargs.items() if name not in OF_LOOP}
-    return why_not_now(device_type) or inputs.why_not(model_kwargs)
-
-
-OF_LOOP = ("generation_config", "logits_processor", "stopping_criteria", "streamer", "synced_gpus")
+    of_model = {name: value for name, value in kwargs.items() if name not in OF_LOOP}
+    return why_not_now(device_type) or inputs.why_not(of_model)
 
 
 def _cache_of(kwargs: dict[str, Any]) -> Any:
