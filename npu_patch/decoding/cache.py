@@ -18,6 +18,8 @@ GROWING = ("keys", "values")  # of one position each step, which a step that is 
 def why_not(cache: Any) -> str | None:
     """Why no graph can write to the cache."""
     kind = _class("StaticCache")
+    if cache is None:
+        return "no cache"
     if kind is None or not isinstance(cache, kind):
         return f"a cache that grows ({type(cache).__name__})"
     if getattr(cache, "offloading", False):

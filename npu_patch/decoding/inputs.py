@@ -29,7 +29,7 @@ OF_THE_PROMPT = (
     "pixel_",
     "image_",
     "video_",
-    "second_",
+    "second",
 )
 
 

@@ -140,8 +140,6 @@ def _why_not(model: Any, input_ids: Any, args: tuple[Any, ...], kwargs: dict[str
         return "torch.compile is asked for (compile_config)"
     if any(getattr(config, name, False) for name in ASKED_FOR):
         return "attentions or hidden states are asked for"
-    if not kwargs.get("use_cache", True):
-        return "no cache is used"
     of_model = {name: value for name, value in kwargs.items() if name not in OF_LOOP}
     return why_not_now(device_type) or inputs.why_not(of_model)
 
