@@ -41,9 +41,15 @@ import npu_patch
 
 SIMULATED = simulator.real_device() is None
 MODEL = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "max_position_embeddings": 512}
-MODEL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 256, "eos_token_id": 257}
+MODEL |= {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.1,
+    "pad_token_id": 256,
+    "eos_token_id": 257,
+}
 PROMPTS = ("Write small letters.", "Go on:", "Small letters, please, and nothing else.", "abc")
-GROUP = 4  # completions of a prompt
+GROUP = 8  # completions of a prompt
 ROLLOUTS: dict[str, dict[str, Any]] = {
     "static": {"cache_implementation": "static"},
     "dynamic": {},
