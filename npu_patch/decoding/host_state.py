@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as of_all
 
+from npu_patch.decoding.gradient_hooks import only_asks_for_gradients
 from npu_patch.serving.implementation import is_plain
 from npu_patch.sites import journal
 
@@ -92,7 +93,7 @@ def observe(model: torch.nn.Module, device_type: str) -> Observed:
 
 def _listened_to(own: dict[str, Any]) -> str | None:
     for hook in (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()):
-        if getattr(hook, "__module__", None) != SILENT:
+        if getattr(hook, "__module__", None) != SILENT and not only_asks_for_gradients(hook):
             return "hooks on modules of the model"
     return None
 
