@@ -6,6 +6,7 @@ its classes and files. Values on the device are not looked at: a graph reads tho
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.modules import module as of_all
+from torch.utils.hooks import RemovableHandle
 
 from npu_patch.decoding.gradient_hooks import only_asks_for_gradients
 from npu_patch.serving.implementation import is_plain
@@ -127,7 +129,11 @@ def _value(value: Any, depth: int) -> Any:
         return value
     if isinstance(value, Tensor):
         return _place(value)
+    if isinstance(value, RemovableHandle):  # of a hook, which is looked at itself
+        return None
     if depth < DEEPEST:
+        if isinstance(value, functools.partial):  # made anew each time that checkpointing is turned on again
+            return _value((value.func, value.args, value.keywords), depth + 1)
         if isinstance(value, dict):
             return tuple((key, _value(each, depth + 1)) for key, each in list(value.items()))
         if isinstance(value, (list, tuple)):

@@ -11,6 +11,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from npu_patch.decoding.gradient_hooks import only_asks_for_gradients
+from npu_patch.decoding.host_state import observe
 
 TINY = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
 seen: list[Any] = []
@@ -70,3 +71,20 @@ class Listener:
 )
 def test_any_other_hook_is_not(hook: Any) -> None:
     assert not only_asks_for_gradients(hook)
+
+
+def test_checkpointing_that_is_turned_off_and_on_again_leaves_a_model_as_it_was() -> None:
+    """As trl does around each rollout: what is made anew then means what it meant before."""
+    model = _model()
+    states = []
+    for _ in range(2):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+        states.append(observe(model, "cpu"))
+        model.disable_input_require_grads()
+        states.append(observe(model, "cpu"))
+        model.gradient_checkpointing_disable()
+        states.append(observe(model, "cpu"))
+    assert [each.why_not for each in states] == [None] * 6
+    assert [one.state == other.state for one, other in zip(states[:3], states[3:], strict=True)] == [True] * 3
+    assert states[0].state != states[2].state
