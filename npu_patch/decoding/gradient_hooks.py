@@ -1,4 +1,4 @@
-"""The hook by which transformers, peft and trl let a checkpointed layer have a gradient. Each of them defines its own."""
+"""The hook by which transformers, peft and trl let a checkpointed layer have gradients. Each of them has its own."""
 
 from __future__ import annotations
 
