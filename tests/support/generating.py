@@ -19,10 +19,10 @@ COMPARED = 2
 
 def prompt(*, batch: int = 2, length: int = 9, padding: int = 4, seed: int = 1) -> dict[str, Tensor]:
     """The first row is padded on the left."""
-    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     mask = torch.ones(batch, length, dtype=torch.long)
     mask[0, :padding] = 0
-    return {"input_ids": torch.randint(2, 101, (batch, length)), "attention_mask": mask}
+    return {"input_ids": torch.randint(2, 101, (batch, length), generator=generator), "attention_mask": mask}
 
 
 def tokens(model: Any, count: int = 8, batch: dict[str, Tensor] | None = None, **how: Any) -> Tensor:
