@@ -40,7 +40,7 @@ def length_of(cache: Any) -> int:
 
 def bucket(length: int) -> int:
     """As long as caches are made for this length, so that other lengths find them: four to each power of two."""
-    step = max(FINEST, 1 << (max(length - 1, 1).bit_length() - 3))
+    step = max(FINEST, 1 << max((length - 1).bit_length() - 3, 0))
     return -(-length // step) * step
 
 

@@ -33,7 +33,7 @@ OF_THE_PROMPT = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepInputs:
     tokens: Tensor
     tensors: Mapping[str, Tensor]

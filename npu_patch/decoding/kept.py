@@ -19,7 +19,7 @@ from npu_patch.decoding.step import Step
 MOST_CACHES, MOST_STEPS = 2, 4
 
 
-@dataclass
+@dataclass(eq=False)
 class Lease:
     """A cache that is kept. `kind`: of the calls that it serves."""
 
@@ -28,7 +28,7 @@ class Lease:
     in_use: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class KeptStep:
     """`observed`: the model, as it was captured. `cache()` is None once a caller's own is gone."""
 
@@ -40,7 +40,7 @@ class KeptStep:
     why_not: str | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class OfModel:
     """Those used last come last. `refused`: by kinds of calls, the state of the model, and why none was captured."""
 

@@ -21,7 +21,7 @@ CLOSE = {torch.float32: 1e-5, torch.float64: 1e-10}
 CLOSE_OTHERS = 2e-2
 
 
-@dataclass
+@dataclass(eq=False)
 class Step:
     """`inputs` are None until it is captured. `proofs`: how often its replay was compared with the model. The cache is
     not held here: who owns it decides how long it lives."""
