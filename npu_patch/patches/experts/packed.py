@@ -16,6 +16,7 @@ from torch import Tensor
 from npu_patch.ops.experts.grouped_matmul import Weights
 from npu_patch.ops.experts.routed import Experts
 from npu_patch.ops.readings import NotRead
+from npu_patch.ops.weight_format import HELD, plain
 from npu_patch.patches.experts.checked import checks, route
 from npu_patch.patches.patch import Context, Replacement
 from npu_patch.probe.experts import (
@@ -88,6 +89,12 @@ def replacement(
     dispatch = context.dispatch(lambda live: checks(live_experts(live)))
 
     def serve(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
+        result = serve_grouped(self, *args, **kwargs)
+        if isinstance(result, Unserved) and HELD:
+            plain(self)  # the original takes slices of its weights
+        return result
+
+    def serve_grouped(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor | Unserved:
         bound = tensors_on(context.device_type, names, args, kwargs)
         if isinstance(bound, Unserved):
             return bound
