@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 @dataclass
 class Counted:
     """What was counted; complete once the `with` block has ended. Who wants to know more of each launch than this
-    overrides `launched`, `waited`, `prefetched` and `became`, which are called one at a time, on the thread that launches."""
+    overrides `launched`, `waited`, `prefetched` and `became`, which are called one at a time, on the thread that
+    launches."""
 
     launches: int = 0
     bytes: int = 0

@@ -38,9 +38,12 @@ laid_out: dict[int, torch.Size] = {}  # address -> shape of what was laid out so
 
 def is_fractal(tensor: Tensor) -> bool:
     """Whether it lies so; nothing is asked before anything does."""
-    if not laid_out or tensor.device.type != "npu":
+    if not laid_out or tensor.device.type != "npu" or tensor.untyped_storage().data_ptr() not in laid_out:
         return False
-    return tensor.untyped_storage().data_ptr() in laid_out and torch_npu.get_npu_format(tensor) == FRACTAL_NZ
+    try:
+        return bool(torch_npu.get_npu_format(tensor) == FRACTAL_NZ)
+    except RuntimeError:  # a storage that torch made over the memory has no format: its bytes are what is asked for
+        return False
 
 
 def require_taken(name: str, args: tuple[object, ...], kwargs: dict[str, object]) -> None:

@@ -31,7 +31,7 @@ def test_it_is_no_launch_and_its_bytes_are_those_of_the_tensor_at_most() -> None
 
 @pytest.mark.parametrize(("most", "offset"), [(0, 0), (-1, 0), (10, -1), (10, 5000)])
 def test_what_the_operator_does_not_document_is_refused(most: int, offset: int) -> None:
-    with pytest.raises(RuntimeError, match="max_size|offset"):
+    with pytest.raises(RuntimeError, match=r"max_size|offset"):
         prefetch(weight(), most, offset)
 
 

@@ -2,9 +2,9 @@
 
 Changes    `data` of parameters, which stay the objects that they are, with their shapes, strides and values.
 Not when   a weight is trained, shared, a part of a larger storage, a subclass of Parameter, hooked, not in half
-           precision, on another device, of widths that are no multiples of 16 (the padding would cost memory), of the
-           output embeddings (a loss reads them by rows), or read by the code of a layer around it; the model is sharded,
-           or its ranks have yet to be given one another's weights. The device is asked whether products of it are right.
+           precision, on another device, of widths that are no multiples of 16 (the padding would cost memory), of
+           output embeddings (a loss reads them by rows), or read by the code of a layer around; the model is sharded,
+           or its ranks have yet to be given one another's weights. The device is asked whether such products are right.
 Put back   before a `state_dict`, a loaded one, a copy, a pickle, a move or cast of its module, peft's merges, a step of
            an optimizer that trains it: for good, which is said once. Experts too where a call falls through.
 Delete     when torch_npu keeps weights so and gives everybody else plain ones.
