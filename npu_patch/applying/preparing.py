@@ -22,7 +22,7 @@ def prepare(request: Request, report: Report, *, dry: bool = False) -> None:
             off = f"{each.name}: switched off by {request.switches.sources[each.switch]}"
             if any(held.outcome.patch == each.name for held in STATE.prepared.values()):
                 report.warnings.append(f"{off}, and {STILL_IN_PLACE}")
-            else:
+            elif request.switches.sources[each.switch] != "default":
                 report.notes.append(off)
         elif request.model is None:
             report.notes.append(f"{each.name}: it prepares a model, and none was given")
