@@ -31,25 +31,19 @@ FOLLOWING: WeakKeyDictionary[Module, tuple[Linear, ...]] = WeakKeyDictionary()
 _STREAMS: dict[torch.device, Any] = {}
 
 
-def while_attending(serve: Callable[..., Any]) -> Callable[..., Any]:
-    """`serve(layer, query, ...)`, query `[B, N, Sq, D]`, beside what fetches the weights that follow the layer."""
-
-    @functools.wraps(serve)
-    def beside(module: Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-        following = FOLLOWING.get(module) if FOLLOWING else None
-        if following is None or not _is_token(query):
-            return serve(module, query, *args, **kwargs)
-        current = torch.npu.current_stream(query.device)
-        side = stream(query.device)
-        side.wait_stream(current)
-        with torch.npu.stream(side):
-            _fetch(following, query.device)
-        try:
-            return serve(module, query, *args, **kwargs)
-        finally:
-            current.wait_stream(side)
-
-    return beside
+def while_fetching(serve: Callable[..., Any], module: Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """`serve(module, query, ...)`, query `[B, N, Sq, D]`, beside what fetches the weights that follow the module."""
+    following = FOLLOWING.get(module)
+    if following is None or not _is_token(query):
+        return serve(module, query, *args, **kwargs)
+    current, side = torch.npu.current_stream(query.device), stream(query.device)
+    side.wait_stream(current)
+    with torch.npu.stream(side):
+        _fetch(following, query.device)
+    try:
+        return serve(module, query, *args, **kwargs)
+    finally:
+        current.wait_stream(side)
 
 
 def _is_token(query: Tensor) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from npu_patch.ops.attention.op import ATTENTION
-from npu_patch.ops.prefetch import while_attending
+from npu_patch.ops.prefetch import FOLLOWING, while_fetching
 from npu_patch.ops.readings import AsNamed, NotRead
 from npu_patch.patches.attention import flash as attention_flash
 from npu_patch.patches.attention import mask as attention_mask
@@ -130,7 +130,7 @@ def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
     dispatch = context.dispatch(partial(checks, door.name) if attends else no_cases)
     serve = door.serve(site.original, context.device_type, Attend(dispatch, calls))
     if attends:
-        serve = while_attending(_with_a_result_to_change(serve, calls))
+        serve = _with_a_result_to_change(serve, calls)
     function = replacement_for(original, calls, serve, named_after=site.original)
     if door.name == FLASH:
         ONE_CALL[function] = calls
@@ -155,7 +155,8 @@ def _with_a_result_to_change(serve: Callable[..., Any], calls: Calls) -> Callabl
     callers = Callers()
 
     def kept(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        result = serve(module, *args, **kwargs)
+        fetching = FOLLOWING.data  # empty but where the preparation prefetch has been: no frame is added
+        result = while_fetching(serve, module, *args, **kwargs) if fetching else serve(module, *args, **kwargs)
         if type(result) is not tuple or torch.compiler.is_compiling() or not result[0].requires_grad:
             return result
         changed = callers.why_changed_later(module, (), result=True)
