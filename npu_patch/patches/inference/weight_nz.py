@@ -5,7 +5,7 @@ Not when   a weight is trained, shared, a part of a larger storage, a subclass o
            precision, on another device, of widths that are no multiples of 16 (the padding would cost memory), of
            output embeddings (a loss reads them by rows), or read by the code of a layer around; the model is sharded,
            or its ranks have yet to be given one another's weights. The device is asked whether such products are right.
-Put back   before a `state_dict`, a loaded one, a copy, a pickle, a move or cast of its module, peft's merges, a step of
+Put back   before a `state_dict`, a copy, a pickle, a move or cast of its module, peft's merges, a step of
            an optimizer that trains it: for good, which is said once. Experts too where a call falls through.
 Delete     when torch_npu keeps weights so and gives everybody else plain ones.
 """
@@ -30,7 +30,7 @@ from npu_patch.switches import Switches
 
 BEFORE_STEP = torch_optimizer._global_optimizer_pre_hooks
 # Methods of a layer, before which its weights are put back; and of one of peft's, before which its base layer's are.
-OF_A_LAYER = ("_save_to_state_dict", "_load_from_state_dict", "_apply", "__reduce_ex__")
+OF_A_LAYER = ("_save_to_state_dict", "_apply", "__reduce_ex__")
 OF_AN_ADAPTER = ("merge", "unmerge")
 BASE = "base_layer"
 SHARDING = ("FullyShardedDataParallel", "DeepSpeedEngine")

@@ -341,11 +341,13 @@ def test_what_is_saved_loads_as_the_model_was(npu: torch.device, tmp_path: Path)
     assert same(values(other), before)
 
 
-def test_a_loaded_state_dict_is_what_the_model_computes_with(npu: torch.device) -> None:
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_loaded_state_dict_is_what_the_model_computes_with(assign: bool, npu: torch.device) -> None:
     model, other = frozen("qwen3", npu), frozen("qwen3", npu, seed=3)
     expected = logits(other)
     npu_patch.apply(model, weight_nz=True)
-    model.load_state_dict(other.state_dict())
+    model.load_state_dict(other.state_dict(), assign=assign)
+    assert bool(laid_out(model)) != assign
     assert torch.allclose(logits(model).float(), expected.float(), atol=0.05) and same(values(model), values(other))
     npu_patch.restore()
     assert same(values(model), values(other))
