@@ -5,8 +5,9 @@ Not when   a weight is trained, shared, a part of a larger storage, a subclass o
            precision, on another device, of widths that are no multiples of 16 (the padding would cost memory), of
            output embeddings (a loss reads them by rows), or read by the code of a layer around; the model is sharded,
            or its ranks have yet to be given one another's weights. The device is asked whether such products are right.
-Put back   before a `state_dict`, a copy, a pickle, a move or cast of its module, peft's merges, a step of
-           an optimizer that trains it: for good, which is said once. Experts too where a call falls through.
+Put back   before a `state_dict`, a copy, a pickle, a move or cast of its module, peft's merges, a step of an optimizer
+           that trains it: for good, which is said once, except where a move changes nothing. Experts too where a call
+           falls through.
 Delete     when torch_npu keeps weights so and gives everybody else plain ones.
 """
 
@@ -30,11 +31,13 @@ from npu_patch.switches import Switches
 
 BEFORE_STEP = torch_optimizer._global_optimizer_pre_hooks
 # Methods of a layer, before which its weights are put back; and of one of peft's, before which its base layer's are.
-OF_A_LAYER = ("_save_to_state_dict", "_apply", "__reduce_ex__")
+OF_A_LAYER = ("_save_to_state_dict", "__reduce_ex__")
+MOVES = "_apply"  # `to` and the like, most of which change nothing: a trainer puts a model where it is
 OF_AN_ADAPTER = ("merge", "unmerge")
 BASE = "base_layer"
 SHARDING = ("FullyShardedDataParallel", "DeepSpeedEngine")
 LIBRARIES = ("torch.", "transformers.modeling_utils", "peft.")  # whose code reads weights of any layer
+PLAIN_AGAIN = "which is plain again, others maybe too; after npu_patch.restore(), apply() lays them out anew"
 Weight = tuple[Module, str, str]  # its layer, its name, the function that takes it
 
 
@@ -66,7 +69,8 @@ def prepare(model: Module, device_type: str, switches: Switches) -> Iterator[Cha
         if at not in left:
             weight_format.lay_out(layer, (name,))
             yield layer, _change_back
-            yield from (_door(type(layer), method) for method in OF_A_LAYER if hasattr(type(layer), method))
+            yield from (_door(type(layer), method) for method in OF_A_LAYER)
+            yield _door_of_moves(type(layer))
     for adapted in model.modules():
         if adapted._modules.get(BASE) in weight_format.HELD:
             yield from (_door(type(adapted), method) for method in OF_AN_ADAPTER if hasattr(type(adapted), method))
@@ -180,13 +184,37 @@ def _door(cls: type, method: str) -> Rebinding:
     return Rebinding(cls, method, plain_first)
 
 
+def _door_of_moves(cls: type) -> Rebinding:
+    """Laid out anew where a weight is still what it was, where it was."""
+    original: Callable[..., Any] = getattr(cls, MOVES)
+
+    @functools.wraps(original)
+    def plain_meanwhile(self: Module, *args: Any, **kwargs: Any) -> Any:
+        names = weight_format.HELD.get(self, ())
+        if not weight_format.plain(self):
+            return original(self, *args, **kwargs)
+        before = {name: _kind(self._parameters.get(name)) for name in names}
+        result = original(self, *args, **kwargs)
+        for name, kind in before.items():
+            if kind is not None and _kind(self._parameters.get(name)) == kind:
+                weight_format.lay_out(self, (name,))
+            else:
+                log.warning(f"weight_nz: {MOVES} changed a weight, {PLAIN_AGAIN}")
+        return result
+
+    return Rebinding(cls, MOVES, plain_meanwhile)
+
+
+def _kind(weight: Any) -> tuple[Any, ...] | None:
+    if type(weight) is not Parameter or weight.requires_grad:
+        return None
+    return weight.dtype, weight.device, weight.shape, weight.data_ptr()
+
+
 def _put_back(layer: Module, for_whom: str) -> None:
     for each in (layer, layer._modules.get(BASE)):
         if each is not None and weight_format.plain(each):
-            log.warning(
-                f"weight_nz: {for_whom} asked for weights, which are plain again; after npu_patch.restore(), apply() "
-                "lays them out anew"
-            )
+            log.warning(f"weight_nz: {for_whom} asked for a weight, {PLAIN_AGAIN}")
 
 
 def _before_step(*_: Any) -> None:

@@ -305,12 +305,18 @@ def saved_whole(model: Any) -> nn.Module:
     return torch.load(io.BytesIO(stream.getvalue()), weights_only=False)
 
 
+@pytest.mark.parametrize("allowed", [False, True])
 @pytest.mark.parametrize("made", [copied, pickled, saved_whole])
-def test_copies_are_plain(made: Callable[[Any], nn.Module], npu: torch.device) -> None:
+def test_copies_are_plain(made: Callable[[Any], nn.Module], allowed: bool, npu: torch.device) -> None:
+    """Whether or not the user allows internal formats, in which copies would lie too."""
     model = frozen("qwen3", npu)
     before = values(model)
     npu_patch.apply(model, weight_nz=True)
-    other = made(model)
+    torch.npu.config.allow_internal_format = allowed
+    try:
+        other = made(model)
+    finally:
+        torch.npu.config.allow_internal_format = False
     assert not laid_out(other) and same(values(other), before) and same(values(model), before)
     assert other.state_dict().keys() == model.state_dict().keys()
 
@@ -368,7 +374,19 @@ def test_weights_that_somebody_writes_stay_what_was_written(in_place: bool, npu:
     assert torch.equal(parameter.cpu(), new) and not laid_out(model)
 
 
-@pytest.mark.parametrize("to", ["cpu", torch.float32, torch.float16, "npu:0"])
+@pytest.mark.parametrize("move", [lambda each: each.to("npu:0"), lambda each: each.bfloat16(), nn.Module.npu])
+def test_a_move_that_changes_nothing_leaves_weights_in_blocks(move: Callable[[Any], Any], npu: torch.device) -> None:
+    model = frozen("qwen3", npu)
+    before = values(model)
+    npu_patch.apply(model, weight_nz=True)
+    cast = laid_out(model)
+    move(model)
+    assert laid_out(model) == cast and same(values(model), before)
+    npu_patch.restore()
+    assert not laid_out(model) and same(values(model), before)
+
+
+@pytest.mark.parametrize("to", ["cpu", torch.float32, torch.float16])
 def test_a_moved_or_widened_model_is_plain(to: Any, npu: torch.device) -> None:
     model = frozen("qwen3", npu)
     before = values(model)
@@ -433,7 +451,7 @@ def test_it_is_said_once_that_weights_are_plain_again(npu: torch.device, caplog:
     model.state_dict()
     model.state_dict()
     (said,) = [each.getMessage() for each in caplog.records if each.name == "npu_patch"]
-    assert said.startswith("weight_nz: _save_to_state_dict asked for weights, which are plain again")
+    assert said.startswith("weight_nz: _save_to_state_dict asked for a weight, which is plain again")
     npu_patch.restore()
     npu_patch.apply(model, weight_nz=True)
     assert laid_out(model)
@@ -441,7 +459,7 @@ def test_it_is_said_once_that_weights_are_plain_again(npu: torch.device, caplog:
 
 def test_applied_twice_and_to_another_model_it_is_undone_once(npu: torch.device) -> None:
     model, other = frozen("qwen3", npu), frozen("qwen3", npu, seed=3)
-    doors = {name: vars(nn.Linear).get(name) for name in weight_nz.OF_A_LAYER}
+    doors = {name: vars(nn.Linear).get(name) for name in (*weight_nz.OF_A_LAYER, weight_nz.MOVES)}
     before = values(model), values(other)
     first = npu_patch.apply(model, weight_nz=True)
     assert outcome(npu_patch.apply(model, weight_nz=True)) is outcome(first)
@@ -451,7 +469,7 @@ def test_applied_twice_and_to_another_model_it_is_undone_once(npu: torch.device)
     assert vars(nn.Linear).get("_apply") is not doors["_apply"], "the first model still needs it"
     npu_patch.restore()
     assert not laid_out(model) and same(values(model), before[0]) and same(values(other), before[1])
-    assert {name: vars(nn.Linear).get(name) for name in weight_nz.OF_A_LAYER} == doors
+    assert {name: vars(nn.Linear).get(name) for name in (*weight_nz.OF_A_LAYER, weight_nz.MOVES)} == doors
     assert not weight_format.HELD and weight_nz.__name__ not in weight_nz.BEFORE_STEP
 
 
