@@ -58,19 +58,21 @@ def plain(layer: Module) -> bool:
     for name in names:
         parameter = layer._parameters.get(name)
         if parameter is not None and parameter.device.type == "npu" and lies_in_blocks(parameter):
-            with _internal_formats(), torch.no_grad():
+            with _internal_formats():
                 parameter.data = torch.ops.npu.npu_format_cast(parameter.data, ND)
     return bool(names)
 
 
 @contextlib.contextmanager
 def _internal_formats() -> Iterator[None]:
+    """For a cast, whose result is a tensor like any other within inference_mode too."""
     import torch_npu
 
     before = torch_npu._C._npu_getOption(ALLOWED) or b"disable"
     torch_npu._C._npu_setOption({ALLOWED: "enable"})
     try:
-        yield
+        with torch.inference_mode(False), torch.no_grad():
+            yield
     finally:
         torch_npu._C._npu_setOption({ALLOWED: before.decode()})
 

@@ -282,6 +282,19 @@ def test_adapters_on_cast_layers_train_with_the_same_gradients(
     assert sum(each.ran for each in calls) and not any(each.fell_through for each in calls), "nobody listens to a layer"
 
 
+@pytest.mark.parametrize("undone", [False, True])
+def test_what_was_cast_within_inference_mode_trains(undone: bool, npu: torch.device) -> None:
+    model = adapted(npu)
+    with npu_patch.applied(model):
+        expected = step(model, npu)
+    with torch.inference_mode():
+        npu_patch.apply(model, weight_nz=True)
+        if undone:
+            npu_patch.restore()
+    npu_patch.apply(model)
+    assert same(step(model, npu), expected) and bool(laid_out(model)) != undone
+
+
 def test_checkpointed_layers_train_with_the_same_gradients(npu: torch.device) -> None:
     model = adapted(npu)
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -406,6 +419,17 @@ def test_adapters_merge_and_unmerge_as_without(safe: bool, npu: torch.device) ->
     for each in (model, reference):
         each.merge_adapter(safe_merge=safe)
     assert same(values(model), values(reference)) and not laid_out(model)
+    for each in (model, reference):
+        each.unmerge_adapter()
+    assert same(values(model), values(reference))
+
+
+def test_adapters_that_were_merged_before_unmerge_as_without(npu: torch.device) -> None:
+    model, reference = adapted(npu), adapted(npu)
+    for each in (model, reference):
+        each.merge_adapter()
+    npu_patch.apply(model, weight_nz=True)
+    assert laid_out(model)
     for each in (model, reference):
         each.unmerge_adapter()
     assert same(values(model), values(reference))
