@@ -10,6 +10,7 @@ from . import counters, format_cast, fractal, memory
 from .aten_kernel import Kernel
 from .current import current
 from .graphs import leaf
+from .refusal import require
 
 
 def _copy(self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
@@ -20,6 +21,9 @@ def _copy(self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
             current.capture.refuse(
                 "aten::copy_", "a copy between the device and memory that is not pinned, or without non_blocking,"
             )
+    if from_npu and to_npu and self.dtype != src.dtype:
+        rule = "FRACTAL_NZ into another dtype is an operator of old, Cast, over blocks: cast the format back first"
+        require(not fractal.is_fractal(src), "aten::copy_", rule)
     source = memory.alias(src) if from_npu else src
     if to_npu and fractal.is_fractal(self):
         format_cast.write(self, source)

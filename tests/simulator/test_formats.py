@@ -97,9 +97,13 @@ REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], object], str]] = {
     "in place": (lambda w, x: w.add_(1), "aten::add_: a tensor"),
     "first factor": (lambda w, x: torch.mm(w, x.t()), "aten::mm: a tensor"),
     "rows": (lambda w, x: F.linear(x, w[:32]), "a view"),
-    "an expert": (lambda w, x: F.embedding(torch.zeros(2, dtype=torch.int64, device=x.device), w), "aten::embedding"),
+    "an embedding": (
+        lambda w, x: F.embedding(torch.zeros(2, dtype=torch.int64, device=x.device), w),
+        "aten::embedding",
+    ),
     "another shape": (lambda w, x: torch.mm(x, w.view(32, 48)), "a view"),
     "batched": (lambda w, x: torch.bmm(x[None], w.t()[None]), "aten::bmm: a tensor"),
+    "another dtype": (lambda w, x: w.float(), "FRACTAL_NZ into another dtype|dtype_cast"),
     "a list": (lambda w, x: torch._foreach_add_([w], 1.0), "aten::_foreach_add_"),
 }
 
