@@ -49,6 +49,8 @@ OPERATORS: Mapping[str, str] = {
     "npu_recurrent_gated_delta_rule": "gated delta nets: declined",
     "npu_fused_causal_conv1d": "gated delta nets: declined",
     "npu_cross_entropy_loss": "cross_entropy",
+    "npu_format_cast": "weight_nz",
+    "npu_prefetch": "prefetch",
 }
 
 
