@@ -65,7 +65,7 @@ def counts_out_of_sight(model: Any) -> None:
 
     def count(module: Any, hidden: torch.Tensor) -> torch.Tensor:
         seen[0] += 1
-        return hidden * (1 + 0.5 * (seen[0] % 7))
+        return hidden * (1 + 2 * (seen[0] > 3))  # prefill, step, capture: the step after those is another
 
     _wrap(model, count)
 
