@@ -27,10 +27,12 @@ def why_not(cache: Any) -> str | None:
     return None
 
 
-def is_own(cache: Any) -> bool:
-    """Whether generate() made it for this call, so that nobody misses it."""
+def is_for_one_call(cache: Any, implementation: str | None, model: Any) -> bool:
+    """Whether generate() made it for this call, so that nobody misses it. It takes no cache of a caller's where it is
+    asked for an `implementation`; and older versions of transformers keep what they made."""
     fresh = not any(vars(layer).get("keys") is not None for layer in cache.layers)
-    return type(cache) is _class("StaticCache") and fresh and not getattr(cache, "_is_user_defined", False)
+    kept = implementation is None or getattr(model, "_cache", None) is cache
+    return type(cache) is _class("StaticCache") and fresh and not kept
 
 
 def length_of(cache: Any) -> int:

@@ -112,9 +112,20 @@ class Kept:
             self._pools[device_type] = new_pool(device_type)
         return self._pools[device_type]
 
-    def forget(self) -> None:
-        self._models.clear()
-        self._pools.clear()
+    def forget(self, model: torch.nn.Module | None = None) -> None:
+        """Of a model, with the parts and wrappers of it that generated; or everything."""
+        own = None if model is None else {id(each) for each in model.modules()}
+        for other in list(self._models):
+            if own is None or id(other) in own or any(each is model for each in other.modules()):
+                del self._models[other]
+        if not self._models:
+            self._pools.clear()
 
 
 KEPT = Kept()
+
+
+def free_decoding(model: torch.nn.Module | None = None) -> None:
+    """Frees the caches and graphs that generate() keeps for its next call: of a model, or of all. What it freed is the
+    allocator's again, for a training step, say; the next call captures anew."""
+    KEPT.forget(model)

@@ -70,7 +70,7 @@ def prove(
             step.graph = captured(lambda: _run(model, step.inputs, {cache_name: cache}), device.type, pool)
             failed = after.counted_by_the_host(cache)
         except Exception as error:  # whatever the model does that a device cannot capture
-            failed = f"a capture fails: {error_text(error)}"
+            failed = f"a capture fails: {error_text(_first(error))}"
         if failed is not None:
             after.put_back(cache)
             random_after.put_back()
@@ -90,6 +90,13 @@ def prove(
         return eager(), f"a replay is not what the model does: {wrong}"
     step.proofs += 1
     return outputs, None
+
+
+def _first(error: BaseException) -> BaseException:
+    """What ended the capture, of which its end then complains."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def cache_name_of(kwargs: Mapping[str, Any]) -> str:

@@ -107,7 +107,9 @@ def _lease(
     """A cache of ours, in the place of one that transformers made for this call; or why the call is left alone. None
     where the cache is the caller's."""
     name, config = _name_of_cache(kwargs), kwargs["generation_config"]
-    if config.return_dict_in_generate or not caches.is_own(kwargs[name]):
+    if config.return_dict_in_generate:
+        return None
+    if not caches.is_for_one_call(kwargs[name], config.cache_implementation, model):
         return None
     of_model = KEPT.of(model)
     kind = (input_ids.shape[0], input_ids.device, observed.dtypes, mode(device_type))

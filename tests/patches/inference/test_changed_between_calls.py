@@ -134,6 +134,15 @@ def test_a_step_of_a_restored_and_applied_patch_is_captured_anew(npu: torch.devi
     assert calls_of().ran == CAPTURED
 
 
+def test_what_a_further_apply_binds_is_captured(npu: torch.device) -> None:
+    model = tiny("qwen3").to(npu)
+    npu_patch.apply(model, fused_ops=False)
+    first = tokens(model, COUNT, **STATIC)
+    npu_patch.apply(model)
+    assert torch.equal(tokens(model, COUNT, **STATIC), first)
+    assert calls_of().ran == 2 * CAPTURED
+
+
 def test_a_function_that_somebody_binds_anew_is_seen(npu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
