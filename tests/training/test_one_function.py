@@ -276,6 +276,7 @@ MAY = {
     "ops/rope_tables.py": "tables that are trained are laid out anew, in the same way",
     "ops/recomputed.py": "what is kept for a backward, not what is computed",
     "ops/attention/decode.py": "single-token decoding beside a cache, the one exception",
+    "ops/gated_delta/recurrent.py": "single-token decoding beside a cache, where it is asked for",
     "ops/gated_delta/step.py": "neighbours in one tensor are widened together, to the same numbers",
     "waiting/logits.py": "logits without a gradient give a loss none",
     "waiting/origins.py": "logits of a head that an optimizer is about to change are made before",

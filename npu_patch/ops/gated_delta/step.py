@@ -20,8 +20,8 @@ def step(call: RuleCall) -> tuple[Tensor, Tensor | None]:
     batch, _, key_heads, width = call.k.shape
     heads, value_width = call.v.shape[2:]
     dtype = torch.promote_types(call.q.dtype, torch.float32)
-    q, k, v = _widened(call, dtype)
     root = float(width) ** 0.5
+    q, k, v = widened(call, dtype, 1.0 / root)
     shape = batch, key_heads, heads // key_heads
     # A key head serves several value heads: products over an axis of one, which none of them copies.
     q, k = (x.view(batch, key_heads, 1, 1, width) for x in (q, k))
@@ -37,31 +37,35 @@ def step(call: RuleCall) -> tuple[Tensor, Tensor | None]:
     return o, state.view(batch, heads, width, value_width) if call.output_final_state else None
 
 
-def _widened(call: RuleCall, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys `[B, Hk, K]`, of length K ** -0.5 where they are to be normalized, and values `[B, Hv, V]`."""
+def widened(call: RuleCall, dtype: torch.dtype, length: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys `[B, Hk, K]`, of this length where they are to be normalized and else times it, and values
+    `[B, Hv, V]`."""
     batch, _, key_heads, width = call.k.shape
     heads, value_width = call.v.shape[2:]
     whole = _side_by_side(call.q, call.k, call.v)
     if whole is None:
-        qk, v = torch.cat((call.q, call.k), 2).flatten(1).to(dtype), call.v.reshape(batch, heads, value_width).to(dtype)
+        qk, v = torch.cat((call.q, call.k), 2).flatten(1).to(dtype), call.v.to(dtype)
     else:
         whole = whole.to(dtype)
         qk, v = whole.split((2 * key_heads * width, heads * value_width), -1)
         if value_width == width and batch > 1:
             qk = whole  # rows of values among them: the norm of all is a kernel, where a copy of some were another
     qk = qk.reshape(batch, -1, width)
-    qk = _normalized(qk) if call.normalize else qk * width**-0.5
-    return qk[:, :key_heads], qk[:, key_heads : 2 * key_heads], v
+    if call.normalize:
+        qk = _normalized(qk, length)
+    elif length != 1.0:
+        qk = qk * length
+    return qk[:, :key_heads], qk[:, key_heads : 2 * key_heads], v.reshape(batch, heads, value_width)
 
 
-def _normalized(x: Tensor) -> Tensor:
-    """x / sqrt(x² + eps) * K ** -0.5."""
+def _normalized(x: Tensor, length: float) -> Tensor:
+    """x / sqrt(x² + eps) * length."""
     width = x.shape[-1]
-    if x.device.type == "npu" and x.dtype == torch.float32 and NPU_RMS_NORM.missing() is None:
-        gamma = filled(1.0 / width, width, x.device)
+    if x.device.type == "npu" and x.dtype in (torch.float32, torch.bfloat16) and NPU_RMS_NORM.missing() is None:
+        gamma = filled(length * width**-0.5, width, x.device)
         normalized: Tensor = torch.ops.npu.npu_rms_norm(x, gamma, epsilon=NORM_EPS / width)[0]
         return normalized
-    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + NORM_EPS).mul(width**-0.5)
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + NORM_EPS).mul(length)
 
 
 def _side_by_side(*tensors: Tensor) -> Tensor | None:
