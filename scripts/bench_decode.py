@@ -30,10 +30,13 @@ from npu_patch.commands.subject.tiny_model import random_model, shaken, tiny_con
 from npu_patch.simulator.counters import Counted
 
 UNPATCHED = "unpatched"
-WAYS: dict[str, dict[str, Any]] = {
+WAYS: dict[str, dict[str, Any]] = {  # a switch that is not named has its default
     UNPATCHED: {"patch": False},
-    "patched": {"triton": False, "inference": False},
-    "triton": {"triton": True, "inference": False},
+    "inference off": {"triton": False, "inference": False},
+    "patched": {"triton": False},
+    "recurrent_bf16": {"triton": False, "recurrent_bf16": True},
+    "triton": {"triton": True},
+    "all": {"triton": True, "recurrent_bf16": True},
 }
 PROMPT = 12
 

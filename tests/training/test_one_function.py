@@ -278,6 +278,7 @@ MAY = {
     "ops/attention/decode.py": "single-token decoding beside a cache, the one exception",
     "ops/gated_delta/recurrent.py": "single-token decoding beside a cache, where it is asked for",
     "ops/gated_delta/step.py": "neighbours in one tensor are widened together, to the same numbers",
+    "ops/static_cache.py": "single-token decoding beside a cache, whose place a backward would want as it was",
     "waiting/logits.py": "logits without a gradient give a loss none",
     "waiting/origins.py": "logits of a head that an optimizer is about to change are made before",
     "patches/attention/sdpa.py": "a mask that is trained is split anew, in the same way",
