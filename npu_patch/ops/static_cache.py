@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from npu_patch import devices
 from npu_patch.serving.implementation import Implementation, is_plain, layout
 from npu_patch.serving.op import Op
 
@@ -45,5 +44,5 @@ def _key(keys: Tensor, values: Tensor, length: Tensor, key: Tensor, value: Tenso
 
 
 STATIC_CACHE: Op[[Tensor, Tensor, Tensor, Tensor, Tensor], None] = Op(
-    "static cache", (Implementation("torch, at the count", devices.TYPES, write, _unsupported),), _key, write
+    "static cache", (Implementation("torch, at the count", ("npu", "cuda", "cpu"), write, _unsupported),), _key, write
 )
