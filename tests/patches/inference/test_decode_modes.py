@@ -84,15 +84,16 @@ def test_logits_with_an_adapter_and_after_a_training_step(family: str, npu: torc
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_in_bfloat16_are_no_further_from_float64(family: str, autocast: bool, npu: torch.device) -> None:
-    model, ids = tiny(family, every_expert=True).eval() if "moe" in family else tiny(family).eval(), tokens(4, 24)
+    kind = "dynamic" if autocast else "static"  # transformers' own static cache fails under autocast: k is float32
+    model, ids = tiny(family, num_experts_per_tok=5).eval() if "moe" in family else tiny(family).eval(), tokens(4, 24)
     model = model if autocast else model.bfloat16()
     with torch.no_grad():
-        exact = decoded(in_float64(model), ids, "static")
+        exact = decoded(in_float64(model), ids, kind)
         model = model.to(npu)
         errors = {}
         for patched in (False, True):
             with applied(model, patch=patched), torch.autocast("npu", torch.bfloat16, enabled=autocast):
-                errors[patched] = relative_error(decoded(model, ids.to(npu), "static"), exact)
+                errors[patched] = relative_error(decoded(model, ids.to(npu), kind), exact)
     assert errors[True] <= RATIO * errors[False], errors
 
 
@@ -120,21 +121,28 @@ def test_a_linear_layer_s_states_keep_their_addresses_through_captured_steps(fam
     assert torch.equal(torch.stack(found, 1), expected)
 
 
-@pytest.mark.parametrize(("family", "share"), [("qwen3", 0.4), ("qwen3_moe", 0.35), ("gemma3", 0.35), ("qwen3_5", 0.5)])
+PATTERN = {"qwen3_5": ["linear_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize(("family", "share"), [("qwen3", 0.37), ("qwen3_moe", 0.33), ("qwen3_5", 0.45)])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_a_token_takes_a_share_of_the_unpatched_model_s_kernels(
+def test_a_layer_takes_a_share_of_the_unpatched_one_s_kernels_for_a_token(
     family: str, share: float, kind: str, npu: torch.device
 ) -> None:
-    """Of two layers; without Triton."""
-    model, ids = tiny(family).to(npu, torch.bfloat16).eval(), tokens(1, PROMPT + 1).to(npu)
-    kernels = {}
-    for patched in (False, True):
-        cache = cache_for(model, kind)
-        with torch.no_grad(), applied(model, patch=patched, triton=False):
-            model(input_ids=ids[:, :PROMPT], past_key_values=cache, use_cache=True)
-            model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)  # what is made once
-            with simulator.count() as counted:
-                model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
-        kernels[patched] = counted.kernels
-        assert not patched or counted.host_copies == 0
-    assert kernels[True] <= share * kernels[False], kernels
+    """Without Triton. What four layers take beyond two."""
+    kernels: dict[bool, list[int]] = {False: [], True: []}
+    for layers in (2, 4):
+        pattern = {"layer_types": PATTERN[family] * (layers // 2)} if family in PATTERN else {}
+        model = tiny(family, num_hidden_layers=layers, **pattern).to(npu, torch.bfloat16).eval()
+        ids = tokens(1, PROMPT + 1).to(npu)
+        for patched, found in kernels.items():
+            cache = cache_for(model, kind)
+            with torch.no_grad(), applied(model, patch=patched, triton=False):
+                model(input_ids=ids[:, :PROMPT], past_key_values=cache, use_cache=True)
+                model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)  # what is made once
+                with simulator.count() as counted:
+                    model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+            found.append(counted.kernels)
+            assert not patched or counted.host_copies == 0
+    original, ours = (four - two for two, four in (kernels[False], kernels[True]))
+    assert ours <= share * original, kernels
