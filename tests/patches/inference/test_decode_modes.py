@@ -124,7 +124,7 @@ def test_a_linear_layer_s_states_keep_their_addresses_through_captured_steps(fam
 PATTERN = {"qwen3_5": ["linear_attention", "full_attention"]}
 
 
-@pytest.mark.parametrize(("family", "share"), [("qwen3", 0.37), ("qwen3_moe", 0.33), ("qwen3_5", 0.45)])
+@pytest.mark.parametrize(("family", "share"), [("qwen3", 0.37), ("qwen3_moe", 0.35), ("qwen3_5", 0.45)])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_a_layer_takes_a_share_of_the_unpatched_one_s_kernels_for_a_token(
     family: str, share: float, kind: str, npu: torch.device
