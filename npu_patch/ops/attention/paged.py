@@ -131,7 +131,7 @@ def exact(query: Tensor, keys: Tensor, values: Tensor, paged: Paged) -> Tensor:
 
 
 def _key(query: Tensor, keys: Tensor, values: Tensor, paged: Paged) -> Hashable:
-    return query.shape[1] // keys.shape[2], query.shape[-1], keys.shape[1], query.dtype
+    return query.shape[1] // keys.shape[2], query.shape[-1], query.dtype
 
 
 PAGED_ATTENTION: Op[[Tensor, Tensor, Tensor, Paged], Tensor] = Op(

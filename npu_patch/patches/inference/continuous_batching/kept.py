@@ -77,14 +77,15 @@ class KeepingCalls(Calls):
 
     def keep(self, manager: Any, model: torch.nn.Module, wanted: Wanted) -> None:
         manager.model = None
+        self.resting = resting = Resting(manager, weakref.ref(model), wanted)
         ours = weakref.ref(self)
 
-        def gone(reference: weakref.ref[torch.nn.Module]) -> None:
+        def gone() -> None:
             calls = ours()
-            if calls is not None and calls.resting is not None and calls.resting.model is reference:
+            if calls is not None and calls.resting is resting:
                 calls.release()
 
-        self.resting = Resting(manager, weakref.ref(model, gone), wanted)
+        weakref.finalize(model, gone)  # the model's end or the process's
 
     __hash__ = object.__hash__
 

@@ -14,25 +14,30 @@ Delete     when transformers has NPUs among the devices of its own graphs and bl
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from npu_patch.numerics.error_text import error_text
 from npu_patch.ops.attention.op import ATTENTION
-from npu_patch.ops.attention.paged import PAGED_ATTENTION
+from npu_patch.ops.attention.paged import DTYPES, PAGED_ATTENTION
+from npu_patch.ops.attention.paged_cases import case
 from npu_patch.ops.readings import AsNamed, NotRead
 from npu_patch.patches.attention.checked import Attend
 from npu_patch.patches.attention.flash import read_flash
+from npu_patch.patches.head_sizes import head_sizes
 from npu_patch.patches.inference.continuous_batching import attend, graphs, kept, resolving, step
 from npu_patch.patches.patch import Context, Patch, Replacement
+from npu_patch.probe.attention import REGISTRY
 from npu_patch.serving.bypassed import Bypassed
 from npu_patch.serving.calls import Calls
+from npu_patch.serving.case import Case
 from npu_patch.serving.dispatch import Dispatch
 from npu_patch.serving.implementation import choose
 from npu_patch.serving.replacement import replacement_for
-from npu_patch.sites.sites import Site, innermost
+from npu_patch.sites.names_used import names_used
+from npu_patch.sites.sites import LiveModules, Site, innermost
 from npu_patch.sites.whose import OWN, package
 from npu_patch.waiting.as_flash import FLASH
 
@@ -139,11 +144,19 @@ def read_site(site: Site) -> AsNamed | NotRead:
     return AsNamed("as on other devices")
 
 
+def _checks(live: LiveModules) -> Iterator[Case]:
+    """For the layers that look attention up by its name, whatever that is now."""
+    layers = [each for each in live if REGISTRY in names_used(type(each).forward)]
+    if live.dtype in DTYPES:
+        for sizes in head_sizes(layers, live):
+            yield case(sizes.heads, sizes.key_heads, sizes.head_dim, live.dtype)
+
+
 def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement | NotRead:
     calls = Calls()
     if site.described == ATTENDING:
         packed = Dispatch(ATTENTION, choose(ATTENTION.implementations, context.device_type))
-        dispatch = context.dispatch()
+        dispatch = context.dispatch(_checks)
         serving = attend.Serving(dispatch, Attend(packed, calls), calls, context.device_type)
         serve: Serve = attend.serve(site.original, serving)
         function = replacement_for(site.original, calls, serve, bypassed=Bypassed())

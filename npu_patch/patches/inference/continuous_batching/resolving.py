@@ -37,8 +37,8 @@ def why_not_flash(model: Any, attention: str, device_type: str) -> str | None:
         return f"the attention is {attention} already"
     if model.device.type != device_type:
         return f"a model on {model.device.type}"
-    if not model._supports_flash_attn:
-        return "the model does not support flash attention"
+    if not model._supports_flash_attn or getattr(model, "_compatible_flash_implementations", None):
+        return "the model does not support this flash attention"
     if model.dtype not in DTYPES:
         return f"a model in {str(model.dtype).removeprefix('torch.')}: paged attention takes float16 and bfloat16"
     config = model.config.get_text_config()
