@@ -21,6 +21,8 @@ from npu_patch.patches.attention.sdpa import refused
 from npu_patch.serving.implementation import is_plain
 from npu_patch.serving.once_per_step import HOST_READS, Ends, OncePerTensor
 from npu_patch.serving.replacement import Unserved
+from npu_patch.sites.sites import innermost
+from npu_patch.sites.whose import is_ours
 
 _HIDDEN = OncePerTensor()
 
@@ -29,7 +31,8 @@ def read_flash(function: Any) -> AsNamed | NotRead:
     """It cannot run on the CPU, so it has to be transformers' own."""
     from transformers.integrations import flash_attention
 
-    own = function is flash_attention.flash_attention_forward
+    stands = innermost(function) if is_ours(function) else function  # for paged caches
+    own = stands is flash_attention.flash_attention_forward
     return AsNamed("flash attention") if own else NotRead("it is not transformers' own")
 
 

@@ -142,6 +142,8 @@ def _packed(
     allocator = cache.layer_to_allocator[layer]
     ends = step.query_ends, step.key_ends[allocator.layer_type]
     rows, last = ends[0][-1], ends[1][-1]
+    if rows == 0:  # a step between a prompt and its copies for the others of its group, where steps overlap
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
     given = dict(batch)
     given[READ] = [index[: last if each is allocator else None] for each, index in _indices(cache, batch)]
     key, value = cache.update(key_states=key, value_states=value, layer_idx=layer, kwargs=given)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 from npu_patch.numerics.error_text import error_text
@@ -138,7 +137,7 @@ def read_site(site: Site) -> AsNamed | NotRead:
     if site.owner is PACKAGE:
         return NotRead("this transformers has no such continuous batching, 5.23 does", in_order=True)
     if site.described == ATTENDING:
-        return read_flash(innermost(site.original))
+        return read_flash(site.original)
     if DOORS[site.described].value is None and package(innermost(site.original)) not in ("transformers", OWN):
         return NotRead("it is not transformers' own")
     return AsNamed("as on other devices")

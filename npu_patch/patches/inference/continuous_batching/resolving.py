@@ -1,4 +1,4 @@
-"""Which of transformers' ways a manager takes on the NPU: flash attention, pages, graphs, and how large its cache is."""
+"""Which of transformers' ways a manager takes on the NPU: flash attention, pages, graphs, and a cache of what size."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ def _why_no_table(config: Any) -> str | None:
 
     if config._attn_implementation != FLASH:
         return f"the attention is {config._attn_implementation}, which has no tables of pages"
-    lacking = [kind for kind in group_layers_by_attn_type(config) if not ATTN_TYPE_TO_ALLOCATOR[kind].supports_block_table]
+    lacking = [
+        kind for kind in group_layers_by_attn_type(config) if not ATTN_TYPE_TO_ALLOCATOR[kind].supports_block_table
+    ]
     return f"{lacking[0]} has no tables of pages" if lacking else None
 
 
@@ -72,7 +74,9 @@ def serve_graphs(original: Callable[..., Any], device_type: str, calls: Calls) -
     """Packed sequences come to flash attention with their lengths on the host, which a graph would keep for ever."""
 
     def decide_use_cuda_graphs(cb_config: Any, is_attn_mask_needed: bool, cuda_graph_requested: bool) -> None:
-        original(cb_config=cb_config, is_attn_mask_needed=is_attn_mask_needed, cuda_graph_requested=cuda_graph_requested)
+        original(
+            cb_config=cb_config, is_attn_mask_needed=is_attn_mask_needed, cuda_graph_requested=cuda_graph_requested
+        )
         packed, single = cb_config.cuda_graph_booleans
         if not is_attn_mask_needed:
             cb_config.use_cuda_graph = (False, single and cb_config.max_blocks_per_request > 0)
