@@ -38,7 +38,7 @@ class Serving:
 
 
 def serve(original: Callable[..., Any], serving: Serving) -> Callable[..., Any]:
-    def serve_flash(
+    def paged(
         module: torch.nn.Module,
         query: Tensor,
         key: Tensor,
@@ -56,9 +56,8 @@ def serve(original: Callable[..., Any], serving: Serving) -> Callable[..., Any]:
         """query `[1, N, S, D]`, key and value `[1, Nkv, S, D]` -> `[1, S, N, D]`, None."""
         asked = _Asked(module, scaling, sliding_window, softcap, is_causal, s_aux, dropout)
         step = running()
-        if cache is None or step is None:
-            args = module, query, key, value, attention_mask
-            return TakenOver(original(*args, **asked.keywords(), cache=cache, **batch))  # nobody's paged cache
+        if step is None:
+            return Unserved("a paged cache outside of its ModelRunner")
         if query.device.type != serving.device_type:
             return Unserved(f"input on {query.device.type}")
         if torch.compiler.is_compiling() or not all(map(is_plain, (query, key, value))):
@@ -68,6 +67,9 @@ def serve(original: Callable[..., Any], serving: Serving) -> Callable[..., Any]:
         if batch.get(TABLE) is not None:
             return _decode(serving, step, asked, (query, key, value), cache, batch)
         return _packed(original, serving, step, asked, (query, key, value), cache, batch)
+
+    def serve_flash(*args: Any, **kwargs: Any) -> Any:
+        return TakenOver(original(*args, **kwargs)) if kwargs.get("cache") is None else paged(*args, **kwargs)
 
     return serve_flash
 

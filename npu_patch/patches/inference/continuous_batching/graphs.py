@@ -14,7 +14,7 @@ from npu_patch.numerics.error_text import error_text
 from npu_patch.ops.attention.paged import LENGTHS
 from npu_patch.patches.inference.continuous_batching.step import anew, running
 from npu_patch.serving.calls import Calls
-from npu_patch.serving.replacement import Unfused
+from npu_patch.serving.replacement import TakenOver, Unfused
 
 NAME = "NPUGraph"
 
@@ -79,7 +79,7 @@ def serve_capturing_step(original: Callable[..., Any], device_type: str, calls: 
 def serve_is_capturing(original: Callable[..., Any], device_type: str, calls: Calls) -> Callable[..., Any]:
     module = torch.get_device_module(device_type)
 
-    def is_capturing() -> bool:
-        return bool(original() or module.is_current_stream_capturing())
+    def is_capturing() -> bool | TakenOver:
+        return module.is_current_stream_capturing() or TakenOver(original())
 
     return is_capturing

@@ -121,12 +121,16 @@ def _session(
     with torch.no_grad():
         wanted = _wanted(model, given)
         manager = calls.take(model, wanted)
-        calls.ran_by[MADE if manager is None else KEPT] += 1
+    calls.ran_by[MADE if manager is None else KEPT] += 1
+    ended = False
+    try:
+        if manager is None and given["warmup"] and _seeded(model, given):  # what warms it up draws, but once only
+            names = ("generation_config", "continuous_batching_config", "workload_hints")
+            manager = model.init_continuous_batching(**{name: given[name] for name in names})
+            manager.warmup()
         if manager is not None:
             _renew(manager, model)
             setattr(model, CACHED, manager)
-    ended = False
-    try:
         with original(model, **{**given, "persistent_manager": True}) as manager:
             yield manager
         ended = True
@@ -142,8 +146,7 @@ def _session(
 
 
 def _wanted(model: Any, given: dict[str, Any]) -> Wanted:
-    generation = given["generation_config"] or model.generation_config
-    batching = given["continuous_batching_config"] or getattr(generation, "continuous_batching_config", None)
+    generation, batching = _configs(model, given)
     hints, sizes = given["workload_hints"], (0, 0)
     if hints is not None:
         from transformers.generation.configuration_utils import ContinuousBatchingConfig
@@ -162,6 +165,15 @@ def _wanted(model: Any, given: dict[str, Any]) -> Wanted:
         autocast if given["warmup"] else None,
     )
     return Wanted(same, sizes)
+
+
+def _configs(model: Any, given: dict[str, Any]) -> tuple[Any, Any]:
+    generation = given["generation_config"] or model.generation_config
+    return generation, given["continuous_batching_config"] or getattr(generation, "continuous_batching_config", None)
+
+
+def _seeded(model: Any, given: dict[str, Any]) -> bool:
+    return getattr(_configs(model, given)[1], "seed", None) is not None
 
 
 def _words(config: Any) -> str:

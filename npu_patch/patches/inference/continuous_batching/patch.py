@@ -34,7 +34,7 @@ from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import Case
 from npu_patch.serving.dispatch import Dispatch
 from npu_patch.serving.implementation import choose
-from npu_patch.serving.replacement import replacement_for
+from npu_patch.serving.replacement import TakenOver, replacement_for
 from npu_patch.sites.names_used import names_used
 from npu_patch.sites.sites import LiveModules, Site, innermost
 from npu_patch.sites.whose import OWN, package
@@ -84,7 +84,7 @@ def _steps(original: Serve, device_type: str, calls: Calls) -> Serve:
 
 def _no_packing(original: Serve, device_type: str, calls: Calls) -> Serve:
     """Whose batches are packed has said so: transformers would read the position ids of each step."""
-    return lambda position_ids: original(position_ids) if step.running() is None else None
+    return lambda position_ids: TakenOver(original(position_ids)) if step.running() is None else None
 
 
 def _doors() -> tuple[Door, ...]:

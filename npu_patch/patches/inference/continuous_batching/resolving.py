@@ -53,7 +53,7 @@ def serve_fast_path(original: Callable[..., Any], device_type: str, calls: Calls
     """Whether steps of single tokens take tables of pages. What the cache says of it is asked once there is one."""
 
     def ensure_decode_fast_path_is_available(config: Any, cb_config: Any, user_requested: bool) -> Any:
-        reason = _why_no_table(config) or why_no_pages(cb_config.page_size)
+        reason = _why_no_table(config) or why_no_pages(cb_config.page_size) or _why_compiled(config, cb_config)
         return None if reason is None else Unserved(reason)
 
     return ensure_decode_fast_path_is_available
@@ -68,6 +68,11 @@ def _why_no_table(config: Any) -> str | None:
         kind for kind in group_layers_by_attn_type(config) if not ATTN_TYPE_TO_ALLOCATOR[kind].supports_block_table
     ]
     return f"{lacking[0]} has no tables of pages" if lacking else None
+
+
+def _why_compiled(config: Any, cb_config: Any) -> str | None:
+    compiled = cb_config.default_compile_level > 0 or cb_config.decode_compile_config is not None
+    return "steps are compiled" if compiled or getattr(config, "compile_config", None) is not None else None
 
 
 def serve_graphs(original: Callable[..., Any], device_type: str, calls: Calls) -> Callable[..., Any]:
