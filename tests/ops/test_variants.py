@@ -153,5 +153,5 @@ def test_patches_that_choose_at_every_call_are_not_tunable() -> None:
         "vision_attention",
         "vision_on_host",
         "cross_entropy",
-        "continuous_batching",
+        "generate_batch",
     ]

@@ -76,7 +76,7 @@ def apart(found: Prompts, expected: Prompts, model: Any, near: float = NEAR, pro
 
 
 def calls_of(report: Report, site: str) -> Any:
-    (found,) = [each for each in report if each.patch == "continuous_batching" and each.site.endswith(site)]
+    (found,) = [each for each in report if each.patch == "generate_batch" and each.site.endswith(site)]
     return found.calls
 
 

@@ -117,6 +117,7 @@ def _doors() -> tuple[Door, ...]:
 
 
 DOORS = {door.described: door for door in _doors()}
+NAMED = AsNamed("continuous batching")  # one line of the report for all of them
 ATTENDING = f"AttentionInterface['{FLASH}'] of a paged cache"
 (DEVICE_TYPE,) = PAGED_ATTENTION.implementations[0].device_types
 
@@ -137,10 +138,11 @@ def read_site(site: Site) -> AsNamed | NotRead:
     if site.owner is PACKAGE:
         return NotRead("this transformers has no such continuous batching, 5.23 does", in_order=True)
     if site.described == ATTENDING:
-        return read_flash(site.original)
+        found = read_flash(site.original)
+        return found if isinstance(found, NotRead) else NAMED
     if DOORS[site.described].value is None and package(innermost(site.original)) not in ("transformers", OWN):
         return NotRead("it is not transformers' own")
-    return AsNamed("as on other devices")
+    return NAMED
 
 
 def _checks(live: LiveModules) -> Iterator[Case]:
@@ -159,7 +161,7 @@ def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement | N
         serving = attend.Serving(dispatch, Attend(packed, calls), calls, context.device_type)
         serve: Serve = attend.serve(site.original, serving)
         function = replacement_for(site.original, calls, serve, bypassed=Bypassed())
-        return Replacement(function, "attention over pages", calls, dispatch=dispatch)
+        return Replacement(function, NAMED.name, calls, dispatch=dispatch)
     door = DOORS[site.described]
     if door.value is not None:
         return Replacement(door.value(site.original, context.device_type), reading.name, calls)
@@ -170,13 +172,14 @@ def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement | N
 
 
 PATCH = Patch(
-    "continuous_batching",
+    "generate_batch",
     "continuous_batching",
     PAGED_ATTENTION,
     lambda module: (),
     read_site,
     bind_site,
     registered,
+    layers=lambda site, context: None,
     tunable=False,
     further_ops=(ATTENTION,),
     around=True,

@@ -30,9 +30,9 @@ def test_every_door_is_put_back(npu: torch.device) -> None:
     before = bound()
     model = half("qwen3").to(npu)
     report = npu_patch.apply(model)
-    of_patch = [each for each in report if each.patch == "continuous_batching"]
+    of_patch = [each for each in report if each.patch == "generate_batch"]
     assert {each.status for each in of_patch} == {"patched"} and len(of_patch) == len(patch.DOORS) + 1
-    assert not [note for note in report.notes if "continuous_batching" in note]
+    assert not [note for note in report.notes if "generate_batch" in note]
     assert all(now is not before[name] for name, now in bound().items())
     batched(model)
     npu_patch.restore()
@@ -43,16 +43,16 @@ def test_every_door_is_put_back(npu: torch.device) -> None:
 def test_another_device_keeps_its_own() -> None:
     before = bound()
     report = npu_patch.apply(device="cuda")
-    assert not [each for each in report if each.patch == "continuous_batching" and each.status == "patched"]
+    assert not [each for each in report if each.patch == "generate_batch" and each.status == "patched"]
     assert all(now is before[name] for name, now in bound().items())
 
 
 def test_a_transformers_with_other_doors_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("transformers.generation.continuous_batching.utils.DEVICE_TYPE_TO_GRAPH_NAME")
     report = npu_patch.apply(device="npu")
-    (only,) = [each for each in report if each.patch == "continuous_batching"]
+    (only,) = [each for each in report if each.patch == "generate_batch"]
     assert only.status == "skipped" and "no attribute 'DEVICE_TYPE_TO_GRAPH_NAME'" in only.site
-    assert not [warning for warning in report.warnings if "continuous_batching" in warning]
+    assert not [warning for warning in report.warnings if "generate_batch" in warning]
 
 
 def test_applied_twice_and_in_either_order_with_attention(npu: torch.device) -> None:

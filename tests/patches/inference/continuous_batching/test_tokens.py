@@ -237,7 +237,7 @@ def test_what_cannot_be_captured_runs_eagerly(npu: torch.device, monkeypatch: py
 def test_as_unpatched_where_the_switch_is_off(dtype: torch.dtype, npu: torch.device) -> None:
     model = half("qwen3", dtype)
     report = npu_patch.apply(model.to(npu), continuous_batching=False)
-    assert not [each for each in report if each.patch == "continuous_batching"]
+    assert not [each for each in report if each.patch == "generate_batch"]
     with simulator.count() as counted:
         batched(model)
     assert counted.replays == 0
