@@ -94,6 +94,8 @@ def _doors() -> tuple[Door, ...]:
     )
     manager, runs = "ContinuousBatchingManager", "ModelRunner"
     return (
+        Door(runner, runs, "compute_batch", _steps),
+        Door(runner, runs, "_capture_graph", graphs.serve_capturing_step),
         Door(utils, "DEVICE_TYPE_TO_GRAPH_NAME", "", value=lambda original, device_type: graphs.NAME),
         Door(
             inputs,
@@ -103,8 +105,6 @@ def _doors() -> tuple[Door, ...]:
         ),
         Door(runner, None, "create_accelerator_graph", graphs.serve_graph),
         Door(runner, None, "accelerator_graph_capture_context", graphs.serve_capture),
-        Door(runner, runs, "_capture_graph", graphs.serve_capturing_step),
-        Door(runner, runs, "compute_batch", _steps),
         Door(initial, None, "ensure_decode_fast_path_is_available", resolving.serve_fast_path),
         Door(initial, None, "decide_use_cuda_graphs", resolving.serve_graphs),
         Door(cache, "PagedAttentionCache", "__init__", resolving.serve_cache),
@@ -128,7 +128,7 @@ def registered() -> Iterable[Site]:
 
     try:
         entries = AttentionInterface._global_mapping
-        sites = [Site(entries, FLASH, entries[FLASH], ATTENDING), *(door.site(DEVICE_TYPE) for door in DOORS.values())]
+        sites = [*(door.site(DEVICE_TYPE) for door in DOORS.values()), Site(entries, FLASH, entries[FLASH], ATTENDING)]
     except (ImportError, AttributeError, KeyError) as absent:
         return (Site(PACKAGE, "", None, f"{PACKAGE}: {error_text(absent)}"),)
     return sites
