@@ -4,16 +4,17 @@
     python -m npu_patch.simulator scripts/bench_decode.py qwen3_next --cache static --batch 2 --by-operator
     python -m npu_patch.simulator scripts/bench_decode.py qwen3 --dtype float32 --check
 
-Host launches and device kernels for unpatched, each of the switches in WAYS, and all of them; per layer too, as the
-difference of a model of `--layers` and one of half as many: whatever is done once a token falls out. `--check` compares
-the greedy tokens of the ways on a small random model and, where they differ, says how far apart the two tokens' logits
-are there, and which of them the model in float64 gives.
+Host launches and device kernels of generate() for unpatched, each of the switches in WAYS, and all of them, and their
+shares of unpatched; kernels per layer too, as the difference of a model of `--layers` and one of half as many: whatever
+is done once a token falls out. `--check` compares the greedy tokens of the ways on a small random model and, where they
+differ, says how far apart the two tokens' logits are there, and which of them the model in float64 gives.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,14 +28,21 @@ from torch import Tensor
 
 import npu_patch
 from npu_patch.commands.subject.tiny_model import random_model, shaken, tiny_config
-from npu_patch.simulator.counters import Counted
+from npu_patch.simulator.counters import REPLAY, Counted
 
 UNPATCHED = "unpatched"
-WAYS: dict[str, dict[str, Any]] = {  # a switch that is not named has its default
+NONE = dict.fromkeys(("fused_ops", "moe_patch", "fla", "lora", "loss", "vision", "inference", "triton"), False)
+PLAIN = {"triton": False}  # a switch that is not named has its default
+WAYS: dict[str, dict[str, Any]] = {
     UNPATCHED: {"patch": False},
-    "inference off": {"triton": False, "inference": False},
-    "patched": {"triton": False},
-    "recurrent_bf16": {"triton": False, "recurrent_bf16": True},
+    "captured_decode": {**NONE, "captured_decode": True},
+    "static_cache": {**NONE, "inference": True, "captured_decode": False},
+    "fused_ops": {**NONE, "fused_ops": True},
+    "moe_patch": {**NONE, "moe_patch": True},
+    "fla": {**NONE, "fla": True},
+    "inference off": {**PLAIN, "inference": False},
+    "patched": PLAIN,
+    "recurrent_bf16": {**PLAIN, "recurrent_bf16": True},
     "triton": {"triton": True},
     "all": {"triton": True, "recurrent_bf16": True},
 }
@@ -58,7 +66,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
     parser.add_argument("--cache", choices=("dynamic", "static"), default="static")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=4, help="over which is averaged, or which --check compares")
+    parser.add_argument("--tokens", type=int, default=6, help="over which is averaged, or which --check compares")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--by-operator", action="store_true", help="each operator's kernels, per layer")
     parser.add_argument("--check", action="store_true", help="compare greedy tokens instead")
@@ -69,15 +77,18 @@ def main() -> None:
 
 def compare(family: str, options: argparse.Namespace) -> None:
     print(f"{family}, {options.dtype}, batch {options.batch}, {options.cache} cache, {options.layers} layers")
-    print(f"{'':<24}{'launches':>10}{'kernels':>10}{'waits':>8}{'per layer':>11}{'of unpatched':>14}")
-    first: float | None = None
+    columns = ("launches", "share", "kernels", "share", "waits", "per layer", "share")
+    print(f"{'':<20}" + "".join(f"{column:>11}" for column in columns))
+    first: tuple[float, float, float] | None = None
     for way in options.ways:
         cost, half = (counted(family, layers, WAYS[way], options) for layers in (options.layers, options.layers // 2))
         added = options.layers - options.layers // 2
-        layer = (cost.kernels - half.kernels) / added
-        first = layer if first is None else first
-        row = f"{cost.launches:>10.0f}{cost.kernels:>10.0f}{cost.host_copies:>8.0f}{layer:>11.1f}{layer / first:>14.3f}"
-        print(f"{way:<24}{row}", flush=True)
+        found = cost.launches, cost.kernels, (cost.kernels - half.kernels) / added
+        first = first or found
+        shares = [f"{mine / base:.4f}" for mine, base in zip(found, first, strict=True)]
+        cells = (f"{cost.launches:.0f}", shares[0], f"{cost.kernels:.0f}", shares[1])
+        cells += (f"{cost.host_copies:.0f}", f"{found[2]:.1f}", shares[2])
+        print(f"{way:<20}" + "".join(f"{cell:>11}" for cell in cells), flush=True)
         if options.by_operator:
             names = sorted(cost.by_op, key=lambda name: -cost.by_op[name])
             of_layer = {name: (cost.by_op[name] - half.by_op.get(name, 0)) / added for name in names}
@@ -85,21 +96,32 @@ def compare(family: str, options: argparse.Namespace) -> None:
 
 
 def counted(family: str, layers: int, switches: dict[str, Any], options: argparse.Namespace) -> Cost:
+    """Of calls that found all there that is kept between calls: twice as many tokens, less half of them."""
     model = made(family, layers, getattr(torch, options.dtype))
-    with npu_patch.applied(model, **switches), torch.no_grad():
-        prompt = prompt_of(model, options.batch)
-        cache = cache_for(model, options.cache, PROMPT + options.tokens + 2)
-        step = stepping(model, prompt, cache)
-        next(step)
-        next(step)  # whatever is made once
-        count = Counted()
-        with simulator.count(count):
-            for _ in range(options.tokens):
-                next(step)
-    tokens = options.tokens
-    both = {name: made for each in (count.by_op, count.replayed_by_op) for name, (made, _) in each.items()}
-    by_op = {name: number / tokens for name, number in both.items()}
-    return Cost(count.launches / tokens, count.kernels / tokens, count.host_copies / tokens, by_op)
+    counts = []
+    with npu_patch.applied(model, **switches):
+        for tokens in (2 * options.tokens, options.tokens):
+            generated(model, tokens, options)
+            with simulator.count() as count:
+                generated(model, tokens, options)
+            counts.append(count)
+    more, less = counts
+
+    def per_token(of: Callable[[Counted], int]) -> float:
+        return (of(more) - of(less)) / options.tokens
+
+    names = {name for each in counts for name in (*each.by_op, *each.replayed_by_op)}
+    by_op = {name: per_token(functools.partial(kernels_of, name=name)) for name in names if name != REPLAY}
+    return Cost(
+        per_token(lambda count: count.launches),
+        per_token(lambda count: count.kernels),
+        per_token(lambda count: count.host_copies),
+        by_op,
+    )
+
+
+def kernels_of(count: Counted, name: str) -> int:
+    return sum(table.get(name, (0, 0))[0] for table in (count.by_op, count.replayed_by_op))
 
 
 def check(family: str, options: argparse.Namespace) -> None:
@@ -111,12 +133,11 @@ def check(family: str, options: argparse.Namespace) -> None:
     first: list[Tensor] | None = None
     print(f"{family}, {options.dtype}, batch {options.batch}, {options.cache} cache: {options.tokens} greedy tokens")
     for way in options.ways:
-        with npu_patch.applied(model, **WAYS[way]), torch.no_grad():
-            prompt = prompt_of(model, options.batch)
-            step = stepping(model, prompt, cache_for(model, options.cache, PROMPT + options.tokens + 2))
-            found = [next(step).double().cpu() for _ in range(options.tokens)]
+        with npu_patch.applied(model, **WAYS[way]):
+            outputs = generated(model, options.tokens, options, output_logits=True, return_dict_in_generate=True)
+        found = [logits.double().cpu() for logits in outputs.logits]
         first = found if first is None else first
-        print(f"{way:<24}{told(exact, prompt.cpu(), first, found)}", flush=True)
+        print(f"{way:<24}{told(exact, prompt_of(model, options.batch).cpu(), first, found)}", flush=True)
 
 
 @torch.no_grad()
@@ -139,14 +160,12 @@ def told(exact: torch.nn.Module, prompt: Tensor, first: list[Tensor], found: lis
     return "; ".join(said)
 
 
-def stepping(model: torch.nn.Module, prompt: Tensor, cache: Any) -> Iterator[Tensor]:
-    """Logits `[B, V]` after the prompt and after each likeliest token."""
-    tokens = prompt
-    while True:
-        output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
-        logits = output.logits[:, -1]
-        tokens = logits.argmax(-1, keepdim=True)
-        yield logits
+def generated(model: Any, tokens: int, options: argparse.Namespace, **settings: Any) -> Any:
+    if options.cache == "static":
+        settings["cache_implementation"] = "static"
+    prompt = prompt_of(model, options.batch)
+    mask = torch.ones_like(prompt)
+    return model.generate(prompt, attention_mask=mask, max_new_tokens=tokens, do_sample=False, **settings)
 
 
 def made(family: str, layers: int, dtype: torch.dtype, device: str = "npu") -> torch.nn.Module:
@@ -160,20 +179,14 @@ def made(family: str, layers: int, dtype: torch.dtype, device: str = "npu") -> t
         model = random_model(config, 0).float()
         torch.manual_seed(1)
         shaken(model)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
     return model.to(device, dtype).eval()
 
 
 def prompt_of(model: torch.nn.Module, batch: int) -> Tensor:
     ids = torch.arange(batch * PROMPT).view(batch, PROMPT) * 7 % (model.config.get_text_config().vocab_size - 3) + 3
     return ids.to(model.device)
-
-
-def cache_for(model: torch.nn.Module, kind: str, length: int) -> Any:
-    from transformers import DynamicCache, StaticCache
-
-    if kind == "static":
-        return StaticCache(config=model.config.get_text_config(), max_cache_len=length)
-    return DynamicCache(config=model.config.get_text_config())
 
 
 if __name__ == "__main__":
