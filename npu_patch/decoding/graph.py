@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 CLASSES = {"npu": "NPUGraph", "cuda": "CUDAGraph"}
 
@@ -26,11 +27,26 @@ def new_pool(device_type: str) -> Any:
 
 def captured(step: Callable[[], Any], device_type: str, pool: Any) -> Graph:
     """Records what `step` launches, and computes nothing of it. Other threads may go on meanwhile."""
-    backend = torch.get_device_module(device_type)
-    graph = getattr(backend, CLASSES[device_type])()
-    with _casts_within(device_type), backend.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    graph = getattr(torch.get_device_module(device_type), CLASSES[device_type])()
+    with _casts_within(device_type), capturing(graph, device_type, pool=pool):
         result = step()
     return Graph(graph.replay, result)
+
+
+@contextlib.contextmanager
+def capturing(graph: Any, device_type: str, **options: Any) -> Iterator[None]:
+    """The device's own block around a capture. Where that fails, the block leaves its stream current, and torch_npu's
+    its dispatch mode in place (2.13: `graph.__exit__` stops at `capture_end`)."""
+    backend = torch.get_device_module(device_type)
+    before, modes = backend.current_stream(), list(_get_current_dispatch_mode_stack())
+    try:
+        with backend.graph(graph, capture_error_mode="thread_local", **options):
+            yield
+    except BaseException:
+        while len(left := _get_current_dispatch_mode_stack()) > len(modes):
+            left[-1].__exit__(None, None, None)
+        backend.set_stream(before)
+        raise
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 from dataclasses import dataclass
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from torch.nn.modules import module as of_all
 from torch.utils.hooks import RemovableHandle
 
 from npu_patch.decoding.gradient_hooks import only_asks_for_gradients
+from npu_patch.numerics.serial import serial
 from npu_patch.serving.implementation import is_plain
 from npu_patch.sites import journal
 
+NO_STATE = (torch.nn.Module, type, ModuleType, FunctionType, MethodType)
 PLAIN = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device)
 # What modules keep beside their state: looked at by themselves, of no concern to a step, or of generate() itself.
 APART = frozenset(
@@ -28,6 +31,9 @@ APART = frozenset(
     | {"_previous_max_cache_length", "generation_config"}
 )
 DEEPEST = 4
+DEEPEST_OBJECTS = 2
+# Whose functions at a layer's `forward` do nothing beside computing: accelerate's casts, npu_patch's own.
+LIBRARIES = ("torch", "transformers", "accelerate", "peft", "npu_patch", "functools")
 SMALL = 1 << 16  # numbers of a tensor that may be kept for the sake of its address
 # transformers leaves its hooks in place once outputs were asked for; they do nothing in a call that asks for none.
 SILENT = "transformers.utils.output_capturing"
@@ -37,7 +43,7 @@ SILENT = "transformers.utils.output_capturing"
 class Observed:
     """`state` is equal for two looks between which nothing changed. `why_not`: what no graph may stand for.
     `dtypes`: of the parameters, on which those of a cache depend. `loose`: tensors that modules keep beside parameters
-    and buffers, in the order of `state`, where their addresses are not: some are made anew by each prefill."""
+    and buffers, in the order of `state`. They are the model's, or whoever's gave them to it: nothing is written there."""
 
     state: tuple[Any, ...]
     why_not: str | None
@@ -53,12 +59,6 @@ class Observed:
     def written(self) -> list[int]:
         return [0 if tensor.is_inference() else tensor._version for tensor in self.loose]
 
-    def renew(self, later: Observed) -> None:
-        """The values of now, at the addresses of then, where modules have other tensors of the same shapes since."""
-        for then, now in zip(self.loose, later.loose, strict=True):
-            if then is not now:
-                then.copy_(now)
-
 
 def observe(model: torch.nn.Module, device_type: str) -> Observed:
     """Walks over all modules: for once per call of generate(), not per token."""
@@ -70,9 +70,9 @@ def observe(model: torch.nn.Module, device_type: str) -> Observed:
     why_not = "hooks on all modules" if of_all._global_forward_hooks or of_all._global_forward_pre_hooks else None
     for module in model.modules():
         own = vars(module)
-        why_not = why_not or _listened_to(own) or _of_another_engine(own)
+        why_not = why_not or _listened_to(own) or _of_another_engine(own) or _wrapped(own)
         classes.setdefault(type(module))
-        state.append((id(module), tuple(own["_modules"])))
+        state.append((serial(module), tuple(own["_modules"])))
         for name, tensor in (*own["_parameters"].items(), *own["_buffers"].items()):
             if tensor is not None:
                 why_not = why_not or _not_there(tensor, device_type)
@@ -83,13 +83,13 @@ def observe(model: torch.nn.Module, device_type: str) -> Observed:
                 configurations.setdefault(id(value), value)
             elif isinstance(value, Tensor) and value.device.type == device_type and value.numel() <= SMALL:
                 loose.append(value)
-                state.append((name, value.dtype, value.shape))
+                state.append((name, *_place(value)))
             elif name not in APART:
                 state.append((name, _value(value, 0)))
     state += [_value(vars(each), 0) for each in configurations.values() if hasattr(each, "__dict__")]
-    state += [(id(cls), id(cls.forward)) for cls in classes]
+    state += [(serial(cls), serial(cls.forward)) for cls in classes]
     files = {cls.__module__ for cls in classes if not cls.__module__.startswith("torch.")}
-    state += [tuple(map(id, vars(sys.modules[name]).values())) for name in sorted(files) if name in sys.modules]
+    state += [tuple(map(serial, vars(sys.modules[name]).values())) for name in sorted(files) if name in sys.modules]
     return Observed(tuple(state), why_not, hash(tuple(dtypes)), tuple(loose))
 
 
@@ -97,6 +97,21 @@ def _listened_to(own: dict[str, Any]) -> str | None:
     for hook in (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()):
         if getattr(hook, "__module__", None) != SILENT and not only_asks_for_gradients(hook):
             return "hooks on modules of the model"
+    return None
+
+
+def _wrapped(own: dict[str, Any]) -> str | None:
+    """What somebody's function does beside the layer's own would not be done by a replay, as with a hook."""
+    function = own.get("forward")
+    while function is not None:
+        code = getattr(function, "__func__", function)
+        globals_of = getattr(
+            code, "__globals__", {"__name__": type(code).__module__}
+        )  # functools.wraps copies __module__
+        whose = str(globals_of.get("__name__")).partition(".")[0]
+        if whose not in LIBRARIES:
+            return "a layer with a forward of its own"
+        function = getattr(code, "__wrapped__", None)
     return None
 
 
@@ -139,7 +154,9 @@ def _value(value: Any, depth: int) -> Any:
         if isinstance(value, (list, tuple)):
             return tuple(_value(each, depth + 1) for each in value)
         if isinstance(value, (set, frozenset)):
-            return frozenset(map(id, value)) if not all(type(each) in PLAIN for each in value) else frozenset(value)
+            return frozenset(map(serial, value)) if not all(type(each) in PLAIN for each in value) else frozenset(value)
         if hasattr(value, "to_dict") and hasattr(value, "__dict__"):  # a configuration within another
             return _value(vars(value), depth + 1)
-    return id(value)
+        if depth < DEEPEST_OBJECTS and not isinstance(value, NO_STATE) and hasattr(value, "__dict__"):
+            return serial(value), _value(vars(value), depth + 2)
+    return serial(value)

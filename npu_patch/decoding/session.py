@@ -74,7 +74,7 @@ class Session:
             return self._refuse(reason or "restored meanwhile")
         key = (inputs.shape_of(tokens, kwargs), mode(self.device_type))
         if self.kept is not None and self.kept.observed.state == observed.state and self.kept.key[1] == key[1]:
-            return self.kept.observed.renew(observed)
+            return
         cache = kwargs[cache_name_of(kwargs)]
         if self.kept is None:
             self.room = caches.length_of(cache) - self._tokens_seen(tokens, kwargs)
@@ -82,7 +82,6 @@ class Session:
         self.kept = KEPT.of(self.model).step(key, observed, cache)
         if self.kept.why_not is not None:
             return self._refuse(self.kept.why_not)
-        self.kept.observed.renew(observed)
 
     def _proved(self, kept: KeptStep, tokens: Tensor, kwargs: dict[str, Any]) -> Any:
         length = caches.length_of(kwargs[cache_name_of(kwargs)])

@@ -230,6 +230,21 @@ def _npu_gated(y: Tensor, gate: Tensor) -> Tensor:
     return gated
 
 
+_present: dict[str, bool] = {}
+
+
+def _missing() -> str | None:
+    """Asked wherever implementations are chosen. torch.compile cannot ask the dispatcher, so answers are kept."""
+    lacking = needs_operators(NPU_RMS_NORM)()
+    if lacking is None:
+        _present.update({each.name: each.missing() is None for each in (GEMMA, NPU_SWIGLU)})
+    return lacking
+
+
+def _has(operator: Operator) -> bool:
+    return _present[operator.name] if operator.name in _present else operator.missing() is None
+
+
 def _by_npu(
     variant: RMSNormVariant,
     x: Tensor,
@@ -239,9 +254,9 @@ def _by_npu(
     gate_in_float32: bool = False,
 ) -> Tensor:
     one_plus = variant.gamma is ONE_PLUS_WEIGHT and variant.gate is None and weight is not None
-    if one_plus and x.dtype == weight.dtype == variant.output_dtype(x, weight) and GEMMA.missing() is None:
+    if one_plus and x.dtype == weight.dtype == variant.output_dtype(x, weight) and _has(GEMMA):
         return _npu_of_one_plus_weight(x, weight, eps)
-    in_one = _npu_gated if gate is not None and NPU_SWIGLU.missing() is None else None
+    in_one = _npu_gated if gate is not None and _has(NPU_SWIGLU) else None
     return normalize(_npu_rms_norm, variant, x, weight, eps, gate, gate_in_float32, in_one)
 
 
@@ -326,7 +341,7 @@ RMS_NORM: Op[[RMSNormVariant, Tensor, Tensor | None, float, Tensor | None, bool]
             ("npu",),
             _by_npu,
             _unsupported,
-            needs_operators(NPU_RMS_NORM),
+            _missing,
             partly={"1 + weight in its kernel": GEMMA, "a gate in one more": NPU_SWIGLU},
         ),
         Implementation("torch.nn.functional.rms_norm", ("cuda", "cpu"), _by_torch, _unsupported),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -52,16 +53,44 @@ def test_values_on_the_device_are_read_by_the_graph_itself() -> None:
     assert later.state == before.state and not before.changes_to(later)
 
 
-def test_a_small_tensor_that_each_prefill_makes_anew_is_brought_to_its_address() -> None:
+def test_another_tensor_at_an_attribute_is_another_state_and_nobody_s_tensor_is_written() -> None:
     model = tiny("qwen3")
-    model.model.deltas = torch.tensor([1])
+    given = model.model.deltas = torch.tensor([1])
     before = observe(model, "cpu")
     model.model.deltas = torch.tensor([5])
     later = observe(model, "cpu")
-    assert later.state == before.state
-    assert before.changes_to(later)  # a step that does so is not captured
-    before.renew(later)
-    assert before.loose[0].tolist() == [5]
+    assert later.state != before.state and before.changes_to(later)
+    assert given.tolist() == [1]
+
+
+class Setting:
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+
+def test_what_a_plain_object_of_a_layer_holds_is_looked_at() -> None:
+    model = tiny("qwen3")
+    first(model).setting = Setting(1.0)
+    before = observe(model, "cpu")
+    first(model).setting.factor = 2.0
+    assert observe(model, "cpu").state != before.state
+
+
+def test_a_function_in_the_place_of_one_that_is_gone_is_another() -> None:
+    model = tiny("qwen3")
+    states = []
+    for factor in range(3):
+        first(model).scale = lambda x, factor=factor: x * factor  # at the same address, more often than not
+        states.append(observe(model, "cpu").state)
+        del first(model).scale
+    assert states[0] != states[1] != states[2]
+
+
+def test_a_layer_whose_forward_somebody_wrapped_is_left_to_it() -> None:
+    model = tiny("qwen3")
+    layer = first(model)
+    layer.forward = functools.wraps(layer.forward)(lambda *args, **kwargs: type(layer).forward(layer, *args, **kwargs))
+    assert observe(model, "cpu").why_not == "a layer with a forward of its own"
 
 
 def test_weights_elsewhere_are_named() -> None:

@@ -279,6 +279,8 @@ MAY = {
     "ops/gated_delta/recurrent.py": "single-token decoding beside a cache, where it is asked for",
     "ops/gated_delta/step.py": "neighbours in one tensor are widened together, to the same numbers",
     "ops/static_cache.py": "single-token decoding beside a cache, whose place a backward would want as it was",
+    "ops/prefetch.py": "weights are fetched for single tokens beside a cache; nothing is computed",
+    "patches/inference/weight_nz.py": "a cast of weights without gradients, to the same numbers",
     "waiting/logits.py": "logits without a gradient give a loss none",
     "waiting/origins.py": "logits of a head that an optimizer is about to change are made before",
     "patches/attention/sdpa.py": "a mask that is trained is split anew, in the same way",

@@ -3,11 +3,14 @@ looks at. A number that is written in place is seen by a replay; all of this is 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from npu_patch.numerics.serial import serial
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 OF_NO_CONSEQUENCE = ("training", "_parameters", "_buffers", "_modules")
@@ -16,13 +19,24 @@ DEEPEST = 3
 
 def fingerprint(model: torch.nn.Module) -> Hashable:
     hooks = {name: each for name, each in vars(torch.nn.modules.module).items() if name.startswith("_global_")}
-    return (*(_of_module(name, module) for name, module in model.named_modules()), _plain(hooks, DEEPEST))
+    classes = {type(module) for module in model.modules()}
+    files = {sys.modules[cls.__module__] for cls in classes if not cls.__module__.startswith("torch.")}
+    code = frozenset((serial(cls), serial(cls.forward)) for cls in classes)
+    names = frozenset((file.__name__, tuple(map(serial, vars(file).values()))) for file in files)
+    modules = tuple(_of_module(name, module) for name, module in model.named_modules())
+    return modules, _plain(hooks, DEEPEST), code, names
 
 
 def _of_module(name: str, module: torch.nn.Module) -> Hashable:
     own = {key: value for key, value in vars(module).items() if key not in OF_NO_CONSEQUENCE}
     tensors = (*module._parameters.items(), *module._buffers.items())
-    return name, id(module), type(module), tuple((key, _where(each)) for key, each in tensors), _plain(own, DEEPEST)
+    return (
+        name,
+        serial(module),
+        serial(type(module)),
+        tuple((key, _where(each)) for key, each in tensors),
+        _plain(own, DEEPEST),
+    )
 
 
 def _where(tensor: Tensor | None) -> Hashable:
@@ -46,8 +60,8 @@ def _plain(value: Any, deep: int) -> Hashable:
     if deep and isinstance(value, (list, tuple, set, frozenset)):
         return tuple(_plain(each, deep - 1) for each in value)
     if deep and type(value).__name__.endswith("Config"):
-        return id(value), _plain(vars(value), deep - 1)
-    return id(value)
+        return serial(value), _plain(vars(value), deep - 1)
+    return serial(value)
 
 
 def _items(mapping: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:

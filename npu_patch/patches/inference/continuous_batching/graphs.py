@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from npu_patch import log
+from npu_patch.decoding.graph import capturing
 from npu_patch.numerics.error_text import error_text
 from npu_patch.ops.attention.paged import LENGTHS
 from npu_patch.patches.inference.continuous_batching.step import anew, running
@@ -47,9 +48,7 @@ def serve_graph(original: Callable[..., Any], device_type: str, calls: Calls) ->
 def serve_capture(original: Callable[..., Any], device_type: str, calls: Calls) -> Callable[..., Any]:
     @contextmanager
     def captured(graph: RenewedGraph, stream: Any, pool: Any) -> Iterator[None]:
-        capture = torch.get_device_module(device_type).graph(
-            graph.captured, stream=stream, pool=pool, auto_dispatch_capture=True, capture_error_mode="thread_local"
-        )
+        capture = capturing(graph.captured, device_type, stream=stream, pool=pool, auto_dispatch_capture=True)
         try:
             with anew(), capture:
                 yield
