@@ -43,7 +43,7 @@ SILENT = "transformers.utils.output_capturing"
 class Observed:
     """`state` is equal for two looks between which nothing changed. `why_not`: what no graph may stand for.
     `dtypes`: of the parameters, on which those of a cache depend. `loose`: tensors that modules keep beside parameters
-    and buffers, in the order of `state`. They are the model's, or whoever's gave them to it: nothing is written there."""
+    and buffers, in the order of `state`. They may be a caller's: nothing is written there."""
 
     state: tuple[Any, ...]
     why_not: str | None

@@ -12,7 +12,7 @@ _known: dict[int, tuple[weakref.ref[Any], int]] = {}
 
 
 def serial(value: object) -> Any:
-    """Of what takes no weak references (slots, numbers) the id. Bound methods are made at each look: their parts count."""
+    """Of what takes no weak references (slots, numbers) the id. A bound method is new at each look: its parts count."""
     if isinstance(value, MethodType):
         return serial(value.__func__), serial(value.__self__)
     key = id(value)
