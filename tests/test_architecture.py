@@ -19,7 +19,7 @@ FLOORS = (
     ("kernels", "sites"),
     ("serving", "simulator"),
     ("ops", "reporting"),
-    ("waiting",),
+    ("waiting", "decoding"),
     ("probe", "measuring"),
     ("patches",),
     ("applying",),

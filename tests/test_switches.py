@@ -14,6 +14,9 @@ def test_defaults() -> None:
     assert {name for name in BY_NAME if not switches[name]} == {
         "gated_rmsnorm_fp32",
         "triton_cache",
+        "recurrent_bf16",
+        "weight_nz",
+        "prefetch",
     }
     measured = ("triton", "swiglu_recompute", "patch_embedding", "head_padding")
     assert [switches[name] for name in measured] == ["auto"] * 4

@@ -20,7 +20,8 @@ def bind(patched: PatchedSite) -> None:
 
     def forget() -> None:
         replacement.calls.deactivate()
-        leave(replacement.function)
+        if replacement.participant is not None:
+            leave(replacement.function)
         STATE.patched[key].pop()  # the journal undoes the last one first
         if not STATE.patched[key]:
             del STATE.patched[key]

@@ -10,7 +10,7 @@ from npu_patch import patches
 from npu_patch.applying.enabling import STILL_IN_PLACE
 from npu_patch.applying.request import Request
 from npu_patch.applying.state import STATE, PatchError, Prepared
-from npu_patch.patches.preparation import Preparation
+from npu_patch.patches.preparation import LeftAlone, Preparation, Rebinding
 from npu_patch.reporting.outcome import FAILED, PREPARED, SKIPPED, Outcome
 from npu_patch.reporting.report import Report
 
@@ -22,7 +22,7 @@ def prepare(request: Request, report: Report, *, dry: bool = False) -> None:
             off = f"{each.name}: switched off by {request.switches.sources[each.switch]}"
             if any(held.outcome.patch == each.name for held in STATE.prepared.values()):
                 report.warnings.append(f"{off}, and {STILL_IN_PLACE}")
-            else:
+            elif request.switches.sources[each.switch] != "default":
                 report.notes.append(off)
         elif request.model is None:
             report.notes.append(f"{each.name}: it prepares a model, and none was given")
@@ -56,11 +56,18 @@ def _prepared(preparation: Preparation, model: torch.nn.Module, request: Request
 
 def _change(preparation: Preparation, model: torch.nn.Module, request: Request, outcome: Outcome) -> None:
     outcome.layers = 0
-    for layer, change_back in preparation.prepare(model, request.device_type, request.switches):
-        STATE.journal.changed(layer, preparation.name, change_back)
-        outcome.layers += 1
+    for each in preparation.prepare(model, request.device_type, request.switches):
+        if isinstance(each, LeftAlone):
+            outcome.reason = each.why
+        elif isinstance(each, Rebinding):
+            if not STATE.journal.holds(each.owner, each.name):
+                STATE.journal.rebind(each.owner, each.name, each.new)
+        else:
+            owner, change_back = each
+            STATE.journal.changed(owner, preparation.name, change_back)
+            outcome.layers += isinstance(owner, torch.nn.Module)
     if outcome.layers == 0:
-        outcome.status, outcome.reason = SKIPPED, "nothing in it was changed"
+        outcome.status, outcome.reason = SKIPPED, outcome.reason or "nothing in it was changed"
         return
     held, key = Prepared(weakref.ref(model), outcome), (id(model), preparation.name)
     STATE.journal.rebind(STATE.prepared, key, held, on_undo=outcome.calls.deactivate)

@@ -21,9 +21,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from npu_patch.devices import ACCELERATORS
 from npu_patch.kernels.gamma import ACTIVATIONS, GAMMAS, NONE, ONE_PLUS_WEIGHT, ROUNDED_ONE_PLUS_WEIGHT, WEIGHT, Gamma
+from npu_patch.numerics.autograd import Context
+from npu_patch.numerics.results import changeable
+from npu_patch.ops.swiglu import NPU_SWIGLU
 from npu_patch.serving.case import Case
 from npu_patch.serving.implementation import (
     FLOAT_DTYPES,
@@ -41,6 +45,7 @@ from npu_patch.serving.operators import Operator
 
 CASE_EPS = 1e-6
 NPU_RMS_NORM = Operator("npu_rms_norm", ("epsilon",), gradient=True)
+GEMMA = Operator("npu_gemma_rms_norm", ("epsilon",))  # _OfOnePlusWeight is its derivative
 # By `RMSNormVariant.output`, from the dtypes of input and weight.
 OUTPUT_DTYPES: dict[str, Callable[[torch.dtype, torch.dtype], torch.dtype]] = {
     "input": lambda x, weight: x,
@@ -96,9 +101,10 @@ def normalize(
     eps: float,
     gate: Tensor | None = None,
     gate_in_float32: bool = False,
+    gated_in_one: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """`variant` of x `[..., D]` and weight `[D]` (or None), with gate `[..., D]` for gated variants, by a kernel for
-    norms alone.
+    norms alone. `gated_in_one(y, gate)`: `y * silu(gate)` of one half precision, rounded once.
 
     `gate_in_float32` keeps a gated norm in float32 up to the last rounding; variants whose original does so are
     always computed so.
@@ -113,6 +119,12 @@ def normalize(
     y = kernel(x, gamma, eps)
     if variant.gate is not None:
         assert gate is not None
+        if (
+            gated_in_one is not None
+            and variant.gate is F.silu
+            and y.dtype == gate.dtype == output_dtype != torch.float32
+        ):
+            return gated_in_one(y, gate)
         y = y * variant.gate(gate.float())
     return y if y.dtype == output_dtype else y.to(output_dtype)
 
@@ -182,6 +194,70 @@ def _npu_rms_norm(x: Tensor, gamma: Tensor | None, eps: float) -> Tensor:
     if gamma is None:  # the operator has no form without gamma
         gamma = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
     return torch.ops.npu.npu_rms_norm(x.contiguous(), gamma, epsilon=eps)[0]
+
+
+class _OfOnePlusWeight(torch.autograd.Function):
+    """`npu_gemma_rms_norm`, which adds the 1 in float32 and has no derivative in torch_npu: that of npu_rms_norm is
+    one."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, rstd = torch.ops.npu.npu_gemma_rms_norm(x, weight, epsilon=eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return changeable(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        gamma = ONE_PLUS_WEIGHT.value(weight)
+        dx, d_gamma = torch.ops.npu.npu_rms_norm_backward(dy, x, gamma, rstd)
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        return dx if needs_x else None, d_gamma.to(weight.dtype) if needs_weight else None, None
+
+
+def _npu_of_one_plus_weight(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if x.dim() == 4 and not x.is_contiguous() and x.transpose(1, 2).is_contiguous():
+        return _npu_of_one_plus_weight(x.transpose(1, 2), weight, eps).transpose(1, 2)
+    x, weight = x.contiguous(), weight.contiguous()  # the operator documents that it takes nothing else
+    normalized: Tensor = _OfOnePlusWeight.apply(x, weight, eps)
+    return normalized
+
+
+def _npu_gated(y: Tensor, gate: Tensor) -> Tensor:
+    """The two halves of what SwiGLU takes."""
+    gated: Tensor = torch.ops.npu.npu_swiglu(torch.cat((gate, y), -1), dim=-1)
+    return gated
+
+
+_present: dict[str, bool] = {}
+
+
+def _missing() -> str | None:
+    """Asked wherever implementations are chosen. torch.compile cannot ask the dispatcher, so answers are kept."""
+    lacking = needs_operators(NPU_RMS_NORM)()
+    if lacking is None:
+        _present.update({each.name: each.missing() is None for each in (GEMMA, NPU_SWIGLU)})
+    return lacking
+
+
+def _has(operator: Operator) -> bool:
+    return _present[operator.name] if operator.name in _present else operator.missing() is None
+
+
+def _by_npu(
+    variant: RMSNormVariant,
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    gate: Tensor | None = None,
+    gate_in_float32: bool = False,
+) -> Tensor:
+    one_plus = variant.gamma is ONE_PLUS_WEIGHT and variant.gate is None and weight is not None
+    if one_plus and x.dtype == weight.dtype == variant.output_dtype(x, weight) and _has(GEMMA):
+        return _npu_of_one_plus_weight(x, weight, eps)
+    in_one = _npu_gated if gate is not None and _has(NPU_SWIGLU) else None
+    return normalize(_npu_rms_norm, variant, x, weight, eps, gate, gate_in_float32, in_one)
 
 
 def _torch_rms_norm(x: Tensor, gamma: Tensor | None, eps: float) -> Tensor:
@@ -255,12 +331,19 @@ def _key(variant: RMSNormVariant, x: Tensor, weight: Tensor | None, *_: Any) -> 
     return variant.name, x.shape[-1], x.dtype, None if weight is None else weight.dtype
 
 
-_by_npu, _by_torch = partial(normalize, _npu_rms_norm), partial(normalize, _torch_rms_norm)
+_by_torch = partial(normalize, _torch_rms_norm)
 RMS_NORM: Op[[RMSNormVariant, Tensor, Tensor | None, float, Tensor | None, bool], Tensor] = Op(
     "rms_norm",
     (
         Implementation(TRITON, ACCELERATORS, _triton_rms_norm, unsupported_by_triton, needs_triton, optional=True),
-        Implementation("torch_npu.npu_rms_norm", ("npu",), _by_npu, _unsupported, needs_operators(NPU_RMS_NORM)),
+        Implementation(
+            "torch_npu.npu_rms_norm",
+            ("npu",),
+            _by_npu,
+            _unsupported,
+            _missing,
+            partly={"1 + weight in its kernel": GEMMA, "a gate in one more": NPU_SWIGLU},
+        ),
         Implementation("torch.nn.functional.rms_norm", ("cuda", "cpu"), _by_torch, _unsupported),
     ),
     _key,

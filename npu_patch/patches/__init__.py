@@ -5,6 +5,8 @@ from npu_patch.patches import add_rms_norm, qk_norm_rope, rms_norm, rope, swiglu
 from npu_patch.patches.attention import patch as attention
 from npu_patch.patches.experts import patch as experts
 from npu_patch.patches.gated_delta import patch as gated_delta_net
+from npu_patch.patches.inference import captured_decode, prefetch, static_cache, weight_nz
+from npu_patch.patches.inference.continuous_batching import patch as continuous_batching
 from npu_patch.patches.lora import patch as lora
 from npu_patch.patches.loss import patch as loss
 from npu_patch.patches.order import in_order
@@ -30,6 +32,9 @@ CATALOGUE: tuple[Patch, ...] = in_order(
         add_rms_norm.PATCH,
         loss.PATCH,
         patch_embedding.PATCH,
+        captured_decode.PATCH,
+        static_cache.PATCH,
+        continuous_batching.PATCH,
     )
 )
-PREPARATIONS: tuple[Preparation, ...] = ()
+PREPARATIONS: tuple[Preparation, ...] = (weight_nz.PREPARATION, prefetch.PREPARATION)

@@ -4,14 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from npu_patch.switches import Switches
 
 # A layer that was changed, and what changes it back. It is called with the layer, which it must not hold itself: a
-# model that nobody else holds is freed, and then there is nothing to put back.
-Change = tuple[torch.nn.Module, Callable[[torch.nn.Module], None]]
+# model that nobody else holds is freed, and then there is nothing to put back. Of a process's setting it is the same.
+Change = tuple[Any, Callable[[Any], None]]
+
+
+@dataclass(frozen=True)
+class Rebinding:
+    """What a changed layer needs besides: `name` in the namespace of `owner` made `new`, by the journal, once."""
+
+    owner: Any
+    name: Any
+    new: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """What of the model was not changed, in words."""
+
+    why: str
 
 
 @dataclass(frozen=True)
@@ -20,10 +37,11 @@ class Preparation:
 
     `why_not(model, device_type, switches)`: the reason to leave the model alone, or None; it only looks, for a dry run
     asks too. `prepare`, given the same, changes one layer after the other and yields each `Change` as soon as it is
-    made: where one fails, those before it are undone. `switch`: its name in `SWITCHES`.
+    made: where one fails, those before it are undone. A `Rebinding` is made as it is yielded. `switch`: its name in
+    `SWITCHES`.
     """
 
     name: str
     switch: str
     why_not: Callable[[torch.nn.Module, str, Switches], str | None]
-    prepare: Callable[[torch.nn.Module, str, Switches], Iterator[Change]]
+    prepare: Callable[[torch.nn.Module, str, Switches], Iterator[Change | Rebinding | LeftAlone]]

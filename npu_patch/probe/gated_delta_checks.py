@@ -1,15 +1,16 @@
 """Whether a package's kernel computes on this device what the definition says, found out before it is first used.
 
 apply() must not touch the device, so this runs at the first call of each kind: a few tokens, forward and backward,
-packed and not, compared with float64 on the host. It is the one time that the host waits for the device. A kind of call
-of the rule is its dtype and head sizes, how many value heads share a key head, and which states go in and out.
+packed and not, compared with float64 on the host; of a step by one token that token, forward. It is the one time that
+the host waits for the device. A kind of call of the rule is its dtype and head sizes, how many value heads share a key
+head, which states go in and out, and whether it is a step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ VERDICTS = Findings()
 
 @dataclass(frozen=True)
 class RuleKind:
-    """What a verdict on the rule holds for: all that a kernel may treat apart, but for the number of tokens."""
+    """What a verdict on the rule holds for: all that a kernel may treat apart, but for the number beyond one token."""
 
     dtype: torch.dtype
     key_width: int
@@ -43,26 +44,28 @@ class RuleKind:
     normalize: bool
     from_state: bool
     to_state: bool
+    step: bool = False
 
     @classmethod
     def of(cls, call: RuleCall) -> RuleKind:
         values_per_key = max(1, call.v.shape[2] // call.k.shape[2])
         from_state, widths = call.initial_state is not None, (call.k.shape[-1], call.v.shape[-1])
-        return cls(call.q.dtype, *widths, values_per_key, call.normalize, from_state, call.output_final_state)
+        step = call.q.shape[1] == 1 and call.cu_seqlens is None
+        return cls(call.q.dtype, *widths, values_per_key, call.normalize, from_state, call.output_final_state, step)
 
     def inputs(self, bounds: Sequence[int] | None) -> dict[str, Tensor]:
         """Two rows of tokens, or packed sequences, with heads that forget at very different speeds."""
-        rows, heads = ROWS if bounds is None else 1, KEY_HEADS * self.values_per_key
+        rows, heads, tokens = ROWS if bounds is None else 1, KEY_HEADS * self.values_per_key, 1 if self.step else TOKENS
         first, last = DECAYS
         rates = first * (last / first) ** (torch.arange(heads) / (heads - 1))
-        k = values((rows, TOKENS, KEY_HEADS, self.key_width), 2)
+        k = values((rows, tokens, KEY_HEADS, self.key_width), 2)
         given = {
-            "q": values((rows, TOKENS, KEY_HEADS, self.key_width), 1),
+            "q": values((rows, tokens, KEY_HEADS, self.key_width), 1),
             "k": k if self.normalize else F.normalize(k, dim=-1),
-            "v": values((rows, TOKENS, heads, self.value_width), 3),
-            "beta": values((rows, TOKENS, heads), 5).sigmoid(),
+            "v": values((rows, tokens, heads, self.value_width), 3),
+            "beta": values((rows, tokens, heads), 5).sigmoid(),
         }
-        in_float32 = {"g": -values((rows, TOKENS, heads), 4).abs() * rates}
+        in_float32 = {"g": -values((rows, tokens, heads), 4).abs() * rates}
         if self.from_state:
             sequences = rows if bounds is None else len(bounds) - 1
             in_float32["initial_state"] = values((sequences, heads, self.key_width, self.value_width), 6)
@@ -87,6 +90,7 @@ class ConvolutionKind:
     width: int
     biased: bool
     activation: str | None
+    step: ClassVar[bool] = False
 
     @classmethod
     def of(cls, call: ConvolutionCall) -> ConvolutionKind:
@@ -116,7 +120,8 @@ def why_wrong(implementation: AnyImplementation, call: RuleCall | ConvolutionCal
     if key not in VERDICTS:
         try:
             with quiet_room(), torch.autocast(key[1].type, enabled=False):
-                found = (_compare(implementation, kind, bounds, key[1]) for bounds in (None, BOUNDS))
+                layouts = (None,) if kind.step else (None, BOUNDS)
+                found = (_compare(implementation, kind, bounds, key[1]) for bounds in layouts)
                 VERDICTS[key] = next(filter(None, found), None)
         except Exception as error:
             unless_accident(error)
@@ -130,10 +135,11 @@ def _compare(
     bounds: Sequence[int] | None,
     device: torch.device,
 ) -> str | None:
-    """All outputs, and the gradients that reach the inputs through all of them."""
+    """All outputs, and the gradients that reach the inputs through all of them; those of no step."""
     given = kind.inputs(bounds)
-    inputs = {name: tensor.detach().to(device).requires_grad_() for name, tensor in given.items()}
-    exact_inputs = {name: tensor.detach().double().requires_grad_() for name, tensor in given.items()}
+    trained = not kind.step
+    inputs = {name: tensor.detach().to(device).requires_grad_(trained) for name, tensor in given.items()}
+    exact_inputs = {name: tensor.detach().double().requires_grad_(trained) for name, tensor in given.items()}
     packed: dict[str, Any] = {"bounds_on_host": lambda: torch.tensor(BOUNDS, dtype=torch.int32)}
     if bounds is not None:
         packed["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32, device=device)
@@ -148,9 +154,11 @@ def _compare(
         far = difference(one.detach().float().cpu(), other.detach().float())
         if not far <= ALLOWED[kind.dtype]:
             return f"self-check: {name}{where} is {far:.2g} of its size off"
-        if not one.requires_grad:
+        if trained and not one.requires_grad:
             return f"self-check: {name}{where} passes on no gradient"
         weights.append(values(other.shape, 90 + len(weights), one.dtype))
+    if not trained:
+        return None
     found = torch.autograd.grad(observed, list(inputs.values()), [each.to(device) for each in weights])
     exact_found = torch.autograd.grad(exact, list(exact_inputs.values()), [each.double() for each in weights])
     for name, one, other in zip(inputs, found, exact_found, strict=True):

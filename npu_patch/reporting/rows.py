@@ -81,8 +81,8 @@ def short_name(site: str) -> str:
 
 
 def _rows_of(outcomes: list[Outcome]) -> list[Row]:
-    """Sites that share a reason are one row. Patched classes are a row each, for their counters, unless many do the
-    same."""
+    """Sites that share a reason are one row, and functions that do the same and were not called yet. Patched classes
+    are a row each, for their counters, unless many do the same."""
     alike: dict[tuple[str, ...], dict[str, list[Outcome]]] = {}
     for outcome in outcomes:
         classes = alike.setdefault((outcome.variant, outcome.implementation, outcome.tuned, outcome.reason), {})
@@ -90,7 +90,8 @@ def _rows_of(outcomes: list[Outcome]) -> list[Row]:
     found = []
     for classes in alike.values():
         groups = list(classes.values())
-        if groups[0][0].status != PATCHED or len(groups) > MOST_ALIKE:
+        functions = all(each.reached is None and not each.called for group in groups for each in group)
+        if groups[0][0].status != PATCHED or len(groups) > MOST_ALIKE or functions:
             groups = [[outcome for group in groups for outcome in group]]
         found += [_row(group) for group in groups]
     return found

@@ -46,10 +46,7 @@ def _lines(row: Row, above: Row | None) -> list[str]:
     """The row's numbers stand beside its names; what happened follows, indented."""
     patch = row.patch if above is None or above.patch != row.patch else ""
     width = COLUMNS[1][1]
-    names = row.names
-    named = ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
-    if row.status != PATCHED or row.never_called:
-        named = f"{'never called' if row.never_called else row.status}: {named}"
+    named = _named(row, width)
     fell = (f"; {count} fell through: {with_action(why)}" for why, count in row.fell_through.most_common())
     what = (row.what if row.status == PATCHED else with_action(row.what)) + "".join(fell)
     first, *more = textwrap.wrap(named, width, subsequent_indent="  ")
@@ -60,6 +57,17 @@ def _lines(row: Row, above: Row | None) -> list[str]:
     lines += [_line(["", line]) for line in more]
     indent = " " * (COLUMNS[0][1] + len(GAP) + 2)
     return lines + textwrap.wrap(what, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ")
+
+
+def _named(row: Row, width: int) -> str:
+    """Of many names no more than one line has room for."""
+    fate = "never called" if row.never_called else row.status
+    before = "" if row.status == PATCHED and not row.never_called else f"{fate}: "
+    names = row.names
+    if len(names) <= MOST_NAMES:
+        return before + ", ".join(names)
+    some = [f"{before}{', '.join(names[:count])} and {len(names) - count} more" for count in range(MOST_NAMES, 0, -1)]
+    return next((text for text in some if len(text) <= width), some[-1])
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -226,10 +226,13 @@ def in_order(
     op: Op[Call, Result],
     device_type: str,
     unproven: Callable[Concatenate[Implementation[Call, Result], Call], str | None],
+    optional: bool = False,
+    source: str = "default",
 ) -> Dispatch[Call, Result]:
-    """Of providers, the last of which needs no proof and takes every call that any can take."""
+    """Of providers, the last of which needs no proof and takes every call that any can take. `optional`: whether
+    optional ones are among them, as `source` says."""
     serving = (each for each in op.implementations if device_type in each.device_types)
-    found = [each for each in serving if each.missing() is None]
-    declined = choose(op.implementations, device_type).declined
+    found = [each for each in serving if (optional or not each.optional) and each.missing() is None]
+    declined = choose(op.implementations, device_type, optional, source).declined
     choice = Choice(found[-1] if found else None, declined, tuple(found[:-1]), forced=True)
     return Dispatch(op, choice, unproven=unproven)

@@ -1,6 +1,6 @@
 /*
  * aclnnConstantPadNd, which ProcessGroupHCCL launches below the dispatcher: it pads what it gathers to 512 bytes. No
- * other kernel of libopapi.so is there.
+ * other kernel of libopapi.so is there; some functions are, for who looks up whether this CANN has them.
  */
 #include <stdint.h>
 #include <stdio.h>
@@ -11,6 +11,9 @@
 #define ERROR_NOT_SUPPORTED 207000
 #define MOST_DIMENSIONS 8
 void simulator_set_error(const char *message); /* cann_stub.c */
+
+#define NAMED(name) int name(void) { simulator_set_error("npu_patch.simulator has this kernel in Python: " #name); return ERROR_NOT_SUPPORTED; }
+NAMED(aclnnMatmulWeightNz) NAMED(aclnnAddmmWeightNz) NAMED(aclnnGroupedMatmulWeightNz)
 
 typedef struct { int64_t sizes[MOST_DIMENSIONS], strides[MOST_DIMENSIONS], offset; uint64_t dims; int dtype; char *data; } Tensor;
 typedef struct { uint64_t count; int64_t values[]; } IntArray;

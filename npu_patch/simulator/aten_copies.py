@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import counters, memory
+from . import counters, format_cast, fractal, memory
+from .aten_kernel import Kernel
 from .current import current
 from .graphs import leaf
+from .refusal import require
 
 
 def _copy(self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
@@ -19,7 +21,14 @@ def _copy(self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
             current.capture.refuse(
                 "aten::copy_", "a copy between the device and memory that is not pinned, or without non_blocking,"
             )
-    to, source = (memory.alias(self) if to_npu else self), (memory.alias(src) if from_npu else src)
+    if from_npu and to_npu and self.dtype != src.dtype:
+        rule = "FRACTAL_NZ into another dtype is an operator of old, Cast, over blocks: cast the format back first"
+        require(not fractal.is_fractal(src), "aten::copy_", rule)
+    source = memory.alias(src) if from_npu else src
+    if to_npu and fractal.is_fractal(self):
+        format_cast.write(self, source)
+        return self
+    to = memory.alias(self) if to_npu else self
     with torch._C._AutoDispatchBelowAutograd():
         to.copy_(source)
     if counters.is_counting():
@@ -52,6 +61,17 @@ def _read(self: Tensor) -> Any:
 
 
 _local_scalar_dense = leaf("aten::_local_scalar_dense", _read, lambda args, kwargs: ())
+
+
+_clone_plain = Kernel(torch.ops.aten.clone.default).run
+
+
+def _clone(self: Tensor, *, memory_format: torch.memory_format | None = None) -> Tensor:
+    if fractal.is_fractal(self):
+        result = format_cast.empty_as(self)
+        format_cast.write(result, memory.alias(self))
+        return result
+    return _clone_plain(self, memory_format=memory_format)
 
 
 def _empty(
@@ -95,12 +115,15 @@ def _empty_like(
             memory.alias(self), dtype=dtype, device="meta", memory_format=memory_format
         )
     target = self.device if device is None else device
+    if fractal.is_fractal(self) and target.type == "npu" and like.is_contiguous() and like.dtype == self.dtype:
+        return format_cast.empty_as(self)
     if target.type != "npu":
         return torch.empty_strided(like.size(), like.stride(), dtype=like.dtype, device=target)
     return memory.poisoned(like.size(), like.stride(), like.dtype, memory.index_of(target))
 
 
 KERNELS: dict[str, Callable[..., Any]] = {
+    "clone": leaf("aten::clone", _clone, lambda args, kwargs: ()),
     "copy_": _copy_,
     "_copy_from": _copy_from,
     "_copy_from_and_resize": _copy_from_and_resize,

@@ -32,7 +32,7 @@ int aclrtMemset(void *to, size_t room, int32_t value, size_t bytes);
 /* ---- What graphs.py does; its numbers are the same there. ---- */
 
 enum { BEGIN, END, EXECUTE, DESTROY, GROUP_BEGIN, GROUP_END, UPDATE_BEGIN, UPDATE_END, EVENT_WAIT, EVENT_RESET,
-       EVENT_RECORD, COPY, SET };
+       EVENT_RECORD, COPY, SET, PREFETCH };
 typedef int64_t (*GraphCallback)(int what, int64_t graph, int64_t first, int64_t second, int64_t third);
 static GraphCallback on_graph;
 void simulator_on_graph(GraphCallback callback) { on_graph = callback; }
@@ -161,6 +161,16 @@ int aclrtMemsetAsync(void *to, size_t room, int32_t value, size_t bytes, void *s
     if (bytes > room) return ERROR_INVALID_PARAMETER;
     ((Stream *)stream)->tasks++;
     return ask(SET, capture->graph, (int64_t)to, value, (int64_t)bytes);
+}
+
+/* A prefetch into the L2 cache changes nothing: graphs.py has who counts told of it. */
+#define CMO_PREFETCH 0
+int aclrtCmoAsync(void *from, size_t bytes, int what, void *stream) {
+    Capture *capture = capture_of(stream);
+    if (what != CMO_PREFETCH) return ERROR_INVALID_PARAMETER;
+    if (capture) ((Stream *)stream)->tasks++;
+    else if (stream && ((Stream *)stream)->waits) return never_ends();
+    return ask(PREFETCH, capture ? capture->graph : 0, (int64_t)from, (int64_t)bytes, ((Stream *)stream)->id);
 }
 
 /* ---- Events. One that is recorded in a capture belongs to it. ---- */

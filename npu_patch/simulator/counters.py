@@ -12,6 +12,7 @@ Rules:
 - A host copy is whatever makes the host wait for the device: a device-to-host copy, `item()`, and operators whose
   output shape or result depends on data (`nonzero`, `masked_select`, `equal`, boolean indices...), 8 bytes each.
 - Copies from host to device are `uploads`.
+- A prefetch into the L2 cache computes nothing: those are `prefetches`, and their bytes apart.
 - Capturing a graph counts nothing: nothing runs. A replay is one launch ("aclmdlRIExecuteAsync") and one of `replays`;
   the kernels that it runs are `replayed`, apart from the launches, and their bytes are the replay's.
 - A collective is one call of HCCL, and its bytes are those that this rank sent to others. Those of an all-reduce are
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 @dataclass
 class Counted:
     """What was counted; complete once the `with` block has ended. Who wants to know more of each launch than this
-    overrides `launched`, `waited` and `became`, which are called one at a time, on the thread that launches."""
+    overrides `launched`, `waited`, `prefetched` and `became`, which are called one at a time, on the thread that
+    launches."""
 
     launches: int = 0
     bytes: int = 0
@@ -49,6 +51,8 @@ class Counted:
     """Operator name -> (kernels run by replays, bytes)."""
     uploads: int = 0
     upload_bytes: int = 0
+    prefetches: int = 0
+    prefetched_bytes: int = 0
     collectives: int = 0
     collective_bytes: int = 0
     collectives_by_call: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -81,6 +85,10 @@ class Counted:
         self.host_bytes += moved
         _add(self.host_copies_by_op, name, moved)
 
+    def prefetched(self, address: int, moved: int, stream: int) -> None:
+        self.prefetches += 1
+        self.prefetched_bytes += moved
+
     def became(self, written: int, allocation: int) -> None:
         """What a kernel wrote at an address is, from here on, the device's allocation."""
 
@@ -92,6 +100,7 @@ class Counted:
                 f"{self.launches} launches, {self.bytes} bytes, {self.host_copies} host copies",
                 *(["launches          bytes operator", *lines] if lines else []),
                 *([f"{self.replayed} kernels of {self.replays} replays", *replayed] if self.replays else []),
+                *([f"{self.prefetches} prefetches, {self.prefetched_bytes} bytes"] if self.prefetches else []),
                 *([f"{self.collectives} collectives, {self.collective_bytes} bytes", *sent] if sent else []),
             ]
         )
@@ -160,6 +169,12 @@ def host_copy(name: str, moved: int) -> None:
     with _lock:
         for counted in _counting:
             counted.waited(name, moved)
+
+
+def prefetch(address: int, moved: int, stream: int) -> None:
+    with _lock:
+        for counted in _counting:
+            counted.prefetched(address, moved, stream)
 
 
 def upload(moved: int) -> None:

@@ -31,11 +31,12 @@ def install(import_torch: Callable[[], None] | None, checker: Path | None) -> No
         if checker is not None:
             with _memory_checker(checker):
                 torch.empty(1, device="npu")  # the allocator asks once
-        from . import aten, fused, graphs, missing
+        from . import aten, format_cast, fused, graphs, missing
 
         graphs.install()
         aten.register()
         fused.register()
+        format_cast.register()
         missing.register(name for family in fused.FAMILIES for name in family.KERNELS)
 
 

@@ -24,15 +24,15 @@ from typing import Any
 import torch
 import torch_npu
 
-from . import counters
+from . import counters, fractal
 from .errors import Refused
 from .graph_nodes import Graph, Node, Update, Written, stub, tensors_in
 
 # As in cann_streams.c.
 (
     BEGIN, END, EXECUTE, DESTROY, GROUP_BEGIN, GROUP_END, UPDATE_BEGIN, UPDATE_END, EVENT_WAIT, EVENT_RESET,
-    EVENT_RECORD, COPY, SET,
-) = range(13)  # fmt: skip
+    EVENT_RECORD, COPY, SET, PREFETCH,
+) = range(14)  # fmt: skip
 CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int, *[ctypes.c_int64] * 4)
 WOULD_WAIT, INVALID = -1, -2
 MODEL_EXECUTE, TASK_GROUP, INTERNAL = 507011, 107033, 507000
@@ -61,6 +61,8 @@ def leaf(name: str, kernel: Callable[..., Any], written: Written) -> Callable[..
 
     @functools.wraps(kernel)
     def launch(*args: Any, **kwargs: Any) -> Any:
+        if fractal.laid_out:
+            fractal.require_taken(name, args, kwargs)
         if not _watching:
             return kernel(*args, **kwargs)
         return _launch(name, kernel, written, args, kwargs)
@@ -195,10 +197,19 @@ def _set(graph: int, *arguments: int) -> int:
     return 0
 
 
+def _prefetch(graph: int, address: int, length: int, stream: int) -> int:
+    if graph:
+        _graphs[graph].nodes.append(Node("aclrtCmoAsync", counters.prefetch, (address, length, stream)))
+    else:
+        counters.prefetch(address, length, stream)
+    return 0
+
+
 _DONE: dict[int, Callable[..., int]] = {
     BEGIN: _begin, END: _end, EXECUTE: _execute, DESTROY: _destroy, GROUP_BEGIN: _group_begin, GROUP_END: _group_end,
     UPDATE_BEGIN: _update_begin, UPDATE_END: _update_end, EVENT_WAIT: _event("wait"), EVENT_RESET: _event("reset"),
     EVENT_RECORD: _event("record"), COPY: _copy, SET: _set,
+    PREFETCH: _prefetch,
 }  # fmt: skip
 _ERRORS = {EXECUTE: MODEL_EXECUTE, UPDATE_BEGIN: TASK_GROUP, UPDATE_END: TASK_GROUP}
 

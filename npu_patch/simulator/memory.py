@@ -9,6 +9,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from . import fractal
 from .current import current
 
 CPU = torch.device("cpu")
@@ -21,12 +22,15 @@ _DEVICES = tuple(torch.device("npu", index) for index in range(_npu.device_count
 def alias(tensor: Tensor) -> Tensor:
     """A CPU tensor over the same memory, with the same dtype, shape, strides, offset, conj and neg bits.
 
-    It does not keep the memory alive: use it while the npu tensor exists.
+    It does not keep the memory alive: use it while the npu tensor exists. Of what lies in blocks (fractal.py) it is a
+    copy, for reading only.
     """
     storage = tensor.untyped_storage()
     pointer = storage.data_ptr()
     if not pointer:
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=CPU)
+    if fractal.is_fractal(tensor):
+        return fractal.matrix(tensor, elements(tensor))
     over = torch.empty(0, dtype=tensor.dtype, device=CPU).set_(
         _storage_over(pointer, CPU, storage.nbytes()), tensor.storage_offset(), tensor.size(), tensor.stride()
     )
@@ -35,6 +39,13 @@ def alias(tensor: Tensor) -> Tensor:
     if tensor.is_neg():
         over = torch._neg_view(over)
     return over
+
+
+def elements(tensor: Tensor) -> Tensor:
+    """The whole storage of an npu tensor as a flat CPU tensor over the same memory."""
+    storage = tensor.untyped_storage()
+    over = _storage_over(storage.data_ptr(), CPU, storage.nbytes())
+    return torch.empty(0, dtype=tensor.dtype, device=CPU).set_(over)
 
 
 def allocate(size: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, device: int) -> Tensor:

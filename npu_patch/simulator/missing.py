@@ -26,6 +26,7 @@ KEPT = {
     "npu_format_cast.Tensor",
     "npu_format_cast_",
     "npu_format_cast_.acl_format",
+    "npu_prefetch",  # aclrtCmoAsync of cann_streams.c
     "npu_gather_backward",
     "npu_reshape",
     "npu_reshape.out",

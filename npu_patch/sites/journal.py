@@ -22,6 +22,13 @@ from npu_patch import log
 from npu_patch.sites.whose import whose
 
 _ABSENT = object()
+_changes = 0  # of all journals
+
+
+def changes() -> int:
+    """How often anything was bound anew or put back in this process: who keeps what was made of it asks whether that
+    still holds."""
+    return _changes
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class Journal:
             label = label or f"{_label(owner)}.{name}"
             entry = Entry(_reference(owner), name, _read(owner, name), _core(new), on_undo, label)
             _write(owner, name, new)
+            _count()
             self._entries.append(entry)
             self._held.setdefault((id(owner), name), []).append(entry)
 
@@ -92,6 +100,7 @@ class Journal:
         with self.lock:
             while len(self._entries) > mark:
                 entry = self._entries.pop()
+                _count()
                 self._forget(entry)
                 try:
                     _undo(entry)
@@ -118,6 +127,11 @@ class Journal:
             except BaseException:
                 self.undo_to(mark)
                 raise
+
+
+def _count() -> None:
+    global _changes
+    _changes += 1
 
 
 def _undo(entry: Entry) -> None:

@@ -27,7 +27,8 @@ def by_whom(site: Site) -> str | None:
     if isinstance(site.owner, ModuleType):
         return _in_module(site.owner, site.name)
     if isinstance(site.owner, type):
-        theirs = _theirs(site.original, (*EXPECTED, site.owner.__module__.split(".", 1)[0]))
+        own = site.owner.__module__.split(".", 1)[0]
+        theirs = _theirs(site.original, (*EXPECTED, own, *sys.stdlib_module_names))
         return theirs or (f"already replaced by {whose(site.owner)}" if tool_of(site.owner.__module__) else None)
     return None
 

@@ -104,7 +104,7 @@ def test_storages_that_grow_keep_what_they_hold(npu: torch.device) -> None:
 def test_torch_npus_own_kernels_that_stay_compute(npu: torch.device) -> None:
     x = torch.randn(4, 8, device=npu)
     assert torch.equal(torch_npu.npu_format_cast(x, 2), x)
-    assert torch.equal(torch_npu.npu_format_cast(x, 29), x)  # an internal format: the values stay
+    assert torch.equal(torch_npu.npu_format_cast(x, 29), x)  # internal formats are not allowed: it stays ND
     assert torch.equal(torch_npu.npu_format_cast_(x.clone(), 2), x)
     assert torch.equal(torch.ops.npu.npu_reshape(x, [8, 4]), x.view(8, 4))
     assert torch.equal(torch.ops.npu.copy_memory_(torch.empty_like(x), x), x)

@@ -36,19 +36,24 @@ PACKAGES: Mapping[str, str] = {
 # Operators of torch_npu, and what calls them, or would.
 OPERATORS: Mapping[str, str] = {
     "npu_rms_norm": "rms_norm",
+    "npu_rms_norm_backward": "rms_norm, of 1 + weight",
+    "npu_gemma_rms_norm": "rms_norm, of 1 + weight",
     "npu_fast_gelu": "approximate_gelu",
     "npu_rotary_mul": "rope",
     "npu_swiglu": "swiglu, experts",
     "npu_fusion_attention": "attention",
     "npu_fusion_attention_v2": "attention with sinks",
-    "npu_fused_infer_attention_score": "attention of single tokens",
+    "npu_fused_infer_attention_score": "attention of single tokens, over pages too",
+    "npu_scatter_pa_kv_cache": "generate_batch: new tokens into pages",
     "npu_moe_token_permute": "experts",
     "npu_grouped_matmul": "experts",
     "npu_moe_token_unpermute": "experts",
     "npu_chunk_gated_delta_rule": "gated delta nets: declined",
-    "npu_recurrent_gated_delta_rule": "gated delta nets: declined",
+    "npu_recurrent_gated_delta_rule": "gated delta nets, where recurrent_bf16 asks for it",
     "npu_fused_causal_conv1d": "gated delta nets: declined",
     "npu_cross_entropy_loss": "cross_entropy",
+    "npu_format_cast": "weight_nz",
+    "npu_prefetch": "prefetch",
 }
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from npu_patch.serving.once_per_step import OncePerTensor
 from npu_patch.serving.operators import Operator
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ OPERATOR = Operator(
 MOST_SHARED = 64  # query heads per key head
 WIDEST_HEAD = 512
 LONGEST_MASK = 512  # keys
+_MASKS = OncePerTensor()  # for all layers of a step
 HIDDEN = -30000.0  # as a score: nothing is left of it, in float16 too, and no minus infinity makes a NaN
 
 
@@ -56,12 +58,7 @@ def serves(query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> b
 
 def decode(query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> Tensor:
     """query `[B, N, 1, D]`, key and value `[B, Nkv, Skv, D]` -> `[B, 1, N, D]`."""
-    mask = bias = None
-    if attention.hidden is not None:  # there is a row for each sample
-        if key.shape[2] <= LONGEST_MASK:
-            mask = attention.hidden.expand(len(query), 1, 1, key.shape[2]).contiguous()
-        else:
-            bias = query.new_zeros(*query.shape[:3], key.shape[2]).masked_fill_(attention.hidden, HIDDEN)
+    mask, bias = (None, None) if attention.hidden is None else _mask_and_bias(query, key.shape[2], attention.hidden)
     out, _ = torch.ops.npu.npu_fused_infer_attention_score(
         query.contiguous(),
         key,
@@ -77,3 +74,18 @@ def decode(query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> T
         softmax_lse_flag=False,
     )
     return out.transpose(1, 2).contiguous()
+
+
+def _mask_and_bias(query: Tensor, keys: int, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """What the operator takes of a mask, with a row for each sample. Each layer has a view of its own of one tensor."""
+
+    def make() -> tuple[Tensor | None, Tensor | None]:
+        if keys <= LONGEST_MASK:
+            return hidden.expand(len(query), 1, 1, keys).contiguous(), None
+        return None, query.new_zeros(*query.shape[:3], keys).masked_fill_(hidden, HIDDEN)
+
+    if torch.compiler.is_compiling():
+        return make()
+    base = hidden if hidden._base is None else hidden._base
+    view = hidden.shape, hidden.stride(), hidden.storage_offset()
+    return _MASKS.by((base,), (view, query.shape[:2], query.dtype, keys), make)

@@ -56,13 +56,15 @@ def causal_conv1d_update(
     width = weight.shape[-1]
     if conv_state.shape[-1] < width - 1:
         raise ValueError(f"the state must hold at least {width - 1} tokens, not {conv_state.shape[-1]}")
-    known = torch.cat((conv_state.to(x.dtype), x), -1)
-    conv_state.copy_(known[..., -conv_state.shape[-1] :].detach())
-    windows = known[..., -(x.shape[-1] + width - 1) :].unfold(-1, width, 1)  # [B, D, S, W]
-    y = (windows * weight[:, None].to(_sum_dtype(x))).sum(-1)
-    if bias is not None:
-        y = y + bias[:, None]
-    return (y if activation is None else F.silu(y)).to(x.dtype)
+    tokens, held = x.shape[-1], conv_state.shape[-1]
+    seen = tokens + width - 1
+    # No more than is asked for: as many as the state holds, for one token, and both uses take them as they are.
+    known = torch.cat((conv_state[..., min(tokens, held - width + 1) :].to(x.dtype), x), -1)
+    conv_state.copy_(known[..., -held:].detach())
+    y = F.conv1d(
+        known[..., -seen:], weight[:, None].to(x.dtype), None if bias is None else bias.to(x.dtype), groups=x.shape[1]
+    )
+    return y if activation is None else F.silu(y)
 
 
 class _PackedConv1d(torch.autograd.Function):

@@ -1,12 +1,11 @@
 """Who can compute the ops of a gated delta net, in order of preference. The last one is our own and serves every call.
 
-torch_npu's own operators are named, and declined: where this torch_npu lacks one for that, else for what its
-documentation says:
+torch_npu's own operators are named and, but for one, declined: where this torch_npu lacks one for that, else for what
+its documentation says:
 
 - npu_chunk_gated_delta_rule has no backward, is documented for decays -1 <= g <= 0 (trained models go far below, and
   whether a call does is known only by reading g on the host) and holds states in bfloat16.
-- npu_recurrent_gated_delta_rule holds states in bfloat16, transposed: a cache of float32 states would be rounded and
-  copied twice for every token.
+- npu_recurrent_gated_delta_rule holds states in bfloat16: it is taken where that is asked for (recurrent.py).
 - npu_fused_causal_conv1d is for Ascend 950 and convolutions of width 3; the models have width 4.
 """
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from npu_patch import devices
-from npu_patch.ops.gated_delta import fla, mindspeed
+from npu_patch.ops.gated_delta import fla, mindspeed, recurrent
 from npu_patch.ops.gated_delta.calls import ConvolutionCall, RuleCall
 from npu_patch.ops.gated_delta.causal_conv1d import ACTIVATIONS, causal_conv1d, causal_conv1d_update
 from npu_patch.ops.gated_delta.rule import gated_delta_rule
@@ -98,7 +97,14 @@ GATED_DELTA_RULE: Op[[RuleCall], tuple[Tensor, Tensor | None]] = Op(
             Operator("npu_chunk_gated_delta_rule"),
             "no backward; documented for -1 <= g only, which cannot be known without reading g; states in bfloat16",
         ),
-        _declined(Operator("npu_recurrent_gated_delta_rule"), "states in bfloat16, the model's cache is float32"),
+        Implementation(
+            "torch_npu.npu_recurrent_gated_delta_rule",
+            ("npu",),
+            recurrent.run,
+            recurrent.unsupported,
+            needs_operators(recurrent.OPERATOR),
+            optional=True,
+        ),
         Implementation(OWN, devices.TYPES, gated_delta_rule, _unsupported_rule),
     ),
     _one_key,

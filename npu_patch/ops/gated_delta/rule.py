@@ -20,8 +20,9 @@ from npu_patch.numerics.autograd import Context
 from npu_patch.numerics.results import changeable
 from npu_patch.ops.gated_delta import algebra
 from npu_patch.ops.gated_delta.calls import RuleCall
-from npu_patch.ops.gated_delta.chunks import NORM_EPS, Problem
+from npu_patch.ops.gated_delta.chunks import Problem
 from npu_patch.ops.gated_delta.layout import boundaries, layout_for
+from npu_patch.ops.gated_delta.step import step
 
 UNIT_KEY = 1024.0
 """A power of two that survives `x * rsqrt(x² + 1e-6)` as 1 within 5e-13."""
@@ -52,34 +53,7 @@ def gated_delta_rule(call: RuleCall) -> tuple[Tensor, Tensor | None]:
         return chunk_gated_delta_rule(call)
     _check(call)
     with _no_autocast(call.q):
-        return _step(call)
-
-
-def _step(call: RuleCall) -> tuple[Tensor, Tensor | None]:
-    """One token."""
-    q, k, v = call.q, call.k, call.v
-    batch, _, key_heads, width = k.shape
-    heads, value_width = v.shape[2:]
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    qk = torch.cat((q, k), 1).transpose(1, 2).to(dtype)  # [B, Hk, 2, K]
-    if call.normalize:
-        qk = qk * torch.rsqrt((qk * qk).sum(-1, keepdim=True) + NORM_EPS)
-    qk = qk[:, :, None].expand(-1, -1, heads // key_heads, -1, -1).reshape(-1, 2, width)
-    beta, v = call.beta.reshape(-1, 1, 1).to(dtype), v.reshape(-1, 1, value_width).to(dtype)
-    product = (qk[:, :1] * qk[:, 1:]).sum(-1, keepdim=True)
-    if call.initial_state is None:
-        written = beta * v
-        state = qk[:, 1:].mT @ written if call.output_final_state else None
-        o = product * written
-    else:
-        kept = call.g.reshape(-1, 1, 1).to(dtype).exp()
-        decayed = call.initial_state.reshape(-1, width, value_width).to(dtype) * kept
-        read = torch.bmm(qk, decayed)
-        written = beta * (v - read[:, 1:])
-        state = torch.baddbmm(decayed, qk[:, 1:].mT, written) if call.output_final_state else None
-        o = torch.addcmul(read[:, :1], product, written)
-    o = (o * width**-0.5).view(batch, 1, heads, value_width).to(q.dtype)
-    return o, None if state is None else state.view(batch, heads, width, value_width)
+        return step(call)
 
 
 def _chunked(call: RuleCall, tiling: Tiling) -> tuple[Tensor, Tensor | None]:

@@ -21,6 +21,8 @@ from npu_patch.patches.attention.sdpa import refused
 from npu_patch.serving.implementation import is_plain
 from npu_patch.serving.once_per_step import HOST_READS, Ends, OncePerTensor
 from npu_patch.serving.replacement import Unserved
+from npu_patch.sites.sites import innermost
+from npu_patch.sites.whose import is_ours
 
 _HIDDEN = OncePerTensor()
 
@@ -29,7 +31,8 @@ def read_flash(function: Any) -> AsNamed | NotRead:
     """It cannot run on the CPU, so it has to be transformers' own."""
     from transformers.integrations import flash_attention
 
-    own = function is flash_attention.flash_attention_forward
+    stands = innermost(function) if is_ours(function) else function  # for paged caches
+    own = stands is flash_attention.flash_attention_forward
     return AsNamed("flash attention") if own else NotRead("it is not transformers' own")
 
 
@@ -62,7 +65,7 @@ def serve(original: Callable[..., Any], device_type: str, attend: Attend) -> Cal
             return Unserved("being compiled, or a tensor subclass")
         if attention_mask is not None and not _is_padding_mask(attention_mask, query, key):
             return Unserved(f"a mask of {attention_mask.dim()} dimensions")
-        dtype = _target_dtype(query, module)
+        dtype = target_dtype(query, module)
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
         queries, keys = query.shape[2], key.shape[2]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -99,13 +102,13 @@ def _is_padding_mask(mask: Tensor, query: Tensor, key: Tensor) -> bool:
     return is_plain(mask) and mask.dim() == 2 and len(mask) == batch and queries <= mask.shape[1] <= key.shape[2]
 
 
-def _target_dtype(query: Tensor, module: torch.nn.Module) -> torch.dtype:
+def target_dtype(query: Tensor, module: torch.nn.Module) -> torch.dtype:
     """transformers casts what peft left in float32 back to the dtype of the model."""
     try:
-        from transformers.integrations.flash_attention import get_target_dtype
+        from transformers.integrations.flash_attention import gettarget_dtype
     except ImportError:  # transformers 4 has it inside its flash attention
         return _dtype_of_model(query, module)
-    return get_target_dtype(query, module) or query.dtype
+    return gettarget_dtype(query, module) or query.dtype
 
 
 def _dtype_of_model(query: Tensor, module: torch.nn.Module) -> torch.dtype:

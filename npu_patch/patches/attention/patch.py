@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from npu_patch.ops.attention.op import ATTENTION
+from npu_patch.ops.prefetch import FOLLOWING, while_fetching
 from npu_patch.ops.readings import AsNamed, NotRead
 from npu_patch.patches.attention import flash as attention_flash
 from npu_patch.patches.attention import mask as attention_mask
@@ -35,6 +36,7 @@ from npu_patch.serving.calls import Calls
 from npu_patch.serving.changed_later import Callers
 from npu_patch.serving.dispatch import no_cases
 from npu_patch.serving.replacement import replacement_for
+from npu_patch.sites.names_used import names_used
 from npu_patch.sites.sites import Site, forwards, innermost
 from npu_patch.waiting.as_flash import FLASH, ONE_CALL, is_as_flash
 from npu_patch.waiting.contract import Abandoned, materialised
@@ -94,6 +96,7 @@ DOORS: tuple[Door, ...] = (
     Door(f"masking_utils.{_PACKING}", _masking_utils, _PACKING, read_packing, attention_mask.serve_packing),
     Door(f"masking_utils.{_PREPARING}", _masking_utils, _PREPARING, read_preparing, attention_mask.serve_preparing),
 )
+ATTENDING = tuple(door.name for door in DOORS if door.holder is _attention_entries)
 _BY_DESCRIPTION = {door.described: door for door in DOORS}
 
 
@@ -135,6 +138,14 @@ def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
     return Replacement(function, reading.name, calls, dispatch=dispatch, looked_up_by=looked_up_by)
 
 
+def layers_asking(model: torch.nn.Module) -> Iterable[torch.nn.Module]:
+    """The live layers that ask AttentionInterface for one of `ATTENDING`."""
+    for layer in model.modules():
+        asked = getattr(getattr(layer, "config", None), "_attn_implementation", None)
+        if asked in ATTENDING and REGISTRY in names_used(type(layer).forward):
+            yield layer
+
+
 def _why_asked(name: str, model: torch.nn.Module) -> str | None:
     asked = getattr(getattr(model, "config", None), "_attn_implementation", None)
     return f"the model's attention implementation is {name}" if asked == name else None
@@ -144,7 +155,8 @@ def _with_a_result_to_change(serve: Callable[..., Any], calls: Calls) -> Callabl
     callers = Callers()
 
     def kept(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        result = serve(module, *args, **kwargs)
+        fetching = FOLLOWING.data  # empty but where the preparation prefetch has been: no frame is added
+        result = while_fetching(serve, module, *args, **kwargs) if fetching else serve(module, *args, **kwargs)
         if type(result) is not tuple or torch.compiler.is_compiling() or not result[0].requires_grad:
             return result
         changed = callers.why_changed_later(module, (), result=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from npu_patch.ops.experts.grouped_matmul import Weights
 from npu_patch.ops.experts.routed import Experts
 from npu_patch.ops.readings import NotRead
+from npu_patch.ops.weight_format import plain
 from npu_patch.patches.experts.checked import checks, route
 from npu_patch.patches.patch import Context, Replacement
 from npu_patch.probe.experts import (
@@ -119,7 +120,13 @@ def replacement(
             result = result + tokens * others.sum(-1, keepdim=True).to(tokens.dtype)
         return result.view(shape[0], -1, shape[-1]) if reading.batched else result
 
-    function = replacement_for(site.original, calls, serve, bypassed=Bypassed.by(site.original, SILU))
+    def original(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """It takes slices of weights, which ones in blocks do not have."""
+        plain(self)
+        return site.original(self, *args, **kwargs)
+
+    bypassed = Bypassed.by(site.original, SILU)
+    function = replacement_for(original, calls, serve, named_after=site.original, bypassed=bypassed)
     return Replacement(function, "routed experts", calls, dispatch=dispatch, observe=observe, definition=definition)
 
 

@@ -31,6 +31,7 @@ from npu_patch.patches.patch import Context, Patch, Replacement, layers_of_class
 from npu_patch.probe.experts import SETTINGS, Convention, ExpertsReading, declared, read_experts
 from npu_patch.probe.readings import Readings
 from npu_patch.sites.sites import LiveModules, Site, forwards, innermost
+from npu_patch.sites.whose import is_ours
 
 DOORS = ("grouped_mm", "batched_mm")
 ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
@@ -134,6 +135,15 @@ def _why_unserved(module: torch.nn.Module) -> str | None:
         return f"its config asks for the experts implementation {asked_for!r}"
     reading = READINGS.of(module)
     return reading.reason if isinstance(reading, NotRead) else None
+
+
+def registered_reading(module: torch.nn.Module) -> ExpertsReading | None:
+    """How experts read their weights that our function in the registry serves; None of every other layer."""
+    entries = registry()
+    if entries is None or not _looks_up(type(module), entries) or not is_ours(entries.get(_asked_for(module))):
+        return None
+    reading = READINGS.of(module)
+    return None if isinstance(reading, NotRead) else reading
 
 
 def _read(cls: type[torch.nn.Module], attributes: Mapping[str, Any]) -> ExpertsReading | NotRead:

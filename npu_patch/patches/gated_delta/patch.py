@@ -5,6 +5,7 @@ Rebinds    functions of modeling files, which layers look up at call time (trans
            layers otherwise compute inline (inline_convolution.py). Those of other families are the same function.
 To         MindSpeed's or fla's kernels where they are installed, take the call and pass a check on the device before
            their first use; else the chunked rule of ops/gated_delta/rule.py and ops/gated_delta/causal_conv1d.py.
+           Single tokens to torch_npu's recurrent operator, where the switch `recurrent_bf16` asks for it.
 Not when   the function decays every channel by its own gate (Kimi delta attention), or computes something else. The
            gates `g` and `beta` are computed inside the layer's forward, among its projections, and stay: no function
            there can be rebound. A call falls through for tensors on another device, subclasses and compilation.
@@ -40,6 +41,7 @@ from npu_patch.serving.replacement import replacement_for
 from npu_patch.sites.names_used import names_used
 from npu_patch.sites.sites import Site, functions, innermost, unwrapped
 
+IN_BFLOAT16 = "recurrent_bf16"
 OPS: dict[str, Op[..., Any]] = {RULE: GATED_DELTA_RULE, CONVOLUTION: CAUSAL_CONV1D, UPDATE: CAUSAL_CONV1D_UPDATE}
 # What transformers <= 5.14 binds from packages. They do not run on a CPU: that they are these very functions is what
 # says what they compute.
@@ -119,7 +121,8 @@ def _open_door(site: Site, reading: Reading, context: AnyContext) -> Replacement
 
 def _dispatch(reading: Reading, context: AnyContext) -> AnyDispatch:
     check: Callable[..., str | None] = why_wrong if context.switches["self_check"] else _unchecked
-    return in_order(OPS[reading.kind], context.device_type, check)
+    asked = context.switches[IN_BFLOAT16], context.switches.sources[IN_BFLOAT16]
+    return in_order(OPS[reading.kind], context.device_type, check, *asked)
 
 
 def _unchecked(implementation: AnyImplementation, call: Any) -> None:
@@ -167,6 +170,7 @@ PATCH: Patch[Reading | AsNamed, ..., Any] = Patch(
     bind_site,
     in_layer=in_layer,
     layers=layers,
+    optional=IN_BFLOAT16,
     further_ops=(CAUSAL_CONV1D, CAUSAL_CONV1D_UPDATE),
     called=("delta_rule", "conv1d"),
 )

@@ -31,6 +31,7 @@ from npu_patch.serving.calls import Calls
 from npu_patch.serving.replacement import Unserved, replacement_for
 from npu_patch.sites.names_used import names_used
 from npu_patch.sites.sites import Site, rebindable_forwards
+from npu_patch.sites.whose import is_ours
 from npu_patch.waiting.as_flash import FLASH, ONE_CALL, SEGMENTS, as_flash
 from npu_patch.waiting.contract import Abandoned
 
@@ -81,8 +82,11 @@ def _is_served() -> bool:
     from transformers.modeling_utils import AttentionInterface
 
     function: Any = AttentionInterface._global_mapping.get(FLASH)
-    calls = None if function is None else ONE_CALL.get(function)
-    return calls is not None and calls.active
+    while function is not None and is_ours(function):
+        if (calls := ONE_CALL.get(function)) is not None:
+            return calls.active
+        function = getattr(function, "__wrapped__", None)  # ours for paged caches stands around it
+    return False
 
 
 PATCH = Patch(

@@ -33,15 +33,6 @@ def dtype_cast(input: Tensor, dtype: torch.dtype | int, *unused: object) -> Tens
     return input.to(target, copy=True)
 
 
-def format_cast(input: Tensor, acl_format: int) -> Tensor:
-    """The values in a tensor of its own: how a format lays them out on the chip is not simulated (it stays ND)."""
-    return input.clone()
-
-
-def format_cast_(input: Tensor, *unused: object, **also_unused: object) -> Tensor:
-    return input
-
-
 def npu_broadcast(input: Tensor, size: list[int]) -> Tensor:
     """`input.expand(size)`, written out."""
     return input.expand(size).contiguous()
@@ -187,9 +178,6 @@ KERNELS = {
     "_npu_dtype_cast": Kernel(dtype_cast),
     "npu_dtype_cast_backward": Kernel(dtype_cast),
     "_npu_dtype_cast_backward": Kernel(dtype_cast),
-    "_npu_format_cast": Kernel(format_cast),
-    "npu_format_cast_": Kernel(format_cast_),
-    "npu_format_cast_.acl_format": Kernel(format_cast_),
     "npu_broadcast": Kernel(npu_broadcast),
     "npu_transpose": Kernel(npu_transpose),
     "npu_confusion_transpose": Kernel(npu_confusion_transpose),

@@ -87,6 +87,9 @@ def test_one_family_is_shown_as_apply_would_report_it(
         "rope",
         "swiglu",
         "attention",
+        "captured_decode",
+        "static_cache",
+        "generate_batch",
         "experts",
         "cross_entropy",
     }

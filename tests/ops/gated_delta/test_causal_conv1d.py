@@ -120,12 +120,22 @@ def test_update_continues_and_keeps_the_state_in_place(
     assert torch.equal(state, x[..., -held:]) and state.data_ptr() == address
 
 
-def test_update_in_bfloat16_rounds_once() -> None:
-    x, weight, bias = make(8, channels=64, dtype=torch.bfloat16)
-    exact = formula(x, weight, bias, "silu")[..., 7:]
-    y = causal_conv1d_update(x[..., 7:], x[..., 3:7].clone(), weight, bias, "silu")
-    assert y.dtype == torch.bfloat16
-    assert relative_error(y.double(), exact) <= 1.001 * relative_error(exact.bfloat16().double(), exact)
+@pytest.mark.parametrize("held", [3, 4, 7])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_update_in_bfloat16_is_as_the_original_and_as_the_convolution_of_all_tokens(held: int, tokens: int) -> None:
+    x, weight, bias = make(7 + tokens, channels=64, dtype=torch.bfloat16)
+    theirs = torch.nn.functional.conv1d(x[..., 4:], weight[:, None], bias, groups=64)[..., -tokens:]
+    y = causal_conv1d_update(x[..., 7:], x[..., 7 - held : 7].clone(), weight, bias, "silu")
+    assert y.dtype == torch.bfloat16 and torch.equal(y, torch.nn.functional.silu(theirs))
+    assert torch.equal(y, causal_conv1d(x, weight, bias, "silu")[..., -tokens:])
+
+
+def test_update_by_one_token_in_four_kernels(npu: torch.device) -> None:
+    x, weight, bias = (given.to(npu) for given in make(1, channels=32, dtype=torch.bfloat16))
+    state = torch.zeros(2, 32, 4, dtype=torch.bfloat16, device=npu)
+    with simulator.count() as counted:
+        causal_conv1d_update(x, state, weight, bias, "silu")
+    assert counted.launches == 4, counted
 
 
 def test_what_cannot_be_served_is_refused() -> None:

@@ -17,7 +17,7 @@ from tests.support.gradients import loss_and_gradients, relative_error
 from tests.support.tiny_models import FAMILIES, tiny, tiny_batch
 
 SITE = "AttentionInterface['{}']"
-ATTENTION_ONLY = {"rms_norm": False, "rope": False, "swiglu": False, "fla": False}
+ATTENTION_ONLY = dict.fromkeys(("rms_norm", "rope", "swiglu", "fla", "inference"), False)
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Decoding within the training process: steps that are captured once and replayed."""

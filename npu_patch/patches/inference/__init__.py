@@ -1,0 +1,1 @@
+"""Generation within the training process."""

@@ -1,0 +1,1 @@
+"""transformers' continuous batching (`generate_batch`) on the NPU."""
