@@ -54,7 +54,8 @@ def made(config: Any, length: int) -> Any:
     cache = kind(config=config, max_cache_len=length)
     for index, layer in enumerate(cache.layers):
         if type(layer) is sliding:
-            if length > MOST_WINDOWS * layer.max_cache_len:
+            window: int = vars(layer)["max_cache_len"]
+            if length > MOST_WINDOWS * window:
                 return f"windows of less than 1 / {MOST_WINDOWS} of the cache"
             cache.layers[index] = full(max_cache_len=length)
             cache.layers[index].is_sliding = True  # by which models know which mask is its
@@ -98,8 +99,8 @@ class Before:
         for layer, before in zip(cache.layers, self.on_host, strict=True):
             vars(layer).clear()
             vars(layer).update({name: _copied(value) for name, value in before.items()})
-        for tensor, before in self.on_device:
-            tensor.copy_(before)
+        for tensor, value in self.on_device:
+            tensor.copy_(value)
 
     def counted_by_the_host(self, cache: Any) -> str | None:
         """What a step changed that a replay would not: numbers of the host, or which tensors there are."""

@@ -65,7 +65,7 @@ def observe(model: torch.nn.Module, device_type: str) -> Observed:
     state: list[Any] = [journal.changes()]
     loose: list[Tensor] = []
     dtypes: list[torch.dtype] = []
-    classes: dict[type, None] = {}
+    classes: dict[type[torch.nn.Module], None] = {}
     configurations: dict[int, Any] = {}
     why_not = "hooks on all modules" if of_all._global_forward_hooks or of_all._global_forward_pre_hooks else None
     for module in model.modules():

@@ -139,8 +139,8 @@ class ModelOfLoop:
     def __init__(self, session: Session) -> None:
         vars(self)["_session"] = session
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return type(self._session.model)
 
     def __getattr__(self, name: str) -> Any:

@@ -65,9 +65,9 @@ def prove(
     if frozen is not None:
         return outputs, frozen
     if step.graph is None:
-        step.inputs = StepInputs.of(tokens, kwargs, length)
+        step.inputs = inputs = StepInputs.of(tokens, kwargs, length)
         try:
-            step.graph = captured(lambda: _run(model, step.inputs, {cache_name: cache}), device.type, pool)
+            step.graph = captured(lambda: _run(model, inputs, {cache_name: cache}), device.type, pool)
             failed = after.counted_by_the_host(cache)
         except Exception as error:  # whatever the model does that a device cannot capture
             failed = f"a capture fails: {error_text(_first(error))}"

@@ -36,9 +36,9 @@ def while_fetching(serve: Callable[..., Any], module: Module, query: Tensor, *ar
     following = FOLLOWING.get(module)
     if following is None or not _is_token(query):
         return serve(module, query, *args, **kwargs)
-    current, side = torch.npu.current_stream(query.device), stream(query.device)
+    current, side = torch.get_device_module("npu").current_stream(query.device), stream(query.device)
     side.wait_stream(current)
-    with torch.npu.stream(side):
+    with torch.get_device_module("npu").stream(side):
         _fetch(following, query.device)
     try:
         return serve(module, query, *args, **kwargs)
@@ -72,10 +72,10 @@ def _fetch(following: tuple[Linear, ...], device: torch.device) -> None:
 @functools.cache
 def budget(device: torch.device) -> int:
     """Bytes that one attention fetches at most."""
-    return int(torch.npu.get_device_properties(device).L2_cache_size) // SHARE
+    return int(torch.get_device_module("npu").get_device_properties(device).L2_cache_size) // SHARE
 
 
 def stream(device: torch.device) -> Any:
     if device not in _STREAMS:
-        _STREAMS[device] = torch.npu.Stream(device)
+        _STREAMS[device] = torch.get_device_module("npu").Stream(device)
     return _STREAMS[device]

@@ -253,8 +253,8 @@ def _by_npu(
     gate: Tensor | None = None,
     gate_in_float32: bool = False,
 ) -> Tensor:
-    one_plus = variant.gamma is ONE_PLUS_WEIGHT and variant.gate is None and weight is not None
-    if one_plus and x.dtype == weight.dtype == variant.output_dtype(x, weight) and _has(GEMMA):
+    one_plus = variant.gamma is ONE_PLUS_WEIGHT and variant.gate is None
+    if one_plus and weight is not None and x.dtype == weight.dtype == variant.output_dtype(x, weight) and _has(GEMMA):
         return _npu_of_one_plus_weight(x, weight, eps)
     in_one = _npu_gated if gate is not None and _has(NPU_SWIGLU) else None
     return normalize(_npu_rms_norm, variant, x, weight, eps, gate, gate_in_float32, in_one)

@@ -47,7 +47,7 @@ def lay_out(layer: Module, names: Iterable[str]) -> None:
     """Casts these parameters; each stays the object that it is."""
     with _internal_formats():
         for name in names:
-            parameter = layer._parameters[name]
+            parameter = getattr(layer, name)
             parameter.data = torch.ops.npu.npu_format_cast(parameter.data, FRACTAL_NZ)
             HELD[layer] = (*HELD.get(layer, ()), name)
 
@@ -82,13 +82,13 @@ class CompileMode:
 
     def switch_off(self) -> bool:
         """Whether it was on."""
-        if torch.npu.is_jit_compile_false():
+        if torch.get_device_module("npu").is_jit_compile_false():
             return False
-        torch.npu.set_compile_mode(jit_compile=False)
+        torch.get_device_module("npu").set_compile_mode(jit_compile=False)
         return True
 
     def switch_on(self) -> None:
-        torch.npu.set_compile_mode(jit_compile=True)
+        torch.get_device_module("npu").set_compile_mode(jit_compile=True)
 
 
 COMPILE_MODE = CompileMode()

@@ -39,7 +39,7 @@ def _observe(cls: type, update: Callable[..., Any]) -> AsNamed | NotRead:
             key = values((BATCH, HEADS, 1, WIDTH), 20 + step, dtype)
             value = values((BATCH, HEADS, 1, VALUE_WIDTH), 40 + step, dtype)
             returned = update(layer, key, value, {"cache_position": None})
-            write(*ours.values(), key, value)
+            write(ours[KEYS], ours[VALUES], ours[COUNT], key, value)
             if type(returned) is not tuple or [id(each) for each in returned] != [id(held[KEYS]), id(held[VALUES])]:
                 return NotRead("it does not return its keys and values")
             now = vars(layer)

@@ -1,6 +1,8 @@
 """Casts between formats: `npu_format_cast`, and copies of what lies in blocks (fractal.py)."""
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch_npu
@@ -67,7 +69,7 @@ def write(to: Tensor, values: Tensor) -> None:
         memory.elements(to).copy_(fractal.blocks(values.to(to.dtype)))
 
 
-KERNELS = {
+KERNELS: dict[str, Callable[..., Any]] = {
     "_npu_format_cast": _format_cast,
     "npu_format_cast_": _format_cast_in_place,
     "npu_format_cast_.acl_format": _format_cast_in_place,

@@ -105,10 +105,10 @@ def _is_padding_mask(mask: Tensor, query: Tensor, key: Tensor) -> bool:
 def target_dtype(query: Tensor, module: torch.nn.Module) -> torch.dtype:
     """transformers casts what peft left in float32 back to the dtype of the model."""
     try:
-        from transformers.integrations.flash_attention import gettarget_dtype
+        from transformers.integrations.flash_attention import get_target_dtype
     except ImportError:  # transformers 4 has it inside its flash attention
         return _dtype_of_model(query, module)
-    return gettarget_dtype(query, module) or query.dtype
+    return get_target_dtype(query, module) or query.dtype
 
 
 def _dtype_of_model(query: Tensor, module: torch.nn.Module) -> torch.dtype:

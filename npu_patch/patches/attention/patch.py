@@ -155,7 +155,7 @@ def _with_a_result_to_change(serve: Callable[..., Any], calls: Calls) -> Callabl
     callers = Callers()
 
     def kept(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        fetching = FOLLOWING.data  # empty but where the preparation prefetch has been: no frame is added
+        fetching = len(FOLLOWING)  # none but where the preparation prefetch has been: no frame is added
         result = while_fetching(serve, module, *args, **kwargs) if fetching else serve(module, *args, **kwargs)
         if type(result) is not tuple or torch.compiler.is_compiling() or not result[0].requires_grad:
             return result

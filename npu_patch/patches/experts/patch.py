@@ -140,7 +140,7 @@ def _why_unserved(module: torch.nn.Module) -> str | None:
 def registered_reading(module: torch.nn.Module) -> ExpertsReading | None:
     """How experts read their weights that our function in the registry serves; None of every other layer."""
     entries = registry()
-    if entries is None or not _looks_up(type(module), entries) or not is_ours(entries.get(_asked_for(module))):
+    if entries is None or not _looks_up(type(module), entries) or not is_ours(entries.get(str(_asked_for(module)))):
         return None
     reading = READINGS.of(module)
     return None if isinstance(reading, NotRead) else reading

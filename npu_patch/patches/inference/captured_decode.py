@@ -134,7 +134,7 @@ def _why_not(model: Any, input_ids: Any, args: tuple[Any, ...], kwargs: dict[str
         return reason
     if not isinstance(input_ids, Tensor) or input_ids.device.type != device_type:
         return f"tokens that are not on {device_type}"
-    if model.config.is_encoder_decoder:
+    if getattr(model.config, "is_encoder_decoder", False):
         return "an encoder and a decoder"
     if kwargs.get("synced_gpus"):
         return "ranks that generate in step"

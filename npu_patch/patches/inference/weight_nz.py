@@ -56,7 +56,7 @@ def why_not(model: Module, device_type: str, switches: Switches) -> str | None:
     if len(left) == len(found):
         return _in_words(left.values())
     fitting = [weight for at, weight in enumerate(found) if at not in left]
-    asked = {(layer._parameters[name].device, layer._parameters[name].dtype, of) for layer, name, of in fitting}
+    asked = {((weight := getattr(layer, name)).device, weight.dtype, of) for layer, name, of in fitting}
     return next(filter(None, (weight_format.why_not(*each) for each in asked)), None)
 
 
@@ -220,7 +220,8 @@ def _put_back(layer: Module, for_whom: str) -> None:
 def _before_step(*_: Any) -> None:
     """An optimizer changes what it trains in place."""
     for layer, names in list(weight_format.HELD.items()):
-        if any(layer._parameters[name].requires_grad for name in names if layer._parameters.get(name) is not None):
+        weights = (layer._parameters.get(name) for name in names)
+        if any(weight is not None and weight.requires_grad for weight in weights):
             _put_back(layer, "a step of an optimizer")
 
 

@@ -54,7 +54,7 @@ def max_workspace(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> 
 def infer_output(query: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """Unwritten tensors for the results; lse [1] where it is not asked for."""
     name = "_npu_fused_infer_attention_score_infer_output"
-    layout, heads = options["input_layout"], options.get("num_heads", options.get("num_query_heads"))
+    layout, heads = options["input_layout"], options.get("num_heads") or options["num_query_heads"]
     for argument in ("quant_scale2", "quant_scale_out", "query_rope", "query_dtype", "value_dtype", "out_dtype"):
         require(options.get(argument) is None, name, f"{argument} is not simulated")
     shape = list(query.shape)

@@ -151,10 +151,10 @@ def _packed(
     key, value = cache.update(key_states=key, value_states=value, layer_idx=layer, kwargs=given)
     padding = query.shape[2] - rows
     query, key, value = query[:, :, :rows], key[:, :, :last], value[:, :, :last]
-    flat = [each[0].transpose(0, 1) for each in (query, key, value)]
+    queries, keys, values = (each[0].transpose(0, 1) for each in (query, key, value))
     if asked.softcap is None:
         attention = Attention(asked.scale(query), _band(asked, ends), sink=asked.s_aux, ends=ends)
-        out = serving.packed(*flat, attention)
+        out = serving.packed(queries, keys, values, attention)
     else:
         out = "softcap"
     if not isinstance(out, str):

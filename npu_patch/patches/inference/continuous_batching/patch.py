@@ -52,7 +52,7 @@ class Door:
     where: str
     within: str | None
     name: str
-    serve: Callable[[Serve, str, Calls], Serve] | None = None
+    serve: Callable[[Serve, str, Any], Serve] | None = None
     value: Callable[[Any, str], Any] | None = None
 
     @property
