@@ -32,8 +32,8 @@ APART = frozenset(
 )
 DEEPEST = 4
 DEEPEST_OBJECTS = 2
-# Whose functions at a layer's `forward` do nothing beside computing: accelerate's casts, npu_patch's own.
-LIBRARIES = ("torch", "transformers", "accelerate", "peft", "npu_patch", "functools")
+# Whose functions at a layer's `forward` do nothing beside computing: casts of accelerate and trl, npu_patch's own.
+LIBRARIES = ("torch", "transformers", "accelerate", "peft", "trl", "npu_patch", "functools", "contextlib")
 SMALL = 1 << 16  # numbers of a tensor that may be kept for the sake of its address
 # transformers leaves its hooks in place once outputs were asked for; they do nothing in a call that asks for none.
 SILENT = "transformers.utils.output_capturing"
