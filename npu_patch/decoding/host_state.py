@@ -19,9 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from npu_patch.decoding.gradient_hooks import only_asks_for_gradients
 from npu_patch.numerics.serial import serial
-from npu_patch.serving.implementation import is_plain
 from npu_patch.sites import journal
 
+OF_MEMORY = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 NO_STATE = (torch.nn.Module, type, ModuleType, FunctionType, MethodType)
 PLAIN = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device)
 # What modules keep beside their state: looked at by themselves, of no concern to a step, or of generate() itself.
@@ -35,6 +35,7 @@ DEEPEST_OBJECTS = 2
 # Whose functions at a layer's `forward` do nothing beside computing: casts of accelerate and trl, npu_patch's own.
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "trl", "npu_patch", "functools", "contextlib")
 SMALL = 1 << 16  # numbers of a tensor that may be kept for the sake of its address
+HOOKS = "hooks on modules of the model"
 # transformers leaves its hooks in place once outputs were asked for; they do nothing in a call that asks for none.
 SILENT = "transformers.utils.output_capturing"
 
@@ -60,19 +61,21 @@ class Observed:
         return [0 if tensor.is_inference() else tensor._version for tensor in self.loose]
 
 
-def observe(model: torch.nn.Module, device_type: str) -> Observed:
-    """Walks over all modules: for once per call of generate(), not per token."""
-    state: list[Any] = [journal.changes()]
+def observe(model: torch.nn.Module, device_type: str, of_no_concern: tuple[str, ...] = ()) -> Observed:
+    """Walks over all modules: for once per call of generate(), not per token. `of_no_concern`: attributes."""
+    of_all_modules = (*of_all._global_forward_hooks.values(), *of_all._global_forward_pre_hooks.values())
+    state: list[Any] = [journal.changes(), tuple(map(serial, of_all_modules))]
     loose: list[Tensor] = []
     dtypes: list[torch.dtype] = []
     classes: dict[type[torch.nn.Module], None] = {}
     configurations: dict[int, Any] = {}
-    why_not = "hooks on all modules" if of_all._global_forward_hooks or of_all._global_forward_pre_hooks else None
+    why_not = "hooks on all modules" if of_all_modules else None
     for module in model.modules():
         own = vars(module)
-        why_not = why_not or _listened_to(own) or _of_another_engine(own) or _wrapped(own)
+        listeners = _listeners(own)
+        why_not = why_not or (HOOKS if listeners else None) or _of_another_engine(own) or _wrapped(own)
         classes.setdefault(type(module))
-        state.append((serial(module), tuple(own["_modules"])))
+        state.append((serial(module), tuple(own["_modules"]), tuple(map(serial, listeners))))
         for name, tensor in (*own["_parameters"].items(), *own["_buffers"].items()):
             if tensor is not None:
                 why_not = why_not or _not_there(tensor, device_type)
@@ -84,7 +87,7 @@ def observe(model: torch.nn.Module, device_type: str) -> Observed:
             elif isinstance(value, Tensor) and value.device.type == device_type and value.numel() <= SMALL:
                 loose.append(value)
                 state.append((name, *_place(value)))
-            elif name not in APART:
+            elif name not in APART and name not in of_no_concern:
                 state.append((name, _value(value, 0)))
     state += [_value(vars(each), 0) for each in configurations.values() if hasattr(each, "__dict__")]
     state += [(serial(cls), serial(cls.forward)) for cls in classes]
@@ -93,11 +96,9 @@ def observe(model: torch.nn.Module, device_type: str) -> Observed:
     return Observed(tuple(state), why_not, hash(tuple(dtypes)), tuple(loose))
 
 
-def _listened_to(own: dict[str, Any]) -> str | None:
-    for hook in (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()):
-        if getattr(hook, "__module__", None) != SILENT and not only_asks_for_gradients(hook):
-            return "hooks on modules of the model"
-    return None
+def _listeners(own: dict[str, Any]) -> list[Any]:
+    hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
+    return [hook for hook in hooks if getattr(hook, "__module__", None) != SILENT and not only_asks_for_gradients(hook)]
 
 
 def _wrapped(own: dict[str, Any]) -> str | None:
@@ -105,11 +106,9 @@ def _wrapped(own: dict[str, Any]) -> str | None:
     function = own.get("forward")
     while function is not None:
         code = getattr(function, "__func__", function)
-        globals_of = getattr(
-            code, "__globals__", {"__name__": type(code).__module__}
-        )  # functools.wraps copies __module__
-        whose = str(globals_of.get("__name__")).partition(".")[0]
-        if whose not in LIBRARIES:
+        place = getattr(code, "__globals__", None)  # functools.wraps copies __module__
+        whose = type(code).__module__ if place is None else str(place.get("__name__"))
+        if whose.partition(".")[0] not in LIBRARIES:
             return "a layer with a forward of its own"
         function = getattr(code, "__wrapped__", None)
     return None
@@ -127,7 +126,7 @@ def _of_another_engine(own: dict[str, Any]) -> str | None:
 
 
 def _not_there(tensor: Tensor, device_type: str) -> str | None:
-    if not is_plain(tensor) and not isinstance(tensor, torch.nn.Parameter):
+    if type(tensor) not in OF_MEMORY:  # isinstance() takes a DTensor for a Parameter
         return f"weights that are a {type(tensor).__name__}"
     if tensor.device.type != device_type:
         return f"weights on {tensor.device.type}"
@@ -135,7 +134,10 @@ def _not_there(tensor: Tensor, device_type: str) -> str | None:
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr() if tensor.device.type != "meta" else 0, tensor.dtype, tensor.shape
+    """Of a subclass (a part of a tensor on several devices, say), which one it is: it may have no memory of its own."""
+    own_memory = tensor.device.type != "meta" and type(tensor) in OF_MEMORY
+    address = tensor.data_ptr() if own_memory else serial(tensor)
+    return address, tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
 def _value(value: Any, depth: int) -> Any:

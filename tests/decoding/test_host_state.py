@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed
+from torch.distributed.tensor import distribute_tensor
 
 from npu_patch.decoding.host_state import observe
 from tests.support.tiny_models import tiny
@@ -95,3 +97,15 @@ def test_a_layer_whose_forward_somebody_wrapped_is_left_to_it() -> None:
 
 def test_weights_elsewhere_are_named() -> None:
     assert observe(tiny("qwen3"), "npu").why_not == "weights on cpu"
+
+
+def test_a_tensor_divided_among_devices_is_named_and_looked_at_without_its_memory() -> None:
+    model = tiny("qwen3")
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        layer, mesh = first(model).gate_proj, distributed.init_device_mesh("cpu", (1,))
+        layer.weight = torch.nn.Parameter(distribute_tensor(layer.weight.detach(), mesh))
+        before = observe(model, "cpu")
+        assert before.why_not == "weights that are a DTensor" and observe(model, "cpu").state == before.state
+    finally:
+        distributed.destroy_process_group()

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from npu_patch import log
-from npu_patch.patches.inference.continuous_batching.fingerprint import fingerprint
+from npu_patch.decoding.host_state import observe
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.replacement import Unserved
 
 CACHED = "_cached_continuous_batching_manager"  # where transformers looks for one
+SET_BY_EACH_CALL = "training"
 LARGEST_SHARE = 0.25
 KEPT, MADE = "a kept manager", "a new manager"
 
@@ -157,7 +158,7 @@ def _wanted(model: Any, given: dict[str, Any]) -> Wanted:
         sizes = (resolved.max_requests_per_batch or 0, resolved.max_blocks_per_request or 0)
     autocast = torch.is_autocast_enabled(model.device.type), torch.get_autocast_dtype(model.device.type)
     same = (
-        fingerprint(model),
+        observe(model, model.device.type, of_no_concern=(SET_BY_EACH_CALL,)).state,
         model.dtype,
         _words(generation),
         _words(batching),

@@ -14,8 +14,8 @@ import torch
 
 import npu_patch
 from npu_patch import simulator
+from npu_patch.decoding.host_state import observe
 from npu_patch.patches.inference.continuous_batching import kept
-from npu_patch.patches.inference.continuous_batching.fingerprint import fingerprint
 from tests.support.continuous_batches import apart, batched, calls_of, config, generated, generation, half, kept_calls
 
 pytest.importorskip("transformers.generation.continuous_batching.cache_allocators")
@@ -222,9 +222,9 @@ def test_copies_and_pickles_of_a_model_know_nothing_of_it(npu: torch.device) -> 
     assert copied.state_dict().keys() == model.state_dict().keys()
 
 
-def test_training_leaves_the_fingerprint_and_the_optimizer_what_it_does(npu: torch.device) -> None:
+def test_training_leaves_what_is_looked_at_and_the_optimizer_what_it_does(npu: torch.device) -> None:
     model = half("qwen3", torch.float32).to(npu)
-    before = fingerprint(model)
+    before = observe(model, "npu", (kept.SET_BY_EACH_CALL,)).state
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     ids = torch.randint(2, 90, (2, 9), device=npu)
     for _ in range(2):
@@ -232,4 +232,4 @@ def test_training_leaves_the_fingerprint_and_the_optimizer_what_it_does(npu: tor
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert fingerprint(model) == before
+    assert observe(model, "npu", (kept.SET_BY_EACH_CALL,)).state == before
