@@ -6,8 +6,8 @@
 
 Host launches and device kernels of generate() for unpatched, each of the switches in WAYS, and all of them, and their
 shares of unpatched; kernels per layer too, as the difference of a model of `--layers` and one of half as many: whatever
-is done once a token falls out. `--check` compares the greedy tokens of the ways on a small random model and, where they
-differ, says how far apart the two tokens' logits are there, and which of them the model in float64 gives.
+is done once a token falls out. `--check` compares the greedy tokens of the ways on a small random model, says how far
+their logits are from float64 and, where tokens differ, how far apart the two logits are, and which one float64 gives.
 """
 
 from __future__ import annotations
@@ -137,7 +137,18 @@ def check(family: str, options: argparse.Namespace) -> None:
             outputs = generated(model, options.tokens, options, output_logits=True, return_dict_in_generate=True)
         found = [logits.double().cpu() for logits in outputs.logits]
         first = found if first is None else first
-        print(f"{way:<24}{told(exact, prompt_of(model, options.batch).cpu(), first, found)}", flush=True)
+        prompt = prompt_of(model, options.batch).cpu()
+        distance = from_exact(exact, prompt, found)
+        print(f"{way:<20}{distance:>9.2g} from float64; {told(exact, prompt, first, found)}", flush=True)
+
+
+@torch.no_grad()
+def from_exact(exact: torch.nn.Module, prompt: Tensor, found: list[Tensor]) -> float:
+    """How far the logits `[B, V]` of each token are from those of the model in float64, relative, on average."""
+    logits = torch.stack(found, 1)
+    seen = torch.cat((prompt, logits[:, :-1].argmax(-1)), 1)
+    reference = exact(input_ids=seen, use_cache=False).logits[:, prompt.shape[1] - 1 :]
+    return float(((logits - reference).norm(dim=-1) / reference.norm(dim=-1)).mean())
 
 
 @torch.no_grad()
