@@ -17,10 +17,10 @@ def int8_of(values: Tensor, summed_over: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: for values that are infinite or not a number.
     """
-    wide = values.float()
+    wide = values.to(torch.float32, copy=True)
     largest = wide.abs().amax(summed_over, keepdim=True)
     if not bool(largest.isfinite().all()):
         raise ValueError("it holds values that are infinite or not a number")
     scale = (largest / MOST).clamp(min=torch.finfo(values.dtype).tiny).to(values.dtype)
     scale = torch.where(largest > 0, scale, torch.ones_like(scale))
-    return (wide / scale.float()).round().clamp(-MOST, MOST).to(torch.int8), scale
+    return wide.div_(scale.float()).round_().clamp_(-MOST, MOST).to(torch.int8), scale

@@ -18,7 +18,7 @@ from npu_patch.commands.quantize.int8 import int8_of
 from npu_patch.commands.quantize.plan import Shard
 from npu_patch.commands.quantize.selection import Selected, Selection
 
-PIECE = 32 * 2**20  # bytes that are read at once, but for a matrix that cannot be cut
+PIECE = 8 * 2**20  # bytes that are read at once, but for a matrix that cannot be cut
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
