@@ -24,7 +24,7 @@ INTERRUPTED = 130
 
 @contextmanager
 def interrupted_at(number: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Ctrl-C instead of the write, move or synchronisation of that number; how many there were."""
+    """Ctrl-C instead of the write, move, removal or synchronisation of that number; how many there were."""
     calls = [0]
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,6 +41,8 @@ def interrupted_at(number: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[lis
         patched.setattr(progress_module, "write_atomically", counted(progress_module.write_atomically))
         patched.setattr(os, "fsync", counted(os.fsync))
         patched.setattr(os, "replace", counted(os.replace))
+        patched.setattr(os, "unlink", counted(os.unlink))
+        patched.setattr(os, "rmdir", counted(os.rmdir))
         yield calls
 
 
