@@ -127,6 +127,11 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--also", metavar="REGEX", action="append", default=[], help="modules to quantise that are left alone otherwise"
     )
+    parser.add_argument(
+        "--keep-packed",
+        action="store_true",
+        help="experts that are packed in one tensor keep its name, which others do not read (default: a matrix each)",
+    )
 
 
 def _run(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from npu_patch.checkpoints.w8a8 import ASCEND, DESCRIPTION, quantization_config_
 from npu_patch.commands.console.output_file import why_no_file_can_be_made
 from npu_patch.commands.console.result import CommandError, Result
 from npu_patch.commands.console.terminal import steps, table
-from npu_patch.commands.quantize.plan import Plan, plan_for
+from npu_patch.commands.quantize.plan import Plan, int8_names, plan_for
 from npu_patch.commands.quantize.progress import FOLDER, Progress
 from npu_patch.commands.quantize.selection import select
 from npu_patch.commands.quantize.shard import sha256_of
@@ -75,7 +75,7 @@ def _plan(folder: Path, output: Path, options: argparse.Namespace) -> Plan:
                 raise CommandError(f"{option} {pattern}: that is no regular expression ({error})") from error
     checkpoint = checkpoint_in(folder)
     _require_unquantised(checkpoint)
-    selection = select(checkpoint.tensors, checkpoint.config, options.ignore, options.also)
+    selection = select(checkpoint.tensors, checkpoint.config, options.ignore, options.also, options.keep_packed)
     if not selection.selected:
         raise CommandError(f"MODEL {folder}: none of its {len(checkpoint.tensors)} tensors would be quantised")
     return plan_for(checkpoint, selection, options.format, options.ignore, options.also)
@@ -131,7 +131,7 @@ def _result(plan: Plan, output: Path, outcome: Outcome) -> Result:
     content = {
         "output": str(output),
         "format": plan.kind,
-        "quantised": len(plan.selection.selected),
+        "quantised": len(int8_names(plan)),
         "left": dict(left.most_common()),
         "bytes_before": sum(shard.source.size for shard in plan.shards),
         "bytes": sum(shard.target.size for shard in plan.shards),

@@ -57,7 +57,8 @@ def plan_for(
         tensors = [each for entry in source.entries for each in _written(entry, selection, kind)]
         first_bytes, target = laid_out(tensors, {**source.metadata, "format": "pt"})
         shards.append(Shard(name, source, first_bytes, target))
-    settings = {"writer": WRITER, "format": kind, "ignore": list(ignore), "also": list(also)}
+    apart = any(each.apart for each in selection.selected.values())
+    settings = {"writer": WRITER, "format": kind, "ignore": list(ignore), "also": list(also), "apart": apart}
     return Plan(checkpoint, selection, kind, tuple(shards), settings)
 
 
@@ -67,13 +68,29 @@ def _written(entry: Entry, selection: Selection, kind: str) -> Iterator[tuple[st
     if chosen is None:
         yield entry.name, entry.dtype, entry.shape
         return
-    yield entry.name, "I8", entry.shape
-    for ending in (SCALE, OFFSET) if kind == ASCEND else (SCALE,):
-        yield entry.name + ending, entry.dtype, scale_shape(chosen)
+    for name, shape in _matrices(chosen):
+        summed_over = len(shape) - 1 if chosen.apart else chosen.summed_over
+        scale = tuple(1 if i == summed_over else size for i, size in enumerate(shape))
+        yield name, "I8", shape
+        for ending in (SCALE, OFFSET) if kind == ASCEND else (SCALE,):
+            yield name + ending, entry.dtype, scale
 
 
-def scale_shape(chosen: Selected) -> tuple[int, ...]:
-    return tuple(1 if i == chosen.summed_over else size for i, size in enumerate(chosen.entry.shape))
+def _matrices(chosen: Selected) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of what one tensor becomes."""
+    entry = chosen.entry
+    if not chosen.apart:
+        yield entry.name, entry.shape
+        return
+    outputs, inputs = entry.shape[3 - chosen.summed_over], entry.shape[chosen.summed_over]
+    for expert in range(entry.shape[0]):
+        for name in chosen.names(expert):
+            yield name, (outputs // len(chosen.apart), inputs)
+
+
+def int8_names(plan: Plan) -> set[str]:
+    written = {entry.name: entry.dtype for shard in plan.shards for entry in shard.target.entries}
+    return {name for name, dtype in written.items() if dtype == "I8" and name + SCALE in written}
 
 
 def index_of(plan: Plan) -> tuple[str, dict[str, Any]] | None:

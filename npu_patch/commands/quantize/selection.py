@@ -25,12 +25,27 @@ LEFT_ALONE: Mapping[str, str] = {  # what it is -> the beginning of a module's n
 }
 
 
+PACKED: Mapping[str, tuple[str, ...]] = {  # the end of a packed tensor's name -> projections, one above the other
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "gate_proj": ("gate_proj",),
+    "up_proj": ("up_proj",),
+    "down_proj": ("down_proj",),
+}
+
+
 @dataclass(frozen=True)
 class Selected:
-    """`summed_over`: the dimension of the inputs, each other index of which has a scale of its own."""
+    """`summed_over`: the dimension of the inputs, each other index of which has a scale of its own. `apart`: the
+    projections that packed experts are written as, each a matrix of its own; none where the tensor keeps its name."""
 
     entry: Entry
     summed_over: int
+    apart: tuple[str, ...] = ()
+
+    def names(self, expert: int) -> list[str]:
+        """Of the matrices of one expert, as checkpoints have them that were never packed."""
+        experts = self.entry.name.rpartition(".")[0]
+        return [f"{experts}.{expert}.{projection}{WEIGHT}" for projection in self.apart]
 
 
 @dataclass(frozen=True)
@@ -43,7 +58,11 @@ class Selection:
 
 
 def select(
-    tensors: Mapping[str, Entry], config: Mapping[str, Any], ignore: Sequence[str] = (), also: Sequence[str] = ()
+    tensors: Mapping[str, Entry],
+    config: Mapping[str, Any],
+    ignore: Sequence[str] = (),
+    also: Sequence[str] = (),
+    keep_packed: bool = False,
 ) -> Selection:
     """Matrices `NAME.weight`, those of experts among them, and experts that are packed in one tensor.
 
@@ -62,8 +81,11 @@ def select(
         pattern, reason = _pattern_for(module, ignore, also)
         if reason is None and max(entry.shape[-2:]) > WIDEST:
             reason = f"wider than {WIDEST}"
+        if reason is None and len(entry.shape) == 3 and (_bias(name, tensors) or (_kind(name) not in PACKED)):
+            reason = "packed experts of an unknown kind"
         if reason is None:
-            selected[name] = Selected(entry, found)
+            apart = PACKED[_kind(name)] if len(entry.shape) == 3 and not keep_packed else ()
+            selected[name] = Selected(entry, found, apart)
             continue
         left[name] = reason
         (matched if pattern else named).append(pattern or module)
@@ -71,6 +93,15 @@ def select(
             named.append(module)
     patterns = [] if also else [f"re:{pattern}" for pattern in dict.fromkeys(matched)]
     return Selection(selected, left, sorted({*patterns, *named, "lm_head"}))
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _bias(name: str, tensors: Mapping[str, Entry]) -> bool:
+    """Experts with biases are packed in other ways too (every other row, as gpt-oss has them)."""
+    return f"{name}_bias" in tensors
 
 
 def _pattern_for(module: str, ignore: Sequence[str], also: Sequence[str]) -> tuple[str | None, str | None]:
@@ -95,7 +126,7 @@ def _what_may_be_int8(entry: Entry, config: Mapping[str, Any]) -> int | str:
         return "no matrix"
     sizes = {**config, **(config.get("text_config") or {})}
     inner = [sizes.get(name) for name in ("moe_intermediate_size", "intermediate_size") if sizes.get(name)]
-    inputs = set(inner[:1]) if "down" in entry.name.rsplit(".", 1)[-1] else {sizes.get("hidden_size")}
+    inputs = set(inner[:1]) if "down" in _kind(entry.name) else {sizes.get("hidden_size")}
     summed_over = [dimension for dimension in (1, 2) if entry.shape[dimension] in inputs]
     if len(summed_over) == 1:
         return summed_over[0]

@@ -47,17 +47,11 @@ def write_shard(
         write.truncate(shard.target.size)  # what is not written below, offsets, is zero
         for entry in shard.source.entries:
             chosen = selection.selected.get(entry.name)
-            position, scale_at = places[entry.name], places.get(entry.name + SCALE, 0)
-            for shape in _pieces(entry, chosen):
+            for number, shape in enumerate(_pieces(entry, chosen)):
                 piece = _exactly(read, shape.numel() * ITEM_BYTES[entry.dtype], source)
                 hashed.update(piece)
-                if chosen is None:
-                    position += _put(write, position, piece)
-                else:
-                    values = torch.frombuffer(piece, dtype=DTYPES[entry.dtype]).view(shape)
-                    weight, scale = _quantised(values, chosen, source)
-                    position += _put(write, position, _bytes(weight))
-                    scale_at += _put(write, scale_at, _bytes(scale))
+                for name, data in _written(piece, shape, number, entry, chosen, source):
+                    places[name] += _put(write, places[name], data)
                 done(len(piece))
         write.flush()
         os.fsync(write.fileno())
@@ -83,15 +77,30 @@ def _pieces(entry: Entry, chosen: Selected | None) -> Iterator[torch.Size]:
     else:  # of packed experts, an expert at a time
         rows, row = entry.shape[0], torch.Size(entry.shape[1:])
     step = max(1, PIECE // (row.numel() * item))
+    if chosen is not None and chosen.apart:
+        step = rows // entry.shape[0]
     for first in range(0, rows, step):
         yield torch.Size((min(step, rows - first), *row))
 
 
-def _quantised(values: Tensor, chosen: Selected, source: Path) -> tuple[Tensor, Tensor]:
+def _written(
+    piece: bytearray, shape: torch.Size, number: int, entry: Entry, chosen: Selected | None, source: Path
+) -> Iterator[tuple[str, bytearray | memoryview]]:
+    """What the piece of that number adds to which tensors."""
+    if chosen is None:
+        yield entry.name, piece
+        return
+    values = torch.frombuffer(piece, dtype=DTYPES[entry.dtype]).view(shape)
     try:
-        return int8_of(values, 1)
+        weight, scale = int8_of(values, 1)
     except ValueError as error:
-        raise BadCheckpoint(f"{source}: {chosen.entry.name} cannot be quantised: {error}") from error
+        raise BadCheckpoint(f"{source}: {entry.name} cannot be quantised: {error}") from error
+    names = chosen.names(number) or [entry.name]
+    if chosen.apart and len(shape) == 3:  # an expert whose inputs come first
+        weight, scale = weight[0].t(), scale[0].t()
+    for name, part, of_part in zip(names, weight.chunk(len(names)), scale.chunk(len(names)), strict=True):
+        yield name, _bytes(part)
+        yield name + SCALE, _bytes(of_part)
 
 
 def _exactly(file: BinaryIO, size: int, path: Path) -> bytearray:
@@ -113,4 +122,4 @@ def _put(file: BinaryIO, position: int, data: bytes | bytearray | memoryview) ->
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(torch.uint8).reshape(-1).numpy())
+    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())

@@ -13,7 +13,7 @@ from typing import Any
 
 from npu_patch.checkpoints.folder import CONFIG
 from npu_patch.checkpoints.w8a8 import ASCEND, DESCRIPTION, OFFSET, SCALE, config_of, description_of
-from npu_patch.commands.quantize.plan import Plan, index_of
+from npu_patch.commands.quantize.plan import Plan, index_of, int8_names
 from npu_patch.commands.quantize.progress import Progress
 from npu_patch.commands.quantize.shard import Written, sha256_of, write_shard
 
@@ -82,6 +82,5 @@ def _config(plan: Plan) -> dict[str, Any]:
 
 
 def _description(plan: Plan) -> dict[str, Any]:
-    selected = plan.selection.selected
-    parts = {name + ending for name in selected for ending in ("", SCALE, OFFSET)}
+    parts = {name + ending for name in int8_names(plan) for ending in ("", SCALE, OFFSET)}
     return description_of({entry.name: entry.name in parts for shard in plan.shards for entry in shard.target.entries})

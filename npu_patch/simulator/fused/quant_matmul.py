@@ -44,27 +44,11 @@ def npu_quant_matmul(
     for name, value in others.items():
         require(value is None, NAME, f"{name} is for other chips than A2 and A3")
     require(not any(group_sizes or ()), NAME, f"group_sizes {group_sizes} is not simulated")
-    for name, tensor in (("x1", x1), ("x2", x2)):
-        require_dtype(NAME, name, tensor, (INT8,))
-        require(2 <= tensor.dim() <= 6, NAME, f"{name} must have 2 to 6 dimensions, not {tensor.dim()}")
-        require_not_empty(NAME, name, tensor)
-        require(tensor.shape[-1] <= WIDEST, NAME, f"the last dimension of {name} must be at most {WIDEST}")
-    rows, inner, columns = x1.shape[-2], x1.shape[-1], x2.shape[-1]
-    require(inner == x2.shape[-2], NAME, f"x1 {list(x1.shape)} and x2 {list(x2.shape)} must have one K")
+    _check_factors(x1, x2)
     require_not_empty(NAME, "scale", scale)
     target = output_of(NAME, output_dtype, (INT8, F16, BF16, I32))
     _check_dtypes(target, scale, offset, pertoken_scale, bias)
-    for name, row in (("scale", scale), ("offset", offset)):
-        require(
-            row is None or row.shape in ((1,), (columns,)),
-            NAME,
-            f"{name} must be [1] or [{columns}], not {_sizes(row)}",
-        )
-    require(
-        pertoken_scale is None or pertoken_scale.shape == (rows,),
-        NAME,
-        f"pertoken_scale must be [{rows}], the rows of x1, not {_sizes(pertoken_scale)}",
-    )
+    _check_sizes(x1.shape[-2], x2.shape[-1], scale, offset, pertoken_scale)
     sums = _product(x1, x2)
     if bias is not None:
         _check_bias(bias, sums.shape)
@@ -81,6 +65,26 @@ def npu_quant_matmul(
     if bias is not None and bias.dtype != I32:
         result = result + bias.float()
     return result.to(target)
+
+
+def _check_factors(x1: Tensor, x2: Tensor) -> None:
+    for name, tensor in (("x1", x1), ("x2", x2)):
+        require_dtype(NAME, name, tensor, (INT8,))
+        require(2 <= tensor.dim() <= 6, NAME, f"{name} must have 2 to 6 dimensions, not {tensor.dim()}")
+        require_not_empty(NAME, name, tensor)
+        require(tensor.shape[-1] <= WIDEST, NAME, f"the last dimension of {name} must be at most {WIDEST}")
+    require(x1.shape[-1] == x2.shape[-2], NAME, f"x1 {list(x1.shape)} and x2 {list(x2.shape)} must have one K")
+
+
+def _check_sizes(rows: int, columns: int, scale: Tensor, offset: Tensor | None, pertoken_scale: Tensor | None) -> None:
+    for name, row in (("scale", scale), ("offset", offset)):
+        fits = row is None or row.shape in ((1,), (columns,))
+        require(fits, NAME, f"{name} must be [1] or [{columns}], not {_sizes(row)}")
+    require(
+        pertoken_scale is None or pertoken_scale.shape == (rows,),
+        NAME,
+        f"pertoken_scale must be [{rows}], the rows of x1, not {_sizes(pertoken_scale)}",
+    )
 
 
 def _product(x1: Tensor, x2: Tensor) -> Tensor:

@@ -52,15 +52,36 @@ def test_tiny_half_weights_keep_scales_that_are_no_subnormals(tmp_path: Path) ->
     assert made["a.weight"].tolist() == [[2, 0], [127, 0]]
 
 
-@pytest.mark.parametrize("turned", [False, True], ids=["[E, out, in]", "[E, in, out]"])
-def test_packed_experts_have_a_scale_for_each_output(turned: bool, tmp_path: Path) -> None:
+def packed_experts() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    packed = {
+    return {
         "model.layers.0.mlp.experts.gate_up_proj": torch.randn(3, 40, 12, generator=generator).bfloat16(),
         "model.layers.0.mlp.experts.down_proj": torch.randn(3, 12, 20, generator=generator).bfloat16(),
     }
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["[E, out, in]", "[E, in, out]"])
+@pytest.mark.parametrize("kind", ["compressed-tensors", "ascend"])
+def test_packed_experts_become_those_that_were_never_packed(kind: str, turned: bool, tmp_path: Path) -> None:
+    gate_up, down = packed_experts().values()
+    apart = {}
+    for expert in range(3):
+        for name, tensor in zip(("gate", "up", "down"), (*gate_up[expert].chunk(2), down[expert]), strict=True):
+            apart[f"model.layers.0.mlp.experts.{expert}.{name}_proj.weight"] = tensor.clone()
+    tensors = {name: tensor.mT.contiguous() if turned else tensor for name, tensor in packed_experts().items()}
+    assert quantised(stored(tmp_path / "packed", tensors, 2), tmp_path / "out", "--format", kind) == 0
+    assert quantised(stored(tmp_path / "apart", apart, 2), tmp_path / "expected", "--format", kind) == 0
+    made, expected = tensors_in(tmp_path / "out"), tensors_in(tmp_path / "expected")
+    assert made.keys() == expected.keys() and all(torch.equal(made[name], expected[name]) for name in made)
+    file = "config.json" if kind != "ascend" else "quant_model_description.json"
+    assert json.loads((tmp_path / "out" / file).read_text()) == json.loads((tmp_path / "expected" / file).read_text())
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["[E, out, in]", "[E, in, out]"])
+def test_packed_experts_that_stay_so_have_a_scale_for_each_output(turned: bool, tmp_path: Path) -> None:
+    packed = packed_experts()
     tensors = {name: tensor.mT.contiguous() if turned else tensor for name, tensor in packed.items()}
-    assert quantised(stored(tmp_path / "model", tensors), tmp_path / "out") == 0
+    assert quantised(stored(tmp_path / "model", tensors), tmp_path / "out", "--keep-packed") == 0
     made = tensors_in(tmp_path / "out")
     for name, tensor in packed.items():
         values, scale = made[name], made[name + "_scale"]
@@ -69,6 +90,19 @@ def test_packed_experts_have_a_scale_for_each_output(turned: bool, tmp_path: Pat
         assert ((values.float() * scale.float() - tensor.float()).abs() <= scale.float() * 0.75).all()
     found = w8a8_in(checkpoint_in(tmp_path / "out"))
     assert found is not None and set(found.weights) == set(packed)
+
+
+@pytest.mark.parametrize("beside", ["gate_up_proj_bias", None], ids=["biases", "another name"])
+def test_experts_that_may_be_packed_in_another_way_are_left_alone(
+    beside: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "model.layers.0.mlp.experts." + ("gate_up_proj" if beside else "w13")
+    tensors = weights() | {name: torch.ones(3, 40, 12)}
+    if beside:
+        tensors[f"model.layers.0.mlp.experts.{beside}"] = torch.ones(3, 40)
+    assert quantised(stored(tmp_path / "model", tensors), tmp_path / "out", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["left"]["packed experts of an unknown kind"] == 1
+    assert torch.equal(tensors_in(tmp_path / "out")[name], tensors[name])
 
 
 def test_packed_experts_whose_inputs_are_unclear_are_left_alone(
