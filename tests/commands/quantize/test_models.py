@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from npu_patch.checkpoints.folder import checkpoint_in
+from npu_patch.checkpoints.w8a8 import config_of, w8a8_in
 from npu_patch.commands.subject.tiny_model import tiny_model
 
 from .checkpoints import dequantised, quantised, tensors_in
@@ -72,3 +74,33 @@ def test_transformers_loads_it_with_compressed_tensors(model_type: str, dequanti
     assert 0 < distance(model, loaded.eval()) < 0.05
     tokens = loaded.generate(IDS, max_new_tokens=4, do_sample=False)
     assert tokens.shape == (2, 28)
+
+
+def written_by_compressed_tensors(model: torch.nn.Module, folder: Path) -> None:
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, apply_quantization_config
+
+    config = {"config_groups": config_of([])["config_groups"], "ignore": ["lm_head"], "format": "int-quantized"}
+    apply_quantization_config(model, QuantizationConfig(**config))
+    for layer in model.modules():
+        if hasattr(layer, "weight_scale"):
+            layer.weight_scale.data.copy_(layer.weight.detach().float().abs().amax(-1, keepdim=True) / 127)
+            layer.quantization_status = QuantizationStatus.FROZEN
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(folder)
+
+
+@pytest.mark.parametrize("model_type", DENSE)
+def test_what_compressed_tensors_writes_is_read_and_is_what_is_written_here(model_type: str, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    model = original(model_type, tmp_path / "model")
+    assert quantised(tmp_path / "model", tmp_path / "out", "--also", r".*in_proj_(a|b)$") == 0
+    written_by_compressed_tensors(model, tmp_path / "theirs")
+    ours, theirs = (w8a8_in(checkpoint_in(tmp_path / name)) for name in ("out", "theirs"))
+    assert ours is not None and theirs is not None and ours.weights.keys() == theirs.weights.keys()
+    made, expected = tensors_in(tmp_path / "out"), tensors_in(tmp_path / "theirs")
+    assert all(torch.equal(made[name + "_scale"], expected[name + "_scale"]) for name in ours.weights)
+    # they divide and round in bfloat16
+    assert all((made[name].int() - expected[name].int()).abs().max() <= 1 for name in ours.weights)
