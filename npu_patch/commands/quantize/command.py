@@ -6,6 +6,7 @@ import argparse
 import errno
 import re
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any
 from npu_patch.checkpoints.folder import Checkpoint, checkpoint_in, json_of
 from npu_patch.checkpoints.safetensors_file import BadCheckpoint
 from npu_patch.checkpoints.w8a8 import ASCEND, DESCRIPTION, quantization_config_of, w8a8_in
-from npu_patch.commands.console.output_file import why_no_file_can_be_made
 from npu_patch.commands.console.result import CommandError, Result
 from npu_patch.commands.console.terminal import steps, table
 from npu_patch.commands.quantize.plan import Plan, int8_names, plan_for
@@ -92,16 +92,18 @@ def _require_unquantised(checkpoint: Checkpoint) -> None:
 def _require_room(plan: Plan, output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise CommandError(f"OUT {output}: that is a file; a folder is wanted")
-    reason = why_no_file_can_be_made(output / MANIFEST)
-    if reason is not None:
-        raise CommandError(f"OUT {output}: {reason}")
+    existing = next(each for each in (output.absolute(), *output.absolute().parents) if each.exists())
+    try:
+        tempfile.TemporaryFile(dir=existing).close()  # nameless: whenever this ends, nothing is left of it
+    except OSError as error:
+        raise CommandError(f"OUT {output}: nothing can be made in {existing} ({error.strerror or error})") from error
     inside = [path.name for path in output.iterdir()] if output.is_dir() else []
     if inside and FOLDER not in inside:
         raise CommandError(
             f"OUT {output}: there are other files ({sorted(inside)[0]}); an empty or new folder is wanted"
         )
-    existing = next(each for each in (output.absolute(), *output.absolute().parents) if each.exists())
-    written = sum((output / name).stat().st_size for name in inside if (output / name).is_file())
+    there = [output / FOLDER / "part", *(output / name for name in inside)]
+    written = sum(path.stat().st_size for path in there if path.is_file())
     needed, free = plan.size() + SLACK - written, shutil.disk_usage(existing).free
     if needed > free:
         raise CommandError(f"OUT {output}: {_size(needed)} are needed, {_size(free)} are free")

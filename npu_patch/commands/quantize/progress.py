@@ -37,8 +37,10 @@ class Progress:
         with (self.folder / "lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise CommandError(f"OUT {self.output}: another process is writing there") from None
+            except OSError:  # a file system that has no locks
+                pass
             self._check(plan, described)
             yield
 

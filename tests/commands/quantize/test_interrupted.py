@@ -60,11 +60,13 @@ def expected(model: Path) -> dict[str, bytes]:
 def test_at_every_step(
     model: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "counted").mkdir()
     with interrupted_at(0, monkeypatch) as calls:
         assert quantised(model, tmp_path / "counted") == 0
     assert calls[0] > 50
     for number in range(1, calls[0] + 1):
         out = tmp_path / str(number)
+        out.mkdir()
         with interrupted_at(number, monkeypatch):
             assert quantised(model, out) == INTERRUPTED
         assert quantised(model, out) == 0
@@ -145,10 +147,10 @@ began = time.monotonic()
 assert ended(started(sys.argv[2] + "-first")) == 0
 duration = time.monotonic() - began
 for number in range(int(sys.argv[3])):
-    out, code = sys.argv[2] + f"-{number}", None
+    out, code, tries = sys.argv[2] + f"-{number}", None, 0
     while code != 0:
-        child = started(out)
-        if code is None:
+        child, tries = started(out), tries + 1
+        if tries <= 1 + number % 3:
             time.sleep(chance.uniform(0, duration))
             os.kill(child, signal.SIGKILL)
         code = ended(child)
@@ -163,7 +165,7 @@ def test_killed_at_random_instants(model: Path, expected: dict[str, bytes], tmp_
     command = [sys.executable, "-c", KILLS, str(model), str(tmp_path / "out"), "20"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 10
+    assert int(done.stdout) >= 20
     for number in range(20):
         assert files_in(tmp_path / f"out-{number}") == expected
 

@@ -246,7 +246,7 @@ def test_a_model_that_cannot_be_quantised_is_refused_in_a_line(
         ("model/int8", "is within MODEL, which stays as it is"),
         ("full", "there are other files (mine.txt)"),
         ("file", "that is a file; a folder is wanted"),
-        ("/proc/out", "no folder can be made in /proc"),
+        ("/proc/out", "nothing can be made in /proc"),
     ],
 )
 def test_an_output_that_cannot_be_written_is_refused(
