@@ -7,7 +7,7 @@ Two descriptions say so: `quantization_config` in config.json (compressed-tensor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,17 +75,22 @@ def w8a8_in(checkpoint: Checkpoint) -> W8A8 | None:
     kind, content = described
     if kind == ASCEND:
         names = [name for name, scheme in content.items() if scheme == DYNAMIC and name.endswith(".weight")]
-        names += [name.removesuffix(SCALE) for name in content if name.endswith(SCALE)]
+        names += _with_scale({name for name, scheme in content.items() if scheme == DYNAMIC})
         ignored = tuple(name for name, scheme in content.items() if scheme == FLOAT)
     else:
-        tensors = checkpoint.tensors
-        names = [name.removesuffix(SCALE) for name in tensors if name.endswith(SCALE)]
+        names = _with_scale(checkpoint.tensors.keys())
         ignored = tuple(content.get("ignore") or ())
     weights = {name: int8_weight(checkpoint, name) for name in dict.fromkeys(names)}
     lonely = [n for n, e in checkpoint.tensors.items() if e.dtype == "I8" and n not in weights]
     if lonely:
         raise BadCheckpoint(f"{checkpoint.folder}: {lonely[0]} is int8 without {lonely[0]}{SCALE}")
     return W8A8(kind, weights, ignored)
+
+
+def _with_scale(names: Collection[str]) -> list[str]:
+    """Of a weight without its scale, or a scale without its weight, too; a model may have a `logit_scale` besides."""
+    bases = [name.removesuffix(SCALE) for name in names if name.endswith(SCALE)]
+    return [base for base in bases if base in names or base.endswith(".weight")]
 
 
 def description_in(checkpoint: Checkpoint) -> tuple[str, Mapping[str, Any]] | None:

@@ -74,6 +74,25 @@ def test_either_description_is_read(config: Any, description: Any, ignored: tupl
     assert found.weights["layer.weight"].scale.shape == (4, 1)
 
 
+@pytest.mark.parametrize("kind", ["config", "description"])
+def test_a_scale_of_the_models_own_is_no_weights(kind: str, tmp_path: Path) -> None:
+    tensors = TENSORS | {"logit_scale": torch.ones(1), "attn.k_scale": torch.ones(1)}
+    description = description_of({name: name.startswith("layer") for name in tensors})
+    described_by = {"config": config_of([])} if kind == "config" else {"description": description}
+    found = w8a8_in(checkpoint_in(folder(tmp_path, tensors, **described_by)))
+    assert found is not None and list(found.weights) == ["layer.weight"]
+
+
+def test_shards_under_the_names_of_msmodelslim_are_read(tmp_path: Path) -> None:
+    folder(tmp_path, description=described() | {"group_size": 0, "fa_quant_type": None})
+    file = "quant_model_weight_w8a8_dynamic-00001-of-00001.safetensors"
+    (tmp_path / "model.safetensors").rename(tmp_path / file)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(TENSORS, file)}
+    (tmp_path / "quant_model_weight_w8a8_dynamic.safetensors.index.json").write_text(json.dumps(index))
+    found = w8a8_in(checkpoint_in(tmp_path))
+    assert found is not None and list(found.weights) == ["layer.weight"]
+
+
 def test_a_model_that_is_not_quantised_says_nothing(tmp_path: Path) -> None:
     assert w8a8_in(checkpoint_in(folder(tmp_path))) is None
 
