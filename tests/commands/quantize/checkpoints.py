@@ -35,7 +35,7 @@ def weights(dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
         "lm_head.weight": (30, 12),
     }
     made = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
-    return made | {"model.positions": torch.arange(7)}
+    return made | {"model.positions": torch.arange(7), "logit_scale": torch.ones(1)}
 
 
 INT8 = {
