@@ -71,7 +71,8 @@ def select(
     """
     selected: dict[str, Selected] = {}
     left: dict[str, str] = {}
-    matched, named = [], []
+    matched: list[str] = []
+    named: list[str] = []
     for name, entry in tensors.items():
         module = name.removesuffix(WEIGHT)
         found = _what_may_be_int8(entry, config)

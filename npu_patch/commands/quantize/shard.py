@@ -122,4 +122,4 @@ def _put(file: BinaryIO, position: int, data: bytes | bytearray | memoryview) ->
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data

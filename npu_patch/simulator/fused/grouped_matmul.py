@@ -316,6 +316,7 @@ def _scales(
         f"output_dtype must be None or that of x, {short(dtype)}, unless x is quantised, "
         f"not {short(target) if target else asked}",
     )
+    return None
 
 
 def _check_ends(ends: list[int], rows: int, groups: int) -> None:

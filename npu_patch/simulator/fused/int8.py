@@ -6,7 +6,7 @@ Sources: torch_npu's operator documentation and the expectations of op-plugin's 
 import torch
 from torch import Tensor
 
-from ..refusal import require
+from ..refusal import given, require, short
 from .companions import SCALAR_TYPES
 
 INT8, INT4 = torch.int8, torch.quint4x2
@@ -31,8 +31,10 @@ def target_of(operator: str, name: str, asked: torch.dtype | int | None) -> torc
 def output_of(operator: str, asked: torch.dtype | int | None, allowed: tuple[torch.dtype, ...]) -> torch.dtype:
     """The dtype that `output_dtype` says; None is int8."""
     dtype = SCALAR_TYPES.get(asked) if isinstance(asked, int) else asked or INT8
-    require(dtype in allowed, operator, f"output_dtype must be one of {allowed}, not {dtype or asked}")
-    return dtype
+    names = ", ".join(map(short, allowed))
+    found = given(dtype, operator, f"output_dtype must be one of {names}, not {asked}")
+    require(found in allowed, operator, f"output_dtype must be one of {names}, not {short(found)}")
+    return found
 
 
 def by_rows(values: Tensor, target: torch.dtype = INT8) -> tuple[Tensor, Tensor]:
