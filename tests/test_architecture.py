@@ -16,7 +16,7 @@ OF_NO_ROOM = {"support", "training"}  # what tests share, and what concerns whol
 # From the ground up: a room knows what stands before it, and nothing behind.
 FLOORS = (
     ("version", "log", "switches", "devices", "numerics"),
-    ("kernels", "sites"),
+    ("kernels", "sites", "checkpoints"),
     ("serving", "simulator"),
     ("ops", "reporting"),
     ("waiting", "decoding"),

@@ -30,6 +30,7 @@ COMMANDS = {
     "verify": "on your device, each patched op and a whole model against float64, forward and gradients",
     "bench": "on your device, each patched op at a model's shapes and a LoRA step, patched against unpatched",
     "count": "on the simulated device, what a training step and a decoded token launch, copy and wait for",
+    "quantize": "a copy of a model with int8 weights, which transformers, vLLM and sglang read; needs no device",
     "run": "your script as it is, or a program or module, with apply() once transformers is imported",
     "tune": "on your device, the fastest right way for each op and shape, written to a file that apply() reads",
 }

@@ -29,7 +29,9 @@ TAKEN = {
     "aten::matmul": 1,
     "aten::matmul_backward": 2,  # composed of products
     "npu::npu_grouped_matmul": 1,
+    "npu::npu_quant_matmul": 1,
 }
+OF_INT8 = {"npu::npu_grouped_matmul", "npu::npu_quant_matmul"}  # documented, not asked
 # These take its values as a matrix: they cast first, by an operator of old.
 COPIES = {"aten::copy_", "aten::clone", "npu::_npu_format_cast"}
 
@@ -59,7 +61,11 @@ def require_taken(name: str, args: tuple[object, ...], kwargs: dict[str, object]
                     f"a tensor {list(tensor.shape)} in FRACTAL_NZ, which only the second factor of a product may be: "
                     "cast it back with torch_npu.npu_format_cast(tensor, 2)",
                 )
-                require(tensor.dtype in HALF, name, f"a factor in FRACTAL_NZ in {short(tensor.dtype)}, not half")
+                require(
+                    tensor.dtype in HALF or (tensor.dtype == torch.int8 and name in OF_INT8),
+                    name,
+                    f"a factor in FRACTAL_NZ in {short(tensor.dtype)}, not half",
+                )
 
 
 def matrix(tensor: Tensor, memory: Tensor) -> Tensor:

@@ -103,6 +103,37 @@ def _tune(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _quantize(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(device="cpu")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a model's folder with safetensors, or the name of one in the hub's cache"
+    )
+    parser.add_argument(
+        "out", metavar="OUT", help="a new folder; or that of an interrupted call, which the same command goes on with"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("compressed-tensors", "ascend"),
+        default="compressed-tensors",
+        help="what says which weights are int8: config.json (the default), or msModelSlim's description",
+    )
+    parser.add_argument(
+        "--ignore",
+        metavar="REGEX",
+        action="append",
+        default=[],
+        help="modules to leave alone too; matched from the start",
+    )
+    parser.add_argument(
+        "--also", metavar="REGEX", action="append", default=[], help="modules to quantise that are left alone otherwise"
+    )
+    parser.add_argument(
+        "--keep-packed",
+        action="store_true",
+        help="experts that are packed in one tensor keep its name, which others do not read (default: a matrix each)",
+    )
+
+
 def _run(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [--report FILE] [--no-rope ...] [-m] SCRIPT [ARGUMENTS ...]"
     parser.add_argument(
@@ -148,5 +179,6 @@ OF_COMMANDS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "bench": _bench,
     "count": _count,
     "tune": _tune,
+    "quantize": _quantize,
     "run": _run,
 }

@@ -39,13 +39,13 @@ class Steps:
         self._bar = bar
         self._task = None if bar is None else bar.add_task(what, total=None)
 
-    def of(self, total: int) -> None:
+    def of(self, total: float) -> None:
         if self._bar is not None:
             self._bar.update(self._task, total=total)
 
-    def done(self) -> None:
+    def done(self, steps: float = 1) -> None:
         if self._bar is not None:
-            self._bar.advance(self._task)
+            self._bar.advance(self._task, steps)
 
 
 @contextlib.contextmanager
@@ -59,10 +59,18 @@ def steps(what: str, quiet: bool) -> Iterator[Steps]:
 def _bar() -> Any:
     try:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
     except ImportError:
         return None
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times)
     return Progress(*columns, console=Console(stderr=True), transient=True)
 
 

@@ -296,5 +296,5 @@ def test_a_documented_missing_derivative_raises(npu: torch.device) -> None:
 
 
 def test_an_operator_that_is_not_emulated_fails_by_name(npu: torch.device) -> None:
-    with pytest.raises(RuntimeError, match=r"aclnnDynamicQuant|npu_dynamic_quant"):
-        torch_npu.npu_dynamic_quant(torch.ones(3, 4, device=npu, dtype=torch.float16))
+    with pytest.raises(RuntimeError, match=r"aclnnDynamicQuantAsymmetric|npu_dynamic_quant_asymmetric"):
+        torch_npu.npu_dynamic_quant_asymmetric(torch.ones(3, 4, device=npu, dtype=torch.float16))
