@@ -24,9 +24,5 @@ def by_token(x: Tensor) -> Quantised:
     """x `[M, K]` in any floating dtype, computed in float32 as npu_dynamic_quant does."""
     wide = x.float()
     scale = wide.abs().amax(-1) / MOST
-    values = (
-        torch.where(scale > 0, 1.0, 0.0).unsqueeze(-1)
-        * wide
-        / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-    )
+    values = wide / torch.where(scale > 0, scale, 1.0)[:, None]
     return Quantised(values.round_().to(torch.int8), scale)
