@@ -1,4 +1,5 @@
-"""The given model is prepared, once everything is bound: what changes it, why the rest does not."""
+"""The given model is prepared, before patches look at it or once everything is bound: what changes it, why the rest
+does not."""
 
 from __future__ import annotations
 
@@ -15,18 +16,21 @@ from npu_patch.reporting.outcome import FAILED, PREPARED, SKIPPED, Outcome
 from npu_patch.reporting.report import Report
 
 
-def prepare(request: Request, report: Report, *, dry: bool = False) -> None:
-    """By every preparation of the catalogue. `dry`: nothing is changed, and the report says what would be."""
+def prepare(request: Request, report: Report, *, first: bool = False, dry: bool = False) -> None:
+    """By the preparations of the catalogue that come `first`, or by the others. `dry`: nothing is changed, and the
+    report says what would be."""
     for each in patches.PREPARATIONS:
+        if each.first != first or not (request.model is None or each.concerns(request.model)):
+            continue
         if not request.switches[each.switch]:
             off = f"{each.name}: switched off by {request.switches.sources[each.switch]}"
             if any(held.outcome.patch == each.name for held in STATE.prepared.values()):
                 report.warnings.append(f"{off}, and {STILL_IN_PLACE}")
             elif request.switches.sources[each.switch] != "default":
                 report.notes.append(off)
-        elif request.model is None:
+        elif request.model is None and request.switches.sources[each.switch] != "default":
             report.notes.append(f"{each.name}: it prepares a model, and none was given")
-        else:
+        elif request.model is not None:
             report.outcomes.append(_prepared(each, request.model, request, dry))
 
 
