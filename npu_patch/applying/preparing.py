@@ -20,7 +20,7 @@ def prepare(request: Request, report: Report, *, first: bool = False, dry: bool 
     """By the preparations of the catalogue that come `first`, or by the others. `dry`: nothing is changed, and the
     report says what would be."""
     for each in patches.PREPARATIONS:
-        if each.first != first or not (request.model is None or each.concerns(request.model)):
+        if each.first != first or not _is_for(each, request.model):
             continue
         if not request.switches[each.switch]:
             off = f"{each.name}: switched off by {request.switches.sources[each.switch]}"
@@ -28,10 +28,14 @@ def prepare(request: Request, report: Report, *, first: bool = False, dry: bool 
                 report.warnings.append(f"{off}, and {STILL_IN_PLACE}")
             elif request.switches.sources[each.switch] != "default":
                 report.notes.append(off)
-        elif request.model is None and request.switches.sources[each.switch] != "default":
+        elif request.model is None:
             report.notes.append(f"{each.name}: it prepares a model, and none was given")
-        elif request.model is not None:
+        else:
             report.outcomes.append(_prepared(each, request.model, request, dry))
+
+
+def _is_for(preparation: Preparation, model: torch.nn.Module | None) -> bool:
+    return preparation.concerns is None or (model is not None and preparation.concerns(model))
 
 
 def _prepared(preparation: Preparation, model: torch.nn.Module, request: Request, dry: bool) -> Outcome:
