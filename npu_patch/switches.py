@@ -49,6 +49,7 @@ SWITCHES: tuple[Switch, ...] = (
     Switch("sdpa", "SDPA", True, "attention", group="fused_ops"),
     Switch("moe_patch", "MOE_PATCH", True, "grouped-matmul experts", aliases=("GMM_PATCH",)),
     Switch("fla", "FLA", True, "gated delta rule, causal conv1d and its update"),
+    Switch("w8a8", "W8A8", True, "layers of int8 weights computed in int8"),
     Switch("lora", "LORA", True, "linear layers with a LoRA adapter of peft's"),
     Switch("loss", "LOSS", True, "losses and log-probabilities of tokens without logits"),
     Switch("vision", "VISION", True, "what vision towers have: the next five together"),

@@ -153,6 +153,7 @@ def _is_for_nothing(request: Request, report: Report) -> bool:
 def _go(walk: Walk) -> None:
     """The walk, and what follows from it: for files that are imported later, or for the layers of the given model."""
     model, report, decisions = walk.request.model, walk.report, walk.choosing.decisions
+    prepare(walk.request, report, first=True)
     entries = walk.enabled()
     libraries = libraries_of(entries)
     scope, half_executed = Scope.of(model, libraries).parted()

@@ -36,8 +36,8 @@ from torch.nn import Parameter
 from npu_patch.numerics.remade import Remade, remade
 from npu_patch.numerics.results import in_dtype
 from npu_patch.ops.w8a8.linear import definition as int8_definition
-from npu_patch.ops.w8a8.linear import int8_products
 from npu_patch.ops.w8a8.linear import through as through_int8
+from npu_patch.ops.w8a8.npu import int8_products
 from npu_patch.serving.implementation import layout
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
