@@ -25,6 +25,7 @@ from torch import Tensor
 
 from npu_patch.ops.experts.routed import EXPERTS, silu_of_halves
 from npu_patch.ops.readings import NotRead
+from npu_patch.ops.w8a8.experts import REGISTERED as INT8
 from npu_patch.patches.experts import looped as experts_looped
 from npu_patch.patches.experts import packed as experts_packed
 from npu_patch.patches.patch import Context, Patch, Replacement, layers_of_class
@@ -53,8 +54,10 @@ def find(module: ModuleType) -> Iterable[Site]:
 
 
 def in_layer(layer: torch.nn.Module) -> Iterable[Site]:
-    """Live experts that the registry does not serve."""
+    """Live experts that the registry does not serve. Those in int8 have a patch of their own."""
     entries = registry()
+    if _asked_for(layer) == INT8:
+        return
     if entries is not None and _looks_up(type(layer), entries) and _why_unserved(layer) is not None:
         yield Site(layer, "forward", None, f"{type(layer).__module__}.{type(layer).__qualname__}")
 
@@ -123,6 +126,12 @@ def _looks_up(cls: type, registry: dict[str, Any]) -> bool:
     if isinstance(forward, FunctionType):  # transformers < 5.3 has it as a global
         held += [forward.__globals__.get(name) for name in forward.__code__.co_names]
     return any(getattr(value, "_global_mapping", None) is registry for value in held)
+
+
+def asks_registry(module: torch.nn.Module) -> bool:
+    """Whether its forward looks up in transformers' registry who computes it."""
+    entries = registry()
+    return entries is not None and _looks_up(type(module), entries)
 
 
 def _asked_for(module: torch.nn.Module) -> str | None:
