@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from npu_patch.numerics.results import changeable
 from npu_patch.ops.experts.token_permute import TORCH_MOVES, Moves
 from npu_patch.ops.swiglu import reference as silu_times
 from npu_patch.ops.swiglu import torch_swiglu
@@ -92,7 +93,7 @@ class _Int8Experts(torch.autograd.Function):
         else:
             hidden = kernels.quantise(gate(kernels.product(rows, up, counts, tokens.dtype)))
         y = kernels.product(hidden, down, counts, tokens.dtype)
-        return kernels.moves.unpermute(y, positions, router_weights.to(y.dtype))
+        return changeable(kernels.moves.unpermute(y, positions, router_weights.to(y.dtype)))
 
     @staticmethod
     @once_differentiable

@@ -56,7 +56,7 @@ def find(module: ModuleType) -> Iterable[Site]:
 def in_layer(layer: torch.nn.Module) -> Iterable[Site]:
     """Live experts that the registry does not serve. Those in int8 have a patch of their own."""
     entries = registry()
-    if _asked_for(layer) == INT8:
+    if asked_for(layer) == INT8:
         return
     if entries is not None and _looks_up(type(layer), entries) and _why_unserved(layer) is not None:
         yield Site(layer, "forward", None, f"{type(layer).__module__}.{type(layer).__qualname__}")
@@ -99,7 +99,7 @@ def _bind_entry(site: Site, context: Context) -> Replacement:
 
 def _asking(site: Site, live: LiveModules) -> Iterator[torch.nn.Module]:
     """The live layers whose config asks for an entry of the registry."""
-    return (each for each in live if _looks_up(type(each), site.owner) and _asked_for(each) == site.name)
+    return (each for each in live if _looks_up(type(each), site.owner) and asked_for(each) == site.name)
 
 
 def layers(site: Site, context: Context) -> int | None:
@@ -134,14 +134,15 @@ def asks_registry(module: torch.nn.Module) -> bool:
     return entries is not None and _looks_up(type(module), entries)
 
 
-def _asked_for(module: torch.nn.Module) -> str | None:
+def asked_for(module: torch.nn.Module) -> str | None:
+    """The implementation of experts in its configuration."""
     return getattr(getattr(module, "config", None), "_experts_implementation", None)
 
 
 def _why_unserved(module: torch.nn.Module) -> str | None:
-    asked_for = _asked_for(module)
-    if asked_for not in DOORS:
-        return f"its config asks for the experts implementation {asked_for!r}"
+    asked = asked_for(module)
+    if asked not in DOORS:
+        return f"its config asks for the experts implementation {asked!r}"
     reading = READINGS.of(module)
     return reading.reason if isinstance(reading, NotRead) else None
 
@@ -149,7 +150,7 @@ def _why_unserved(module: torch.nn.Module) -> str | None:
 def registered_reading(module: torch.nn.Module) -> ExpertsReading | None:
     """How experts read their weights that our function in the registry serves; None of every other layer."""
     entries = registry()
-    if entries is None or not _looks_up(type(module), entries) or not is_ours(entries.get(str(_asked_for(module)))):
+    if entries is None or not _looks_up(type(module), entries) or not is_ours(entries.get(str(asked_for(module)))):
         return None
     reading = READINGS.of(module)
     return None if isinstance(reading, NotRead) else reading
