@@ -16,7 +16,10 @@ from npu_patch.patches.vision import approximate_gelu, patch_embedding
 from npu_patch.patches.vision import attention as vision_attention
 from npu_patch.patches.vision import on_host as vision_on_host
 from npu_patch.patches.w8a8 import compressed
+from npu_patch.patches.w8a8 import experts as w8a8_experts
 from npu_patch.patches.w8a8 import linear as w8a8
+from npu_patch.patches.w8a8 import loading as w8a8_loading
+from npu_patch.patches.w8a8 import peft_weights as w8a8_peft
 
 CATALOGUE: tuple[Patch, ...] = in_order(
     (
@@ -38,6 +41,9 @@ CATALOGUE: tuple[Patch, ...] = in_order(
         captured_decode.PATCH,
         static_cache.PATCH,
         continuous_batching.PATCH,
+        w8a8_loading.PATCH,
+        w8a8_experts.PATCH,
+        w8a8_peft.PATCH,
     )
 )
 PREPARATIONS: tuple[Preparation, ...] = (compressed.PREPARATION, weight_nz.PREPARATION, prefetch.PREPARATION)

@@ -35,6 +35,7 @@ from torch.nn import Parameter
 
 from npu_patch.numerics.remade import Remade, remade
 from npu_patch.numerics.results import in_dtype
+from npu_patch.ops.w8a8.linear import RowsOf, rows_of
 from npu_patch.ops.w8a8.linear import definition as int8_definition
 from npu_patch.ops.w8a8.linear import through as through_int8
 from npu_patch.ops.w8a8.npu import int8_products
@@ -46,7 +47,7 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class Adapter(NamedTuple):
     """`down` (A) is `[r, in]`, `up` (B) `[out, r]`. `dropout`: the probability, 0 where nothing is dropped.
     `product` and `compute`: the dtypes of the layer's and of the adapter's products. `weight_scale`: `[out, 1]` beside
-    an int8 weight."""
+    an int8 weight, and `rows` who quantises the input of that, or knows it quantised."""
 
     down: Tensor
     up: Tensor
@@ -55,6 +56,7 @@ class Adapter(NamedTuple):
     product: torch.dtype
     compute: torch.dtype
     weight_scale: Tensor | None = None
+    rows: RowsOf = rows_of
 
     @property
     def settings(self) -> tuple[float, float, torch.dtype, torch.dtype]:
@@ -127,7 +129,7 @@ class _AdaptedLinears(torch.autograd.Function):
                 y = F.linear(own, in_dtype(product, weight), added)
             else:
                 int8 = int8_products(own.device.type)
-                rows = int8.quantise(own) if rows is None else rows
+                rows = adapter.rows(x, product, int8.quantise) if rows is None else rows
                 y = int8.product(rows, weight, scale, added, product)
             dropped, mask = wide, None
             if adapter.dropout:

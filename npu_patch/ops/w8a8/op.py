@@ -93,6 +93,7 @@ def case(width_out: int, width_in: int, dtype: torch.dtype, of_scale: torch.dtyp
     """A weight `[width_out, width_in]` for inputs and results in `dtype`."""
 
     def inputs(tokens: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        shapes: list[tuple[tuple[int, ...], torch.dtype]]
         shapes = [((tokens, width_in), dtype), ((width_out, width_in), dtype), ((width_out, 1), of_scale)]
         return shapes if of_bias is None else [*shapes, ((width_out,), of_bias)]
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +26,7 @@ from npu_patch.ops.lora.adapted_linear import Adapter
 from npu_patch.ops.lora.op import ADAPTED_LINEAR, TOGETHER, case, int8_case
 from npu_patch.ops.readings import AsNamed, NotRead
 from npu_patch.ops.w8a8.layer import W8A8Linear
+from npu_patch.ops.w8a8.shared_rows import shared_rows
 from npu_patch.patches.lora.groups import Groups
 from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.probe.adapted_linear import read_adapted_linear
@@ -173,7 +175,8 @@ def _call_of(layer: Any, x: Tensor, cast_to: torch.dtype | None) -> Call | str:
         product = compute = cast_to
     elif dtype is not product or up_weight.dtype is not compute or (bias is not None and bias.dtype is not product):
         return f"input, weight and adapter in {dtype}, {product}, {compute} and {up_weight.dtype}"
-    return x, weight, bias, Adapter(down_weight, up_weight, float(scaling), probability, product, compute, scale)
+    adapter = Adapter(down_weight, up_weight, float(scaling), probability, product, compute, scale)
+    return x, weight, bias, adapter if scale is None else adapter._replace(rows=partial(shared_rows, base, False))
 
 
 def _scale_of(base: Any) -> Any:

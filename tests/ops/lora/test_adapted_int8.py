@@ -30,7 +30,8 @@ def layers(product: torch.dtype, compute: torch.dtype, dropout: float = 0.0) -> 
 
 
 def one_after_the_other(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, adapter: Adapter) -> torch.Tensor:
-    y = int8_linear(TORCH_INT8, x, weight, adapter.weight_scale, bias)
+    assert adapter.weight_scale is not None
+    y = int8_linear(TORCH_INT8, x, weight, adapter.weight_scale, bias, x.dtype)
     wide = F.linear(F.linear(x.to(adapter.compute), adapter.down), adapter.up)
     return (y + wide * adapter.scaling).to(adapter.product)
 
