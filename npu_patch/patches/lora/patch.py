@@ -121,12 +121,12 @@ def _with_it(
     groups: Groups, layer: Module, call: Call, cast_to: Any, dispatch: Dispatch, calls: Calls, serving: Implementation
 ) -> Iterator[tuple[Module, Call]]:
     """The layers whose calls are computed with this one's, and those calls."""
-    dtypes = call[3][-2:]
+    dtypes = call[3].settings[2:]
     for other in groups.after(layer):
         if "forward" in other.__dict__ or other._forward_pre_hooks:
             continue
         its_call = _call_of(other, call[0], cast_to)
-        if isinstance(its_call, str) or its_call[3][-2:] != dtypes:
+        if isinstance(its_call, str) or its_call[3].settings[2:] != dtypes:
             continue
         if dispatch.serving(calls, *its_call) is serving:
             yield other, its_call
