@@ -41,7 +41,22 @@ def _verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, action="append", help="may be given again (default: float32 and bfloat16)"
     )
-    parser.add_argument("--seeds", type=int, default=4, help="models, or batches of a stored model (default 4)")
+    parser.add_argument("--seeds", type=int, help="models, or batches of a stored model (default 4)")
+    against = parser.add_argument_group("what a quantised model lost")
+    against.add_argument(
+        "--against",
+        metavar="ORIGINAL",
+        help="the folder of the model that MODEL is a quantised copy of: logits, perplexity and layers are compared",
+    )
+    against.add_argument("--text", metavar="FILE", type=Path, help="to measure on (default: what Python comes with)")
+    against.add_argument("--tokens", type=int, help="of the text (default 2048)")
+    against.add_argument("--length", type=int, help="tokens at a time (default 512, or what the model has)")
+    against.add_argument(
+        "--max-logits-error", metavar="X", type=float, help="relative; beyond it the exit code is 1 (default 0.1)"
+    )
+    against.add_argument(
+        "--max-perplexity-ratio", metavar="X", type=float, help="to the original's; likewise (default 1.03)"
+    )
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:

@@ -22,6 +22,7 @@ from npu_patch.commands.quantize.progress import FOLDER, Progress
 from npu_patch.commands.quantize.selection import select
 from npu_patch.commands.quantize.shard import sha256_of
 from npu_patch.commands.quantize.writing import MANIFEST, Outcome, write
+from npu_patch.commands.subject.stored_folder import folder_of
 
 MEGABYTE = 2**20
 SLACK = 16 * MEGABYTE  # for what is of JSON
@@ -30,7 +31,7 @@ SLACK = 16 * MEGABYTE  # for what is of JSON
 def run(options: argparse.Namespace) -> Result:
     output = Path(options.out)
     try:
-        plan = _plan(_folder(options.model), output, options)
+        plan = _plan(folder_of(options.model), output, options)
         if (output / MANIFEST).is_file() and not (output / FOLDER).exists():
             _require_whole(output, plan)
             return _result(plan, output, Outcome(tuple(shard.name for shard in plan.shards), ()))
@@ -45,23 +46,6 @@ def run(options: argparse.Namespace) -> Result:
     except OSError as error:
         raise CommandError(_why(error, output)) from error
     return _result(plan, output, outcome)
-
-
-def _folder(model: str) -> Path:
-    folder = Path(model)
-    if folder.is_dir():
-        return folder
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not folder.exists():
-        try:
-            from huggingface_hub import snapshot_download
-
-            return Path(snapshot_download(model, local_files_only=True))
-        except Exception as error:
-            raise CommandError(
-                f"MODEL {model}: there is no such folder, and the hub's cache has no such model "
-                f"({type(error).__name__})"
-            ) from error
-    raise CommandError(f"MODEL {model}: {'that is a file; ' if folder.exists() else ''}a model's folder is accepted")
 
 
 def _plan(folder: Path, output: Path, options: argparse.Namespace) -> Plan:
