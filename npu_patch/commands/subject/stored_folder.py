@@ -23,6 +23,5 @@ def folder_of(model: str, argument: str = "MODEL") -> Path:
                 f"{argument} {model}: there is no such folder, and the hub's cache has no such model "
                 f"({type(error).__name__})"
             ) from error
-    raise CommandError(
-        f"{argument} {model}: {'that is a file; ' if folder.exists() else ''}a model's folder is accepted"
-    )
+    found = "that is a file" if folder.exists() else "there is no such folder"
+    raise CommandError(f"{argument} {model}: {found}; a model's folder is accepted")

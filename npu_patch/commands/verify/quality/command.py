@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from npu_patch import devices
 from npu_patch.checkpoints.safetensors_file import BadCheckpoint
@@ -45,7 +46,9 @@ def run(options: argparse.Namespace) -> Result:
     found = loaded(other, exact.model.dtype, device)
     with steps("comparing", options.json) as progress, torch.inference_mode():
         differ = differing(exact.model, found)
-        logits, errors = _compared(exact, found, differ, text, length, progress)
+        logits, errors = _compared(exact, found, differ, list(text.pieces(length)), progress)
+    if not logits.original_finite:
+        raise CommandError(f"{original}: its own logits are infinite or not a number")
     content = _content(options, logits, errors, differ)
     content |= {"device": devices.described(device.type), "dtype": str(exact.model.dtype).removeprefix("torch.")}
     content |= {"text": text.described, "length": length, "notes": _notes(text, tokens, differ, errors, found)}
@@ -85,11 +88,10 @@ def _length_for(given: int | None, original: Stored) -> int:
 
 
 def _compared(
-    original: Loaded, other: Loaded, differ: Differing, text: Tokens, length: int, progress: Steps
+    original: Loaded, other: Loaded, differ: Differing, pieces: list[Tensor], progress: Steps
 ) -> tuple[LogitsError, list[LayerError]]:
     logits = LogitsError()
     device = original.model.device
-    pieces = list(text.pieces(length))
     progress.of(len(pieces))
     with watched(original.model, other, differ.layers) as errors:
         for piece in pieces:
@@ -100,8 +102,6 @@ def _compared(
                     found = other.model(input_ids=ids, use_cache=False).logits[0]
             except Exception as error:
                 raise CommandError(f"the models do not run on {ids.shape[1]} tokens: {named(error)}") from error
-            if not bool(expected.isfinite().all()):
-                raise CommandError("--against: the original's own logits are infinite or not a number")
             logits.add(expected, found, ids[0])
             progress.done()
     return logits, errors

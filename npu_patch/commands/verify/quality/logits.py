@@ -30,6 +30,7 @@ class LogitsError:
     original_surprise: float = 0.0
     surprise: float = 0.0
     finite: bool = True
+    original_finite: bool = True
 
     def add(self, original: Tensor, found: Tensor, ids: Tensor) -> None:
         """Logits `[T, V]` of each model for the tokens `[T]`, each of which the one before predicts."""
@@ -40,6 +41,7 @@ class LogitsError:
 
     def _add(self, original: Tensor, found: Tensor, following: Tensor) -> None:
         self.finite = self.finite and bool(found.isfinite().all())
+        self.original_finite = self.original_finite and bool(original.isfinite().all())
         centred = original - original.mean(-1, keepdim=True)
         error = found - found.mean(-1, keepdim=True) - centred
         self.tokens += len(original)
