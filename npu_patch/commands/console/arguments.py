@@ -118,7 +118,7 @@ def _tune(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _quantize(parser: argparse.ArgumentParser) -> None:
+def _dequantize(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(device="cpu")
     parser.add_argument(
         "model", metavar="MODEL", help="a model's folder with safetensors, or the name of one in the hub's cache"
@@ -126,6 +126,10 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "out", metavar="OUT", help="a new folder; or that of an interrupted call, which the same command goes on with"
     )
+
+
+def _quantize(parser: argparse.ArgumentParser) -> None:
+    _dequantize(parser)
     parser.add_argument(
         "--format",
         choices=("compressed-tensors", "ascend"),
@@ -195,5 +199,6 @@ OF_COMMANDS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "count": _count,
     "tune": _tune,
     "quantize": _quantize,
+    "dequantize": _dequantize,
     "run": _run,
 }
