@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 
 from npu_patch.commands import main
 from npu_patch.commands.subject.tiny_model import tiny_model
 from npu_patch.commands.verify.quality.text import tokens_in
+from npu_patch.ops.w8a8.layer import W8A8Linear
 from tests.commands.quantize.checkpoints import tensors_in
 
 TYPES = ["qwen3", "qwen3_moe", "qwen3_5_text", "qwen3_next"]
@@ -163,6 +164,72 @@ def test_what_is_said_of_logits_is_what_another_computation_gives(
     log_q, log_p = logits[1].log_softmax(-1), logits[0].log_softmax(-1)
     assert errors["kl"] == pytest.approx(float(kl_div(log_q, log_p, reduction="batchmean", log_target=True)), rel=1e-3)
     assert errors["same_argmax"] == float((logits[0].argmax(-1) == logits[1].argmax(-1)).double().mean()) < 1
+
+
+def in_int8(original: Path, int8: Path) -> torch.nn.Module:
+    """The original with its linear layers replaced."""
+    model = AutoModelForCausalLM.from_pretrained(original).eval()
+    tensors = tensors_in(int8)
+    for name, module in list(model.named_modules()):
+        if tensors.get(f"{name}.weight", torch.empty(0)).dtype == torch.int8:
+            layer = W8A8Linear(module.in_features, module.out_features, dtype=torch.bfloat16)
+            layer.weight.data, layer.weight_scale.data = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"]
+            model.set_submodule(name, layer)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen3_5_text"])
+def test_logits_and_layers_are_as_far_away_as_int8_products_make_them(
+    model_type: str, folders: Folders, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original, int8 = folders(model_type)
+    _, content = content_of(capsys, int8, original)
+    ids = torch.tensor(tokens_in(original, None, 101, TOKENS).ids).split(LENGTH)
+    exact, found = AutoModelForCausalLM.from_pretrained(original).eval(), in_int8(original, int8)
+    errors: dict[str, list[float]] = {}
+
+    def compared(name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+            difference = found.get_submodule(name)(args[0]).double() - output.double()
+            errors.setdefault(name, []).append(float(difference.square().sum()))
+            errors.setdefault(f"{name} itself", []).append(float(output.double().square().sum()))
+
+        return hook
+
+    for name, module in found.named_modules():
+        if isinstance(module, W8A8Linear):
+            exact.get_submodule(name).register_forward_hook(compared(name))
+    logits = [torch.cat([model(piece[None]).logits[0] for piece in ids]).double() for model in (exact, found)]
+    wanted, got = (each - each.mean(-1, keepdim=True) for each in logits)
+    relative = float((got - wanted).norm() / wanted.norm())
+    assert content["logits"]["relative_error"] == pytest.approx(relative, rel=0.05)
+    for each in content["layers"]:
+        squares, itself = (sum(errors[name]) for name in (each["name"], f"{each['name']} itself"))
+        assert each["error"] == pytest.approx((squares / itself) ** 0.5, rel=0.06)
+
+
+def test_experts_whose_inputs_are_not_rounded_are_named(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Qwen3MoeForCausalLM, "set_experts_implementation", lambda self, name: None)
+    original, int8 = folders("qwen3_moe")
+    _, content = content_of(capsys, int8, original)
+    expected = "2 int8 layers were measured with inputs as they are (model.layers.0.mlp.experts)"
+    assert content["notes"] == [expected]
+
+
+def test_scales_of_one_dimension_are_the_same_scales(
+    folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original, int8 = folders()
+
+    def flatten(tensors: dict[str, Tensor]) -> None:
+        tensors |= {name: tensor.flatten() for name, tensor in tensors.items() if name.endswith("_scale")}
+
+    _, expected = content_of(capsys, int8, original)
+    _, found = content_of(capsys, changed(int8, tmp_path / "flat", flatten), original)
+    assert found["logits"] == expected["logits"] and found["layers"] == expected["layers"]
 
 
 def test_a_layer_that_is_no_int8_is_measured_too_and_other_norms_are_noted(
