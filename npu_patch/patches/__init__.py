@@ -15,6 +15,8 @@ from npu_patch.patches.preparation import Preparation
 from npu_patch.patches.vision import approximate_gelu, patch_embedding
 from npu_patch.patches.vision import attention as vision_attention
 from npu_patch.patches.vision import on_host as vision_on_host
+from npu_patch.patches.w8a8 import experts as w8a8_experts
+from npu_patch.patches.w8a8 import loading as w8a8_loading
 
 CATALOGUE: tuple[Patch, ...] = in_order(
     (
@@ -35,6 +37,8 @@ CATALOGUE: tuple[Patch, ...] = in_order(
         captured_decode.PATCH,
         static_cache.PATCH,
         continuous_batching.PATCH,
+        w8a8_loading.PATCH,
+        w8a8_experts.PATCH,
     )
 )
 PREPARATIONS: tuple[Preparation, ...] = (weight_nz.PREPARATION, prefetch.PREPARATION)
