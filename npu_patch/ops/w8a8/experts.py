@@ -109,8 +109,9 @@ class _Int8Experts(torch.autograd.Function):
             u = kernels.product(rows, up, counts, ctx.dtype).requires_grad_(tokens_needed)
             hidden = (ctx.gate or kernels.swiglu)(u)
         d_tokens = d_router = None
-        if router_needed:  # the product of a row with dy is that of what was before its weights with d_hidden
-            of_rows = (hidden.detach().float() * d_hidden.float()).sum(-1)
+        if router_needed:  # a row times dy is what it was made of, times what dy makes of its weights
+            rounded = kernels.quantise(hidden.detach())
+            of_rows = (rounded.values.float() * d_hidden.float()).sum(-1) * rounded.scale
             d_router = of_rows[places].view_as(indices).to(router_weights.dtype)
         if tokens_needed:
             weight_of_row = torch.empty_like(choices).scatter_(0, places, choices)[:, None].to(d_hidden.dtype)
