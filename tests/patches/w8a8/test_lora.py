@@ -127,7 +127,7 @@ def test_one_function_of_layer_and_adapter_is_what_peft_computes_with_the_layer(
     for fused in (False, True):
         with npu_patch.applied(model, lora=fused) as report, torch.autocast("npu", torch.bfloat16, enabled=autocast):
             steps.append(in_a_row(a_step(model)))
-        assert not fused or (ran(report, "lora") and not fell_through(report))
+        assert not fused or (ran(report) and not fell_through(report))
     assert apart(*steps) < 0.01
 
 
