@@ -91,8 +91,17 @@ def through(dy: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     scaled = dy * scale.view(-1).to(dy.dtype)
     wide = max(1, SLICE // (weight.shape[0] * dy.element_size()))
     if wide >= weight.shape[1]:
-        return scaled @ weight.to(dy.dtype)
-    return torch.cat([scaled @ part.to(dy.dtype) for part in weight.split(wide, 1)], -1)
+        return _product(scaled, weight.to(dy.dtype))
+    return torch.cat([_product(scaled, part.to(dy.dtype)) for part in weight.split(wide, 1)], -1)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """In their own dtype, whatever autocast's is."""
+    device_type = left.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return left @ right
+    with torch.autocast(device_type, enabled=False):
+        return left @ right
 
 
 def _sums(values: Tensor, weight: Tensor) -> Tensor:
@@ -100,7 +109,9 @@ def _sums(values: Tensor, weight: Tensor) -> Tensor:
     if values.device.type == "cpu" and values.numel():
         return torch._int_mm(values, weight.t())
     parts = zip(values.split(EXACT_SUMS, 1), weight.split(EXACT_SUMS, 1), strict=True)
-    total, *others = [(of_values.float() @ of_weight.t().float()).to(torch.int32) for of_values, of_weight in parts]
+    total, *others = [
+        _product(of_values.float(), of_weight.t().float()).to(torch.int32) for of_values, of_weight in parts
+    ]
     for each in others:
         total += each
     return total

@@ -10,9 +10,10 @@ Delete     when torch has such a layer that the device computes.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from npu_patch.ops.w8a8.shared_rows import shared_rows
 from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import Case
-from npu_patch.serving.changed_later import Callers
+from npu_patch.serving.changed_later import CALLS_OF_MODULES, Callers
 from npu_patch.serving.implementation import HALF_DTYPES
 from npu_patch.serving.listeners import listener
 from npu_patch.serving.replacement import Unserved, replacement_for, tensors_on
@@ -62,15 +63,28 @@ def bind_site(site: Site, found: AsNamed, context: Context) -> Replacement | Not
         if not torch.compiler.is_compiling():
             if torch._C._functorch.peek_interpreter_stack() is not None:
                 return Unserved("within a transform of torch.func")
-            trusted = not x.is_inference() or (
-                listener(self, "") is None and callers.why_changed_later(self, (x,)) is None
-            )
+            # Others have a version, which tells.
+            trusted = not x.is_inference() or (callers.why_changed_later(self, (x,)) is None and not _heard(x))
             rows = partial(shared_rows, self, trusted)
         serving = dispatch.serving(calls, x, weight, scale, bias, dtype, rows)
         return Unserved(serving) if isinstance(serving, str) else serving.run(x, weight, scale, bias, dtype, rows)
 
     function = replacement_for(site.original, calls, serve)
     return Replacement(function, found.name, calls, dispatch=dispatch)
+
+
+def _heard(x: Tensor) -> bool:
+    """Whether anybody listens to a module that is given x: this layer, or what is around it."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is CALLS_OF_MODULES[0]:
+            called = frame.f_locals
+            if not any(each is x for each in (*called["args"], *called["kwargs"].values())):
+                return False
+            if listener(called["self"], "") is not None:
+                return True
+        frame = frame.f_back
+    return False
 
 
 def _cases(live: LiveModules) -> Iterator[Case]:
