@@ -106,7 +106,7 @@ def _weights(layer: torch.nn.Module, name: str, transposed: bool) -> Int8Weights
 
 
 def _is_int8(layer: torch.nn.Module) -> bool:
-    return getattr(layer, DOWN).dtype == torch.int8
+    return getattr(getattr(layer, DOWN), "dtype", None) == torch.int8
 
 
 def registered() -> Iterable[Site]:

@@ -11,6 +11,7 @@ Delete     when transformers keeps int8 weights as they are and computes with th
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 from npu_patch.checkpoints.folder import INDEX, INDEX_ENDING, ONE_FILE, json_of
 from npu_patch.checkpoints.safetensors_file import BadCheckpoint
-from npu_patch.checkpoints.w8a8 import ASCEND, COMPRESSED_TENSORS, DESCRIPTION, DYNAMIC, check_config
+from npu_patch.checkpoints.w8a8 import ASCEND, COMPRESSED_TENSORS, DESCRIPTION, FLOAT, check_config
 from npu_patch.ops.readings import AsNamed, NotRead
 from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.serving.bypassed import Bypassed
@@ -27,7 +28,9 @@ from npu_patch.serving.calls import Calls
 from npu_patch.serving.implementation import Implementation
 from npu_patch.serving.op import Op
 from npu_patch.serving.replacement import TakenOver, Unserved, replacement_for
+from npu_patch.sites.late_imports import is_half_executed
 from npu_patch.sites.sites import Site, innermost
+from npu_patch.sites.whose import is_ours
 
 MODULE, NAME = "transformers.modeling_utils", "get_hf_quantizer"
 ARGUMENTS = ("config", "quantization_config", "device_map", "weights_only", "user_agent")
@@ -41,21 +44,30 @@ LOADING: Op[..., Any] = Op(
 )
 
 
+def registered() -> Iterable[Site]:
+    """As if it were a registry: other patches import the module while they look for theirs."""
+    module = importlib.import_module(MODULE)
+    return () if is_half_executed(module) else find(module)
+
+
 def find(module: ModuleType) -> Iterable[Site]:
-    if module.__name__ == MODULE and NAME in vars(module):
-        yield Site(module, NAME, vars(module)[NAME])
+    """What is half executed as `apply()` comes."""
+    if module.__name__ == MODULE and not is_ours(vars(module).get(NAME)):
+        yield Site(module, NAME, vars(module).get(NAME))
 
 
 def read_site(site: Site) -> AsNamed | NotRead:
     from transformers.quantizers.base import HfQuantizer
 
-    code = innermost(site.original).__code__
-    if code.co_varnames[: len(ARGUMENTS)] != ARGUMENTS or not hasattr(HfQuantizer, "serialized_names"):
+    code = getattr(innermost(site.original), "__code__", None)
+    if code is None or code.co_varnames[: len(ARGUMENTS)] != ARGUMENTS or not hasattr(HfQuantizer, "serialized_names"):
         return NotRead("this transformers loads quantised checkpoints another way, 5.23 is known", in_order=True)
     return AsNamed("int8 checkpoints")
 
 
-def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
+def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement | NotRead:
+    if context.live is not None:
+        return NotRead("a model was given, which is loaded", notable=False)
     calls = Calls()
     function = replacement_for(site.original, calls, _serve(site.original), bypassed=Bypassed())
     return Replacement(function, reading.name, calls)
@@ -96,8 +108,8 @@ def _described(config: Any) -> tuple[str, Mapping[str, Any] | None] | str | None
         folder = config.name_or_path
         if not folder or not os.path.isfile(os.path.join(folder, DESCRIPTION)):
             return None
-        scheme = json_of(Path(folder, DESCRIPTION)).get("model_quant_type")
-        return (ASCEND, None) if scheme == DYNAMIC else f"the scheme {scheme}"
+        schemes = {each for name, each in json_of(Path(folder, DESCRIPTION)).items() if name.endswith(".weight")}
+        return None if schemes <= {FLOAT} else (ASCEND, None)  # others would be loaded as if they were floats
     content = content if isinstance(content, dict) else content.to_dict()
     if content.get("quant_method") != COMPRESSED_TENSORS:
         return f"the quantisation {content.get('quant_method')}"
@@ -128,6 +140,7 @@ PATCH = Patch(
     find,
     read_site,
     bind_site,
+    registered,
     layers=lambda site, context: None,
     tunable=False,
     libraries=(MODULE,),

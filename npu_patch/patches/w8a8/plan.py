@@ -106,8 +106,7 @@ def _parameter(
         pair = w8a8.weights[name]
         if pair.weight.shape != shape:
             raise BadCheckpoint(f"{where}: {name} is {list(pair.weight.shape)}, and {target} {list(shape)}")
-        scale = pair.scale.shape if len(shape) > 2 else (shape[0], 1)
-        return Int8Parameter(target, scale, pair.scale.dtype == "F32")
+        return Int8Parameter(target, pair.scale.shape, pair.scale.dtype == "F32")
     every = [w8a8.weights[name] for pattern in int8 for name in int8[pattern]]
     converter = names.converter(next(iter(filter(None, int8))))
     if not all(isinstance(each, STACKED) for each in converter.operations) or len(shape) != 3:

@@ -103,6 +103,8 @@ class W8A8Quantizer(HfQuantizer):
                 raise BadCheckpoint(f"{each.name} was loaded as {weight.dtype}, not as int8")
             weight.requires_grad_(False)
             scale.requires_grad_(False)
+            if scale.dim() == 1:
+                setattr(module, name + SCALE, Parameter(scale.data[:, None], requires_grad=False))
         self._parameters = ()
         return model
 
@@ -129,6 +131,7 @@ def prepare(model: torch.nn.Module, parameters: Sequence[Int8Parameter]) -> None
 def _linear(module: Linear, parameter: Int8Parameter) -> W8A8Linear:
     weight = module.weight
     made = W8A8Linear(module.in_features, module.out_features, False, "meta", weight.dtype)
+    made.weight = _empty(weight.shape, torch.int8)
     made.weight_scale = _scale(parameter, weight)
     made.bias = module.bias
     return made.train(module.training)
@@ -148,9 +151,12 @@ def _prepare_experts(module: Any, parameters: Sequence[Int8Parameter]) -> None:
     for each in parameters:
         name = each.name.rpartition(".")[2]
         weight = getattr(module, name)
+        experts_count, *sides = weight.shape
+        sides[1 if reading.convention.transposed else 0] = 1
+        if each.scale != (experts_count, *sides):
+            raise BadCheckpoint(f"{each.name}{SCALE} is {list(each.scale)}, not {[experts_count, *sides]}")
         module.register_parameter(name + SCALE, _scale(each, weight))
-        values = torch.empty(weight.shape, dtype=torch.int8, device="meta")
-        setattr(module, name, Parameter(values, requires_grad=False))
+        setattr(module, name, _empty(weight.shape, torch.int8))
     module.config._experts_implementation = REGISTERED
 
 
@@ -158,8 +164,14 @@ def _scale(parameter: Int8Parameter, weight: Tensor) -> Parameter:
     """In the dtype of the model; in float32 where the checkpoint has it so, and for float16, as npu_quant_matmul
     wants it."""
     wide = parameter.wide or weight.dtype == torch.float16
-    dtype = torch.float32 if wide else weight.dtype
-    return Parameter(torch.empty(parameter.scale, dtype=dtype, device="meta"), requires_grad=False)
+    return _empty(parameter.scale, torch.float32 if wide else weight.dtype)
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Parameter:
+    """What transformers never fills at random. Offloaded to a disk it has no storage after loading either."""
+    made = Parameter(torch.empty(tuple(shape), dtype=dtype, device="meta"), requires_grad=False)
+    made._is_hf_initialized = True  # type: ignore[attr-defined]
+    return made
 
 
 def _owner(model: torch.nn.Module, parameter: str) -> tuple[Any, str]:
