@@ -214,19 +214,6 @@ def test_logits_and_layers_are_as_far_away_as_int8_products_make_them(
         assert each["error"] == pytest.approx((squares / itself) ** 0.5, rel=1e-3)
 
 
-def test_scales_of_one_dimension_are_the_same_scales(
-    folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    original, int8 = folders()
-
-    def flatten(tensors: dict[str, Tensor]) -> None:
-        tensors |= {name: tensor.flatten() for name, tensor in tensors.items() if name.endswith("_scale")}
-
-    _, expected = content_of(capsys, int8, original)
-    _, found = content_of(capsys, changed(int8, tmp_path / "flat", flatten), original)
-    assert found["logits"] == expected["logits"] and found["layers"] == expected["layers"]
-
-
 def test_a_layer_that_is_no_int8_is_measured_too_and_other_norms_are_noted(
     folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
