@@ -6,6 +6,7 @@ Both models are in memory: one and a half times what ORIGINAL needs, twice where
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -44,7 +45,8 @@ def run(options: argparse.Namespace) -> Result:
     length = _length_for(options.length, original)
     exact = loaded(original, "auto", device)
     found = loaded(other, exact.dtype, device)
-    with in_int8(device, found), steps("comparing", options.json) as progress, torch.inference_mode():
+    computing = in_int8(device, found) if other.w8a8 else contextlib.nullcontext()
+    with computing, steps("comparing", options.json) as progress, torch.inference_mode():
         differ = differing(exact, found)
         logits, errors = _compared(exact, found, differ, list(text.pieces(length)), progress)
     if not logits.original_finite:

@@ -214,6 +214,25 @@ def test_logits_and_layers_are_as_far_away_as_int8_products_make_them(
         assert each["error"] == pytest.approx((squares / itself) ** 0.5, rel=1e-3)
 
 
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen3_next"])
+def test_a_devices_own_int8_operators_are_measured(
+    model_type: str,
+    folders: Folders,
+    npu: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    original, int8 = folders(model_type)
+    genuine, asked = torch.ops.npu.npu_dynamic_quant, []
+    monkeypatch.setattr(torch.ops.npu, "npu_dynamic_quant", lambda x: asked.append(1) or genuine(x))
+    _, expected = content_of(capsys, int8, original)
+    assert not asked
+    code, content = content_of(capsys, int8, original, "--device", "npu")
+    assert code == 0 and content["device"] != expected["device"] and len(asked) > 4 * len(content["layers"])
+    error = expected["logits"]["relative_error"]
+    assert content["logits"]["relative_error"] == pytest.approx(error, rel=0.1)
+
+
 def test_a_layer_that_is_no_int8_is_measured_too_and_other_norms_are_noted(
     folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
