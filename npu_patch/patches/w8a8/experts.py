@@ -5,6 +5,7 @@ Rebinds    `computed` of this module, which what is registered looks up at call 
 To         `npu_dynamic_quant` of the tokens before they are copied to their experts -> `npu_grouped_matmul` to int32
            -> `npu_dequant_swiglu_quant` -> `npu_grouped_matmul` -> `npu_moe_token_unpermute`. Where the fused operator
            does not take the width, and for another gate, the first product is scaled and the gate's result quantised.
+           Adapters of peft's for these weights (peft_weights.py) are grouped products of their own.
 Not when   tokens are in float32 or on another device, somebody listens to the activation, and the operators' limits.
 Delete     when transformers has int8 experts.
 """
@@ -19,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npu_patch.ops.experts.grouped_matmul import TORCH_PRODUCTS
 from npu_patch.ops.readings import AsNamed, NotRead
+from npu_patch.ops.w8a8.adapted_experts import ADAPTED, Adapters, adapted_experts
 from npu_patch.ops.w8a8.experts import REGISTERED, TORCH, Int8Experts, Int8Weights, int8_experts
 from npu_patch.ops.w8a8.experts_op import INT8_EXPERTS, case
 from npu_patch.patches.experts.packed import listener_in
@@ -35,6 +38,7 @@ from npu_patch.sites.sites import LiveModules, Site
 COMPUTED = "computed"
 FLOATS = "grouped_mm"  # transformers' own, for layers of the model that are not int8
 DOWN, SCALE = "down_proj", "_scale"
+ADAPTERS = "_npu_patch_adapters"  # in a layer's namespace, by the weight that they are for
 NAMED = AsNamed("int8 experts")
 
 
@@ -51,6 +55,11 @@ def register() -> None:
 
 def forward(self: torch.nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """What is registered. The layers of a model that are not int8 go on as they would."""
+    if "parametrizations" in self._modules:
+        raise RuntimeError(
+            f"something is put in the place of a weight of {type(self).__name__}, whose experts are int8; adapters of "
+            "peft's are computed while npu_patch is applied with w8a8: call npu_patch.apply()"
+        )
     if _is_int8(self):
         return computed(self, hidden_states, top_k_index, top_k_weights)
     entries = registry()
@@ -60,8 +69,23 @@ def forward(self: torch.nn.Module, hidden_states: Tensor, top_k_index: Tensor, t
 
 
 def computed(self: torch.nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    tokens = in_autocast(hidden_states)
-    return int8_experts(TORCH, tokens, top_k_index, top_k_weights, experts_of(self)).to(hidden_states.dtype)
+    call = in_autocast(hidden_states), top_k_index, top_k_weights, experts_of(self)
+    adapters = adapters_of(self)
+    result = (
+        int8_experts(TORCH, *call) if adapters is None else adapted_experts(TORCH, TORCH_PRODUCTS, *call, *adapters)
+    )
+    return result.to(hidden_states.dtype)
+
+
+def adapters_of(layer: torch.nn.Module) -> tuple[Adapters, Adapters] | None:
+    """Of the weights before and after the gate, in a call of peft's around them."""
+    own = vars(layer).get(ADAPTERS)
+    if not own:
+        return None
+    reading = READINGS.of(layer)
+    assert not isinstance(reading, NotRead)
+    up, down = names_of(reading)
+    return own.get(up, ()), own.get(down, ())
 
 
 def in_autocast(tokens: Tensor) -> Tensor:
@@ -139,7 +163,11 @@ def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement | N
         hidden_states, indices, router_weights = bound
         call = in_autocast(hidden_states), indices, router_weights, experts_of(self)
         serving = dispatch.serving(calls, *call)
-        return Unserved(serving) if isinstance(serving, str) else serving.run(*call).to(hidden_states.dtype)
+        if isinstance(serving, str):
+            return Unserved(serving)
+        adapters = adapters_of(self)
+        result = serving.run(*call) if adapters is None else ADAPTED[serving.name](*call, *adapters)
+        return result.to(hidden_states.dtype)
 
     function = replacement_for(site.original, calls, serve, bypassed=Bypassed())
     return Replacement(function, reading.name, calls, dispatch=dispatch, within=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import pickle
@@ -241,9 +242,8 @@ def test_other_schemes_are_transformers_own(other: dict[str, Any], tmp_path: Pat
     folder = described(quantised("qwen3", tmp_path), **other)
     report = npu_patch.apply()
     (outcome,) = [each for each in report.outcomes if each.patch == "w8a8_loading"]
-    with pytest.raises(Exception) as said:
-        loaded(folder)
-    assert not isinstance(said.value, BadCheckpoint)
+    with contextlib.suppress(ImportError, ValueError):  # what they say of it without their packages
+        assert not any(type(each) is W8A8Linear for each in loaded(folder).modules())
     assert sum(outcome.calls.fell_through.values()) == 1 and outcome.calls.ran == 0
 
 

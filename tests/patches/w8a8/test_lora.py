@@ -105,6 +105,44 @@ def test_every_adapter_has_a_gradient_as_near_to_the_dense_models_as_int8_is(
     assert 0 < apart(in_a_row(found), in_a_row(plain)) < 2 * of_int8 < 0.2
 
 
+PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.mark.parametrize("parameters", [PARAMETERS, PARAMETERS[1:]], ids=["both", "down"])
+@pytest.mark.parametrize("half", [False, True], ids=["float32 adapters", "bfloat16 adapters"])
+def test_adapters_of_int8_experts_are_those_of_the_dense_experts(
+    parameters: list[str], half: bool, folders: Any, npu: torch.device, tmp_path: Path
+) -> None:
+    folder = folders("qwen3_moe")
+    assert main(["dequantize", str(folder), str(tmp_path / "plain")]) == 0
+    steps = []
+    for model in (base(folder, npu), AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype="auto").to(npu)):
+        model = adapted(model, (), target_parameters=parameters)
+        for name, each in model.named_parameters():
+            if "lora_" in name and half:
+                each.data = each.data.bfloat16()
+        with npu_patch.applied(model):
+            steps.append(a_step(model))
+            model.gradient_checkpointing_enable()
+            model.enable_input_require_grads()
+            again = a_step(model)
+            assert all(torch.equal(again[name], each) for name, each in steps[-1].items() if each is not None)
+    int8, dense_ones = steps
+    assert all(each is not None and each.any() for each in int8.values())
+    trained = [name for name in int8 if "lora_" in name]
+    assert len(trained) == 4 * len(parameters)
+    for name in trained:
+        assert apart(int8[name].double(), dense_ones[name].double()) < 0.1, name
+
+
+def test_without_npu_patch_adapters_of_int8_experts_are_an_error_and_no_silence(
+    folders: Any, npu: torch.device
+) -> None:
+    model = adapted(base(folders("qwen3_moe"), npu), (), target_parameters=PARAMETERS)
+    with pytest.raises(RuntimeError, match=r"call npu_patch\.apply"):
+        a_step(model)
+
+
 HOW: dict[str, dict[str, Any]] = {
     "all": {},
     "q and v": {"names": ("q_proj", "v_proj")},
@@ -168,11 +206,14 @@ MERGES = {
     "one layer": lambda model: next(each for each in model.modules() if hasattr(each, "lora_A")).merge(),
     "one layer, safely": lambda model: next(each for each in model.modules() if hasattr(each, "lora_A")).merge(True),
 }
+MORE = {"an expert's": {"target_parameters": PARAMETERS}}
+MERGES["an expert's"] = lambda model: model.base_model.model.model.layers[0].mlp.experts.merge()
 
 
 @pytest.mark.parametrize("how", MERGES)
 def test_merging_is_refused_before_anything_is_merged(how: str, folders: Any, npu: torch.device) -> None:
-    model = adapted(base(folders("qwen3"), npu), (*NAMES, "lm_head"))  # the head is no int8, and could be merged
+    family = "qwen3_moe" if how.startswith("an expert") else "qwen3"
+    model = adapted(base(folders(family), npu), (*NAMES, "lm_head"), **MORE.get(how, {}))  # the head is no int8
     npu_patch.apply(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"adapters cannot be merged into the int8 weights of .*npu_patch dequantize"):
