@@ -104,7 +104,7 @@ def test_adapters_on_top_get_the_gradients_that_plain_layers_give_them(
         model.gradient_checkpointing_enable({"use_reentrant": checkpointed})
         model.enable_input_require_grads()
     found = []
-    for switches in ({"w8a8": False}, {}):
+    for switches in ({"w8a8": False, "lora": False}, {"lora": False}):  # with lora they are one function: test_lora.py
         with npu_patch.applied(model, **switches), torch.autocast("npu", torch.bfloat16, enabled=autocast):
             found.append(loss_and_gradients(model, tiny_batch()))
     plain, served = found
