@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from npu_patch.numerics.results import changeable, in_dtype
 from npu_patch.ops.w8a8.quantised import MOST, Quantised, by_token
+from npu_patch.ops.weight_format import as_rows
 
 SLICE = 32 * 2**20  # bytes of the weight in the dtype of the gradient at one time
 EXACT_SUMS = 1024  # products of two int8 that float32 adds up exactly: 1024 * 127 * 127 < 2**24
@@ -88,7 +89,7 @@ class _Int8Linear(torch.autograd.Function):
 
 def through(dy: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """`dy (W scale)`: dy `[M, N]` -> `[M, K]`."""
-    scaled = dy * scale.view(-1).to(dy.dtype)
+    weight, scaled = as_rows(weight), dy * scale.view(-1).to(dy.dtype)
     wide = max(1, SLICE // (weight.shape[0] * dy.element_size()))
     if wide >= weight.shape[1]:
         return _product(scaled, weight.to(dy.dtype))
@@ -108,6 +109,7 @@ def _sums(values: Tensor, weight: Tensor) -> Tensor:
     """int32 `[M, N]`, on any device: none is known to multiply float64 everywhere."""
     if values.device.type == "cpu" and values.numel():
         return torch._int_mm(values, weight.t())
+    weight = as_rows(weight)
     parts = zip(values.split(EXACT_SUMS, 1), weight.split(EXACT_SUMS, 1), strict=True)
     total, *others = [
         _product(of_values.float(), of_weight.t().float()).to(torch.int32) for of_values, of_weight in parts
