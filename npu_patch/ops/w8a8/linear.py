@@ -71,7 +71,7 @@ class _Int8Linear(torch.autograd.Function):
     def forward(ctx: Any, *given: Any) -> Tensor:
         products, rows, dtype, x, weight, scale, bias = given
         ctx.save_for_backward(*((weight, scale) if ctx.needs_input_grad[3] else (None, None)))
-        ctx.dtypes = x.dtype, None if bias is None else bias.dtype
+        ctx.of_bias = None if bias is None else bias.dtype
         y = products.product(rows(x, dtype, products.quantise), weight, scale, bias, dtype)
         return changeable(y.view(*x.shape[:-1], weight.shape[0]))
 
@@ -79,11 +79,9 @@ class _Int8Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         weight, scale = ctx.saved_tensors
-        rows, (of_x, of_bias) = dy.reshape(-1, dy.shape[-1]), ctx.dtypes
-        dx = None
-        if weight is not None:
-            dx = in_dtype(of_x, through(rows, weight, scale)).view(*dy.shape[:-1], weight.shape[1])
-        dbias = rows.sum(0).to(of_bias) if ctx.needs_input_grad[6] else None
+        rows = dy.reshape(-1, dy.shape[-1])
+        dx = None if weight is None else through(rows, weight, scale).view(*dy.shape[:-1], weight.shape[1])
+        dbias = rows.sum(0).to(ctx.of_bias) if ctx.needs_input_grad[6] else None
         return None, None, None, dx, None, None, dbias
 
 
