@@ -47,13 +47,14 @@ LOADING: Op[..., Any] = Op(
 def registered() -> Iterable[Site]:
     """As if it were a registry: other patches import the module while they look for theirs."""
     module = importlib.import_module(MODULE)
-    return () if is_half_executed(module) else find(module)
+    if not is_half_executed(module) and NAME in vars(module):
+        yield Site(module, NAME, vars(module)[NAME])
 
 
 def find(module: ModuleType) -> Iterable[Site]:
-    """What is half executed as `apply()` comes."""
-    if module.__name__ == MODULE and not is_ours(vars(module).get(NAME)):
-        yield Site(module, NAME, vars(module).get(NAME))
+    """In what was half executed as `apply()` came."""
+    if module.__name__ == MODULE and NAME in vars(module) and not is_ours(vars(module)[NAME]):
+        yield Site(module, NAME, vars(module)[NAME])
 
 
 def read_site(site: Site) -> AsNamed | NotRead:
