@@ -25,7 +25,7 @@ from npu_patch.commands import main as command
 
 TINY = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "head_dim": 32}
 DEEP = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 28, "head_dim": 32}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "tie_word_embeddings": False}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64, "tie_word_embeddings": False}
 SHAPES = {"2 layers": TINY, "28 layers": DEEP}
 SIZES: dict[str, dict[str, Any]] = {
     "Qwen3-0.6B": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},

@@ -1,11 +1,12 @@
 """verify --against: what a quantised model lost, on text: its logits, its perplexity, and each of its layers.
 
-Both models are in memory, MODEL with its weights dequantised: twice what ORIGINAL needs.
+Both models are in memory: one and a half times what ORIGINAL needs, twice where MODEL is no int8.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +22,7 @@ from npu_patch.commands.subject import models
 from npu_patch.commands.subject.stored_folder import folder_of
 from npu_patch.commands.verify.quality.layers import Differing, LayerError, by_kind, costliest, differing, watched
 from npu_patch.commands.verify.quality.logits import LogitsError
-from npu_patch.commands.verify.quality.stored import Loaded, Stored, loaded, stored
+from npu_patch.commands.verify.quality.stored import Stored, in_int8, loaded, stored
 from npu_patch.commands.verify.quality.text import Tokens, tokens_in
 
 TOKENS, LENGTH = 2048, 512
@@ -40,18 +41,19 @@ def run(options: argparse.Namespace) -> Result:
         raise CommandError(str(error)) from error
     _require_comparable(original, other)
     vocabulary = other.text_config.vocab_size
-    text = tokens_in(other.checkpoint.folder, options.text, vocabulary, tokens)
+    text = tokens_in(other.folder, options.text, vocabulary, tokens)
     length = _length_for(options.length, original)
     exact = loaded(original, "auto", device)
-    found = loaded(other, exact.model.dtype, device)
-    with steps("comparing", options.json) as progress, torch.inference_mode():
-        differ = differing(exact.model, found)
+    found = loaded(other, exact.dtype, device)
+    computing = in_int8(device, found) if other.w8a8 else contextlib.nullcontext()
+    with computing, steps("comparing", options.json) as progress, torch.inference_mode():
+        differ = differing(exact, found)
         logits, errors = _compared(exact, found, differ, list(text.pieces(length)), progress)
     if not logits.original_finite:
         raise CommandError(f"{original}: its own logits are infinite or not a number")
     content = _content(options, logits, errors, differ)
-    content |= {"device": devices.described(device.type), "dtype": str(exact.model.dtype).removeprefix("torch.")}
-    content |= {"text": text.described, "length": length, "notes": _notes(text, tokens, differ, errors, found)}
+    content |= {"device": devices.described(device.type), "dtype": str(exact.dtype).removeprefix("torch.")}
+    content |= {"text": text.described, "length": length, "notes": _notes(text, tokens, differ, errors)}
     return Result(content, lambda: _shown(content), content["fine"])
 
 
@@ -88,18 +90,17 @@ def _length_for(given: int | None, original: Stored) -> int:
 
 
 def _compared(
-    original: Loaded, other: Loaded, differ: Differing, pieces: list[Tensor], progress: Steps
+    original: Any, other: Any, differ: Differing, pieces: list[Tensor], progress: Steps
 ) -> tuple[LogitsError, list[LayerError]]:
     logits = LogitsError()
-    device = original.model.device
+    device = original.device
     progress.of(len(pieces))
-    with watched(original.model, other, differ.layers) as errors:
+    with watched(original, other, differ.layers) as errors:
         for piece in pieces:
             ids = piece.to(device)
             try:
-                expected = original.model(input_ids=ids, use_cache=False).logits[0]
-                with other.inputs:
-                    found = other.model(input_ids=ids, use_cache=False).logits[0]
+                expected = original(input_ids=ids, use_cache=False).logits[0]
+                found = other(input_ids=ids, use_cache=False).logits[0]
             except Exception as error:
                 raise CommandError(f"the models do not run on {ids.shape[1]} tokens: {named(error)}") from error
             logits.add(expected, found, ids[0])
@@ -144,7 +145,7 @@ def _content(
     }
 
 
-def _notes(text: Tokens, wanted: int, differ: Differing, errors: list[LayerError], other: Loaded) -> list[str]:
+def _notes(text: Tokens, wanted: int, differ: Differing, errors: list[LayerError]) -> list[str]:
     notes = []
     if len(text.ids) < wanted:
         notes.append(f"the text has {len(text.ids)} tokens, not {wanted}")
@@ -156,9 +157,6 @@ def _notes(text: Tokens, wanted: int, differ: Differing, errors: list[LayerError
     unused = [each.name for each in errors if not each.calls]
     if unused:
         notes.append(f"{len(unused)} layers that differ were not called as such ({unused[0]}): measured in the logits")
-    float_inputs = other.not_as_int8()
-    if float_inputs:
-        notes.append(f"{len(float_inputs)} int8 layers were measured with inputs as they are ({float_inputs[0]})")
     return notes
 
 

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
+from npu_patch.checkpoints.w8a8 import SCALE
 from npu_patch.commands.console.result import CommandError
 from npu_patch.commands.verify.quality.logits import relative_error
-from npu_patch.commands.verify.quality.stored import Loaded
+from npu_patch.commands.verify.quality.stored import is_int8, worth
 
 
 @dataclass
@@ -65,22 +67,23 @@ class Differing:
     equal: int = 0
 
 
-def differing(original: torch.nn.Module, other: Loaded) -> Differing:
+def differing(original: torch.nn.Module, other: torch.nn.Module) -> Differing:
     """
     Raises:
         CommandError: where the modules of the two are not alike.
     """
-    theirs = dict(other.model.named_modules())
+    theirs = dict(other.named_modules())
     layers, others, equal = [], [], 0
     for name, module in original.named_modules():
         own = dict(module.named_parameters(recurse=False))
         if not own:
             continue
-        counterpart = dict(theirs[name].named_parameters(recurse=False)) if name in theirs else {}
-        if {n: p.shape for n, p in own.items()} != {n: p.shape for n, p in counterpart.items()}:
-            ours, given = ({n: list(p.shape) for n, p in each.items()} for each in (own, counterpart))
+        found = dict(theirs[name].named_parameters(recurse=False)) if name in theirs else {}
+        ours = {n: list(p.shape) for n, p in own.items()}
+        given = {n: list(p.shape) for n, p in found.items() if not n.endswith(SCALE) or n in own}
+        if ours != given:
             raise CommandError(f"MODEL is no copy of ORIGINAL: {name} has {given or 'nothing'}, ORIGINAL's {ours}")
-        if name not in other.int8 and all(torch.equal(p, counterpart[n]) for n, p in own.items()):
+        if all(torch.equal(p, found[n]) for n, p in own.items()):
             equal += 1
         elif any(p.dim() > 1 for p in own.values()) and not isinstance(module, torch.nn.Embedding):
             layers.append(name)
@@ -90,29 +93,39 @@ def differing(original: torch.nn.Module, other: Loaded) -> Differing:
 
 
 @contextlib.contextmanager
-def watched(original: torch.nn.Module, other: Loaded, names: Iterable[str]) -> Iterator[list[LayerError]]:
+def watched(original: torch.nn.Module, other: torch.nn.Module, names: Iterable[str]) -> Iterator[list[LayerError]]:
     """While the original runs, what these layers lose is added up in the list."""
     errors, hooks = [], []
     for name in names:
-        errors.append(LayerError(name, kind_of(name), name in other.int8))
-        hook = _hook(errors[-1], other, other.model.get_submodule(name))
+        counterpart = other.get_submodule(name)
+        errors.append(LayerError(name, kind_of(name), is_int8(counterpart)))
+        hook = _Hook(errors[-1], counterpart)
         hooks.append(original.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
     try:
         yield errors
     finally:
-        for hook in hooks:
-            hook.remove()
+        for each in hooks:
+            each.remove()
 
 
-def _hook(error: LayerError, other: Loaded, counterpart: torch.nn.Module) -> Any:
-    def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        weights_only = found = counterpart(*args, **kwargs)
-        if error.int8:
-            with other.inputs:
-                found = counterpart(*args, **kwargs)
-        error.add(*(each if isinstance(each, Tensor) else each[0] for each in (output, found, weights_only)))
+class _Hook:
+    """What the weights alone cost, the original's layer says with the counterpart's in place of its own."""
 
-    return hook
+    def __init__(self, error: LayerError, counterpart: torch.nn.Module) -> None:
+        self.error, self.counterpart = error, counterpart
+        self.asked = False
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self.asked:
+            return
+        weights = {n: worth(self.counterpart, n, p.dtype) for n, p in module.named_parameters(recurse=False)}
+        self.asked = True
+        try:
+            weights_only = functional_call(module, weights, args, kwargs)
+        finally:
+            self.asked = False
+        found = self.counterpart(*args, **kwargs) if self.error.int8 else weights_only
+        self.error.add(*(each if isinstance(each, Tensor) else each[0] for each in (output, found, weights_only)))
 
 
 def kind_of(name: str) -> str:
