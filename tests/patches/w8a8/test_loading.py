@@ -295,6 +295,15 @@ def test_a_description_with_another_scheme_is_an_error(tmp_path: Path, npu: torc
         loaded(folder)
 
 
+def test_an_offset_that_is_not_zero_is_an_error_that_names_it(tmp_path: Path, npu: torch.device) -> None:
+    folder = rewritten(
+        quantised("qwen3_moe", tmp_path, "--format", "ascend"), lambda tensors: tensors[f"{Q}_offset"][1].fill_(1)
+    )
+    npu_patch.apply()
+    with pytest.raises(BadCheckpoint, match=f"{Q}_offset is not zero everywhere"):
+        loaded(folder)
+
+
 def test_files_with_msmodelslims_names_are_found(tmp_path: Path, npu: torch.device) -> None:
     folder = rewritten(quantised("qwen3", tmp_path, "--format", "ascend"), lambda tensors: None)
     npu_patch.apply()
