@@ -92,9 +92,10 @@ def _serve(original: Callable[..., Any]) -> Callable[..., Any]:
         from npu_patch.patches.w8a8.quantizer import W8A8Quantizer
 
         kind, content = found
-        if kind == ASCEND:
-            config.transformers_weights = _weights_file(Path(config.name_or_path))
         quantizer = W8A8Quantizer(content, kind)
+        weights_file = _weights_file(Path(config.name_or_path)) if kind == ASCEND else None
+        if weights_file is not None:
+            config.transformers_weights = weights_file
         config.quantization_config = quantizer.quantization_config
         user_agent["quant"] = COMPRESSED_TENSORS
         return quantizer, config, device_map

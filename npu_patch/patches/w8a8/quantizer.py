@@ -62,6 +62,8 @@ class W8A8Quantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> None:
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise NotImplementedError("int8 checkpoints are loaded as a whole on each rank, without distributed_config")
         checkpoint = self._checkpoint(checkpoint_files)
         w8a8 = w8a8_in(checkpoint)
         if w8a8 is None:

@@ -309,7 +309,10 @@ def test_files_with_msmodelslims_names_are_found(tmp_path: Path, npu: torch.devi
     npu_patch.apply()
     expected = logits(loaded(folder))
     (folder / "model.safetensors").rename(folder / "quant_model_weights.safetensors")
-    assert torch.equal(logits(loaded(folder)), expected)
+    model = loaded(folder)
+    assert torch.equal(logits(model), expected)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(loaded(tmp_path / "again")), expected)
 
 
 def test_a_cache_of_links_is_a_model(tmp_path: Path, npu: torch.device) -> None:
