@@ -132,6 +132,23 @@ def test_one_function_whoever_looks_on(mode: str, model: Any) -> None:
         assert torch.equal(model.eval()(IDS.to(model.device)).logits, expected)
 
 
+def test_a_compiled_model_computes_the_same(model: Any) -> None:
+    npu_patch.apply(model)
+    with torch.no_grad():
+        expected = model(IDS.to(model.device)).logits
+        assert torch.equal(torch.compile(model, backend="eager")(IDS.to(model.device)).logits, expected)
+
+
+def test_steps_of_generation_are_captured(model: Any) -> None:
+    """Nothing in them waits for the device."""
+    npu_patch.apply(model)
+    told = {"max_new_tokens": 5, "do_sample": False}
+    expected = model.generate(IDS.to(model.device), **told)
+    assert torch.equal(model.generate(IDS.to(model.device), cache_implementation="static", **told), expected)
+    captured = [each for each in npu_patch.report().outcomes if each.patch == "captured_decode"]
+    assert sum(each.calls.ran for each in captured) > 0
+
+
 def test_autocast_decides_the_dtype(folder: Path, npu: torch.device) -> None:
     npu_patch.apply()
     model = loaded(folder, dtype=torch.float32).to(npu)
