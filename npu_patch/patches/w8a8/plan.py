@@ -4,7 +4,6 @@ transformers' conversions give them. Everything is checked from headers, before 
 from __future__ import annotations
 
 import copy
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,9 +47,9 @@ class _Sources:
 class Names:
     """Where the tensors of a checkpoint go in a model."""
 
-    model: torch.nn.Module
+    model: Any
     conversions: Sequence[Any]
-    there: Mapping[str, Tensor]
+    there: dict[str, Tensor]
 
     @classmethod
     def of(cls, model: torch.nn.Module, conversions: Iterable[Any]) -> Names:
@@ -142,7 +141,7 @@ def _check_missing(model: Any, checkpoint: Checkpoint, there: Iterable[str]) -> 
 
 def _matrices(model: torch.nn.Module) -> Iterator[str]:
     for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and math.prod(parameter.shape):
+        if parameter.dim() > 1 and parameter.numel():
             yield name
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class W8A8Quantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: W8A8Config
-    serialized_names: ClassVar = {WEIGHT: [WEIGHT, WEIGHT + SCALE]}
+    serialized_names: dict[str, list[str]] = {WEIGHT: [WEIGHT, WEIGHT + SCALE]}  # noqa: RUF012 (so is the base's)
     is_trainable = True  # adapters on top; the weights themselves are frozen
 
     def __init__(self, content: Mapping[str, Any] | None, described_by: str) -> None:
@@ -112,7 +112,7 @@ class W8A8Quantizer(HfQuantizer):
         return model
 
 
-def prepare(model: torch.nn.Module, parameters: Sequence[Int8Parameter]) -> None:
+def prepare(model: Any, parameters: Sequence[Int8Parameter]) -> None:
     """Layers without storage that take the int8 parameters.
 
     Raises:
