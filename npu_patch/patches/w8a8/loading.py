@@ -76,14 +76,20 @@ def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement | N
 
 def _serve(original: Callable[..., Any]) -> Callable[..., Any]:
     def serve(
-        config: Any, quantization_config: Any, device_map: Any, weights_only: Any, user_agent: Any, **others: Any
+        config: Any,
+        quantization_config: Any,
+        device_map: Any,
+        weights_only: Any,
+        user_agent: Any,
+        gguf_file: Any = None,
     ) -> Any:
         found = _described(config)
         if found is None:
-            return TakenOver(original(config, quantization_config, device_map, weights_only, user_agent, **others))
+            rest = quantization_config, device_map, weights_only, user_agent
+            return TakenOver(original(config, *rest, gguf_file=gguf_file))
         if isinstance(found, str):
             return Unserved(found)
-        if others.get("gguf_file") is not None:
+        if gguf_file is not None:
             return Unserved("a file in GGUF")
         if getattr(quantization_config, "dequantize", False):
             return Unserved("dequantised, as the user asks for")
