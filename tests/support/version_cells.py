@@ -50,7 +50,7 @@ def patches() -> Sequence[Patch]:
     """Those of text models, which the families are. Without those that Triton kernels alone can serve where none can
     run."""
     of_text = [
-        patch for patch in CATALOGUE if not {patch.switch, BY_NAME[patch.switch].group} & {"vision", "inference"}
+        patch for patch in CATALOGUE if not {patch.switch, BY_NAME[patch.switch].group} & {"vision", "inference", "w8a8"}
     ]
     if why_not() is None:
         return of_text
