@@ -60,8 +60,8 @@ def branch() -> Example:
 
 def total() -> Example:
     told: list[str] = []
-    value = RESIDUAL + DeferredBranch(X, Addition(lambda _, x, residual, *__: (x, residual + x), told.append))
-    normed = lambda: value.normalized(PLAIN_VARIANTS[0], None, 1e-6)  # noqa: E731
+    value = RESIDUAL + DeferredBranch(X, Addition(lambda _, __, x, residual, *___: (x, residual + x), told.append))
+    normed = lambda: value.normalized(torch.nn.Identity(), PLAIN_VARIANTS[0], None, 1e-6)  # noqa: E731
     return Example(value, RESIDUAL + X, lambda: "; ".join(told), normed)
 
 
