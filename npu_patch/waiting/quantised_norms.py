@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from npu_patch.numerics.written import version_of
 from npu_patch.ops.w8a8.quantised import Quantised
 from npu_patch.waiting.contract import Waiting, name_of
 from npu_patch.waiting.heads import deferring
@@ -28,7 +27,7 @@ class QuantisedNorm(torch.Tensor, Waiting):
     _told: Callable[[str], None]
     _taken: bool
     _made: Tensor | None
-    _at: int | None  # its version when it was made
+    _given_out: bool  # the tensor itself, or a view of it: whoever has it may write to it
 
     @staticmethod
     def __new__(
@@ -37,7 +36,7 @@ class QuantisedNorm(torch.Tensor, Waiting):
         """`told`: who used it, once, where that was before anybody took its rows."""
         waiting = torch.Tensor._make_wrapper_subclass(cls, total.shape, dtype=total.dtype, device=total.device)
         waiting.total, waiting._rows, waiting._norm, waiting._told = total, rows, norm, told
-        waiting._taken, waiting._made, waiting._at = False, None, None
+        waiting._taken, waiting._made, waiting._given_out = False, None, False
         return waiting
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch says to do
@@ -47,22 +46,21 @@ class QuantisedNorm(torch.Tensor, Waiting):
     def __torch_dispatch__(  # type: ignore[override]  # torch's stub has it without `func`
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        used_by = name_of(func)
+        used_by, schema = name_of(func), func._schema
+        only_read = not schema.is_mutable and all(each.alias_info is None for each in schema.returns)
+        look = QuantisedNorm._tensor if only_read else QuantisedNorm.materialise
         plain_args, plain_kwargs = tree_map_only(
-            QuantisedNorm, lambda each: each.materialise(used_by), (tuple(args), kwargs or {})
+            QuantisedNorm, lambda each: look(each, used_by), (tuple(args), kwargs or {})
         )
-        result = func(*plain_args, **plain_kwargs)
-        return next((each for each in args if isinstance(each, QuantisedNorm) and each._made is result), result)
+        return func(*plain_args, **plain_kwargs)
 
     @property
     def settled(self) -> bool:
         return self._taken or self._made is not None
 
     def is_known_in(self, dtype: torch.dtype) -> bool:
-        """Whether a layer that computes in `dtype` may take its rows: not where the norm was written to, or was made in
-        inference mode, where nobody counts that."""
-        made = self._made
-        return dtype == self.dtype and (made is None or self._at == version_of(made) is not None)
+        """Whether a layer that computes in `dtype` may take its rows."""
+        return dtype == self.dtype and not self._given_out
 
     def rows(self, *_: object) -> Quantised:
         """In the place of a quantisation (`RowsOf`)."""
@@ -73,9 +71,12 @@ class QuantisedNorm(torch.Tensor, Waiting):
         return self._computed() if self._made is None else self._made
 
     def materialise(self, used_by: str) -> Tensor:
+        self._given_out = True
+        return self._tensor(used_by)
+
+    def _tensor(self, used_by: str) -> Tensor:
         if self._made is None:
             self._made = self._computed()
-            self._at = version_of(self._made)
             if not self._taken:
                 self._told(used_by)
         return self._made
