@@ -15,7 +15,6 @@ from npu_patch.numerics.rotation import HALF
 from npu_patch.ops import add_rms_norm, qk_norm_rope, rms_norm
 from npu_patch.ops.rms_norm import GATED_VARIANTS, PLAIN_VARIANTS, RMSNormVariant
 from npu_patch.ops.rope import TABLES, RoPEVariant
-from npu_patch.ops.w8a8 import add_rms_norm as w8a8_norm
 from npu_patch.patches import CATALOGUE
 from npu_patch.probe import rms_norm as probe
 from npu_patch.serving.case import Alternative, Case
@@ -80,7 +79,6 @@ def definitions(variant: RMSNormVariant) -> dict[str, Case]:
     return {
         "rms_norm": rms_norm.case(variant, 8, *wide),
         "add_rms_norm": add_rms_norm.case(variant, 8, *wide, nothing),
-        "w8a8_norm": w8a8_norm.case(variant, 8, *wide),
         "qk_norm_rope": qk_norm_rope.case(variant, rotation, (1, 1), 8, 8, *wide, nothing),
     }
 
