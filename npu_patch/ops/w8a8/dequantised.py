@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from npu_patch.ops.weight_format import as_rows
+
 
 def dequantised(weight: Tensor, scale: Tensor) -> Tensor:
     """int8 `[..., N, K]` times scale `[..., N, 1]`, in the dtype of the scale."""
-    return weight.to(scale.dtype).mul_(scale)
+    return as_rows(weight).to(scale.dtype).mul_(scale)

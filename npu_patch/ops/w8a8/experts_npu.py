@@ -81,8 +81,7 @@ def _through(dy: Tensor, weights: Int8Weights, counts: Tensor) -> Tensor:
     wide = max(STEP, SLICE // (experts * width * dy.element_size()) // STEP * STEP)
     scale = weights.scale.to(dy.dtype)[..., None]
     products = [
-        NPU_PRODUCTS.by_rows(dy, [part.to(dy.dtype).mul_(scale)], counts, None, lambda: counts)
-        for part in weights.values.split(wide, 2)
+        NPU_PRODUCTS.by_rows(dy, [part * scale], counts, None, lambda: counts) for part in weights.values.split(wide, 2)
     ]
     return products[0] if len(products) == 1 else torch.cat(products, -1)
 

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from npu_patch.numerics.results import changeable, in_dtype
 from npu_patch.ops.w8a8.quantised import MOST, Quantised, by_token
+from npu_patch.ops.weight_format import as_rows
 
 SLICE = 32 * 2**20  # bytes of the weight in the dtype of the gradient at one time
 EXACT_SUMS = 1024  # products of two int8 that float32 adds up exactly: 1024 * 127 * 127 < 2**24
@@ -70,7 +71,7 @@ class _Int8Linear(torch.autograd.Function):
     def forward(ctx: Any, *given: Any) -> Tensor:
         products, rows, dtype, x, weight, scale, bias = given
         ctx.save_for_backward(*((weight, scale) if ctx.needs_input_grad[3] else (None, None)))
-        ctx.dtypes = x.dtype, None if bias is None else bias.dtype
+        ctx.of_bias = None if bias is None else bias.dtype
         y = products.product(rows(x, dtype, products.quantise), weight, scale, bias, dtype)
         return changeable(y.view(*x.shape[:-1], weight.shape[0]))
 
@@ -78,17 +79,15 @@ class _Int8Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         weight, scale = ctx.saved_tensors
-        rows, (of_x, of_bias) = dy.reshape(-1, dy.shape[-1]), ctx.dtypes
-        dx = None
-        if weight is not None:
-            dx = in_dtype(of_x, through(rows, weight, scale)).view(*dy.shape[:-1], weight.shape[1])
-        dbias = rows.sum(0).to(of_bias) if ctx.needs_input_grad[6] else None
+        rows = dy.reshape(-1, dy.shape[-1])
+        dx = None if weight is None else through(rows, weight, scale).view(*dy.shape[:-1], weight.shape[1])
+        dbias = rows.sum(0).to(ctx.of_bias) if ctx.needs_input_grad[6] else None
         return None, None, None, dx, None, None, dbias
 
 
 def through(dy: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """`dy (W scale)`: dy `[M, N]` -> `[M, K]`."""
-    scaled = dy * scale.view(-1).to(dy.dtype)
+    weight, scaled = as_rows(weight), dy * scale.view(-1).to(dy.dtype)
     wide = max(1, SLICE // (weight.shape[0] * dy.element_size()))
     if wide >= weight.shape[1]:
         return _product(scaled, weight.to(dy.dtype))
@@ -108,6 +107,7 @@ def _sums(values: Tensor, weight: Tensor) -> Tensor:
     """int32 `[M, N]`, on any device: none is known to multiply float64 everywhere."""
     if values.device.type == "cpu" and values.numel():
         return torch._int_mm(values, weight.t())
+    weight = as_rows(weight)
     parts = zip(values.split(EXACT_SUMS, 1), weight.split(EXACT_SUMS, 1), strict=True)
     total, *others = [
         _product(of_values.float(), of_weight.t().float()).to(torch.int32) for of_values, of_weight in parts

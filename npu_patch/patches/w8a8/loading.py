@@ -47,13 +47,14 @@ LOADING: Op[..., Any] = Op(
 def registered() -> Iterable[Site]:
     """As if it were a registry: other patches import the module while they look for theirs."""
     module = importlib.import_module(MODULE)
-    return () if is_half_executed(module) else find(module)
+    if not is_half_executed(module) and NAME in vars(module):
+        yield Site(module, NAME, vars(module)[NAME])
 
 
 def find(module: ModuleType) -> Iterable[Site]:
-    """What is half executed as `apply()` comes."""
-    if module.__name__ == MODULE and not is_ours(vars(module).get(NAME)):
-        yield Site(module, NAME, vars(module).get(NAME))
+    """In what was half executed as `apply()` came."""
+    if module.__name__ == MODULE and NAME in vars(module) and not is_ours(vars(module)[NAME]):
+        yield Site(module, NAME, vars(module)[NAME])
 
 
 def read_site(site: Site) -> AsNamed | NotRead:
@@ -75,14 +76,20 @@ def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement | N
 
 def _serve(original: Callable[..., Any]) -> Callable[..., Any]:
     def serve(
-        config: Any, quantization_config: Any, device_map: Any, weights_only: Any, user_agent: Any, **others: Any
+        config: Any,
+        quantization_config: Any,
+        device_map: Any,
+        weights_only: Any,
+        user_agent: Any,
+        gguf_file: Any = None,
     ) -> Any:
         found = _described(config)
         if found is None:
-            return TakenOver(original(config, quantization_config, device_map, weights_only, user_agent, **others))
+            rest = quantization_config, device_map, weights_only, user_agent
+            return TakenOver(original(config, *rest, gguf_file=gguf_file))
         if isinstance(found, str):
             return Unserved(found)
-        if others.get("gguf_file") is not None:
+        if gguf_file is not None:
             return Unserved("a file in GGUF")
         if getattr(quantization_config, "dequantize", False):
             return Unserved("dequantised, as the user asks for")
@@ -91,9 +98,10 @@ def _serve(original: Callable[..., Any]) -> Callable[..., Any]:
         from npu_patch.patches.w8a8.quantizer import W8A8Quantizer
 
         kind, content = found
-        if kind == ASCEND:
-            config.transformers_weights = _weights_file(Path(config.name_or_path))
         quantizer = W8A8Quantizer(content, kind)
+        weights_file = _weights_file(Path(config.name_or_path)) if kind == ASCEND else None
+        if weights_file is not None:
+            config.transformers_weights = weights_file
         config.quantization_config = quantizer.quantization_config
         user_agent["quant"] = COMPRESSED_TENSORS
         return quantizer, config, device_map

@@ -4,7 +4,6 @@ transformers' conversions give them. Everything is checked from headers, before 
 from __future__ import annotations
 
 import copy
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from transformers.core_model_loading import (
 
 from npu_patch.checkpoints.folder import Checkpoint
 from npu_patch.checkpoints.safetensors_file import BadCheckpoint, Entry
-from npu_patch.checkpoints.w8a8 import SCALE, W8A8
+from npu_patch.checkpoints.w8a8 import OFFSET, SCALE, W8A8
 
 STACKED = (MergeModulelist, Concatenate)  # what is done alike to weights and to scales with a dimension of 1
 
@@ -48,9 +47,9 @@ class _Sources:
 class Names:
     """Where the tensors of a checkpoint go in a model."""
 
-    model: torch.nn.Module
+    model: Any
     conversions: Sequence[Any]
-    there: Mapping[str, Tensor]
+    there: dict[str, Tensor]
 
     @classmethod
     def of(cls, model: torch.nn.Module, conversions: Iterable[Any]) -> Names:
@@ -142,8 +141,25 @@ def _check_missing(model: Any, checkpoint: Checkpoint, there: Iterable[str]) -> 
 
 def _matrices(model: torch.nn.Module) -> Iterator[str]:
     for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and math.prod(parameter.shape):
+        if parameter.dim() > 1 and parameter.numel():
             yield name
+
+
+def check_offsets(checkpoint: Checkpoint, w8a8: W8A8) -> None:
+    """That the weights' offsets, which msModelSlim writes, are zero.
+
+    Raises:
+        BadCheckpoint: if one is not: such weights are not symmetric.
+    """
+    offsets = {name + OFFSET for name in w8a8.weights}
+    for file, header in checkpoint.shards.items():
+        own = [entry for entry in header.entries if entry.name in offsets]
+        if own:
+            with (checkpoint.folder / file).open("rb") as read:
+                for entry in own:
+                    read.seek(entry.start)
+                    if any(read.read(entry.size)):
+                        raise BadCheckpoint(f"{checkpoint.folder / file}: {entry.name} is not zero everywhere")
 
 
 def check_scales(w8a8: W8A8, names: Names) -> None:

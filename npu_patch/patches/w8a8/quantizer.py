@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from npu_patch.ops.w8a8.experts import REGISTERED
 from npu_patch.ops.w8a8.layer import W8A8Linear
 from npu_patch.patches.experts.patch import READINGS, asks_registry
 from npu_patch.patches.w8a8 import experts
-from npu_patch.patches.w8a8.plan import Int8Parameter, Names, check_scales, planned
+from npu_patch.patches.w8a8.plan import Int8Parameter, Names, check_offsets, check_scales, planned
 
 WEIGHT = "weight"
 experts.register()
@@ -49,7 +49,7 @@ class W8A8Quantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: W8A8Config
-    serialized_names: ClassVar = {WEIGHT: [WEIGHT, WEIGHT + SCALE]}
+    serialized_names: dict[str, list[str]] = {WEIGHT: [WEIGHT, WEIGHT + SCALE]}  # noqa: RUF012 (so is the base's)
     is_trainable = True  # adapters on top; the weights themselves are frozen
 
     def __init__(self, content: Mapping[str, Any] | None, described_by: str) -> None:
@@ -62,6 +62,8 @@ class W8A8Quantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> None:
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise NotImplementedError("int8 checkpoints are loaded as a whole on each rank, without distributed_config")
         checkpoint = self._checkpoint(checkpoint_files)
         w8a8 = w8a8_in(checkpoint)
         if w8a8 is None:
@@ -71,6 +73,7 @@ class W8A8Quantizer(HfQuantizer):
             left = [name.removesuffix(f".{WEIGHT}") for name in matrices if name.endswith(f".{WEIGHT}")]
             left = [name for name in left if f"{name}.{WEIGHT}" not in w8a8.weights]
             self.quantization_config.content["ignore"] = sorted(left)
+        check_offsets(checkpoint, w8a8)
         self._waiting = checkpoint, w8a8
 
     def _checkpoint(self, files: Sequence[str] | None) -> Checkpoint:
@@ -109,7 +112,7 @@ class W8A8Quantizer(HfQuantizer):
         return model
 
 
-def prepare(model: torch.nn.Module, parameters: Sequence[Int8Parameter]) -> None:
+def prepare(model: Any, parameters: Sequence[Int8Parameter]) -> None:
     """Layers without storage that take the int8 parameters.
 
     Raises:

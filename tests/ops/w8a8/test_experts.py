@@ -20,7 +20,7 @@ from npu_patch.ops.w8a8.experts_npu import NPU
 from npu_patch.ops.w8a8.experts_op import INT8_EXPERTS, case, why_unsupported_by_npu
 from npu_patch.ops.w8a8.quantised import by_token
 from npu_patch.simulator.counters import count
-from tests.support.largest_tensor import Largest
+from tests.support.largest_tensor import LargestFloat
 
 HIDDEN, TOKENS, EXPERTS, CHOICES = 48, 11, 5, 2
 IDLE = 3  # the expert without a token
@@ -224,16 +224,6 @@ def test_the_backward_keeps_the_int8_tokens_and_no_float_of_their_copies(device:
     }
     sizes = sorted(each.nbytes for each in kept if each.untyped_storage().data_ptr() not in of_weights)
     assert sum(sizes) < tokens.numel() + 1024 and y.requires_grad
-
-
-class LargestFloat(Largest):
-    """Views of int8 weights are no memory."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before, result = self.elements, super().__torch_dispatch__(func, types, args, kwargs)
-        if isinstance(result, Tensor) and not result.is_floating_point():
-            self.elements = before
-        return result
 
 
 @pytest.mark.parametrize("device", KERNELS)

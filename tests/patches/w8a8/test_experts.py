@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 import npu_patch
 from npu_patch.checkpoints.safetensors_file import BadCheckpoint
 from npu_patch.ops.w8a8.experts import REGISTERED
+from npu_patch.ops.w8a8.layer import W8A8Linear
 from npu_patch.reporting.outcome import Outcome
 from tests.support.w8a8_models import IDS, WITH_EXPERTS, apart, loaded, logits, quantised
 
@@ -50,6 +52,44 @@ def test_operators_compute_the_experts_of_a_loaded_model(model_type: str, tmp_pa
     assert apart(logits(model.to(npu)), expected) < 0.02
     assert outcome().calls.ran == 2
     assert model.generate(IDS.to(npu), max_new_tokens=3, do_sample=False).shape == (2, 27)
+
+
+def in_int32(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    step = rows.abs().amax(-1, keepdim=True) / 127
+    return ((rows / step).round().int() @ weight.int().T).float() * scale.flatten() * step
+
+
+def by_hand(model: Any) -> Any:
+    """Its layers in int8 and its experts, one after the other, in sums of int32."""
+
+    def linear(self: Any, x: Tensor) -> Tensor:
+        return in_int32(x.flatten(0, -2), self.weight, self.weight_scale).view(*x.shape[:-1], -1)
+
+    def experts(self: Any, tokens: Tensor, indices: Tensor, router_weights: Tensor) -> Tensor:
+        y = torch.zeros_like(tokens)
+        for expert in range(len(self.down_proj)):
+            gate, up = in_int32(tokens, self.gate_up_proj[expert], self.gate_up_proj_scale[expert]).chunk(2, -1)
+            rows = in_int32(gate * gate.sigmoid() * up, self.down_proj[expert], self.down_proj_scale[expert])
+            y += rows * (router_weights * (indices == expert)).sum(-1, keepdim=True)
+        return y
+
+    for layer in model.modules():
+        if isinstance(layer, W8A8Linear):
+            layer.forward = MethodType(linear, layer)
+        elif hasattr(layer, "gate_up_proj_scale"):
+            layer.forward = MethodType(experts, layer)
+    return model
+
+
+@pytest.mark.parametrize("model_type", WITH_EXPERTS)
+def test_logits_are_those_of_a_plain_int32_reference(model_type: str, tmp_path: Path, npu: torch.device) -> None:
+    folder = quantised(model_type, tmp_path)
+    npu_patch.apply()
+    model = loaded(folder, dtype=torch.float32)
+    expected = logits(by_hand(loaded(folder, dtype=torch.float32)))
+    # A row that falls on the other side of a half, after another order of sums, is a step apart.
+    assert apart(logits(model), expected) < 1e-3
+    assert apart(logits(model.to(npu)), expected) < 1e-3
 
 
 @pytest.mark.parametrize("given", [True, False])
@@ -130,6 +170,23 @@ def test_one_function_whoever_looks_on(mode: str, model: Any) -> None:
     assert expected.requires_grad
     with {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(mode, torch.enable_grad)():
         assert torch.equal(model.eval()(IDS.to(model.device)).logits, expected)
+
+
+def test_a_compiled_model_computes_the_same(model: Any) -> None:
+    npu_patch.apply(model)
+    with torch.no_grad():
+        expected = model(IDS.to(model.device)).logits
+        assert torch.equal(torch.compile(model, backend="eager")(IDS.to(model.device)).logits, expected)
+
+
+def test_steps_of_generation_are_captured(model: Any) -> None:
+    """Nothing in them waits for the device."""
+    npu_patch.apply(model)
+    told = {"max_new_tokens": 5, "do_sample": False}
+    expected = model.generate(IDS.to(model.device), **told)
+    assert torch.equal(model.generate(IDS.to(model.device), cache_implementation="static", **told), expected)
+    captured = [each for each in npu_patch.report().outcomes if each.patch == "captured_decode"]
+    assert sum(each.calls.ran for each in captured) > 0
 
 
 def test_autocast_decides_the_dtype(folder: Path, npu: torch.device) -> None:

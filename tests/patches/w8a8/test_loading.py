@@ -19,6 +19,7 @@ from torch import Tensor
 import npu_patch
 from npu_patch.checkpoints.safetensors_file import BadCheckpoint
 from npu_patch.ops.w8a8.layer import W8A8Linear
+from tests.support.largest_tensor import LargestFloat
 from tests.support.w8a8_models import DENSE, IDS, WITH_EXPERTS, apart, loaded, logits, quantised
 
 FORMATS = {"compressed-tensors": (), "ascend": ("--format", "ascend"), "packed": ("--keep-packed",)}
@@ -200,6 +201,43 @@ def test_what_is_missing_or_of_another_shape_is_an_error_that_names_it(
         loaded(folder)
 
 
+@pytest.mark.parametrize("dequantize", [False, True])
+@pytest.mark.parametrize("model_type", DENSE)
+def test_what_compressed_tensors_wrote_is_loaded_as_int8_unless_it_is_to_be_dequantised(
+    model_type: str, dequantize: bool, tmp_path: Path, npu: torch.device
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    from transformers import CompressedTensorsConfig
+
+    from npu_patch.commands.subject.tiny_model import tiny_model
+    from tests.commands.quantize.test_models import written_by_compressed_tensors
+
+    model = tiny_model(model_type).bfloat16()
+    expected = logits(model)
+    written_by_compressed_tensors(model, tmp_path / "theirs")
+    npu_patch.apply()
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
+    found, said = loaded(tmp_path / "theirs", output_loading_info=True, **options)
+    assert not any(said.values())
+    assert any(type(each) is W8A8Linear for each in found.modules()) == (not dequantize)
+    assert any(each.dtype == torch.int8 for each in found.parameters()) == (not dequantize)
+    assert 0 < apart(logits(found), expected) < 0.05
+
+
+def test_no_float_of_a_whole_int8_weight_exists_while_loading(
+    tmp_path: Path, npu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = quantised("qwen3_moe", tmp_path)
+    npu_patch.apply()
+    loaded(folder)
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # threads of their own have modes of their own
+    with LargestFloat() as largest:
+        model = loaded(folder)
+    int8 = [each.numel() for each in model.parameters() if each.dtype == torch.int8]
+    others = [each.numel() for each in model.parameters() if each.dtype != torch.int8]
+    assert 0 < largest.elements <= max(others) < max(int8)
+
+
 def test_a_truncated_shard_is_an_error_that_names_the_file(tmp_path: Path, npu: torch.device) -> None:
     folder = quantised("qwen3_moe", tmp_path)
     shard = sorted(folder.glob("*.safetensors"))[-1]
@@ -257,12 +295,24 @@ def test_a_description_with_another_scheme_is_an_error(tmp_path: Path, npu: torc
         loaded(folder)
 
 
+def test_an_offset_that_is_not_zero_is_an_error_that_names_it(tmp_path: Path, npu: torch.device) -> None:
+    folder = rewritten(
+        quantised("qwen3_moe", tmp_path, "--format", "ascend"), lambda tensors: tensors[f"{Q}_offset"][1].fill_(1)
+    )
+    npu_patch.apply()
+    with pytest.raises(BadCheckpoint, match=f"{Q}_offset is not zero everywhere"):
+        loaded(folder)
+
+
 def test_files_with_msmodelslims_names_are_found(tmp_path: Path, npu: torch.device) -> None:
     folder = rewritten(quantised("qwen3", tmp_path, "--format", "ascend"), lambda tensors: None)
     npu_patch.apply()
     expected = logits(loaded(folder))
     (folder / "model.safetensors").rename(folder / "quant_model_weights.safetensors")
-    assert torch.equal(logits(loaded(folder)), expected)
+    model = loaded(folder)
+    assert torch.equal(logits(model), expected)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(loaded(tmp_path / "again")), expected)
 
 
 def test_a_cache_of_links_is_a_model(tmp_path: Path, npu: torch.device) -> None:
@@ -333,6 +383,12 @@ def test_the_language_model_within_a_model_for_images_is_int8(
     assert 0 < apart(logits(model), logits(original)) < 0.05
     text_alone, said = loaded(tmp_path / "int8", output_loading_info=True)
     assert not any(said.values()) and torch.equal(logits(text_alone), logits(model))
+
+
+def test_apply_twice_is_apply_once(npu: torch.device) -> None:
+    first, second = npu_patch.apply(), npu_patch.apply()
+    of_loading = [[each.site for each in report.outcomes if each.patch == "w8a8_loading"] for report in (first, second)]
+    assert of_loading == [["transformers.modeling_utils.get_hf_quantizer"]] * 2
 
 
 def test_a_new_process_that_applies_unasked_loads_int8(tmp_path: Path, simulated: None) -> None:

@@ -68,6 +68,11 @@ class AsResult(Heads):
         return self.o(q + self.around(x) * self.v(x))
 
 
+class OtherMemory(Heads):
+    def between(self, x: Tensor) -> None:
+        x.data = x * 0.5
+
+
 class InAFunction(Heads):
     def between(self, x: Tensor) -> None:
         x.neg_()
@@ -91,6 +96,7 @@ CHANGING: dict[str, Callable[[], Heads]] = {
     "through a view": OfAView,
     "as the result of an operator": AsResult,
     "in a function": InAFunction,
+    "by other memory": OtherMemory,
     "by a hook on the first": hooked("q", "hook"),
     "by a hook before the second": hooked("k", "pre_hook"),
     "by a hook before what has the second": hooked("around", "pre_hook"),
@@ -140,7 +146,7 @@ def test_the_first_call_of_a_model_shares_too(npu: torch.device) -> None:
 def test_another_dtype_of_autocast_is_another_quantisation(npu: torch.device) -> None:
     """Between the two calls of one input, outside of autocast and within."""
     q, k = (int8_layer(nn.Linear(WIDE, WIDE)).to(npu) for _ in range(2))
-    x = given(npu).float()
+    x = torch.randn(2, 5, WIDE, generator=torch.Generator().manual_seed(1)).to(npu)  # bfloat16 rounds it
     with torch.no_grad(), npu_patch.applied(nn.Sequential(q, k), w8a8=False):
         expected = q(x)
         with torch.autocast("npu", torch.bfloat16):
@@ -149,6 +155,20 @@ def test_another_dtype_of_autocast_is_another_quantisation(npu: torch.device) ->
         assert torch.equal(q(x), expected)
         with torch.autocast("npu", torch.bfloat16):
             assert torch.equal(k(x), expected_half) and k(x).dtype == torch.bfloat16
+
+
+def test_streams_share_nothing(npu: torch.device) -> None:
+    """What one of them quantised, another may not read without waiting."""
+    model, x = Heads().to(npu), given(npu)
+    side = torch.npu.Stream()
+    with npu_patch.applied(model), simulator.count() as counted:
+        expected = model.k(x)
+        model.q(x)
+        side.wait_stream(torch.npu.current_stream())
+        with torch.npu.stream(side):
+            found = model.k(x)
+    torch.npu.synchronize()
+    assert counted.by_op["npu::npu_dynamic_quant"][0] == 2 and torch.equal(found, expected)
 
 
 def test_threads_share_nothing(npu: torch.device) -> None:
