@@ -105,10 +105,12 @@ class QuantisedNorm(torch.Tensor, Waiting):
         return self.materialise("dlpack").__dlpack__(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.materialise("pickle").__reduce_ex__(protocol)
+        made: Any = self.materialise("pickle")
+        return made.__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: Any) -> Any:
-        return self.materialise("deepcopy").__deepcopy__(memo)
+        made: Any = self.materialise("deepcopy")
+        return made.__deepcopy__(memo)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Of its tensor, which does not count as a use."""
