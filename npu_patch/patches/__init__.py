@@ -15,6 +15,7 @@ from npu_patch.patches.preparation import Preparation
 from npu_patch.patches.vision import approximate_gelu, patch_embedding
 from npu_patch.patches.vision import attention as vision_attention
 from npu_patch.patches.vision import on_host as vision_on_host
+from npu_patch.patches.w8a8 import add_rms_norm as w8a8_add_rms_norm
 from npu_patch.patches.w8a8 import compressed
 from npu_patch.patches.w8a8 import experts as w8a8_experts
 from npu_patch.patches.w8a8 import linear as w8a8
@@ -36,6 +37,7 @@ CATALOGUE: tuple[Patch, ...] = in_order(
         lora.PATCH,
         qk_norm_rope.PATCH,
         add_rms_norm.PATCH,
+        w8a8_add_rms_norm.PATCH,
         loss.PATCH,
         patch_embedding.PATCH,
         captured_decode.PATCH,

@@ -145,7 +145,7 @@ def _with_its_sum(reading: RMSNormReading | NotRead, norm: torch.nn.Module, tota
     if isinstance(reading, NotRead) or reading.variant.gate is not None:
         return None
     weight = getattr(norm, reading.weight_name) if reading.weight_name else None
-    return total.normalized(reading.variant, weight, getattr(norm, reading.eps_name))
+    return total.normalized(norm, reading.variant, weight, getattr(norm, reading.eps_name))
 
 
 def _is_kept_by_the_original(x: Tensor, weight: Tensor | None, *gate: Tensor) -> bool:

@@ -72,18 +72,24 @@ class AddRMSNormReading:
     looked_up: tuple[tuple[str, Any], ...]
 
 
-def read_add_rms_norm(layer: ModuleClass, is_norm: IsNorm) -> list[tuple[type, AddRMSNormReading | NotRead]]:
-    """With the class of the mixer, of each whose result is added and normalized at least once. `is_norm` says of which
-    classes a replacement takes part."""
+def possible_mixers(layer: ModuleClass, is_norm: IsNorm) -> list[ModuleClass]:
+    """Of its own file, that it makes beside a norm: seen from names, without running anything."""
     forward, init = innermost(layer.forward), innermost(layer.__init__)
     if not isinstance(forward, FunctionType) or not isinstance(init, FunctionType):
         return []
     made = map(init.__globals__.get, names_used(init))
     classes = [each for each in made if is_module_class(each)]
     own = [each for each in classes if each.__module__ == layer.__module__ and not is_norm(each)]
-    if not own or not any(map(is_norm, classes)):
+    return own if any(map(is_norm, classes)) else []
+
+
+def read_add_rms_norm(layer: ModuleClass, is_norm: IsNorm) -> list[tuple[type, AddRMSNormReading | NotRead]]:
+    """With the class of the mixer, of each whose result is added and normalized at least once. `is_norm` says of which
+    classes a replacement takes part."""
+    if not possible_mixers(layer, is_norm):
         return []
-    with quiet_room(), random_state_kept(), silent(loggers((forward, init))):
+    functions = innermost(layer.forward), innermost(layer.__init__)
+    with quiet_room(), random_state_kept(), silent(loggers(functions)):
         return list(_readings(layer, is_norm))
 
 
@@ -260,7 +266,8 @@ def _attempt(trial: Trial, is_norm: IsNorm, path: Path, run: _Run) -> _Run:
         if is_norm(cls) and len(args) == 1 and not kwargs and isinstance(args[0], DeferredSum):
             run.norm = run.norm or name
             _only_called_by(forward, path)
-            normed = args[0].normalized(PLAIN_VARIANTS[0], None, 0.0)  # whichever: `_fused` computes none
+            # Whichever: `_fused` computes none.
+            normed = args[0].normalized(torch.nn.Identity(), PLAIN_VARIANTS[0], None, 0.0)
             args = (args[0].materialise(name) if normed is None else normed,)
         path.take(f"{name}, a {cls.__name__}", args, kwargs)
         tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
@@ -337,7 +344,7 @@ class _Watched(DeferredBranch):
     __radd__ = __add__
 
 
-def _fused(variant: Any, x: Tensor, residual: Tensor, weight: Any, eps: float) -> tuple[Tensor, Tensor]:
+def _fused(norm: Any, variant: Any, x: Tensor, residual: Tensor, weight: Any, eps: float) -> tuple[Tensor, Tensor]:
     total = residual + x
     return total, total
 

@@ -2,7 +2,8 @@
 
 In a decoder layer, the token mixer returns a `DeferredBranch`: its result, which is there, and who takes it from there.
 `residual + branch` is a `DeferredSum`, and the RMSNorm that is given one asks the kernel for the norm and the sum at
-once. Whatever else is done with either gets the tensor that the original would have made: nothing runs twice.
+once. Whatever else is done with either gets the tensor that the original would have made: nothing runs twice. Where the
+norm waits too (quantised_norms.py), it is made before the sum is handed out, which may be written to then.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -18,8 +20,8 @@ from npu_patch.ops.rms_norm import RMSNormVariant
 from npu_patch.serving.implementation import is_plain
 from npu_patch.waiting.contract import Waiting, materialised, name_of
 
-# RMSNorm(x + residual) and x + residual, for (variant, x, residual, weight, eps); or why not.
-Fuse = Callable[[RMSNormVariant, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor] | str]
+# RMSNorm(x + residual) and x + residual, for (norm, variant, x, residual, weight, eps); or why not.
+Fuse = Callable[[torch.nn.Module, RMSNormVariant, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor] | str]
 
 
 @dataclass
@@ -34,6 +36,18 @@ class Addition:
         if not self.settled:
             self.settled = True
             self.not_fused(reason)
+
+    def after(self, first: Addition) -> Addition:
+        """Where `first` is asked before, and told only of itself why it does not."""
+
+        def fuse(*call: Any) -> tuple[Tensor, Tensor] | str:
+            found = first.fuse(*call)
+            if not isinstance(found, str):
+                return found
+            first.not_fused(found)
+            return self.fuse(*call)
+
+        return Addition(fuse, self.not_fused)
 
 
 class Deferred(Waiting):
@@ -105,6 +119,10 @@ class DeferredBranch(Deferred):
 
     peek = like
 
+    def offered_to(self, first: Addition) -> DeferredBranch:
+        """The same, for another who asks before."""
+        return DeferredBranch(self._y, self._addition.after(first))
+
     def __add__(self, other: Any) -> Any:
         if isinstance(other, DeferredSum) and other.settled:
             other = other.peek()
@@ -121,30 +139,37 @@ class DeferredBranch(Deferred):
 class DeferredSum(Deferred):
     """x + residual, both `[..., D]`, of one dtype and on one device; a tensor from its norm on."""
 
-    __slots__ = ("_addition", "_value")
+    __slots__ = ("_addition", "_norm", "_value")
 
     def __init__(self, x: Tensor, residual: Tensor, addition: Addition) -> None:
         self._addition = addition
+        self._norm: ref[Any] | None = None  # where it waits
         self._value: tuple[Tensor, Tensor] | Tensor = x, residual  # or what became of them
 
-    def normalized(self, variant: RMSNormVariant, weight: Tensor | None, eps: float) -> Tensor | None:
-        """Its RMSNorm, or None where that is not computed together with the sum."""
+    def normalized(
+        self, norm: torch.nn.Module, variant: RMSNormVariant, weight: Tensor | None, eps: float
+    ) -> Tensor | None:
+        """Its RMSNorm, which is what `norm` computes, or None where that is not computed together with the sum."""
         if isinstance(self._value, Tensor):
             return None
-        found = self._addition.fuse(variant, *self._value, weight, eps)
+        found = self._addition.fuse(norm, variant, *self._value, weight, eps)
         if isinstance(found, str):
             self._give_up(found)
             return None
         normed, self._value = found
+        self._norm = ref(normed) if isinstance(normed, Waiting) else None
         return normed
 
     def like(self) -> Tensor:
         return self._value if isinstance(self._value, Tensor) else self._value[0]
 
     def materialise(self, used_by: str) -> Tensor:
-        if isinstance(self._value, Tensor):
-            return self._value
-        return self._give_up(f"the sum is used ({used_by}) before its norm")
+        if not isinstance(self._value, Tensor):
+            return self._give_up(f"the sum is used ({used_by}) before its norm")
+        norm = None if self._norm is None else self._norm()
+        if norm is not None:
+            norm.materialise(f"{used_by} of its sum")
+        return self._value
 
     @property
     def settled(self) -> bool:

@@ -152,6 +152,7 @@ def test_patches_that_choose_at_every_call_are_not_tunable() -> None:
     assert [patch.name for patch in CATALOGUE if not patch.tunable] == [
         "vision_attention",
         "vision_on_host",
+        "w8a8_norm",
         "cross_entropy",
         "captured_decode",
         "static_cache",

@@ -60,6 +60,7 @@ def test_the_catalogue_is_in_the_order_of_its_needs() -> None:
     assert needs == {
         "qk_norm_rope": {"rms_norm", "rope"},
         "add_rms_norm": {"rms_norm"},
+        "w8a8_norm": {"rms_norm", "w8a8"},
         "vision_attention": {"attention"},
     }
 

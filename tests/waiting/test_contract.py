@@ -18,12 +18,14 @@ from npu_patch.commands.replay.recording import recorded
 from npu_patch.commands.replay.snapshot import snapshot
 from npu_patch.ops.attention.band import CAUSAL_TOP_LEFT
 from npu_patch.ops.rms_norm import PLAIN_VARIANTS
+from npu_patch.ops.w8a8.quantised import by_token
 from npu_patch.serving.calls import Calls
 from npu_patch.waiting.contract import Abandoned, Waiting, materialised
 from npu_patch.waiting.heads import Deferral, deferring
 from npu_patch.waiting.logits import wait
 from npu_patch.waiting.masks import Pattern, PatternMask
 from npu_patch.waiting.origins import Origin
+from npu_patch.waiting.quantised_norms import QuantisedNorm
 from npu_patch.waiting.sums import Addition, DeferredBranch
 
 X, RESIDUAL, MASK = torch.arange(6.0).view(2, 3), torch.full((2, 3), 0.5), torch.ones(1, 1, 4, 4).tril().bool()
@@ -60,8 +62,8 @@ def branch() -> Example:
 
 def total() -> Example:
     told: list[str] = []
-    value = RESIDUAL + DeferredBranch(X, Addition(lambda _, x, residual, *__: (x, residual + x), told.append))
-    normed = lambda: value.normalized(PLAIN_VARIANTS[0], None, 1e-6)  # noqa: E731
+    value = RESIDUAL + DeferredBranch(X, Addition(lambda _, __, x, residual, *___: (x, residual + x), told.append))
+    normed = lambda: value.normalized(torch.nn.Identity(), PLAIN_VARIANTS[0], None, 1e-6)  # noqa: E731
     return Example(value, RESIDUAL + X, lambda: "; ".join(told), normed)
 
 
@@ -76,7 +78,13 @@ def logits() -> Example:
     return Example(value, X, lambda: "; ".join(told), None)
 
 
-KINDS = (heads, branch, total, mask, logits)
+def quantised_norm() -> Example:
+    told: list[str] = []
+    value = QuantisedNorm(RESIDUAL, by_token(X), lambda total: total - RESIDUAL + X, told.append)
+    return Example(value, X, lambda: "; ".join(told), value.rows)
+
+
+KINDS = (heads, branch, total, mask, logits, quantised_norm)
 every_kind = pytest.mark.parametrize("make", KINDS)
 
 

@@ -54,6 +54,7 @@ OPERATORS: Mapping[str, str] = {
     "npu_cross_entropy_loss": "cross_entropy",
     "npu_dynamic_quant": "w8a8",
     "npu_quant_matmul": "w8a8",
+    "npu_add_rms_norm_dynamic_quant": "w8a8_norm: norms of the layers that w8a8 serves",
     "npu_dequant_swiglu_quant": "w8a8_experts",
     "npu_format_cast": "weight_nz",
     "npu_prefetch": "prefetch",

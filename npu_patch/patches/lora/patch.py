@@ -40,6 +40,7 @@ from npu_patch.serving.listeners import first_listener
 from npu_patch.serving.replacement import Unserved, replacement_for
 from npu_patch.sites.sites import LiveModules, Site, rebindable_forwards
 from npu_patch.sites.whose import is_ours
+from npu_patch.waiting.contract import materialised
 from npu_patch.waiting.head_call import is_put_off
 
 OF_INT8 = W8A8Linear.forward
@@ -94,6 +95,8 @@ def bind_site(site: Site, found: AsNamed | Another, context: Context) -> Replace
         call = _call_of(self, x, cast_to)
         if isinstance(call, str):
             return Unserved(call)
+        call = materialised(x, "an adapter"), *call[1:]
+        x = call[0]
         ready = groups.ready(self, call)
         if ready is not None:
             return ready

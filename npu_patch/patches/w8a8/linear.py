@@ -32,6 +32,8 @@ from npu_patch.serving.implementation import HALF_DTYPES
 from npu_patch.serving.listeners import listener
 from npu_patch.serving.replacement import Unserved, replacement_for, tensors_on
 from npu_patch.sites.sites import LiveModules, Site, rebindable_forwards
+from npu_patch.waiting.contract import materialised
+from npu_patch.waiting.quantised_norms import QuantisedNorm
 
 OWN = W8A8Linear.forward
 INPUT = ("input",)
@@ -56,16 +58,23 @@ def bind_site(site: Site, found: AsNamed, context: Context) -> Replacement | Not
         bound = tensors_on(device_type, INPUT, args, kwargs)
         if isinstance(bound, Unserved):
             return bound
-        (x,) = bound
+        (given,) = bound
         weight, scale, bias = self.weight, self.weight_scale, self.bias
-        dtype = computed_in(x)
+        dtype = computed_in(given)
         rows: RowsOf = rows_of
+        x = given
         if not torch.compiler.is_compiling():
             if torch._C._functorch.peek_interpreter_stack() is not None:
                 return Unserved("within a transform of torch.func")
-            # Others have a version, which tells.
-            trusted = not x.is_inference() or (callers.why_changed_later(self, (x,)) is None and not _heard(x))
-            rows = partial(shared_rows, self, trusted)
+            if type(given) is QuantisedNorm and given.is_known_in(dtype):
+                x, rows = given.total, given.rows  # of the same kind: what is computed of x itself, nobody needs
+            else:
+                x = materialised(given, "by a layer that quantises it")
+                # Others have a version, which tells.
+                trusted = not x.is_inference() or (
+                    callers.why_changed_later(self, (given,)) is None and not _heard(given)
+                )
+                rows = partial(shared_rows, self, trusted)
         serving = dispatch.serving(calls, x, weight, scale, bias, dtype, rows)
         return Unserved(serving) if isinstance(serving, str) else serving.run(x, weight, scale, bias, dtype, rows)
 
