@@ -61,6 +61,7 @@ def test_the_catalogue_is_in_the_order_of_its_needs() -> None:
         "qk_norm_rope": {"rms_norm", "rope"},
         "add_rms_norm": {"rms_norm"},
         "vision_attention": {"attention"},
+        "mtp": {"gated_delta_net"},
     }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from npu_patch.numerics.selective_checkpointing import unseen
 from npu_patch.ops.gated_delta.calls import ConvolutionCall, RuleCall
+from npu_patch.ops.gated_delta.recorded import recording_of, token_by_token
 from npu_patch.patches.gated_delta.packing import refuse_if_untold
 from npu_patch.probe.gated_delta import CONVOLUTION, RULE, UPDATE, Reading
 from npu_patch.serving.calls import Calls
@@ -82,6 +83,21 @@ def serve(
         call = call_of(given, leading.device)
         if call is None:
             return Unserved("arguments that are no tensors")
+        recording = recording_of(call.initial_state) if isinstance(call, RuleCall) else None
+        if recording is None:
+            return _computed(call)
+        try:
+            return token_by_token(call, recording, _one)
+        except _NotServed as declined:
+            return Unserved(str(declined))
+
+    def _one(call: RuleCall) -> Any:
+        result = _computed(call)
+        if isinstance(result, Unserved):
+            raise _NotServed(result.reason)
+        return result
+
+    def _computed(call: Any) -> Any:
         serving = dispatch.serving(calls, call)
         if isinstance(serving, str):
             return Unserved(serving)
@@ -89,6 +105,10 @@ def serve(
             return serving.run(call)
 
     return serve_call
+
+
+class _NotServed(Exception):
+    """No implementation takes a token of several whose states are kept."""
 
 
 def _bound(reading: Reading, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any] | Unserved:

@@ -1,0 +1,75 @@
+"""The gated delta rule token by token, the state after each kept: what was drafted can be taken back, exactly.
+
+Each token is computed as a single one is, so a few tokens at once give what as many steps give, bit for bit. A loop over
+tokens, but over those of a draft: what drafts are checked by costs no more kernels than decoding them would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from npu_patch.ops.gated_delta.calls import RuleCall
+
+OneToken = Callable[[RuleCall], tuple[Tensor, Tensor | None]]
+NOT_KEPT = (
+    "{asked} tokens cannot be taken back from a recurrent state: the states after the last {kept} were kept, those "
+    "within a prompt are not. Call crop(0) after the prompt, and drafts after it"
+)
+
+
+@dataclass
+class Recording:
+    """Of one state of a cache. `states[0]`: before the tokens that can be taken back, `states[n]`: after n of them.
+    `new`: after those of a call whose last state the cache was not given yet."""
+
+    states: list[Tensor] = field(default_factory=list)
+    new: list[Tensor] = field(default_factory=list)
+
+    def go_on(self, given: Tensor, held: Tensor) -> None:
+        """The cache was `given` a state, which it `held` since: after the tokens of a recorded call, or of a prompt."""
+        if self.new and self.new[-1] is given:
+            self.states += self.new
+        else:
+            self.states = [held.clone()]
+        self.new = []
+        _OF_STATE[held] = self
+
+    def before(self, tokens: int) -> Tensor:
+        """The state before the last so many tokens, from which it goes on.
+
+        Raises:
+            RuntimeError: if they were not recorded.
+        """
+        kept = len(self.states) - 1
+        if tokens > kept:
+            raise RuntimeError(NOT_KEPT.format(asked=tokens, kept=max(kept, 0)))
+        self.states = [self.states[kept - tokens]]
+        return self.states[0]
+
+
+_OF_STATE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def recording_of(state: Tensor | None) -> Recording | None:
+    """Where the states of a call that starts from this one are to be kept, if anywhere."""
+    found: Recording | None = _OF_STATE.get(state) if _OF_STATE and state is not None else None
+    return found
+
+
+def token_by_token(call: RuleCall, recording: Recording, one: OneToken) -> tuple[Tensor, Tensor]:
+    """The output `[B, T, Hv, V]` and the state after all. `one` computes a token."""
+    outputs, states = [], []
+    state = call.initial_state
+    for at in range(call.q.shape[1]):
+        q, k, v, g, beta = (each[:, at : at + 1] for each in (call.q, call.k, call.v, call.g, call.beta))
+        o, state = one(replace(call, q=q, k=k, v=v, g=g, beta=beta, initial_state=state, output_final_state=True))
+        assert state is not None
+        outputs.append(o)
+        states.append(state)
+    recording.new = states
+    return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], states[-1]

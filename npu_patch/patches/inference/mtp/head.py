@@ -1,0 +1,120 @@
+"""The head: transformers' own `MtpModel`, of the model's decoder layer and norms, with the weights that are published
+beside the model; kept as long as the model is, and no part of it: `state_dict()` and `save_pretrained` know no head."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from npu_patch.patches.inference.mtp.published import Published, published_beside
+from npu_patch.patches.inference.mtp.trunk import Trunk
+
+SHARED = ("embed_tokens", "shared_head", "rotary_emb")
+
+
+@dataclass(frozen=True)
+class _Kept:
+    made_of: tuple[Any, ...]
+    head: Any
+
+
+_HEADS: WeakKeyDictionary[Any, _Kept] = WeakKeyDictionary()
+
+
+def forget() -> None:
+    _HEADS.clear()
+
+
+def keep(trunk: Trunk, device_map: Any, load: Callable[[type], Any]) -> Any:
+    """The head of a model. `load(class)` reads it, the first time and where its files are others.
+
+    Raises:
+        ValueError: if its weights are none of such a head.
+    """
+    published = published_beside(trunk.config.name_or_path)
+    made_of = (published.stamp, trunk.config.dtype, str(device_map))
+    kept = _HEADS.get(trunk.model)
+    if kept is None or kept.made_of != made_of:
+        kept = _Kept(made_of, load(_head_class()).eval().requires_grad_(False))
+        _HEADS[trunk.model] = kept
+    kept.head.tie_with_main_model(trunk)
+    return kept.head
+
+
+def trunk_of(model: Any) -> Trunk:
+    """As `keep` takes it, for the head that is published beside it."""
+    return Trunk(model, published_beside(model.config.name_or_path).has_experts)
+
+
+def new_head(model: Any) -> Any:
+    """With random weights, as a model's own are made, in its dtype and beside its last layer: for who trains one."""
+    trunk = Trunk(model)
+    head = _head_class()(trunk, 1)
+    parameter = next(trunk.get_decoder().layers[0].parameters())
+    return head.to(parameter.device, trunk.config.dtype)
+
+
+@functools.cache
+def _head_class() -> type:
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.modeling_layers import MtpModel
+
+    class Head(MtpModel):  # type: ignore[misc]
+        """What it shares with the model is no part of it: neither loaded, nor moved, nor trained."""
+
+        def tie_with_main_model(self, main_model: Any) -> None:
+            super().tie_with_main_model(main_model)
+            for name in SHARED:
+                vars(self)[name] = self._modules.pop(name, None)
+
+        def get_weight_conversions(self, main_model: Any) -> list[Any]:
+            conversions: list[Any] = super().get_weight_conversions(main_model)
+            published = published_beside(main_model.config.name_or_path)
+            stacked = {name for each in conversions for name in each.source_patterns if "experts.*." in name}
+            if published.has_single_experts and not stacked:
+                conversions += get_checkpoint_conversion_mapping("qwen2_moe")
+            return conversions
+
+        def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+            super()._adjust_missing_and_unexpected_keys(loading_info)
+            _refuse(self, loading_info)
+
+        def get_input_embeddings(self) -> Any:
+            return self.embed_tokens
+
+    Head.__name__, Head.__module__ = MtpModel.__name__, MtpModel.__module__  # by which its names on disk are found
+    return Head
+
+
+def _refuse(head: torch.nn.Module, info: Any) -> None:
+    """
+    Raises:
+        ValueError: if the weights on disk are not all of the head's, and those alone.
+    """
+    wrong = {
+        "missing": sorted(info.missing_keys),
+        "of no such head": sorted(info.unexpected_keys),
+        "of another shape": [f"{name} {list(found)}, not {list(asked)}" for name, found, asked in info.mismatched_keys],
+        "not to be converted": [*info.conversion_errors, *info.error_msgs],
+    }
+    found = "; ".join(f"{what}: {', '.join(map(str, names[:4]))}" for what, names in wrong.items() if names)
+    if found:
+        raise ValueError(f"the weights of a head (mtp.*) beside the model do not fit it. {found}")
+
+
+def published_names(head: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Its weights by the names under which they are published."""
+    renamed = {"eh_proj": "fc", "enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "post_norm": "norm"}
+    found = {}
+    for name, tensor in head.state_dict().items():
+        _, number, part, rest = name.split(".", 3)
+        found[f"mtp.{renamed[part]}.{rest}" if part in renamed else f"mtp.layers.{number}.{rest}"] = tensor
+    return found
+
+
+__all__ = ["Published", "forget", "keep", "new_head", "published_names", "trunk_of"]

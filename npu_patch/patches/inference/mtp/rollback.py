@@ -1,0 +1,80 @@
+"""Caches of linear attention that take tokens back: their layers keep the recurrent state after each token, from
+`activate_past_recording()` on and after a first forward, the prompt's; `crop` goes on from one of them.
+
+The convolution's states transformers keeps itself. What no rule of ours recorded is the original's, mamba's states say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+from npu_patch.ops.gated_delta.recorded import Recording
+from npu_patch.serving.replacement import TakenOver
+
+# Of each layer of a cache that records, by the number of its state.
+_RECORDINGS: WeakKeyDictionary[Any, dict[int, Recording]] = WeakKeyDictionary()
+Serve = Callable[..., Any]
+
+
+def serve_recording(original: Serve) -> Serve:
+    """`activate_past_recording()`."""
+
+    def serve(layer: Any) -> None:
+        original(layer)
+        _RECORDINGS.setdefault(layer, {})
+
+    return serve
+
+
+def serve_update(original: Serve) -> Serve:
+    """`update_recurrent_state(states)`."""
+
+    def serve(layer: Any, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Any:
+        held = original(layer, recurrent_states, state_idx, **kwargs)
+        recordings = _RECORDINGS.get(layer)
+        if recordings is None:
+            return TakenOver(held)
+        recordings.setdefault(state_idx, Recording()).go_on(recurrent_states, held)
+        return held
+
+    return serve
+
+
+def serve_crop(original: Serve) -> Serve:
+    """`crop(-tokens)`."""
+
+    def serve(layer: Any, tokens_to_remove: int) -> Any:
+        recordings = _RECORDINGS.get(layer)
+        if recordings is not None and not any(layer.has_previous_state.values()):
+            return None  # it has seen nothing yet
+        if not recordings or tokens_to_remove > 0:
+            return TakenOver(original(layer, tokens_to_remove))
+        before = {index: each.before(-tokens_to_remove) for index, each in recordings.items()}
+        original(layer, tokens_to_remove)
+        if tokens_to_remove:
+            for index, state in before.items():
+                layer.recurrent_states[index].copy_(state)
+        return None
+
+    return serve
+
+
+def croppable(original: property) -> property:
+    """`is_croppable`: whether the tokens after a prompt can be taken back."""
+
+    def is_croppable(layer: Any) -> bool:
+        recordings = _RECORDINGS.get(layer)
+        return bool(recordings) or original.__get__(layer, type(layer))
+
+    return property(is_croppable)
+
+
+def stop(cache: Any) -> None:
+    """Nothing of the cache is kept any longer: whoever goes on with it may well not crop it again."""
+    for layer in getattr(cache, "layers", ()):
+        if _RECORDINGS.pop(layer, None) is not None:
+            layer.record_past = False
