@@ -3,6 +3,7 @@ beside the model; kept as long as the model is, and no part of it: `state_dict()
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from npu_patch.patches.inference.mtp.published import Published, published_beside
-from npu_patch.patches.inference.mtp.trunk import Trunk
+from npu_patch.patches.inference.mtp.published import published_beside
+from npu_patch.patches.inference.mtp.trunk import FULL, Trunk
 
+EXPERTS = "mlp.experts."
 SHARED = ("embed_tokens", "shared_head", "rotary_emb")
 
 
@@ -43,12 +45,26 @@ def keep(trunk: Trunk, device_map: Any, load: Callable[[type], Any]) -> Any:
         kept = _Kept(made_of, load(_head_class()).eval().requires_grad_(False))
         _HEADS[trunk.model] = kept
     kept.head.tie_with_main_model(trunk)
+    _ask_again(kept.head, trunk.config.get_text_config(decoder=True).num_mtp_layers)
     return kept.head
 
 
-def trunk_of(model: Any) -> Trunk:
+def _ask_again(head: Any, drafts: int) -> None:
+    """For several drafts its one layer is asked as often, of what it said itself: the same weights, caches apart."""
+    first = head.layers[0]
+    for number in range(len(head.layers), drafts):
+        layer = copy.deepcopy(first, {id(each): each for each in (*first.parameters(), *first.buffers())})
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = number
+        head.layers.append(layer)
+    del head.layers[drafts:]
+    head.config.layer_types = [FULL] * drafts
+
+
+def trunk_of(model: Any, drafts: int) -> Trunk:
     """As `keep` takes it, for the head that is published beside it."""
-    return Trunk(model, published_beside(model.config.name_or_path).has_experts)
+    return Trunk(model, published_beside(model.config.name_or_path).has_experts, drafts)
 
 
 def new_head(model: Any) -> Any:
@@ -66,6 +82,9 @@ def _head_class() -> type:
 
     class Head(MtpModel):  # type: ignore[misc]
         """What it shares with the model is no part of it: neither loaded, nor moved, nor trained."""
+
+        def __init__(self, main_model: Any, num_mtp_layers: int) -> None:
+            super().__init__(main_model, 1)
 
         def tie_with_main_model(self, main_model: Any) -> None:
             super().tie_with_main_model(main_model)
@@ -108,13 +127,29 @@ def _refuse(head: torch.nn.Module, info: Any) -> None:
 
 
 def published_names(head: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Its weights by the names under which they are published."""
+    """Its weights as they are published: experts one by one."""
     renamed = {"eh_proj": "fc", "enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "post_norm": "norm"}
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for name, tensor in head.state_dict().items():
         _, number, part, rest = name.split(".", 3)
-        found[f"mtp.{renamed[part]}.{rest}" if part in renamed else f"mtp.layers.{number}.{rest}"] = tensor
+        if number != "0":
+            continue  # the same weights
+        if part in renamed:
+            found[f"mtp.{renamed[part]}.{rest}"] = tensor
+        elif rest.startswith(EXPERTS):
+            found |= _one_by_one(f"mtp.layers.{number}.{rest}", tensor)
+        else:
+            found[f"mtp.layers.{number}.{rest}"] = tensor
     return found
 
 
-__all__ = ["Published", "forget", "keep", "new_head", "published_names", "trunk_of"]
+def _one_by_one(name: str, stacked: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of `mlp.experts.gate_up_proj` `[experts, 2 * intermediate, hidden]`, or `mlp.experts.down_proj`."""
+    of_all, part = name.rsplit(".", 1)
+    parts = {"gate_proj": 0, "up_proj": 1} if part == "gate_up_proj" else {part: 0}
+    return {
+        f"{of_all}.{number}.{each}.weight": expert.chunk(len(parts))[at]
+        for number, expert in enumerate(stacked)
+        for each, at in parts.items()
+    }
+

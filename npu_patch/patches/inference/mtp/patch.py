@@ -32,13 +32,13 @@ NAMED = AsNamed("drafts taken back")
 
 @dataclass(frozen=True)
 class Door:
-    """`name` of the class `within`; `serve(original)` makes what serves it, `value(original)` what takes its place where
-    that is no function."""
+    """`name` of the class `within`; `serve(original)` makes what serves it, `value(original, calls)` what takes its place
+    where that is no function."""
 
     within: str
     name: str
     serve: Callable[[Serve], Serve] | None = None
-    value: Callable[[Any], Any] | None = None
+    value: Callable[[Any, Calls], Any] | None = None
 
 
 _LINEAR = "LinearAttentionCacheLayerMixin"
@@ -95,7 +95,7 @@ def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
         return Replacement(stateful.Stateful(calls), reading.name, calls)
     door = next(each for each in DOORS[site.owner.__module__] if each.name == site.name)
     if door.value is not None:
-        return Replacement(door.value(site.original), reading.name, calls)
+        return Replacement(door.value(site.original, calls), reading.name, calls)
     assert door.serve is not None
     served = door.serve(site.original)
     return Replacement(replacement_for(site.original, calls, served, bypassed=Bypassed()), reading.name, calls)

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from npu_patch.ops.gated_delta.recorded import Recording
+from npu_patch.serving.calls import Calls
 from npu_patch.serving.replacement import TakenOver
 
 # Of each layer of a cache that records, by the number of its state.
@@ -63,12 +64,15 @@ def serve_crop(original: Serve) -> Serve:
     return serve
 
 
-def croppable(original: property) -> property:
+def croppable(original: property, calls: Calls) -> property:
     """`is_croppable`: whether the tokens after a prompt can be taken back."""
 
     def is_croppable(layer: Any) -> bool:
-        recordings = _RECORDINGS.get(layer)
-        return bool(recordings) or original.__get__(layer, type(layer))
+        if calls.active and _RECORDINGS.get(layer):
+            calls.ran += 1
+            return True
+        found: bool = original.__get__(layer, type(layer))
+        return found
 
     return property(is_croppable)
 

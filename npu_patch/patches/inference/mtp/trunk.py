@@ -21,8 +21,9 @@ class _Decoder:
 class Trunk:
     """Everything of the model, but for its `config` and what of its decoder the head is made of."""
 
-    def __init__(self, model: Any, sparse: bool | None = None) -> None:
-        """`sparse`: whether the head's layer has experts; None: as the model's first one.
+    def __init__(self, model: Any, sparse: bool | None = None, drafts: int = 1) -> None:
+        """`sparse`: whether the head's layer has experts; None: as the model's first one. `drafts`: how often its layer
+        is asked, one after the other.
 
         Raises:
             ValueError: if the model has no layer of full attention.
@@ -35,7 +36,7 @@ class Trunk:
                 f"{type(model).__name__} has no layer of full attention, which a head is made like: {kinds}"
             )
         self._decoder = _Decoder((decoder.layers[kinds.index(FULL)],), decoder.rotary_emb)
-        self.config = _with_head(model, sparse)
+        self.config = _with_head(model, sparse, drafts)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
@@ -44,12 +45,12 @@ class Trunk:
         return self._decoder
 
 
-def _with_head(model: Any, sparse: bool | None) -> Any:
+def _with_head(model: Any, sparse: bool | None, drafts: int) -> Any:
     config = copy.deepcopy(model.config)
     config.dtype = model.get_input_embeddings().weight.dtype
     text = config.get_text_config(decoder=True)
     text.dtype = config.dtype
-    text.num_mtp_layers, text.mtp_layer_types = 1, [FULL]
+    text.num_mtp_layers, text.mtp_layer_types = drafts, [FULL] * drafts
     if sparse is not None and hasattr(text, "mlp_only_layers"):
         text.mlp_only_layers, text.decoder_sparse_step = ([], 1) if sparse else ([0], 1)
     return config
