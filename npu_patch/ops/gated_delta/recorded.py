@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -25,10 +27,12 @@ NOT_KEPT = (
 @dataclass
 class Recording:
     """Of one state of a cache. `states[0]`: before the tokens that can be taken back, `states[n]`: after n of them.
-    `new`: after those of a call whose last state the cache was not given yet."""
+    `new`: after those of a call whose last state the cache was not given yet. `known`: all that it was given is of the
+    gated delta rule, as it is served here."""
 
     states: list[Tensor] = field(default_factory=list)
     new: list[Tensor] = field(default_factory=list)
+    known: bool = True
 
     def go_on(self, given: Tensor, held: Tensor) -> None:
         """The cache was `given` a state, which it `held` since: after the tokens of a recorded call, or of a prompt."""
@@ -36,6 +40,7 @@ class Recording:
             self.states += self.new
         else:
             self.states = [held.clone()]
+            self.known &= given in _MADE
         self.new = []
         _OF_STATE[held] = self
 
@@ -53,6 +58,15 @@ class Recording:
 
 
 _OF_STATE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_MADE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# Of each layer of a cache that records, by the number of its state.
+RECORDINGS: WeakKeyDictionary[Any, dict[int, Recording]] = WeakKeyDictionary()
+
+
+def note(state: Tensor | None) -> None:
+    """That it is one of the gated delta rule, if anybody may ask."""
+    if RECORDINGS and state is not None:
+        _MADE[state] = True
 
 
 def recording_of(state: Tensor | None) -> Recording | None:

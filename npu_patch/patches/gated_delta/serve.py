@@ -10,7 +10,7 @@ from torch import Tensor
 
 from npu_patch.numerics.selective_checkpointing import unseen
 from npu_patch.ops.gated_delta.calls import ConvolutionCall, RuleCall
-from npu_patch.ops.gated_delta.recorded import recording_of, token_by_token
+from npu_patch.ops.gated_delta.recorded import note, recording_of, token_by_token
 from npu_patch.patches.gated_delta.packing import refuse_if_untold
 from npu_patch.probe.gated_delta import CONVOLUTION, RULE, UPDATE, Reading
 from npu_patch.serving.calls import Calls
@@ -85,7 +85,10 @@ def serve(
             return Unserved("arguments that are no tensors")
         recording = recording_of(call.initial_state) if isinstance(call, RuleCall) else None
         if recording is None:
-            return _computed(call)
+            result = _computed(call)
+            if isinstance(call, RuleCall) and not isinstance(result, Unserved):
+                note(result[1])
+            return result
         try:
             return token_by_token(call, recording, _one)
         except _NotServed as declined:

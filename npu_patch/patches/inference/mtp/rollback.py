@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from npu_patch.ops.gated_delta.recorded import Recording
+from npu_patch.ops.gated_delta.recorded import RECORDINGS, Recording
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.replacement import TakenOver
 
-# Of each layer of a cache that records, by the number of its state.
-_RECORDINGS: WeakKeyDictionary[Any, dict[int, Recording]] = WeakKeyDictionary()
 Serve = Callable[..., Any]
 
 
@@ -26,7 +23,7 @@ def serve_recording(original: Serve) -> Serve:
 
     def serve(layer: Any) -> None:
         original(layer)
-        _RECORDINGS.setdefault(layer, {})
+        RECORDINGS.setdefault(layer, {})
 
     return serve
 
@@ -36,7 +33,7 @@ def serve_update(original: Serve) -> Serve:
 
     def serve(layer: Any, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Any:
         held = original(layer, recurrent_states, state_idx, **kwargs)
-        recordings = _RECORDINGS.get(layer)
+        recordings = RECORDINGS.get(layer)
         if recordings is None:
             return TakenOver(held)
         recordings.setdefault(state_idx, Recording()).go_on(recurrent_states, held)
@@ -49,10 +46,10 @@ def serve_crop(original: Serve) -> Serve:
     """`crop(-tokens)`."""
 
     def serve(layer: Any, tokens_to_remove: int) -> Any:
-        recordings = _RECORDINGS.get(layer)
+        recordings = RECORDINGS.get(layer)
         if recordings is not None and not any(layer.has_previous_state.values()):
             return None  # it has seen nothing yet
-        if not recordings or tokens_to_remove > 0:
+        if not recordings or tokens_to_remove > 0 or not all(each.known for each in recordings.values()):
             return TakenOver(original(layer, tokens_to_remove))
         before = {index: each.before(-tokens_to_remove) for index, each in recordings.items()}
         original(layer, tokens_to_remove)
@@ -68,7 +65,7 @@ def croppable(original: property, calls: Calls) -> property:
     """`is_croppable`: whether the tokens after a prompt can be taken back."""
 
     def is_croppable(layer: Any) -> bool:
-        if calls.active and _RECORDINGS.get(layer):
+        if calls.active and RECORDINGS.get(layer):
             calls.ran += 1
             return True
         found: bool = original.__get__(layer, type(layer))
@@ -80,5 +77,5 @@ def croppable(original: property, calls: Calls) -> property:
 def stop(cache: Any) -> None:
     """Nothing of the cache is kept any longer: whoever goes on with it may well not crop it again."""
     for layer in getattr(cache, "layers", ()):
-        if _RECORDINGS.pop(layer, None) is not None:
+        if RECORDINGS.pop(layer, None) is not None:
             layer.record_past = False
