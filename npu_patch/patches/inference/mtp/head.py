@@ -71,6 +71,8 @@ def new_head(model: Any) -> Any:
     """With random weights, as a model's own are made, in its dtype and beside its last layer: for who trains one."""
     trunk = Trunk(model)
     head = _head_class()(trunk, 1)
+    for module in head.modules():
+        model._init_weights(module)
     parameter = next(trunk.get_decoder().layers[0].parameters())
     return head.to(parameter.device, trunk.config.dtype)
 
