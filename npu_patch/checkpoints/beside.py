@@ -50,7 +50,9 @@ def _replaced(checkpoint: Checkpoint, shard: str, tensors: Mapping[str, torch.Te
         with part.open("r+b") as file:
             for entry in entries:
                 file.seek(entry.start)
-                file.write(tensors[entry.name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+                file.write(
+                    tensors[entry.name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+                )
         part.replace(checkpoint.folder / shard)
     return bool(entries)
 

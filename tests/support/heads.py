@@ -50,7 +50,8 @@ def trained(family: str, folder: Path, steps: int = 100) -> Path:
     model.eval().requires_grad_(False)
     torch.manual_seed(5)
     head = new_head(model)
-    _fit(head.parameters(), steps, lambda ids: training.loss(head, model, training.states_of(model, ids), ids), generator)
+    states_of = training.states_of
+    _fit(head.parameters(), steps, lambda ids: training.loss(head, model, states_of(model, ids), ids), generator)
     model.save_pretrained(folder)
     write_beside(folder, published_names(head), "mtp.safetensors")
     return folder

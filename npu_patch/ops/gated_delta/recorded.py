@@ -1,7 +1,7 @@
 """The gated delta rule token by token, the state after each kept: what was drafted can be taken back, exactly.
 
-Each token is computed as a single one is, so a few tokens at once give what as many steps give, bit for bit. A loop over
-tokens, but over those of a draft: what drafts are checked by costs no more kernels than decoding them would.
+Each token is computed as a single one is, so a few tokens at once give what as many steps give, bit for bit. It is a
+loop over tokens, but over those of a draft: checking them takes no more kernels than decoding them would.
 """
 
 from __future__ import annotations

@@ -83,35 +83,34 @@ def serve(
         call = call_of(given, leading.device)
         if call is None:
             return Unserved("arguments that are no tensors")
-        recording = recording_of(call.initial_state) if isinstance(call, RuleCall) else None
-        if recording is None:
-            result = _computed(call)
-            if isinstance(call, RuleCall) and not isinstance(result, Unserved):
-                note(result[1])
-            return result
-        try:
-            return token_by_token(call, recording, _one)
-        except _NotServed as declined:
-            return Unserved(str(declined))
-
-    def _one(call: RuleCall) -> Any:
-        result = _computed(call)
-        if isinstance(result, Unserved):
-            raise _NotServed(result.reason)
-        return result
-
-    def _computed(call: Any) -> Any:
-        serving = dispatch.serving(calls, call)
-        if isinstance(serving, str):
-            return Unserved(serving)
-        with unseen():  # the package's own ones write into what they computed
-            return serving.run(call)
+        return _computed(dispatch, calls, call)
 
     return serve_call
 
 
+def _computed(dispatch: Dispatch, calls: Calls, call: Any) -> Any:
+    recording = recording_of(call.initial_state) if isinstance(call, RuleCall) else None
+    try:
+        if recording is not None:
+            return token_by_token(call, recording, lambda one: _run(dispatch, calls, one))
+        result = _run(dispatch, calls, call)
+    except _NotServed as declined:
+        return Unserved(str(declined))
+    if isinstance(call, RuleCall):
+        note(result[1])
+    return result
+
+
 class _NotServed(Exception):
-    """No implementation takes a token of several whose states are kept."""
+    """No implementation takes it."""
+
+
+def _run(dispatch: Dispatch, calls: Calls, call: Any) -> Any:
+    serving = dispatch.serving(calls, call)
+    if isinstance(serving, str):
+        raise _NotServed(serving)
+    with unseen():  # the package's own ones write into what they computed
+        return serving.run(call)
 
 
 def _bound(reading: Reading, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any] | Unserved:

@@ -70,10 +70,10 @@ def test_a_state_that_was_not_kept_is_an_error_that_says_how_many_were() -> None
     recording.go_on(torch.ones(()), held)  # a prompt's
     _, final = token_by_token(part(call, 0, 3, held), recording, gated_delta_rule)
     recording.go_on(final, held.copy_(final))
-    with pytest.raises(RuntimeError, match="4 tokens cannot be taken back .* after the last 3 were kept"):
+    with pytest.raises(RuntimeError, match=r"4 tokens cannot be taken back .* after the last 3 were kept"):
         recording.before(4)
     assert torch.equal(recording.before(3), torch.zeros_like(held))
-    with pytest.raises(RuntimeError, match="1 tokens .* the last 0 were kept"):
+    with pytest.raises(RuntimeError, match=r"1 tokens .* the last 0 were kept"):
         recording.before(1)
 
 

@@ -154,4 +154,3 @@ def _one_by_one(name: str, stacked: torch.Tensor) -> dict[str, torch.Tensor]:
         for number, expert in enumerate(stacked)
         for each, at in parts.items()
     }
-

@@ -1,9 +1,9 @@
 """Speculative decoding of models with gated delta nets: drafts of prompt lookup, of an assistant model, and of the head
 of several tokens that is published beside Qwen3-Next and Qwen3.5. Opt-in.
 
-Rebinds    in transformers' caches what records and takes back tokens; `_is_stateful` of the models, for which every kind
-           of assisted generation is refused; in generation what makes a generator of drafts, and its loop; of its own
-           head what takes the model and loads weights.
+Rebinds    in transformers' caches what records and takes back tokens; `_is_stateful` of the models, for which every
+           kind of assisted generation is refused; in generation what makes a generator of drafts, and its loop; of its
+           own head what takes the model and loads weights.
 To         the same, with the recurrent state after each drafted token kept, and transformers' head made of this model.
 Not when   transformers has other caches than 5.23, or a layer has a recurrent state that is not the gated delta rule's.
 Delete     when transformers takes tokens back from recurrent states, and its configurations know of these heads.
@@ -32,8 +32,8 @@ NAMED = AsNamed("drafts taken back")
 
 @dataclass(frozen=True)
 class Door:
-    """`name` of the class `within`; `serve(original)` makes what serves it, `value(original, calls)` what takes its place
-    where that is no function."""
+    """`name` of the class `within`; `serve(original)` makes what serves it, `value(original, calls)` what takes its
+    place where that is no function."""
 
     within: str
     name: str

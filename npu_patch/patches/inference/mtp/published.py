@@ -55,8 +55,8 @@ def published_beside(path: str) -> Published:
             shapes[each.name] = each.shape
     if not shapes:
         raise ValueError(
-            f"use_mtp=True: {path} has no weights of a head (mtp.*). scripts/train_mtp.py trains one; prompt lookup and "
-            "an assistant model need none"
+            f"use_mtp=True: {path} has no weights of a head (mtp.*). scripts/train_mtp.py trains one; prompt lookup "
+            "and an assistant model need none"
         )
     layers = {int(found[1]) for name in shapes if (found := OF_LAYER.match(name))}
     if layers != {0}:

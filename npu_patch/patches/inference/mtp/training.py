@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from npu_patch.ops import chunked_loss
@@ -29,7 +30,7 @@ def predicted_states(head: Any, states: Tensor, input_ids: Tensor) -> Tensor:
 
 
 def loss(head: Any, model: Any, states: Tensor, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
-    """The mean over the labels `[B, T]` (the tokens themselves, if none are given) that are not NO_LABEL, without logits.
+    """The mean over the labels `[B, T]` (the tokens themselves, if none are given) that are not NO_LABEL; no logits.
 
     Raises:
         ValueError: for fewer tokens than three, which have none after the next.
@@ -40,6 +41,6 @@ def loss(head: Any, model: Any, states: Tensor, input_ids: Tensor, labels: Tenso
     rows = predicted_states(head, states, input_ids)[:, :-1]
     output = model.get_output_embeddings()
     if type(output) is not torch.nn.Linear:  # adapted
-        return torch.nn.functional.cross_entropy(output(rows).float().flatten(0, 1), of.flatten(), ignore_index=NO_LABEL)
+        return F.cross_entropy(output(rows).float().flatten(0, 1), of.flatten(), ignore_index=NO_LABEL)
     logits = Logits((Term(rows, output.weight, output.bias),), Cast(Product(), torch.float32))
     return chunked_loss.cross_entropy(logits, of.reshape(rows.shape[:-1]), reference, ignore_index=NO_LABEL)

@@ -128,7 +128,9 @@ def test_an_assistant_that_nothing_was_applied_to_is_as_it_was() -> None:
         assert torch.equal(model.generate(ids, max_new_tokens=32, assistant_model=assistant, **GREEDY), plain)
 
 
-@pytest.mark.parametrize("options", [{"eos_token_id": 37}, {"repetition_penalty": 1.3}, {"return_dict_in_generate": True}])
+@pytest.mark.parametrize(
+    "options", [{"eos_token_id": 37}, {"repetition_penalty": 1.3}, {"return_dict_in_generate": True}]
+)
 def test_what_ends_or_changes_a_generation_does_so_at_the_same_token(options: dict[str, Any]) -> None:
     model, ids = tiny("qwen3_5", max_position_embeddings=512), prompt()
     plain = model.generate(ids, max_new_tokens=64, **GREEDY, **options)

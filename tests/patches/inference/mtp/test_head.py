@@ -1,4 +1,4 @@
-"""A head of several tokens: read beside the model in its published naming, of this model's own layer, and no part of it."""
+"""A head of several tokens: read beside the model in its published naming, made of its layer, and no part of it."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def changed(folder: Path, to: Path, change: Any) -> Path:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_head_is_written_read_and_computed_as_it_is_published(family: str, tmp_path: Path) -> None:
-    """By hand, with the published names: norms of the next token's embedding and of the state, `fc`, a layer, `norm`."""
+    """By hand, with the published names: norms of the next token's embedding and the state, `fc`, a layer, `norm`."""
     folder = saved(family, tmp_path)
     names = {
         name: shard
         for shard in folder.glob("*.safetensors")
-        for name in safe_open(shard, "pt").keys()
+        for name in safe_open(shard, "pt").keys()  # noqa: SIM118, it is no mapping
         if name.startswith("mtp.")
     }
     assert names.keys() == PUBLISHED | (DENSE if family == "qwen3_5" else SPARSE)
@@ -125,7 +125,7 @@ def test_a_trained_head_drafts_what_the_model_says(family: str, tmp_path: Path, 
 @pytest.mark.parametrize("layers", [["full_attention", "linear_attention"], ["linear_attention", "full_attention"]])
 @pytest.mark.parametrize("sparse", [True, False])
 def test_the_head_has_the_layer_that_is_beside_the_model(layers: list[str], sparse: bool, tmp_path: Path) -> None:
-    """Of full attention, whatever the model's last layer is; with experts where the head has some, wherever the model has."""
+    """Of full attention, whatever the model's last layer is; with experts where its weights are some."""
     own = {"layer_types": layers, **({} if sparse else {"mlp_only_layers": [0]})}
     model, ids = loaded(saved("qwen3_next", tmp_path, **own)), prompt()
     plain = model.generate(ids, max_new_tokens=32, **GREEDY)
@@ -159,11 +159,14 @@ def test_shards_and_experts_one_by_one_or_stacked_are_read(tmp_path: Path) -> No
 
 def test_neither_the_model_nor_what_it_saves_has_a_head(folder: Path, tmp_path: Path) -> None:
     model, ids = loaded(folder), prompt()
-    before = json.dumps(model.config.to_dict(), default=str), list(model.state_dict()), list(map(id, model.modules()))
+
+    def seen() -> Any:
+        return json.dumps(model.config.to_dict(), default=str), list(model.state_dict()), [*map(id, model.modules())]
+
+    before = seen()
     with applied(model, device="cpu", mtp=True):
         with_head(model, ids, 8)
-        after = json.dumps(model.config.to_dict(), default=str), list(model.state_dict()), list(map(id, model.modules()))
-        assert before == after
+        assert before == seen()
         model.save_pretrained(tmp_path)
         assert heads._HEADS
     assert not heads._HEADS
@@ -251,7 +254,7 @@ def put(name: str, tensor: Tensor) -> Any:
     [
         (drop("mtp."), "has no weights of a head"),
         (drop("mtp.fc"), "missing: layers.0.eh_proj.weight"),
-        (put("mtp.fc.weight", torch.zeros(48, 95)), r"of another shape: layers.0.eh_proj.weight \[48, 95\], not \[48, 96\]"),
+        (put("mtp.fc.weight", torch.zeros(48, 95)), r"of another shape: .*eh_proj.weight \[48, 95\], not \[48, 96\]"),
         (put("mtp.fc.weight_scale", torch.zeros(48)), "of no such head: layers.0.eh_proj.weight_scale"),
         (put("mtp.fc.weight", torch.zeros(48, 96, dtype=torch.int8)), "mtp.fc.weight in .* is I8: of a head, F64, F32"),
         (put("mtp.layers.1.mlp.gate.weight", torch.zeros(5, 48)), r"of the numbers \[0, 1\]: a head of one layer"),
@@ -272,11 +275,11 @@ def test_what_a_head_cannot_do_is_refused(folder: Path) -> None:
     model, ids = loaded(folder), prompt()
     with applied(model, device="cpu", mtp=True):
         for drafts in (0, 17):
-            with pytest.raises(ValueError, match=f"num_assistant_tokens={drafts} with use_mtp=True: accepted are 1 to 16"):
+            with pytest.raises(ValueError, match=f"num_assistant_tokens={drafts} with use_mtp=True: accepted are 1"):
                 with_head(model, ids, num_assistant_tokens=drafts)
         cache = DynamicCache(config=model.config)
         model(input_ids=ids[:, :5], past_key_values=cache)
-        with pytest.raises(ValueError, match="reads the whole prompt, .* goes on from a cache of 5 tokens"):
+        with pytest.raises(ValueError, match=r"reads the whole prompt, .* goes on from a cache of 5 tokens"):
             with_head(model, ids, past_key_values=cache)
         with pytest.raises(ValueError, match="this one has inputs_embeds"):
             with_head(model, ids, inputs_embeds=model.get_input_embeddings()(ids).detach())

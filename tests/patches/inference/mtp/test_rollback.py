@@ -91,7 +91,7 @@ def test_a_token_of_the_prompt_cannot_be_taken_back_and_nothing_is_changed() -> 
         cache = recording(model, ids[:, :9])
         fed(model, cache, ids[:, 9:12])
         before = [each.clone() for each in states_of(cache)]
-        with pytest.raises(RuntimeError, match="4 tokens cannot be taken back from a recurrent state: .* the last 3 were"):
+        with pytest.raises(RuntimeError, match=r"4 tokens cannot be taken back .* after the last 3 were kept"):
             cache.crop(-4)
         assert all(torch.equal(*pair) for pair in zip(before, states_of(cache), strict=True))
         cache.crop(-3)
@@ -193,11 +193,11 @@ def test_a_stateful_model_of_another_kind_stays_refused() -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
     model = MambaForCausalLM(MambaConfig(vocab_size=101, hidden_size=16, num_hidden_layers=1, state_size=4)).eval()
-    with applied(model, device="cpu", mtp=True) as report:
-        with pytest.raises(ValueError, match="not supported with stateful models, such as MambaForCausalLM"):
-            model.generate(prompt(), max_new_tokens=2, prompt_lookup_num_tokens=2, **GREEDY)
-    refused = [each for each in report if each.patch == "mtp" and each.calls.fell_through]
-    assert ["MambaMixer has a recurrent state that nothing of npu_patch records"] == [*refused[0].calls.fell_through]
+    refused_by = pytest.raises(ValueError, match="not supported with stateful models, such as MambaForCausalLM")
+    with applied(model, device="cpu", mtp=True) as report, refused_by:
+        model.generate(prompt(), max_new_tokens=2, prompt_lookup_num_tokens=2, **GREEDY)
+    reasons = {reason for each in report if each.patch == "mtp" for reason in each.calls.fell_through}
+    assert reasons == {"MambaMixer has a recurrent state that nothing of npu_patch records"}
 
 
 def test_a_rule_that_is_not_served_keeps_the_model_stateful() -> None:

@@ -16,14 +16,17 @@ from transformers import generation
 from npu_patch import applied
 from tests.support.heads import loaded, saved
 
-VOCABULARY, DRAWS = 5, 250
+VOCABULARY, DRAWS = 5, 300
 PROMPT = torch.tensor([[2, 3, 1, 4]])
 DRAWN = {"do_sample": True, "top_k": 0, "pad_token_id": 0}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return loaded(saved("qwen3_5", tmp_path_factory.mktemp("model"), vocab_size=VOCABULARY))
+    model = loaded(saved("qwen3_5", tmp_path_factory.mktemp("model"), vocab_size=VOCABULARY))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8)  # so that it is far from sure that the head says the same
+    return model
 
 
 def pairs(model: Any) -> Tensor:
@@ -39,6 +42,8 @@ def pairs(model: Any) -> Tensor:
 
 def p_value(counts: Tensor, expected: Tensor) -> float:
     """By the normal that the cube root of chi-square is close to (Wilson and Hilferty)."""
+    rare = expected < 5
+    counts, expected = (torch.cat((each[~rare], each[rare].sum()[None])) for each in (counts, expected))
     statistic = float(((counts - expected) ** 2 / expected).sum())
     freedom = expected.numel() - 1
     z = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
