@@ -67,18 +67,33 @@ def trunk_of(model: Any, drafts: int) -> Trunk:
     return Trunk(model, published_beside(model.config.name_or_path).has_experts, drafts)
 
 
-def new_head(model: Any) -> Any:
-    """With random weights, as a model's own are made, in its dtype and beside its last layer: for who trains one."""
-    trunk = Trunk(model)
+def new_head(model: Any, sparse: bool | None = None) -> Any:
+    """With random weights, as a model's own are made, in its dtype and beside its layers: for who trains one."""
+    trunk = Trunk(model, sparse)
     head = _head_class()(trunk, 1)
     for module in head.modules():
         model._init_weights(module)
-    parameter = next(trunk.get_decoder().layers[0].parameters())
-    return head.to(parameter.device, trunk.config.dtype)
+    return head.to(_place(trunk), trunk.config.dtype)
+
+
+def head_to_train(model: Any) -> tuple[Any, bool]:
+    """The head that is beside a model, apart from the one that drafts, or a new one; and whether it is new."""
+    try:
+        trunk = trunk_of(model, 1)
+    except ValueError:
+        return new_head(model), True
+    head, places = new_head(model, published_beside(trunk.config.name_or_path).has_experts), {"": _place(trunk)}
+    head.load_state_dict(_head_class().from_pretrained(trunk, device_map=places).state_dict())
+    return head, False
+
+
+def _place(trunk: Trunk) -> torch.device:
+    device: torch.device = next(trunk.get_decoder().layers[0].parameters()).device
+    return device
 
 
 @functools.cache
-def _head_class() -> type:
+def _head_class() -> Any:
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.modeling_layers import MtpModel
 

@@ -29,6 +29,14 @@ def predicted_states(head: Any, states: Tensor, input_ids: Tensor) -> Tensor:
     return found
 
 
+def accepted(head: Any, model: Any, states: Tensor, input_ids: Tensor) -> Tensor:
+    """The share of a text's tokens, from the third on, for which head and model have the same one in mind."""
+    output = model.get_output_embeddings()
+    with torch.no_grad():
+        drafts = output(predicted_states(head, states, input_ids)).argmax(-1)
+        return (drafts == output(states[:, 1:]).argmax(-1)).float().mean()
+
+
 def loss(head: Any, model: Any, states: Tensor, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
     """The mean over the labels `[B, T]` (the tokens themselves, if none are given) that are not NO_LABEL; no logits.
 
