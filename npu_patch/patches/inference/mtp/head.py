@@ -72,7 +72,7 @@ def new_head(model: Any, sparse: bool | None = None) -> Any:
     trunk = Trunk(model, sparse)
     head = _head_class()(trunk, 1)
     for module in head.modules():
-        model._init_weights(module)
+        model.get_decoder()._init_weights(module)
     return head.to(_place(trunk), trunk.config.dtype)
 
 
@@ -111,7 +111,8 @@ def _head_class() -> Any:
         def get_weight_conversions(self, main_model: Any) -> list[Any]:
             conversions: list[Any] = super().get_weight_conversions(main_model)
             published = published_beside(main_model.config.name_or_path)
-            stacked = {name for each in conversions for name in each.source_patterns if "experts.*." in name}
+            of_all = (each for each in conversions if not each.scope_prefix)  # others are for a part of the model
+            stacked = any("experts.*." in name for each in of_all for name in each.source_patterns)
             if published.has_single_experts and not stacked:
                 conversions += get_checkpoint_conversion_mapping("qwen2_moe")
             return conversions
