@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from npu_patch.ops.gated_delta import recurrent
 from npu_patch.ops.gated_delta.calls import RuleCall
+from npu_patch.serving.implementation import AnyImplementation
 
 OneToken = Callable[[RuleCall], tuple[Tensor, Tensor | None]]
 NOT_KEPT = (
@@ -75,15 +77,28 @@ def recording_of(state: Tensor | None) -> Recording | None:
     return found
 
 
-def token_by_token(call: RuleCall, recording: Recording, one: OneToken) -> tuple[Tensor, Tensor]:
-    """The output `[B, T, Hv, V]` and the state after all. `one` computes a token."""
+def recorded(call: RuleCall, recording: Recording, serving: AnyImplementation) -> tuple[Tensor, Tensor]:
+    """The output `[B, T, Hv, V]` and the state after all. `serving`: who computes a single token."""
+    if serving.run is recurrent.run and call.q.shape[1] <= recurrent.MOST_TOKENS:
+        output, states = recurrent.run_several(call)
+    else:
+        output, states = _token_by_token(call, serving.run)
+    recording.new = states
+    return output, states[-1]
+
+
+def part(call: RuleCall, at: int, state: Tensor | None) -> RuleCall:
+    """A token of a call, after this state."""
+    q, k, v, g, beta = (each[:, at : at + 1] for each in (call.q, call.k, call.v, call.g, call.beta))
+    return replace(call, q=q, k=k, v=v, g=g, beta=beta, initial_state=state, output_final_state=True)
+
+
+def _token_by_token(call: RuleCall, one: OneToken) -> tuple[Tensor, list[Tensor]]:
     outputs, states = [], []
     state = call.initial_state
     for at in range(call.q.shape[1]):
-        q, k, v, g, beta = (each[:, at : at + 1] for each in (call.q, call.k, call.v, call.g, call.beta))
-        o, state = one(replace(call, q=q, k=k, v=v, g=g, beta=beta, initial_state=state, output_final_state=True))
+        output, state = one(part(call, at, state))
         assert state is not None
-        outputs.append(o)
+        outputs.append(output)
         states.append(state)
-    recording.new = states
-    return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], states[-1]
+    return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], states

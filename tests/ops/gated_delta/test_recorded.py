@@ -5,9 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from npu_patch import simulator
 from npu_patch.ops.gated_delta.calls import RuleCall
-from npu_patch.ops.gated_delta.recorded import Recording, recording_of, token_by_token
+from npu_patch.ops.gated_delta.op import GATED_DELTA_RULE
+from npu_patch.ops.gated_delta.recorded import Recording, recorded, recording_of
 from npu_patch.ops.gated_delta.rule import gated_delta_rule
+
+OWN = GATED_DELTA_RULE.implementations[-1]
+RECURRENT = GATED_DELTA_RULE.implementations[-2]
 
 
 def call_of(tokens: int, dtype: torch.dtype, batch: int = 1) -> RuleCall:
@@ -32,7 +37,7 @@ def test_several_tokens_are_bitwise_as_many_single_ones(dtype: torch.dtype, batc
     held = call.initial_state.clone()
     recording = Recording()
     recording.go_on(held, held)
-    outputs, final = token_by_token(call, recording, gated_delta_rule)
+    outputs, final = recorded(call, recording, OWN)
     recording.go_on(final, held.copy_(final))
     state: torch.Tensor | None = call.initial_state
     expected, states = [], []
@@ -57,7 +62,7 @@ def test_the_state_gone_back_to_is_that_of_the_accepted_tokens_alone(rejected: i
         recording.go_on(held, held)
         for start, end in ((0, min(2, fed)), (min(2, fed), fed)):
             if end > start:
-                _, final = token_by_token(part(call, start, end, held), recording, gated_delta_rule)
+                _, final = recorded(part(call, start, end, held), recording, OWN)
                 recording.go_on(final, held.copy_(final))
         held.copy_(recording.before(6 - fed if fed < 6 else rejected) if fed == 6 else held)
         found[fed] = held.clone(), gated_delta_rule(part(call, 6, 7, held))[0]
@@ -68,7 +73,7 @@ def test_a_state_that_was_not_kept_is_an_error_that_says_how_many_were() -> None
     call, recording = call_of(3, torch.float32), Recording()
     held = torch.zeros(1, 4, 12, 20)
     recording.go_on(torch.ones(()), held)  # a prompt's
-    _, final = token_by_token(part(call, 0, 3, held), recording, gated_delta_rule)
+    _, final = recorded(part(call, 0, 3, held), recording, OWN)
     recording.go_on(final, held.copy_(final))
     with pytest.raises(RuntimeError, match=r"4 tokens cannot be taken back .* after the last 3 were kept"):
         recording.before(4)
@@ -82,8 +87,8 @@ def test_a_call_whose_state_never_reached_the_cache_is_forgotten() -> None:
     call, recording = call_of(3, torch.float32), Recording()
     held = torch.zeros(1, 4, 12, 20)
     recording.go_on(held, held)
-    token_by_token(part(call, 0, 3, held), recording, gated_delta_rule)
-    _, final = token_by_token(part(call, 0, 1, held), recording, gated_delta_rule)
+    recorded(part(call, 0, 3, held), recording, OWN)
+    _, final = recorded(part(call, 0, 1, held), recording, OWN)
     recording.go_on(final, held.copy_(final))
     assert len(recording.states) == 2 and torch.equal(recording.states[1], final)
 
@@ -93,3 +98,40 @@ def test_a_state_is_known_while_it_lives_and_as_itself_alone() -> None:
     recording.go_on(held, held)
     assert recording_of(held) is recording
     assert recording_of(held.clone()) is None and recording_of(None) is None
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_recurrent_operator_writes_a_state_for_each_token(
+    batch: int, tokens: int, npu: torch.device, simulated: None
+) -> None:
+    """In one call, whose kernels do not grow with them; and the first states are those of fewer tokens, bit by bit."""
+    call = call_of(tokens, torch.bfloat16, batch)
+    parts = (each.to(npu) for each in (call.q, call.k, call.v, call.g, call.beta))
+    assert call.initial_state is not None
+    state = call.initial_state.to(npu)
+    moved = RuleCall(*parts, state, output_final_state=True, normalize=True)
+    before, recording = state.clone(), Recording()
+    recorded(moved, recording, RECURRENT)
+    with simulator.count() as counted:
+        output, final = recorded(moved, recording, RECURRENT)
+    assert counted.launches <= 8 and counted.host_copies == 0, counted
+    assert len(recording.new) == tokens and recording.new[-1] is final and torch.equal(state, before)
+    expected, one_by_one = Recording(), Recording()
+    exact, _ = recorded(call, expected, OWN)
+    fewer = part(moved, 0, max(tokens - 1, 1), state)
+    recorded(fewer, one_by_one, RECURRENT)
+    for found, other, same in zip(recording.new, expected.new, [*one_by_one.new, None], strict=False):
+        assert (found.cpu().float() - other).norm() < 0.01 * other.norm()
+        assert same is None or torch.equal(found, same)
+    assert (output.cpu() - exact).float().norm() < 0.02 * exact.float().norm()
+
+
+def test_more_tokens_than_the_operator_takes_are_single_ones(npu: torch.device, simulated: None) -> None:
+    call = call_of(9, torch.bfloat16)
+    parts = (each.to(npu) for each in (call.q, call.k, call.v, call.g, call.beta))
+    assert call.initial_state is not None
+    moved = RuleCall(*parts, call.initial_state.to(npu), output_final_state=True, normalize=True)
+    recording = Recording()
+    output, _ = recorded(moved, recording, RECURRENT)
+    assert output.shape == call.v.shape and len(recording.new) == 9

@@ -161,3 +161,16 @@ def test_tokens_on_the_npu_are_those_of_plain_decoding(family: str, npu: torch.d
     assert torch.equal(found.cpu(), plain)
     (crop,) = (each for each in report if each.site.endswith("LinearAttentionCacheLayerMixin.crop"))
     assert crop.calls.ran and not crop.calls.fell_through
+
+
+def test_in_bfloat16_the_recurrent_operator_checks_a_draft_in_one_call_a_layer(
+    npu: torch.device, simulated: None
+) -> None:
+    model, ids = tiny("qwen3_next", max_position_embeddings=512).bfloat16().to(npu), prompt().repeat(1, 2).to(npu)
+    given = {"max_new_tokens": 24, "prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 1, **GREEDY}
+    with applied(model, mtp=True, recurrent_bf16=True) as report:
+        model.generate(ids, **given)
+    ran = {name for each in report for name in each.calls.ran_by}
+    assert "torch_npu.npu_recurrent_gated_delta_rule" in ran
+    (crop,) = (each for each in report if each.site.endswith("LinearAttentionCacheLayerMixin.crop"))
+    assert crop.calls.ran and not crop.calls.fell_through
