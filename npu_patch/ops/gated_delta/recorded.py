@@ -21,8 +21,8 @@ from npu_patch.serving.implementation import AnyImplementation
 
 OneToken = Callable[[RuleCall], tuple[Tensor, Tensor | None]]
 NOT_KEPT = (
-    "{asked} tokens cannot be taken back from a recurrent state: the states after the last {kept} were kept, those "
-    "within a prompt are not. Call crop(0) after the prompt, and drafts after it"
+    "{asked} tokens cannot be taken back from a recurrent state: the states after the last {kept} were kept. Those "
+    "within a prompt, the first forward, are not, nor those of layers that are compiled"
 )
 
 
@@ -69,6 +69,12 @@ def note(state: Tensor | None) -> None:
     """That it is one of the gated delta rule, if anybody may ask."""
     if RECORDINGS and state is not None:
         _MADE[state] = True
+
+
+def forget(state: Tensor | None) -> None:
+    """Calls that start from it are recorded no longer."""
+    if state is not None:
+        _OF_STATE.pop(state, None)
 
 
 def recording_of(state: Tensor | None) -> Recording | None:

@@ -75,9 +75,11 @@ def serve_loop(original: Serve) -> Serve:
     def serve(model: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_rolled_back(model):
             return TakenOver(original(model, *args, **kwargs))
+        cache = kwargs.get("past_key_values")
+        rollback.start(cache)
         try:
             return original(model, *args, **kwargs)
         finally:
-            rollback.stop(kwargs.get("past_key_values"))
+            rollback.stop(cache)
 
     return serve

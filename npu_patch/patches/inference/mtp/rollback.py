@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor
 
-from npu_patch.ops.gated_delta.recorded import RECORDINGS, Recording
+from npu_patch.ops.gated_delta.recorded import RECORDINGS, Recording, forget
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.replacement import TakenOver
 
 Serve = Callable[..., Any]
+_EXPECTED: WeakSet[Any] = WeakSet()  # layers of caches of models that are taken for ones without a state
 
 
 def serve_recording(original: Serve) -> Serve:
@@ -49,7 +51,8 @@ def serve_crop(original: Serve) -> Serve:
         recordings = RECORDINGS.get(layer)
         if recordings is not None and not any(layer.has_previous_state.values()):
             return None  # it has seen nothing yet
-        if not recordings or tokens_to_remove > 0 or not all(each.known for each in recordings.values()):
+        known = layer in _EXPECTED or (recordings and all(each.known for each in recordings.values()))
+        if not recordings or tokens_to_remove > 0 or not known:
             return TakenOver(original(layer, tokens_to_remove))
         before = {index: each.before(-tokens_to_remove) for index, each in recordings.items()}
         original(layer, tokens_to_remove)
@@ -74,8 +77,20 @@ def croppable(original: property, calls: Calls) -> property:
     return property(is_croppable)
 
 
+def start(cache: Any) -> None:
+    """What of the cache is not kept from now on is an error where it is asked for."""
+    _EXPECTED.update(_with_states(cache))
+
+
 def stop(cache: Any) -> None:
     """Nothing of the cache is kept any longer: whoever goes on with it may well not crop it again."""
-    for layer in getattr(cache, "layers", ()):
+    for layer in _with_states(cache):
+        _EXPECTED.discard(layer)
+        for state in layer.recurrent_states.values():
+            forget(state)
         if RECORDINGS.pop(layer, None) is not None:
             layer.record_past = False
+
+
+def _with_states(cache: Any) -> list[Any]:
+    return [layer for layer in getattr(cache, "layers", ()) if hasattr(layer, "recurrent_states")]

@@ -36,15 +36,13 @@ def _has_state(cls: type) -> bool:
 
 def why_stateful(model: torch.nn.Module) -> str | None:
     """Why drafts cannot be taken back from its states, or None."""
-    seen = False
-    for layer in model.modules():
+    layers = [*model.modules()]
+    classes = {cls for cls in {*map(type, layers)} if UPDATE in names_used(cls.forward)}
+    for layer in layers:
         cls = type(layer)
-        if not _has_state(cls) and UPDATE not in names_used(cls.forward):
-            continue
-        seen = True
-        if not is_served_rule(layer, sys.modules.get(cls.__module__)):
+        if cls in classes and not is_served_rule(layer, sys.modules.get(cls.__module__)):
             return f"{cls.__name__} has a recurrent state that nothing of npu_patch records"
-    return None if seen else NO_STATE
+    return None if classes else NO_STATE
 
 
 class Stateful:

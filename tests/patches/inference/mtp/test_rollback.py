@@ -125,7 +125,9 @@ def test_generation_leaves_a_cache_that_records_no_longer() -> None:
     with applied(model, device="cpu", mtp=True):
         out = model.generate(ids, max_new_tokens=8, prompt_lookup_num_tokens=2, return_dict_in_generate=True, **GREEDY)
         cache = out.past_key_values
-        assert cache.layers[LINEAR] not in recorded.RECORDINGS and not cache.layers[LINEAR].record_past
+        layer = cache.layers[LINEAR]
+        assert layer not in recorded.RECORDINGS and not layer.record_past
+        assert recorded.recording_of(layer.recurrent_states[0]) is None  # its next prompt runs over chunks
         options = {"max_new_tokens": 24, **GREEDY}
         went_on = model.generate(out.sequences, past_key_values=cache, **options)
         assert cache.layers[LINEAR].conv_states[0].shape[-1] == 4
@@ -161,6 +163,41 @@ def test_a_state_that_no_rule_made_is_the_originals() -> None:
             layer.crop(-1)
             found.append([layer.conv_states[0], layer.recurrent_states[0]])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_rule_that_is_passed_by_in_a_call_is_an_error_and_no_wrong_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where layers are compiled: then nothing is recorded, and what was drafted must not stay in the state."""
+    model = tiny("qwen3_next")
+    with applied(model, device="cpu", mtp=True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        with pytest.raises(RuntimeError, match="cannot be taken back from a recurrent state"):
+            model.generate(prompt().repeat(1, 3), max_new_tokens=24, prompt_lookup_num_tokens=3, **GREEDY)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_drafts_are_taken_back_in_other_modes_of_torch(mode: Any) -> None:
+    model, ids = tiny("qwen3_next", max_position_embeddings=512), prompt().repeat(1, 3)
+    with applied(model, device="cpu", mtp=True), mode():
+        cache, other = (recording(model, ids[:, :9]) for _ in range(2))
+        for each, draft in ((cache, ids[:, 9:14]), (other, torch.cat((ids[:, 9:11], prompt(3, seed=7)), 1))):
+            fed(model, each, draft)
+            each.crop(-3)
+        assert all(torch.equal(*pair) for pair in zip(states_of(cache), states_of(other), strict=True))
+
+
+@pytest.mark.parametrize("order", ["before", "twice", "added"])
+def test_the_order_of_apply_does_not_matter(order: str) -> None:
+    if order == "before":
+        apply(device="cpu", mtp=True)
+    model, ids = tiny("qwen3_5", max_position_embeddings=512), prompt().repeat(1, 3)
+    if order == "added":
+        apply(model, device="cpu")
+        assert model._is_stateful
+    for _ in range(2 if order == "twice" else 1 if order == "added" else 0):
+        apply(model, device="cpu", mtp=True)
+    found = model.generate(ids, max_new_tokens=24, prompt_lookup_num_tokens=3, **GREEDY)
+    restore()
+    assert torch.equal(found, model.generate(ids, max_new_tokens=24, **GREEDY))
 
 
 def test_caches_without_states_are_the_originals() -> None:
