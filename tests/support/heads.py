@@ -42,7 +42,7 @@ def counting(samples: int, tokens: int, generator: torch.Generator) -> Tensor:
     return (first + step * torch.arange(tokens)) % COUNTED + 2
 
 
-def trained(family: str, folder: Path, steps: int = 100) -> Path:
+def trained(family: str, folder: Path, steps: int = 70) -> Path:
     """A model that has learned to count, and its head."""
     generator = torch.Generator().manual_seed(1)
     model = tiny(family, max_position_embeddings=512).train()

@@ -16,7 +16,7 @@ from transformers import generation
 from npu_patch import applied
 from tests.support.heads import loaded, saved
 
-VOCABULARY, DRAWS = 5, 300
+VOCABULARY, DRAWS = 5, 200
 PROMPT = torch.tensor([[2, 3, 1, 4]])
 DRAWN = {"do_sample": True, "top_k": 0, "pad_token_id": 0}
 
