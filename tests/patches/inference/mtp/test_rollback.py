@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, cache_utils
 
+import npu_patch
 from npu_patch import applied, apply, restore
 from npu_patch.ops.gated_delta import recorded
 from tests.support.heads import FAMILIES, GREEDY, prompt
@@ -224,6 +225,11 @@ def test_without_the_switch_and_after_restore_a_stateful_model_is_refused(how: d
     with refused:
         model.generate(prompt(), max_new_tokens=2, **given, **GREEDY)
     assert model._is_stateful is True
+
+
+def test_the_report_is_silent_about_what_nobody_asked_for() -> None:
+    assert not [note for note in npu_patch.apply(tiny("qwen3"), device="cpu").notes if note.startswith("mtp")]
+    assert "mtp: switched off by apply(mtp=False)" in npu_patch.apply(tiny("qwen3"), device="cpu", mtp=False).notes
 
 
 def test_a_stateful_model_of_another_kind_stays_refused() -> None:
