@@ -72,6 +72,7 @@ SWITCHES: tuple[Switch, ...] = (
     Switch("weight_nz", "WEIGHT_NZ", False, "frozen weights in the layout of the cube unit", "inference"),
     Switch("prefetch", "PREFETCH", False, "the next product's weight fetched into the L2 cache", "inference"),
     Switch("mtp", "MTP", False, "drafts of linear attention models: heads of several tokens, rollback", "inference"),
+    Switch("w8a8", "W8A8", True, "int8 weights: loading, and computing in int8"),
     Switch("gated_rmsnorm_fp32", "GATED_RMSNorm_FP32", False, "gated RMSNorm computed in float32"),
     Switch("swiglu_recompute", "SWIGLU_RECOMPUTE", AUTO, "making SwiGLU's product again in the backward", kind="auto"),
     Switch("triton", "TRITON", AUTO, "Triton kernels beside torch_npu's operators", kind="auto"),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from npu_patch import devices, log
-from npu_patch.applying import live_layers
+from npu_patch.applying import live_layers, lost_gradients
 from npu_patch.applying.binding import bind
 from npu_patch.applying.choosing import Choosing, tuning_for
 from npu_patch.applying.enabling import STILL_IN_PLACE, Enabled, choice_here, libraries_of
@@ -153,6 +153,7 @@ def _is_for_nothing(request: Request, report: Report) -> bool:
 def _go(walk: Walk) -> None:
     """The walk, and what follows from it: for files that are imported later, or for the layers of the given model."""
     model, report, decisions = walk.request.model, walk.report, walk.choosing.decisions
+    prepare(walk.request, report, first=True)
     entries = walk.enabled()
     libraries = libraries_of(entries)
     scope, half_executed = Scope.of(model, libraries).parted()
@@ -169,6 +170,8 @@ def _go(walk: Walk) -> None:
         if getattr(model, "use_kernels", False) or getattr(model, "_use_kernels", False):
             report.warnings.append(f"the model has hub kernels, which stay wherever they are bound{of_tool('kernels')}")
     prepare(walk.request, report)
+    if model is not None:
+        lost_gradients.warn(model, report)
     if model is None or STATE.patched:
         STATE.registries |= {key[1:] for key in walk.searched}
         STATE.watch_layers()

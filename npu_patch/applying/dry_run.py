@@ -17,7 +17,7 @@ from npu_patch.applying.enabling import libraries_of
 from npu_patch.applying.patched_site import PatchedSite
 from npu_patch.applying.preparing import prepare
 from npu_patch.applying.request import Request
-from npu_patch.applying.state import PatchError, anything_applied
+from npu_patch.applying.state import STATE, PatchError, anything_applied
 from npu_patch.applying.telling import warn_of_what_serves_nothing
 from npu_patch.applying.walk import Walk
 from npu_patch.measuring.self_check import Decisions
@@ -57,9 +57,11 @@ def dry_run(
     undone = ExitStack()
     choosing = Choosing(Decisions.of(switches, device_type))
     walk = Walk(CATALOGUE, request, report, choice_if_sound, choosing, partial(_bind_nothing, undone))
-    entries = walk.enabled()
-    scope = Scope.of(model, libraries_of(entries), modules=list(modules), registries=registries)
     with undone:
+        undone.callback(STATE.journal.undo_to, STATE.journal.mark())
+        prepare(request, report, first=True)  # in earnest, or patches would look at other layers
+        entries = walk.enabled()
+        scope = Scope.of(model, libraries_of(entries), modules=list(modules), registries=registries)
         walk.over(scope, entries)
     prepare(request, report, dry=True)
     if model is not None:

@@ -1,4 +1,5 @@
-"""The given model is prepared, once everything is bound: what changes it, why the rest does not."""
+"""The given model is prepared, before patches look at it or once everything is bound: what changes it, why the rest
+does not."""
 
 from __future__ import annotations
 
@@ -15,9 +16,12 @@ from npu_patch.reporting.outcome import FAILED, PREPARED, SKIPPED, Outcome
 from npu_patch.reporting.report import Report
 
 
-def prepare(request: Request, report: Report, *, dry: bool = False) -> None:
-    """By every preparation of the catalogue. `dry`: nothing is changed, and the report says what would be."""
+def prepare(request: Request, report: Report, *, first: bool = False, dry: bool = False) -> None:
+    """By the preparations of the catalogue that come `first`, or by the others. `dry`: nothing is changed, and the
+    report says what would be."""
     for each in patches.PREPARATIONS:
+        if each.first != first or not _is_for(each, request.model):
+            continue
         if not request.switches[each.switch]:
             off = f"{each.name}: switched off by {request.switches.sources[each.switch]}"
             if any(held.outcome.patch == each.name for held in STATE.prepared.values()):
@@ -28,6 +32,10 @@ def prepare(request: Request, report: Report, *, dry: bool = False) -> None:
             report.notes.append(f"{each.name}: it prepares a model, and none was given")
         else:
             report.outcomes.append(_prepared(each, request.model, request, dry))
+
+
+def _is_for(preparation: Preparation, model: torch.nn.Module | None) -> bool:
+    return preparation.concerns is None or (model is not None and preparation.concerns(model))
 
 
 def _prepared(preparation: Preparation, model: torch.nn.Module, request: Request, dry: bool) -> Outcome:

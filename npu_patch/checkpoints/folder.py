@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     shards: Mapping[str, Header]
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, Entry]:
         return {entry.name: entry for header in self.shards.values() for entry in header.entries}
 

@@ -101,7 +101,7 @@ def description_in(checkpoint: Checkpoint) -> tuple[str, Mapping[str, Any]] | No
     """
     content = quantization_config_of(checkpoint.config)
     if content is not None:
-        _check_config(content, checkpoint.folder)
+        check_config(content, checkpoint.folder)
         return COMPRESSED_TENSORS, content
     if not (checkpoint.folder / DESCRIPTION).is_file():
         return None
@@ -123,7 +123,11 @@ def quantization_config_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def _check_config(content: Mapping[str, Any], folder: Path) -> None:
+def check_config(content: Mapping[str, Any], folder: Path) -> None:
+    """
+    Raises:
+        BadCheckpoint: if `quantization_config` is of another scheme.
+    """
     method = content.get("quant_method")
     if method != COMPRESSED_TENSORS or content.get("format") != FORMAT:
         raise BadCheckpoint(

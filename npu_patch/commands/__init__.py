@@ -31,6 +31,7 @@ COMMANDS = {
     "bench": "on your device, each patched op at a model's shapes and a LoRA step, patched against unpatched",
     "count": "on the simulated device, what a training step and a decoded token launch, copy and wait for",
     "quantize": "a copy of a model with int8 weights, which transformers, vLLM and sglang read; needs no device",
+    "dequantize": "a plain copy of a model with int8 weights, to merge adapters into; needs no device",
     "run": "your script as it is, or a program or module, with apply() once transformers is imported",
     "tune": "on your device, the fastest right way for each op and shape, written to a file that apply() reads",
 }

@@ -1,5 +1,6 @@
 """Weights in FRACTAL_NZ, the layout that the cube unit reads: products take the second factor so without laying it out
-anew at every call (`aclnnMatmulWeightNz`, `aclnnAddmmWeightNz`, `aclnnGroupedMatmulWeightNz`; half precision).
+anew at every call (`aclnnMatmulWeightNz`, `aclnnAddmmWeightNz`, `aclnnGroupedMatmulWeightNz`; half precision;
+`aclnnQuantMatmulWeightNz`: int8, which is documented as `[K, N]` there, so a weight `[N, K]` is a view of that).
 
 Shape and strides stay those of the matrix, and so do values; only who reads the memory itself would see another order.
 Everything but such products is an operator of old there, which is compiled at the call and in no graph. So a weight
@@ -28,12 +29,13 @@ from npu_patch.serving.operators import Operator
 
 ND, FRACTAL_NZ = 2, 29
 BLOCK = 16  # rows and columns; other widths are padded, which costs memory
+INT8_BLOCK = (32, 16)  # of a weight [N, K]: 32 bytes of each of 16 rows of its transpose
 DTYPES = (torch.float16, torch.bfloat16)
 CAST = Operator("npu_format_cast")
 FORMAT = Operator("get_npu_format")
 ALLOWED = "ALLOW_INTERNAL_FORMAT"
 LIBRARIES = ("libopapi.so", "libopapi_nn.so", "libopapi_transformer.so")
-OF_LINEAR, OF_EXPERTS = "aclnnMatmulWeightNz", "aclnnGroupedMatmulWeightNz"
+OF_LINEAR, OF_EXPERTS, OF_INT8 = "aclnnMatmulWeightNz", "aclnnGroupedMatmulWeightNz", "aclnnQuantMatmulWeightNz"
 
 # Layers whose parameters of these names lie so.
 HELD: WeakKeyDictionary[Module, tuple[str, ...]] = WeakKeyDictionary()
@@ -45,11 +47,10 @@ def lies_in_blocks(tensor: Tensor) -> bool:
 
 def lay_out(layer: Module, names: Iterable[str]) -> None:
     """Casts these parameters; each stays the object that it is."""
-    with _internal_formats():
-        for name in names:
-            parameter = getattr(layer, name)
-            parameter.data = torch.ops.npu.npu_format_cast(parameter.data, FRACTAL_NZ)
-            HELD[layer] = (*HELD.get(layer, ()), name)
+    for name in names:
+        parameter = getattr(layer, name)
+        parameter.data = _cast(parameter.data)
+        HELD[layer] = (*HELD.get(layer, ()), name)
 
 
 def plain(layer: Module) -> bool:
@@ -58,9 +59,15 @@ def plain(layer: Module) -> bool:
     for name in names:
         parameter = layer._parameters.get(name)
         if parameter is not None and parameter.device.type == "npu" and lies_in_blocks(parameter):
-            with _internal_formats():
-                parameter.data = torch.ops.npu.npu_format_cast(parameter.data, ND)
+            parameter.data = _cast_back(parameter.data)
     return bool(names)
+
+
+def as_rows(weight: Tensor) -> Tensor:
+    """To be read by what is no product: the weight itself, or a copy of one that lies in blocks."""
+    if torch.compiler.is_compiling() or not HELD or weight.device.type != "npu" or not lies_in_blocks(weight):
+        return weight
+    return _cast_back(weight.detach())
 
 
 @contextlib.contextmanager
@@ -102,12 +109,11 @@ def why_not(device: torch.device, dtype: torch.dtype, function: str) -> str | No
         return missing
     if not _has(function):
         return f"this CANN has no {function}: products would be compiled at each call"
+    exact = {OF_LINEAR: _linear_is_exact, OF_EXPERTS: _experts_are_exact, OF_INT8: _int8_is_exact}[function]
     with quiet_room(), torch.no_grad(), torch.autocast(device.type, enabled=False):
         off = COMPILE_MODE.switch_off()
         try:
-            same = (_linear_is_exact if function == OF_LINEAR else _experts_are_exact)(
-                partial(_integers, device, dtype)
-            )
+            same = exact(partial(_integers, device, dtype))
         finally:
             if off:
                 COMPILE_MODE.switch_on()
@@ -142,13 +148,36 @@ def _experts_are_exact(integers: Callable[[int, int], Tensor]) -> bool:
     return lies_in_blocks(laid) and all(bool(torch.equal(*pair)) for pair in pairs)
 
 
+def _int8_is_exact(integers: Callable[[int, int], Tensor]) -> bool:
+    """The sums, and the weight as it is cast back."""
+    weight, x = integers(64, 32), integers(8, 32)
+    laid, scale = _cast(weight), torch.ones(64, device=weight.device)
+    product = partial(torch.ops.npu.npu_quant_matmul, scale=scale, output_dtype=torch.int32)
+    back = torch.equal(_cast_back(laid), weight)
+    return lies_in_blocks(laid) and back and bool(torch.equal(product(x, weight.t()), product(x, laid.t())))
+
+
 def _integers(device: torch.device, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
     return (torch.arange(rows * columns, device="cpu") * 7 % 5 - 2).view(rows, columns).to(device, dtype)
 
 
 def _cast(weight: Tensor) -> Tensor:
+    turned = _is_turned(weight)
     with _internal_formats():
-        return torch.ops.npu.npu_format_cast(weight, FRACTAL_NZ)
+        laid = torch.ops.npu.npu_format_cast(weight.t().contiguous() if turned else weight, FRACTAL_NZ)
+    return laid.t() if turned else laid
+
+
+def _cast_back(laid: Tensor) -> Tensor:
+    turned = _is_turned(laid)
+    with _internal_formats():
+        weight = torch.ops.npu.npu_format_cast(laid.t() if turned else laid, ND)
+    return weight.t().contiguous() if turned else weight
+
+
+def _is_turned(weight: Tensor) -> bool:
+    """Of int8 it is `[K, N]` that lies in blocks."""
+    return weight.dtype == torch.int8 and weight.dim() == 2
 
 
 def _has(function: str) -> bool:

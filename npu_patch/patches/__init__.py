@@ -1,5 +1,5 @@
 """The catalogue: one module per switch. `apply()` walks `CATALOGUE` in order, which is that of `Patch.needs`; then
-`PREPARATIONS` change the given model."""
+`PREPARATIONS` change the given model, those that come first before."""
 
 from npu_patch.patches import add_rms_norm, qk_norm_rope, rms_norm, rope, swiglu
 from npu_patch.patches.attention import patch as attention
@@ -16,6 +16,11 @@ from npu_patch.patches.preparation import Preparation
 from npu_patch.patches.vision import approximate_gelu, patch_embedding
 from npu_patch.patches.vision import attention as vision_attention
 from npu_patch.patches.vision import on_host as vision_on_host
+from npu_patch.patches.w8a8 import compressed
+from npu_patch.patches.w8a8 import experts as w8a8_experts
+from npu_patch.patches.w8a8 import linear as w8a8
+from npu_patch.patches.w8a8 import loading as w8a8_loading
+from npu_patch.patches.w8a8 import peft_weights as w8a8_peft
 
 CATALOGUE: tuple[Patch, ...] = in_order(
     (
@@ -28,6 +33,7 @@ CATALOGUE: tuple[Patch, ...] = in_order(
         approximate_gelu.PATCH,
         experts.PATCH,
         gated_delta_net.PATCH,
+        w8a8.PATCH,
         lora.PATCH,
         qk_norm_rope.PATCH,
         add_rms_norm.PATCH,
@@ -37,6 +43,9 @@ CATALOGUE: tuple[Patch, ...] = in_order(
         static_cache.PATCH,
         continuous_batching.PATCH,
         mtp.PATCH,
+        w8a8_loading.PATCH,
+        w8a8_experts.PATCH,
+        w8a8_peft.PATCH,
     )
 )
-PREPARATIONS: tuple[Preparation, ...] = (weight_nz.PREPARATION, prefetch.PREPARATION)
+PREPARATIONS: tuple[Preparation, ...] = (compressed.PREPARATION, weight_nz.PREPARATION, prefetch.PREPARATION)

@@ -38,10 +38,13 @@ class Preparation:
     `why_not(model, device_type, switches)`: the reason to leave the model alone, or None; it only looks, for a dry run
     asks too. `prepare`, given the same, changes one layer after the other and yields each `Change` as soon as it is
     made: where one fails, those before it are undone. A `Rebinding` is made as it is yielded. `switch`: its name in
-    `SWITCHES`.
+    `SWITCHES`. `concerns(model)`, if not every model does: whether it has what is prepared; of others nothing is said.
+    `first`: before the patches look at the model, which find other layers in it then.
     """
 
     name: str
     switch: str
     why_not: Callable[[torch.nn.Module, str, Switches], str | None]
     prepare: Callable[[torch.nn.Module, str, Switches], Iterator[Change | Rebinding | LeftAlone]]
+    concerns: Callable[[torch.nn.Module], bool] | None = None
+    first: bool = False

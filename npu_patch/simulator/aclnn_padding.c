@@ -13,7 +13,7 @@
 void simulator_set_error(const char *message); /* cann_stub.c */
 
 #define NAMED(name) int name(void) { simulator_set_error("npu_patch.simulator has this kernel in Python: " #name); return ERROR_NOT_SUPPORTED; }
-NAMED(aclnnMatmulWeightNz) NAMED(aclnnAddmmWeightNz) NAMED(aclnnGroupedMatmulWeightNz)
+NAMED(aclnnMatmulWeightNz) NAMED(aclnnAddmmWeightNz) NAMED(aclnnGroupedMatmulWeightNz) NAMED(aclnnQuantMatmulWeightNz)
 
 typedef struct { int64_t sizes[MOST_DIMENSIONS], strides[MOST_DIMENSIONS], offset; uint64_t dims; int dtype; char *data; } Tensor;
 typedef struct { uint64_t count; int64_t values[]; } IntArray;

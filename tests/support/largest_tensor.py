@@ -19,3 +19,13 @@ class Largest(TorchDispatchMode):
             if type(each) is Tensor and each.device.type != "meta":
                 self.elements = max(self.elements, each.numel())
         return result
+
+
+class LargestFloat(Largest):
+    """Of floats alone: views of int8 weights are no memory."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before, result = self.elements, super().__torch_dispatch__(func, types, args, kwargs)
+        if isinstance(result, Tensor) and not result.is_floating_point():
+            self.elements = before
+        return result

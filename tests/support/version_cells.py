@@ -49,9 +49,8 @@ Results = dict[str, Tensor]
 def patches() -> Sequence[Patch]:
     """Those of text models, which the families are. Without those that Triton kernels alone can serve where none can
     run."""
-    of_text = [
-        patch for patch in CATALOGUE if not {patch.switch, BY_NAME[patch.switch].group} & {"vision", "inference"}
-    ]
+    others = {"vision", "inference", "w8a8"}
+    of_text = [patch for patch in CATALOGUE if not {patch.switch, BY_NAME[patch.switch].group} & others]
     if why_not() is None:
         return of_text
     return [patch for patch in of_text if not all(each.optional for each in patch.op.implementations)]

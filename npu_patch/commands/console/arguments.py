@@ -41,7 +41,22 @@ def _verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, action="append", help="may be given again (default: float32 and bfloat16)"
     )
-    parser.add_argument("--seeds", type=int, default=4, help="models, or batches of a stored model (default 4)")
+    parser.add_argument("--seeds", type=int, help="models, or batches of a stored model (default 4)")
+    against = parser.add_argument_group("what a quantised model lost")
+    against.add_argument(
+        "--against",
+        metavar="ORIGINAL",
+        help="the folder of the model that MODEL is a quantised copy of: logits, perplexity and layers are compared",
+    )
+    against.add_argument("--text", metavar="FILE", type=Path, help="to measure on (default: what Python comes with)")
+    against.add_argument("--tokens", type=int, help="of the text (default 2048)")
+    against.add_argument("--length", type=int, help="tokens at a time (default 512, or what the model has)")
+    against.add_argument(
+        "--max-logits-error", metavar="X", type=float, help="relative; beyond it the exit code is 1 (default 0.1)"
+    )
+    against.add_argument(
+        "--max-perplexity-ratio", metavar="X", type=float, help="to the original's; likewise (default 1.03)"
+    )
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +118,7 @@ def _tune(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _quantize(parser: argparse.ArgumentParser) -> None:
+def _dequantize(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(device="cpu")
     parser.add_argument(
         "model", metavar="MODEL", help="a model's folder with safetensors, or the name of one in the hub's cache"
@@ -111,6 +126,10 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "out", metavar="OUT", help="a new folder; or that of an interrupted call, which the same command goes on with"
     )
+
+
+def _quantize(parser: argparse.ArgumentParser) -> None:
+    _dequantize(parser)
     parser.add_argument(
         "--format",
         choices=("compressed-tensors", "ascend"),
@@ -180,5 +199,6 @@ OF_COMMANDS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "count": _count,
     "tune": _tune,
     "quantize": _quantize,
+    "dequantize": _dequantize,
     "run": _run,
 }

@@ -52,6 +52,9 @@ OPERATORS: Mapping[str, str] = {
     "npu_recurrent_gated_delta_rule": "gated delta nets, where recurrent_bf16 asks for it",
     "npu_fused_causal_conv1d": "gated delta nets: declined",
     "npu_cross_entropy_loss": "cross_entropy",
+    "npu_dynamic_quant": "w8a8",
+    "npu_quant_matmul": "w8a8",
+    "npu_dequant_swiglu_quant": "w8a8_experts",
     "npu_format_cast": "weight_nz",
     "npu_prefetch": "prefetch",
 }

@@ -3,17 +3,47 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
+
+import torch
 
 from npu_patch.checkpoints.folder import CONFIG, INDEX, ONE_FILE, Checkpoint
 from npu_patch.checkpoints.safetensors_file import Entry, Header, laid_out
-from npu_patch.checkpoints.w8a8 import ASCEND, OFFSET, SCALE
-from npu_patch.commands.quantize.selection import Selected, Selection
+from npu_patch.checkpoints.w8a8 import SCALE
 
 WRITER = 1  # of what is written; another number is another plan
 TOKENS_OF_CHANGE = ("st_size", "st_mtime_ns")
+
+
+class Change(Protocol):
+    """What a copy has in place of a checkpoint's tensors. `settings`: two changes with the same ones write the same;
+    `manifest`: the name of the file with the hashes."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
+
+    @property
+    def manifest(self) -> str: ...
+
+    def tensors(self, entry: Entry) -> Iterable[tuple[str, str, tuple[int, ...]]]:
+        """Name, dtype and shape of each that stands for that one."""
+
+    def pieces(self, entry: Entry) -> Iterable[torch.Size]:
+        """Shapes in which it is read."""
+
+    def written(
+        self, entry: Entry, number: int, piece: bytearray, shape: torch.Size
+    ) -> Iterable[tuple[str, bytearray | memoryview]]:
+        """What the piece of that number adds to which tensors.
+
+        Raises:
+            ValueError: what is wrong with it, as the end of a sentence that begins with its name.
+        """
+
+    def files(self, plan: Plan) -> Mapping[str, Mapping[str, Any]]:
+        """Those of JSON that are made anew, config.json last."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +59,8 @@ class Shard:
 @dataclass(frozen=True)
 class Plan:
     checkpoint: Checkpoint
-    selection: Selection
-    kind: str
+    change: Change
     shards: tuple[Shard, ...]
-    settings: Mapping[str, Any]
 
     def size(self) -> int:
         """Bytes of what is written, but for a few of JSON."""
@@ -46,46 +74,16 @@ class Plan:
         stats = {name: (folder / name).stat() for name in files}
         changes = {name: [getattr(stat, each) for each in TOKENS_OF_CHANGE] for name, stat in stats.items()}
         layout = hashlib.sha256(b"".join(shard.first_bytes for shard in self.shards)).hexdigest()
-        return {"settings": dict(self.settings), "files of the model": changes, "layout": layout}
+        return {"settings": dict(self.change.settings), "files of the model": changes, "layout": layout}
 
 
-def plan_for(
-    checkpoint: Checkpoint, selection: Selection, kind: str, ignore: Sequence[str], also: Sequence[str]
-) -> Plan:
+def plan_for(checkpoint: Checkpoint, change: Change) -> Plan:
     shards = []
     for name, source in checkpoint.shards.items():
-        tensors = [each for entry in source.entries for each in _written(entry, selection, kind)]
+        tensors = [each for entry in source.entries for each in change.tensors(entry)]
         first_bytes, target = laid_out(tensors, {**source.metadata, "format": "pt"})
         shards.append(Shard(name, source, first_bytes, target))
-    apart = any(each.apart for each in selection.selected.values())
-    settings = {"writer": WRITER, "format": kind, "ignore": list(ignore), "also": list(also), "apart": apart}
-    return Plan(checkpoint, selection, kind, tuple(shards), settings)
-
-
-def _written(entry: Entry, selection: Selection, kind: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """What stands for a tensor: itself, or int8 with its scale."""
-    chosen = selection.selected.get(entry.name)
-    if chosen is None:
-        yield entry.name, entry.dtype, entry.shape
-        return
-    for name, shape in _matrices(chosen):
-        summed_over = len(shape) - 1 if chosen.apart else chosen.summed_over
-        scale = tuple(1 if i == summed_over else size for i, size in enumerate(shape))
-        yield name, "I8", shape
-        for ending in (SCALE, OFFSET) if kind == ASCEND else (SCALE,):
-            yield name + ending, entry.dtype, scale
-
-
-def _matrices(chosen: Selected) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of what one tensor becomes."""
-    entry = chosen.entry
-    if not chosen.apart:
-        yield entry.name, entry.shape
-        return
-    outputs, inputs = entry.shape[3 - chosen.summed_over], entry.shape[chosen.summed_over]
-    for expert in range(entry.shape[0]):
-        for name in chosen.names(expert):
-            yield name, (outputs // len(chosen.apart), inputs)
+    return Plan(checkpoint, change, tuple(shards))
 
 
 def int8_names(plan: Plan) -> set[str]:

@@ -52,7 +52,7 @@ class Progress:
         elif before != plan:
             differ = ", ".join(sorted(name for name in {*before, *plan} if before.get(name) != plan.get(name)))
             raise CommandError(
-                f"OUT {self.output}: an interrupted quantisation of something else is there ({differ} differ from "
+                f"OUT {self.output}: an interrupted copy of something else is there ({differ} differ from "
                 f"{described}): remove the folder, or name another"
             )
 

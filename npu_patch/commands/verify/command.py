@@ -37,6 +37,7 @@ from npu_patch.commands.replay.recording import (
 from npu_patch.commands.subject import models
 from npu_patch.commands.subject.models import DTYPES
 from npu_patch.commands.verify.expected import why_expected
+from npu_patch.commands.verify.quality import command as quality
 from npu_patch.reporting.rows import short_name
 
 ZERO = 1e-10  # of the largest result's norm
@@ -80,18 +81,28 @@ def failed(dtype: str, patch: str, site: str, what: str, why: str) -> Check:
     return Check(dtype, patch, site, what, failure=why, status=FAILED)
 
 
+SEEDS = 4
+OF_AGAINST = ("text", "tokens", "length", "max_logits_error", "max_perplexity_ratio")
+
+
 def run(options: argparse.Namespace) -> Result:
-    if options.seeds < 1:
-        raise CommandError(f"--seeds {options.seeds}: accepted are numbers from 1")
+    if options.against is not None:
+        return quality.run(options)
+    for name in OF_AGAINST:
+        if getattr(options, name) is not None:
+            raise CommandError(f"--{name.replace('_', '-')}: accepted beside --against ORIGINAL")
+    seeds = SEEDS if options.seeds is None else options.seeds
+    if seeds < 1:
+        raise CommandError(f"--seeds {seeds}: accepted are numbers from 1")
     device = models.device_of(options)
     source = models.source_of(options.model)
     names = options.dtype or ["float32", "bfloat16"]
     checks: list[Check] = []
     notes: dict[str, None] = {}
     with steps("verifying", options.json) as progress:
-        progress.of(len(names) * options.seeds)
+        progress.of(len(names) * seeds)
         for name in names:
-            found = _verify(source, device, name, options.seeds, progress)
+            found = _verify(source, device, name, seeds, progress)
             checks += found.checks
             notes |= dict.fromkeys(found.remarks)
     if not any(check.patch != "model" for check in checks):

@@ -149,7 +149,7 @@ def why_unsupported(weights: Weights, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _counts_or_ends(counts: Tensor) -> dict[str, Any]:
+def counts_or_ends(counts: Tensor) -> dict[str, Any]:
     # group_list_type 1 holds counts. Operator documentation: not for a list of length 1, whose count is its end too.
     return {"group_list": counts, "group_list_type": 1 if counts.numel() > 1 else 0}
 
@@ -160,14 +160,14 @@ def _npu_by_rows(
     biases = None if bias is None else [bias] if len(weights) == 1 else list(bias.unbind(0))
     # split_item 0 and 1 read the group list on the host; 2 and 3 give one tensor.
     (y,) = torch.ops.npu.npu_grouped_matmul(
-        [x], weights, bias=biases, split_item=2, group_type=0, **_counts_or_ends(counts)
+        [x], weights, bias=biases, split_item=2, group_type=0, **counts_or_ends(counts)
     )
     return y
 
 
 def _npu_by_columns(columns: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
     (y,) = torch.ops.npu.npu_grouped_matmul(
-        [columns], [rows.contiguous()], split_item=3, group_type=2, **_counts_or_ends(counts)
+        [columns], [rows.contiguous()], split_item=3, group_type=2, **counts_or_ends(counts)
     )
     return y
 

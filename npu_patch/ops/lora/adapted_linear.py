@@ -5,6 +5,9 @@ One autograd function in the place of the layer's, the adapter's and the dropout
 it is multiplied in, and the mask of the dropout as the device's operator makes it (on an NPU one bit an element).
 Dropped inputs are made again from x.
 
+W may be int8 with a scale for each output (ops/w8a8/): x is then quantised once, however many layers share it, and
+the gradient of x goes through the dequantised weight.
+
 Two dtypes decide how it is computed. The layer multiplies in `product`: autocast's, or that of its weight. The adapter
 multiplies in `compute`: autocast's, or its own. Where they are one, the expanded adapter is added by the product that
 expands it, in place. Float32 adapters beside a half precision layer (and no autocast) multiply in float32, as they do
@@ -32,6 +35,10 @@ from torch.nn import Parameter
 
 from npu_patch.numerics.remade import Remade, remade
 from npu_patch.numerics.results import in_dtype
+from npu_patch.ops.w8a8.linear import RowsOf, rows_of
+from npu_patch.ops.w8a8.linear import definition as int8_definition
+from npu_patch.ops.w8a8.linear import through as through_int8
+from npu_patch.ops.w8a8.npu import int8_products
 from npu_patch.serving.implementation import layout
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -39,7 +46,8 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 class Adapter(NamedTuple):
     """`down` (A) is `[r, in]`, `up` (B) `[out, r]`. `dropout`: the probability, 0 where nothing is dropped.
-    `product` and `compute`: the dtypes of the layer's and of the adapter's products."""
+    `product` and `compute`: the dtypes of the layer's and of the adapter's products. `weight_scale`: `[out, 1]` beside
+    an int8 weight, and `rows` who quantises the input of that, or knows it quantised."""
 
     down: Tensor
     up: Tensor
@@ -47,32 +55,45 @@ class Adapter(NamedTuple):
     dropout: float
     product: torch.dtype
     compute: torch.dtype
+    weight_scale: Tensor | None = None
+    rows: RowsOf = rows_of
+
+    @property
+    def settings(self) -> tuple[float, float, torch.dtype, torch.dtype]:
+        return self[2:6]
 
 
 def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
     """x `[..., in]`, weight `[out, in]`, bias `[out]` or None -> `[..., out]` in the dtype `product`."""
-    return _AdaptedLinears.apply((adapter,), remade(x), x, weight, bias, adapter.down, adapter.up)[0]
+    return adapted_linears(x, [(weight, bias, adapter)])[0]
 
 
 def adapted_linears(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Adapter]]) -> tuple[Tensor, ...]:
     """Of several layers with one input and the same dtypes: what `adapted_linear` computes of each, bit by bit. x is
     widened once, the adapters are cast together, and the gradients of x are summed by the products that make them."""
-    tensors = [each for weight, bias, adapter in layers for each in (weight, bias, adapter.down, adapter.up)]
+    tensors = [
+        each
+        for weight, bias, adapter in layers
+        for each in (weight, adapter.weight_scale, bias, adapter.down, adapter.up)
+    ]
     return _AdaptedLinears.apply(tuple(adapter for _, _, adapter in layers), remade(x), x, *tensors)
 
 
 def definition(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
     """Without dropout, in the dtype of what it is given: for float64."""
-    return F.linear(x, weight, bias) + F.linear(F.linear(x, adapter.down), adapter.up) * adapter.scaling
+    scale = adapter.weight_scale
+    by_layer = F.linear(x, weight, bias) if scale is None else int8_definition(x, weight, scale, bias)
+    return by_layer + F.linear(F.linear(x, adapter.down), adapter.up) * adapter.scaling
 
 
 def why_unsupported(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> str | None:
-    down, up = adapter.down, adapter.up
+    down, up, scale = adapter.down, adapter.up, adapter.weight_scale
     device = x.device
     for tensor in (x, weight, down, up) if bias is None else (x, weight, down, up, bias):
         if type(tensor) is not Tensor and type(tensor) is not Parameter:
             return f"a tensor of type {type(tensor).__name__}"
-        if tensor.dtype not in FLOAT_DTYPES or tensor.device != device:
+        known = tensor.dtype in FLOAT_DTYPES or (tensor is weight and scale is not None)
+        if not known or tensor.device != device:
             return f"input on {device}, a weight in {tensor.dtype} on {tensor.device}"
     if x.dim() < 2 or not x.numel():
         return f"an input of {layout(x)}"
@@ -84,8 +105,9 @@ def why_unsupported(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Ada
     return None
 
 
-OF_EACH = 4  # tensors that a layer brings: weight, bias, down, up
-OF_EACH_SAVED = 5
+OF_EACH = 5  # tensors that a layer brings: weight, its scale, bias, down, up
+BIAS, DOWN, UP = 2, 3, 4
+OF_EACH_SAVED = 6
 
 
 class _AdaptedLinears(torch.autograd.Function):
@@ -98,11 +120,17 @@ class _AdaptedLinears(torch.autograd.Function):
         wide = in_dtype(compute, own)
         used = _all_in(compute, [each for adapter in adapters for each in (adapter.down, adapter.up)])
         _, _, needs_x, *needed = ctx.needs_input_grad
-        results, saved, keeps_x = [], [], False
+        results, saved, keeps_x, rows = [], [], False, None
         for index, adapter in enumerate(adapters):
-            (weight, bias), (down, up) = tensors[OF_EACH * index :][:2], used[2 * index :][:2]
-            needs_weight, _, needs_down, needs_up = needed[OF_EACH * index :][:OF_EACH]
-            y = F.linear(own, in_dtype(product, weight), None if bias is None else in_dtype(product, bias))
+            (weight, scale, bias), (down, up) = tensors[OF_EACH * index :][:DOWN], used[2 * index :][:2]
+            needs_weight, _, _, needs_down, needs_up = needed[OF_EACH * index :][:OF_EACH]
+            added = None if bias is None else in_dtype(product, bias)
+            if scale is None:
+                y = F.linear(own, in_dtype(product, weight), added)
+            else:
+                int8 = int8_products(own.device.type)
+                rows = adapter.rows(x, product, int8.quantise) if rows is None else rows
+                y = int8.product(rows, weight, scale, added, product)
             dropped, mask = wide, None
             if adapter.dropout:
                 dropped, mask = torch.native_dropout(wide, adapter.dropout, True)
@@ -112,6 +140,7 @@ class _AdaptedLinears(torch.autograd.Function):
             results.append(y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]).data)
             saved += [
                 weight if needs_x else None,
+                scale if needs_x else None,
                 down if needs_x else None,
                 up if needs_x or needs_down else None,
                 shrunk if needs_up else None,
@@ -159,21 +188,25 @@ def _backward(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | 
         if dy is None:
             continue
         first = OF_EACH * index
-        weight, down, up, shrunk, mask = saved[OF_EACH_SAVED * index :][:OF_EACH_SAVED]
-        needs_weight, needs_bias, needs_down, needs_up = needed[first:][:OF_EACH]
+        weight, scale, down, up, shrunk, mask = saved[OF_EACH_SAVED * index :][:OF_EACH_SAVED]
+        needs_weight, _, needs_bias, needs_down, needs_up = needed[first:][:OF_EACH]
         dy = _rows(dy)
         dy_used = in_dtype(compute, dy)
         if needs_up:
-            torch.mm(dy_used.t(), shrunk, out=places[first + 3])
+            torch.mm(dy_used.t(), shrunk, out=places[first + UP])
         through: Any = dy_used @ up if needs_x or needs_down else None
         if needs_down:
-            torch.mm(through.t(), _kept(wide, mask, adapter), out=places[first + 2])
+            torch.mm(through.t(), _kept(wide, mask, adapter), out=places[first + DOWN])
         if needs_weight:
             found[first] = (dy.t() @ own).to(ctx.dtypes[first])
         if needs_bias:
-            found[first + 1] = dy.sum(0).to(ctx.dtypes[first + 1])
+            found[first + BIAS] = dy.sum(0).to(ctx.dtypes[first + BIAS])
         if needs_x:
-            d_x = _sum_with(d_x, dy, in_dtype(product, weight), x_dtype)
+            if scale is None:
+                d_x = _sum_with(d_x, dy, in_dtype(product, weight), x_dtype)
+            else:
+                by_layer = in_dtype(x_dtype, through_int8(dy, weight, scale))
+                d_x = by_layer if d_x is None else d_x.add_(by_layer)
             if mask is None:
                 _add_product(d_x, through, down, adapter.scaling)
             else:
@@ -199,7 +232,7 @@ def _side_by_side(
     found: dict[tuple[float, torch.dtype], list[tuple[int, Where]]] = {}
     lengths: dict[tuple[float, torch.dtype], int] = {}
     for index, (down, up, scaling) in enumerate(shapes):
-        for place, shape in enumerate((down, up), OF_EACH * index + 2):
+        for place, shape in enumerate((down, up), OF_EACH * index + DOWN):
             if wanted[place]:
                 kind = scaling, dtypes[place]
                 offset = lengths.get(kind, 0)

@@ -23,7 +23,7 @@ CASE_SCALING = 0.75
 
 
 def _key(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Hashable:
-    return *weight.shape, adapter.down.shape[0], adapter.product, adapter.compute
+    return *weight.shape, weight.dtype is torch.int8, adapter.down.shape[0], adapter.product, adapter.compute
 
 
 ADAPTED_LINEAR = Op(
@@ -58,6 +58,25 @@ def case(width_out: int, width_in: int, rank: int, product: torch.dtype, compute
             ((rank, width_in), compute),
             ((width_out, rank), compute),
         ],
+        with_adapter,
+        allowed=ALLOWED_OF_PRODUCTS,
+    )
+
+
+def int8_case(width_out: int, width_in: int, rank: int, product: torch.dtype, compute: torch.dtype) -> Case:
+    """As `case`, but for a weight of all that int8 holds, which has no gradient."""
+
+    def with_adapter(function: Callable[..., Any], *inputs: Tensor) -> Any:
+        x, down, up = inputs
+        numbers = torch.arange(width_out * width_in, device=x.device).view(width_out, width_in)
+        weight = (numbers * 7919 % 255 - 127).to(torch.int8)
+        scale = torch.full((width_out, 1), 2.0**-6, dtype=product, device=x.device)
+        return function(x, weight, None, Adapter(down, up, CASE_SCALING, 0.0, product, compute, scale))
+
+    return Case(
+        ADAPTED_LINEAR,
+        f"{width_in} to {width_out} in int8, rank {rank} {dtype_name(product)}, adapter in {dtype_name(compute)}",
+        lambda tokens: [((tokens, width_in), product), ((rank, width_in), compute), ((width_out, rank), compute)],
         with_adapter,
         allowed=ALLOWED_OF_PRODUCTS,
     )

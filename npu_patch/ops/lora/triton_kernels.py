@@ -42,7 +42,7 @@ def _alike(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
     for layer in layers:
         adapter = layer[2]
         rank = adapter.down.shape[0]
-        kind = (rank, adapter.down.dtype, *adapter[2:])
+        kind = (rank, adapter.down.dtype, *adapter.settings)
         if run and (kind != known or len(run) == most_together(rank)):
             yield run
             run = []
@@ -56,6 +56,8 @@ def why_unsupported_by_triton(x: Tensor, weight: Tensor, bias: Tensor | None, ad
     reason = why_unsupported(x, weight, bias, adapter)
     if reason is not None:
         return reason
+    if adapter.weight_scale is not None:
+        return "an int8 weight"
     rank, dtype = adapter.down.shape[0], adapter.down.dtype
     if not most_together(rank):
         return f"a rank of {rank}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Linear, Parameter
 
-from npu_patch.ops.w8a8.linear import TORCH_INT8, int8_linear
+from npu_patch.ops.w8a8.linear import TORCH_INT8, computed_in, int8_linear
 
 
 class W8A8Linear(Linear):
@@ -31,7 +31,4 @@ class W8A8Linear(Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input `[..., K]` -> `[..., N]` in its dtype, or in autocast's."""
-        device_type = input.device.type
-        if torch.is_autocast_enabled(device_type):
-            input = input.to(torch.get_autocast_dtype(device_type))
-        return int8_linear(TORCH_INT8, input, self.weight, self.weight_scale, self.bias)
+        return int8_linear(TORCH_INT8, input, self.weight, self.weight_scale, self.bias, computed_in(input))

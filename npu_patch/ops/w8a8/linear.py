@@ -15,12 +15,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from npu_patch.ops.w8a8.quantised import Quantised, by_token
+from npu_patch.numerics.results import changeable, in_dtype
+from npu_patch.ops.w8a8.quantised import MOST, Quantised, by_token
+from npu_patch.ops.weight_format import as_rows
 
 SLICE = 32 * 2**20  # bytes of the weight in the dtype of the gradient at one time
+EXACT_SUMS = 1024  # products of two int8 that float32 adds up exactly: 1024 * 127 * 127 < 2**24
+Quantise = Callable[[Tensor], Quantised]
 
 
 @dataclass(frozen=True)
@@ -28,23 +33,47 @@ class Int8Products:
     """Of one device. `quantise(x [M, K])`; `product(rows, weight [N, K], scale [N, 1], bias [N] or None, dtype)` is
     `[M, N]` in that dtype."""
 
-    quantise: Callable[[Tensor], Quantised]
+    quantise: Quantise
     product: Callable[[Quantised, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
 
 
-def int8_linear(products: Int8Products, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x `[..., K]`, weight int8 `[N, K]`, scale `[N, 1]`, bias `[N]` -> `[..., N]` in the dtype of x."""
-    return _Int8Linear.apply(products, x, weight, scale, bias)
+def computed_in(x: Tensor) -> torch.dtype:
+    """The dtype of a layer's result: that of x or autocast's, which leaves float64 alone."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def rows_of(x: Tensor, dtype: torch.dtype, quantise: Quantise) -> Quantised:
+    """x `[..., K]`, as it is in `dtype`, quantised by token."""
+    return quantise(in_dtype(dtype, x).reshape(-1, x.shape[-1]))
+
+
+RowsOf = Callable[[Tensor, torch.dtype, Quantise], Quantised]
+
+
+def int8_linear(
+    products: Int8Products,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    rows: RowsOf = rows_of,
+) -> Tensor:
+    """x `[..., K]`, weight int8 `[N, K]`, scale `[N, 1]`, bias `[N]` -> `[..., N]` in `dtype`. `rows`: who quantises x,
+    or knows it quantised."""
+    return _Int8Linear.apply(products, rows, dtype, x, weight, scale, bias)
 
 
 class _Int8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
-        products, x, weight, scale, bias = given
-        ctx.save_for_backward(*((weight, scale) if ctx.needs_input_grad[1] else (None, None)))
-        ctx.bias = None if bias is None else bias.dtype
-        rows = products.quantise(x.reshape(-1, x.shape[-1]))
-        return products.product(rows, weight, scale, bias, x.dtype).view(*x.shape[:-1], weight.shape[0])
+        products, rows, dtype, x, weight, scale, bias = given
+        ctx.save_for_backward(*((weight, scale) if ctx.needs_input_grad[3] else (None, None)))
+        ctx.of_bias = None if bias is None else bias.dtype
+        y = products.product(rows(x, dtype, products.quantise), weight, scale, bias, dtype)
+        return changeable(y.view(*x.shape[:-1], weight.shape[0]))
 
     @staticmethod
     @once_differentiable
@@ -52,29 +81,57 @@ class _Int8Linear(torch.autograd.Function):
         weight, scale = ctx.saved_tensors
         rows = dy.reshape(-1, dy.shape[-1])
         dx = None if weight is None else through(rows, weight, scale).view(*dy.shape[:-1], weight.shape[1])
-        dbias = rows.sum(0).to(ctx.bias) if ctx.needs_input_grad[4] else None
-        return None, dx, None, None, dbias
+        dbias = rows.sum(0).to(ctx.of_bias) if ctx.needs_input_grad[6] else None
+        return None, None, None, dx, None, None, dbias
 
 
 def through(dy: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """`dy (W scale)`: dy `[M, N]` -> `[M, K]`."""
-    scaled = dy * scale.view(-1).to(dy.dtype)
+    weight, scaled = as_rows(weight), dy * scale.view(-1).to(dy.dtype)
     wide = max(1, SLICE // (weight.shape[0] * dy.element_size()))
     if wide >= weight.shape[1]:
-        return scaled @ weight.to(dy.dtype)
-    return torch.cat([scaled @ part.to(dy.dtype) for part in weight.split(wide, 1)], -1)
+        return _product(scaled, weight.to(dy.dtype))
+    return torch.cat([_product(scaled, part.to(dy.dtype)) for part in weight.split(wide, 1)], -1)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """In their own dtype, whatever autocast's is."""
+    device_type = left.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return left @ right
+    with torch.autocast(device_type, enabled=False):
+        return left @ right
 
 
 def _sums(values: Tensor, weight: Tensor) -> Tensor:
-    """int32 `[M, N]`."""
-    if values.device.type == "cpu":
+    """int32 `[M, N]`, on any device: none is known to multiply float64 everywhere."""
+    if values.device.type == "cpu" and values.numel():
         return torch._int_mm(values, weight.t())
-    return (values.double() @ weight.t().double()).to(torch.int32)  # exact: each sum is far below 2**53
+    weight = as_rows(weight)
+    parts = zip(values.split(EXACT_SUMS, 1), weight.split(EXACT_SUMS, 1), strict=True)
+    total, *others = [
+        _product(of_values.float(), of_weight.t().float()).to(torch.int32) for of_values, of_weight in parts
+    ]
+    for each in others:
+        total += each
+    return total
 
 
-def _torch_product(rows: Quantised, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    y = _sums(rows.values, weight).float() * scale.view(-1).float() * rows.scale[:, None]
+def dequantised(sums: Tensor, rows: Quantised, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """int32 sums `[M, N]` with both scales and the bias, in float32, then in `dtype`."""
+    y = sums.float() * scale.view(-1).float() * rows.scale[:, None]
     return (y if bias is None else y + bias.float()).to(dtype)
 
 
+def _torch_product(rows: Quantised, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return dequantised(_sums(rows.values, weight), rows, scale, bias, dtype)
+
+
 TORCH_INT8 = Int8Products(by_token, _torch_product)
+
+
+def definition(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """In the dtype of x, for float64; the derivative is the straight-through one."""
+    step = x.detach().abs().amax(-1, keepdim=True) / MOST
+    rounded = (x.detach() / torch.where(step > 0, step, 1.0)).round() * step
+    return F.linear(x + (rounded - x.detach()), weight.to(x.dtype) * scale.to(x.dtype), bias)

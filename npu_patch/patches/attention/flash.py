@@ -107,8 +107,10 @@ def target_dtype(query: Tensor, module: torch.nn.Module) -> torch.dtype:
     try:
         from transformers.integrations.flash_attention import get_target_dtype
     except ImportError:  # transformers 4 has it inside its flash attention
-        return _dtype_of_model(query, module)
-    return get_target_dtype(query, module) or query.dtype
+        found: torch.dtype | None = _dtype_of_model(query, module)
+    else:
+        found = get_target_dtype(query, module)
+    return found if found is not None and found.is_floating_point else query.dtype  # a weight's may be int8
 
 
 def _dtype_of_model(query: Tensor, module: torch.nn.Module) -> torch.dtype:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from npu_patch.ops.experts.routed import EXPERTS, silu_of_halves
 from npu_patch.ops.readings import NotRead
+from npu_patch.ops.w8a8.experts import REGISTERED as INT8
 from npu_patch.patches.experts import looped as experts_looped
 from npu_patch.patches.experts import packed as experts_packed
 from npu_patch.patches.patch import Context, Patch, Replacement, layers_of_class
@@ -53,8 +54,10 @@ def find(module: ModuleType) -> Iterable[Site]:
 
 
 def in_layer(layer: torch.nn.Module) -> Iterable[Site]:
-    """Live experts that the registry does not serve."""
+    """Live experts that the registry does not serve. Those in int8 have a patch of their own."""
     entries = registry()
+    if asked_for(layer) == INT8:
+        return
     if entries is not None and _looks_up(type(layer), entries) and _why_unserved(layer) is not None:
         yield Site(layer, "forward", None, f"{type(layer).__module__}.{type(layer).__qualname__}")
 
@@ -96,7 +99,7 @@ def _bind_entry(site: Site, context: Context) -> Replacement:
 
 def _asking(site: Site, live: LiveModules) -> Iterator[torch.nn.Module]:
     """The live layers whose config asks for an entry of the registry."""
-    return (each for each in live if _looks_up(type(each), site.owner) and _asked_for(each) == site.name)
+    return (each for each in live if _looks_up(type(each), site.owner) and asked_for(each) == site.name)
 
 
 def layers(site: Site, context: Context) -> int | None:
@@ -125,14 +128,21 @@ def _looks_up(cls: type, registry: dict[str, Any]) -> bool:
     return any(getattr(value, "_global_mapping", None) is registry for value in held)
 
 
-def _asked_for(module: torch.nn.Module) -> str | None:
+def asks_registry(module: torch.nn.Module) -> bool:
+    """Whether its forward looks up in transformers' registry who computes it."""
+    entries = registry()
+    return entries is not None and _looks_up(type(module), entries)
+
+
+def asked_for(module: torch.nn.Module) -> str | None:
+    """The implementation of experts in its configuration."""
     return getattr(getattr(module, "config", None), "_experts_implementation", None)
 
 
 def _why_unserved(module: torch.nn.Module) -> str | None:
-    asked_for = _asked_for(module)
-    if asked_for not in DOORS:
-        return f"its config asks for the experts implementation {asked_for!r}"
+    asked = asked_for(module)
+    if asked not in DOORS:
+        return f"its config asks for the experts implementation {asked!r}"
     reading = READINGS.of(module)
     return reading.reason if isinstance(reading, NotRead) else None
 
@@ -140,7 +150,7 @@ def _why_unserved(module: torch.nn.Module) -> str | None:
 def registered_reading(module: torch.nn.Module) -> ExpertsReading | None:
     """How experts read their weights that our function in the registry serves; None of every other layer."""
     entries = registry()
-    if entries is None or not _looks_up(type(module), entries) or not is_ours(entries.get(str(_asked_for(module)))):
+    if entries is None or not _looks_up(type(module), entries) or not is_ours(entries.get(str(asked_for(module)))):
         return None
     reading = READINGS.of(module)
     return None if isinstance(reading, NotRead) else reading

@@ -1,8 +1,8 @@
 """Frozen weights of linear layers and experts in FRACTAL_NZ, so that no product lays them out anew. Opt-in.
 
 Changes    `data` of parameters, which stay the objects that they are, with their shapes, strides and values.
-Not when   a weight is trained, shared, a part of a larger storage, a subclass of Parameter, hooked, not in half
-           precision, on another device, of widths that are no multiples of 16 (the padding would cost memory), of
+Not when   a weight is trained, shared, a part of a larger storage, a subclass of Parameter, hooked, neither in half
+           precision nor an int8 layer's, on another device, of widths that would be padded (which costs memory), of
            output embeddings (a loss reads them by rows), or read by the code of a layer around; the model is sharded,
            or its ranks have yet to be given one another's weights. The device is asked whether such products are right.
 Put back   before a `state_dict`, a copy, a pickle, a move or cast of its module, peft's merges, a step of an optimizer
@@ -19,11 +19,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Linear, Module, Parameter
 from torch.optim import optimizer as torch_optimizer
 
 from npu_patch import log
 from npu_patch.ops import weight_format
+from npu_patch.ops.w8a8.layer import W8A8Linear
+from npu_patch.ops.w8a8.npu import WIDEST
 from npu_patch.patches.experts.patch import registered_reading
 from npu_patch.patches.preparation import Change, LeftAlone, Preparation, Rebinding
 from npu_patch.sites.names_used import names_used
@@ -49,7 +52,7 @@ def why_not(model: Module, device_type: str, switches: Switches) -> str | None:
         return f"{sharded} keeps its weights"
     if _waits_for_other_ranks(model):
         return "its ranks have yet to be given one another's weights: wrap it first"
-    found = list(_weights(model, bool(switches["moe_patch"])))
+    found = list(_weights(model, switches))
     if not found:
         return "it has no linear layers"
     left = _left(model, found)
@@ -61,7 +64,7 @@ def why_not(model: Module, device_type: str, switches: Switches) -> str | None:
 
 
 def prepare(model: Module, device_type: str, switches: Switches) -> Iterator[Change | Rebinding | LeftAlone]:
-    found = list(_weights(model, bool(switches["moe_patch"])))
+    found = list(_weights(model, switches))
     left = _left(model, found)
     if weight_format.COMPILE_MODE.switch_off():
         yield weight_format.COMPILE_MODE, lambda mode: mode.switch_on()
@@ -83,11 +86,13 @@ def _change_back(layer: Module) -> None:
     weight_format.plain(layer)
 
 
-def _weights(model: Module, of_experts: bool) -> Iterator[Weight]:
+def _weights(model: Module, switches: Switches) -> Iterator[Weight]:
     for layer in model.modules():
-        if isinstance(layer, Linear):
+        if type(layer) is W8A8Linear and switches["w8a8"]:
+            yield layer, "weight", weight_format.OF_INT8
+        elif isinstance(layer, Linear):
             yield layer, "weight", weight_format.OF_LINEAR
-        reading = registered_reading(layer) if of_experts else None
+        reading = registered_reading(layer) if switches["moe_patch"] else None
         if reading is not None:
             for name in (reading.convention.up_name, "down_proj"):
                 yield layer, name, weight_format.OF_EXPERTS
@@ -101,8 +106,8 @@ def _left(model: Module, found: Iterable[Weight]) -> dict[int, str]:
     named = {id(layer): name.rpartition(".")[2] for name, layer in model.named_modules()}
     read = {frozenset(names) for each in {type(each) for each in model.modules()} for names in _reading_weights(each)}
     left: dict[int, str] = {}
-    for at, (layer, name, _) in enumerate(found):
-        why = _why_left(layer, name, owners)
+    for at, (layer, name, of) in enumerate(found):
+        why = _why_left(layer, name, owners, of == weight_format.OF_INT8)
         if id(layer) in heads:
             why = "of output embeddings"
         elif why is None and isinstance(layer, Linear) and any(named[id(layer)] in names for names in read):
@@ -112,15 +117,16 @@ def _left(model: Module, found: Iterable[Weight]) -> dict[int, str]:
     return left
 
 
-def _why_left(layer: Module, name: str, owners: Counter[int]) -> str | None:
+def _why_left(layer: Module, name: str, owners: Counter[int], int8: bool) -> str | None:
     weight = layer._parameters.get(name)
-    if isinstance(layer, Linear) and type(layer) is not Linear:
+    if isinstance(layer, Linear) and type(layer) is not Linear and not int8:
         return f"of a {type(layer).__name__}"
     if "forward" in vars(layer) or layer._forward_pre_hooks or layer._forward_hooks or hasattr(layer, "_hf_hook"):
         return "of a layer with hooks or a forward of its own"
     if weight is None or type(weight) is not Parameter or hasattr(weight, "ds_id"):
         return "no plain parameter"
-    if hasattr(layer, f"{name}_scale") or weight.dtype not in weight_format.DTYPES:
+    fits = weight.dtype == torch.int8 if int8 else weight.dtype in weight_format.DTYPES
+    if not fits or (hasattr(layer, f"{name}_scale") and not int8):
         return f"in {str(weight.dtype).removeprefix('torch.')}"
     if weight.device.type != "npu":
         return f"on {weight.device.type}"
@@ -136,9 +142,16 @@ def _why_left(layer: Module, name: str, owners: Counter[int]) -> str | None:
         return "a part of a larger storage"
     if weight_format.lies_in_blocks(weight):
         return "in blocks already"
-    if any(width % weight_format.BLOCK for width in weight.shape[-2:]):
-        return f"of widths {' and '.join(map(str, weight.shape[-2:]))}, no multiples of {weight_format.BLOCK}"
-    return None
+    return _why_no_blocks(weight, int8)
+
+
+def _why_no_blocks(weight: Tensor, int8: bool) -> str | None:
+    blocks = weight_format.INT8_BLOCK if int8 else (weight_format.BLOCK, weight_format.BLOCK)
+    widths = weight.shape[-2:]
+    said = " and ".join(map(str, widths))
+    if any(width % block for width, block in zip(widths, blocks, strict=True)):
+        return f"of widths {said}, no multiples of {' and '.join(map(str, dict.fromkeys(blocks)))}"
+    return f"of widths {said}, wider than {WIDEST}" if int8 and max(widths) > WIDEST else None
 
 
 def _head_of(module: Module) -> Any:

@@ -70,7 +70,13 @@ class Groups:
         (_, its_weight, its_bias, its_adapter), versions, result = found
         same = weight is its_weight and bias is its_bias
         same = same and adapter.down is its_adapter.down and adapter.up is its_adapter.up
-        if not same or adapter[2:] != its_adapter[2:] or _version(x) != waiting.version or versions != _versions(call):
+        same = same and adapter.weight_scale is its_adapter.weight_scale
+        if (
+            not same
+            or adapter.settings != its_adapter.settings
+            or _version(x) != waiting.version
+            or versions != _versions(call)
+        ):
             return None
         return result if waiting.with_gradients == torch.is_grad_enabled() else None
 
@@ -116,8 +122,8 @@ class Groups:
 
 def _versions(call: LayerCall) -> list[int]:
     _, weight, bias, adapter = call
-    tensors = (weight, adapter.down, adapter.up) if bias is None else (weight, adapter.down, adapter.up, bias)
-    return [_version(each) for each in tensors]
+    tensors = (weight, adapter.down, adapter.up, bias, adapter.weight_scale)
+    return [_version(each) for each in tensors if each is not None]
 
 
 def _version(tensor: Tensor) -> int:

@@ -3,8 +3,9 @@
 Rebinds    `forward` of peft's class, whose instances are made before `apply()` or after it.
 To         one function of the weights, which keeps x once and nothing of its size beside (ops/lora/).
 Not when   several adapters are active, or none; examples of a batch have adapters of their own (`adapter_names`);
-           adapters are disabled, merged, of a variant (DoRA and the like) or have a bias; the layer is quantised,
-           sharded or otherwise no plain `nn.Linear`; anybody listens to one of its parts. peft's forward then runs.
+           adapters are disabled, merged, of a variant (DoRA and the like) or have a bias; the layer is neither a plain
+           `nn.Linear` nor one of int8 weights that patches/w8a8/ serves; anybody listens to one of its parts. peft's
+           forward then runs.
 Delete     when peft has such a function.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -21,8 +23,10 @@ from torch import Tensor
 from torch.nn import Dropout, Identity, Linear, Module
 
 from npu_patch.ops.lora.adapted_linear import Adapter
-from npu_patch.ops.lora.op import ADAPTED_LINEAR, TOGETHER, case
+from npu_patch.ops.lora.op import ADAPTED_LINEAR, TOGETHER, case, int8_case
 from npu_patch.ops.readings import AsNamed, NotRead
+from npu_patch.ops.w8a8.layer import W8A8Linear
+from npu_patch.ops.w8a8.shared_rows import shared_rows
 from npu_patch.patches.lora.groups import Groups
 from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.probe.adapted_linear import read_adapted_linear
@@ -35,8 +39,10 @@ from npu_patch.serving.implementation import Implementation
 from npu_patch.serving.listeners import first_listener
 from npu_patch.serving.replacement import Unserved, replacement_for
 from npu_patch.sites.sites import LiveModules, Site, rebindable_forwards
+from npu_patch.sites.whose import is_ours
 from npu_patch.waiting.head_call import is_put_off
 
+OF_INT8 = W8A8Linear.forward
 OF_LINEAR, OF_DROPOUT, OF_IDENTITY = Linear.forward, Dropout.forward, Identity.forward  # whoever binds them anew
 DROPOUT = (F, "dropout")
 Call = tuple[Tensor, Tensor, "Tensor | None", Adapter]
@@ -115,12 +121,12 @@ def _with_it(
     groups: Groups, layer: Module, call: Call, cast_to: Any, dispatch: Dispatch, calls: Calls, serving: Implementation
 ) -> Iterator[tuple[Module, Call]]:
     """The layers whose calls are computed with this one's, and those calls."""
-    dtypes = call[3][-2:]
+    dtypes = call[3].settings[2:]
     for other in groups.after(layer):
         if "forward" in other.__dict__ or other._forward_pre_hooks:
             continue
         its_call = _call_of(other, call[0], cast_to)
-        if isinstance(its_call, str) or its_call[3][-2:] != dtypes:
+        if isinstance(its_call, str) or its_call[3].settings[2:] != dtypes:
             continue
         if dispatch.serving(calls, *its_call) is serving:
             yield other, its_call
@@ -141,8 +147,9 @@ def _call_of(layer: Any, x: Tensor, cast_to: torch.dtype | None) -> Call | str:
     if name in getattr(layer, "lora_variant", ()) or getattr(layer, "use_dora", {}).get(name):
         return "a variant of LoRA"
     base, down, up, dropout = parts["base_layer"], down_of[name], up_of[name], parts["lora_dropout"]._modules[name]
+    scale = _scale_of(base)
     for part, its_name in ((base, "base_layer"), (down, "lora_A"), (up, "lora_B")):
-        if type(part).forward is not OF_LINEAR:
+        if type(part).forward is not OF_LINEAR and (part is not base or scale is None):
             return f"{its_name} is a {type(part).__name__}"
     heard = first_listener(((base, "base_layer"), (down, "lora_A"), (up, "lora_B"), (dropout, "lora_dropout")))
     if heard is not None:
@@ -160,14 +167,23 @@ def _call_of(layer: Any, x: Tensor, cast_to: torch.dtype | None) -> Call | str:
     )
     if down_bias is not None or up_bias is not None:
         return "an adapter with a bias"
-    dtype, product, compute = x.dtype, weight.dtype, down_weight.dtype
+    dtype, compute = x.dtype, down_weight.dtype
+    product = weight.dtype if scale is None else dtype
     if dtype is not compute and not getattr(layer, "cast_input_dtype_enabled", True):
         return "casting its input is switched off"
     if cast_to is not None:
         product = compute = cast_to
     elif dtype is not product or up_weight.dtype is not compute or (bias is not None and bias.dtype is not product):
         return f"input, weight and adapter in {dtype}, {product}, {compute} and {up_weight.dtype}"
-    return x, weight, bias, Adapter(down_weight, up_weight, float(scaling), probability, product, compute)
+    adapter = Adapter(down_weight, up_weight, float(scaling), probability, product, compute, scale)
+    return x, weight, bias, adapter if scale is None else adapter._replace(rows=partial(shared_rows, base, False))
+
+
+def _scale_of(base: Any) -> Any:
+    """Of a layer of int8 weights, where our function serves it."""
+    if type(base) is not W8A8Linear or W8A8Linear.forward is OF_INT8 or not is_ours(W8A8Linear.forward):
+        return None
+    return base._parameters["weight_scale"]
 
 
 def _parameters(linear: Any) -> tuple[Tensor, Tensor | None]:
@@ -205,12 +221,14 @@ def _cases(cls: type, live: LiveModules) -> Iterator[Case]:
     layers: Iterable[Any] = live.of(cls)
     for layer in layers:
         base = layer._modules["base_layer"]
-        if type(base) is not Linear:
+        of_kind = {Linear: case, W8A8Linear: int8_case}.get(type(base))
+        if of_kind is None:
             continue
+        weight = base.weight if type(base) is Linear else base.weight_scale
         for down in layer._modules["lora_A"]._modules.values():
-            dtypes = {(base.weight.dtype, down.weight.dtype), (torch.bfloat16, torch.bfloat16)}
+            dtypes = {(weight.dtype, down.weight.dtype), (torch.bfloat16, torch.bfloat16)}
             for product, compute in dtypes:
-                yield case(base.out_features, base.in_features, down.out_features, product, compute)
+                yield of_kind(base.out_features, base.in_features, down.out_features, product, compute)
 
 
 PATCH: Patch[AsNamed | Another, ..., Any] = Patch(

@@ -183,7 +183,7 @@ def test_called_again_it_checks_what_it_wrote(tmp_path: Path, capsys: pytest.Cap
     assert quantised(model, out) == quantised(model, out) == 0
     assert "3 were there already" in capsys.readouterr().out
     assert quantised(model, out, "--ignore", "x") == 2
-    assert "a quantisation with other settings is there" in capsys.readouterr().err
+    assert "another copy, with other settings, is there" in capsys.readouterr().err
     shard = next(out.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     assert quantised(model, out) == 2

@@ -1,0 +1,1 @@
+"""A plain copy of a model with int8 weights."""

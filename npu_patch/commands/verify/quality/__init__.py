@@ -1,0 +1,1 @@
+"""What a quantised model lost: `verify MODEL --against ORIGINAL`."""

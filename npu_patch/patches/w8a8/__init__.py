@@ -1,0 +1,1 @@
+"""Models with int8 weights."""
