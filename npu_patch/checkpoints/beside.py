@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,7 +69,7 @@ def _added(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], shard: s
     if one:
         os.link(folder / ONE_FILE, folder / FIRST)
         weights = dict.fromkeys(checkpoint.tensors, FIRST)
-        index = {"metadata": {"total_size": sum(entry.size for entry in checkpoint.tensors.values())}}
+        index: dict[str, Any] = {"metadata": {"total_size": sum(entry.size for entry in checkpoint.tensors.values())}}
     else:
         index = json_of(folder / INDEX)
         weights = index["weight_map"]

@@ -22,7 +22,7 @@ WHOLE = "use_mtp=True: a head reads the whole prompt, as tokens, within the call
 def serve_made(original: Serve) -> Serve:
     """`MTPCandidateGenerator(main_model, ...)`."""
 
-    def serve(made: Any, main_model: Any, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> None:
+    def serve(made: Any, main_model: Any, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_rolled_back(main_model):
             return TakenOver(original(made, main_model, generation_config, model_kwargs, *args, **kwargs))
         cache = model_kwargs.get("past_key_values")

@@ -97,7 +97,7 @@ def _head_class() -> Any:
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.modeling_layers import MtpModel
 
-    class Head(MtpModel):  # type: ignore[misc]
+    class Head(MtpModel):
         """What it shares with the model is no part of it: neither loaded, nor moved, nor trained."""
 
         def __init__(self, main_model: Any, num_mtp_layers: int) -> None:

@@ -11,6 +11,7 @@ Delete     when transformers takes tokens back from recurrent states, and its co
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
@@ -71,14 +72,30 @@ class _Calls(Calls):
 
 
 def find(module: ModuleType) -> Iterable[Site]:
+    """All of them or none: caches of older versions are cropped to a length, not by one."""
+    lacking = _lacking()
+    if lacking is not None:
+        if module.__name__ == CACHES:
+            yield Site(module, "", None, lacking)
+        return
     if module.__name__ not in DOORS:
         yield from stateful.find(module)
     for door in DOORS.get(module.__name__, ()):
-        owner = getattr(module, door.within, None)
-        if owner is None or door.name not in vars(owner):
-            yield Site(module, "", None, f"{module.__name__}.{door.within}.{door.name}")
-        else:
-            yield Site(owner, door.name, vars(owner)[door.name])
+        owner = getattr(module, door.within)
+        yield Site(owner, door.name, vars(owner)[door.name])
+
+
+def _lacking() -> str | None:
+    """The first door that this transformers does not have."""
+    for name, doors in DOORS.items():
+        for door in doors:
+            try:
+                owner = getattr(importlib.import_module(name), door.within, None)
+            except ImportError:
+                owner = None
+            if owner is None or door.name not in vars(owner):
+                return f"{name}.{door.within}.{door.name}"
+    return None
 
 
 def read_site(site: Site) -> AsNamed | NotRead:

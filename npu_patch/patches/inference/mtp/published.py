@@ -77,4 +77,4 @@ def _files(path: str) -> list[Path]:
         user_agent=None,
         is_remote_code=False,
     )
-    return [Path(each) for each in found]
+    return [Path(each) for each in found or ()]

@@ -37,7 +37,8 @@ def _has_state(cls: type) -> bool:
 def why_stateful(model: torch.nn.Module) -> str | None:
     """Why drafts cannot be taken back from its states, or None."""
     layers = [*model.modules()]
-    classes = {cls for cls in {*map(type, layers)} if UPDATE in names_used(cls.forward)}
+    kinds: set[Any] = {*map(type, layers)}
+    classes = {cls for cls in kinds if UPDATE in names_used(cls.forward)}
     for layer in layers:
         cls = type(layer)
         if cls in classes and not is_served_rule(layer, sys.modules.get(cls.__module__)):

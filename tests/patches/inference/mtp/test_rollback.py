@@ -13,6 +13,7 @@ from transformers import DynamicCache, LlamaConfig, cache_utils
 import npu_patch
 from npu_patch import applied, apply, restore
 from npu_patch.ops.gated_delta import recorded
+from npu_patch.patches.inference.mtp import patch
 from tests.support.heads import FAMILIES, GREEDY, prompt
 from tests.support.tiny_models import tiny
 
@@ -230,6 +231,17 @@ def test_without_the_switch_and_after_restore_a_stateful_model_is_refused(how: d
 def test_the_report_is_silent_about_what_nobody_asked_for() -> None:
     assert not [note for note in npu_patch.apply(tiny("qwen3"), device="cpu").notes if note.startswith("mtp")]
     assert "mtp: switched off by apply(mtp=False)" in npu_patch.apply(tiny("qwen3"), device="cpu", mtp=False).notes
+
+
+def test_a_transformers_that_lacks_one_thing_keeps_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of it would take wrong tokens for right ones."""
+    monkeypatch.setitem(patch.DOORS, patch.LAYERS, (patch.Door("Absent", "from_pretrained"),))
+    model, crop = tiny("qwen3_next"), cache_utils.LinearAttentionCacheLayerMixin.crop
+    with applied(model, device="cpu", mtp=True) as report:
+        assert model._is_stateful is True and cache_utils.LinearAttentionCacheLayerMixin.crop is crop
+    (found,) = (each for each in report if each.patch == "mtp")
+    assert (found.site, found.status) == ("transformers.modeling_layers.Absent.from_pretrained", "skipped")
+    assert "5.23 does" in found.reason and not [each for each in report.warnings if "mtp" in each]
 
 
 def test_a_stateful_model_of_another_kind_stays_refused() -> None:
