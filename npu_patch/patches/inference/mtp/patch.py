@@ -64,6 +64,18 @@ DOORS = {
 }
 
 
+_BOUND: dict[tuple[str, str], Calls] = {}
+
+
+def _not_bound() -> str | None:
+    """The first door that is not in place now."""
+    for door in (door for doors in DOORS.values() for door in doors):
+        calls = _BOUND.get((door.within, door.name))
+        if calls is None or not calls.active:
+            return f"{door.within}.{door.name} is not in place"
+    return None
+
+
 @dataclass
 class _Calls(Calls):
     def deactivate(self) -> None:
@@ -109,8 +121,9 @@ def read_site(site: Site) -> AsNamed | NotRead:
 def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
     calls = _Calls()
     if site.name == stateful.NAME:
-        return Replacement(stateful.Stateful(calls), reading.name, calls)
+        return Replacement(stateful.Stateful(calls, _not_bound), reading.name, calls)
     door = next(each for each in DOORS[site.owner.__module__] if each.name == site.name)
+    _BOUND[door.within, door.name] = calls
     if door.value is not None:
         return Replacement(door.value(site.original, calls), reading.name, calls)
     assert door.serve is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -49,13 +49,13 @@ def why_stateful(model: torch.nn.Module) -> str | None:
 class Stateful:
     """`model._is_stateful`: not, where what was drafted can be taken back. Of a class it is what it was."""
 
-    def __init__(self, calls: Calls) -> None:
-        self.calls = calls
+    def __init__(self, calls: Calls, why_not: Callable[[], str | None]) -> None:
+        self.calls, self.why_not = calls, why_not
 
     def __get__(self, model: Any, cls: type | None = None) -> bool:
         if model is None or not self.calls.active:
             return True
-        reason = why_stateful(model)
+        reason = self.why_not() or why_stateful(model)
         if reason is None:
             self.calls.ran += 1
         else:
@@ -65,4 +65,4 @@ class Stateful:
 
 def is_rolled_back(model: Any) -> bool:
     """Whether it is stateful but for this patch."""
-    return bool(getattr(type(model), NAME, False)) and why_stateful(model) is None
+    return bool(getattr(type(model), NAME, False)) and not getattr(model, NAME)

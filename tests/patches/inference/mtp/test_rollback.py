@@ -244,6 +244,16 @@ def test_a_transformers_that_lacks_one_thing_keeps_all_others(monkeypatch: pytes
     assert "5.23 does" in found.reason and not [each for each in report.warnings if "mtp" in each]
 
 
+def test_a_model_stays_stateful_while_one_thing_is_not_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("qwen3_next")
+    with applied(model, device="cpu", mtp=True) as report:
+        assert model._is_stateful is False
+        monkeypatch.delitem(patch._BOUND, ("LinearAttentionCacheLayerMixin", "crop"))
+        assert model._is_stateful is True
+    reasons = {reason for each in report if each.patch == "mtp" for reason in each.calls.fell_through}
+    assert reasons == {"LinearAttentionCacheLayerMixin.crop is not in place"}
+
+
 def test_a_stateful_model_of_another_kind_stays_refused() -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
