@@ -24,7 +24,7 @@ for site in (
     "models.qwen3_5.modeling_qwen3_5.Qwen3_5PreTrainedModel._is_stateful",
 ):
     assert found.get(site) == "patched", (site, found)
-labels = [each.site for each in npu_patch.report()]
+labels = [(each.patch, each.site) for each in npu_patch.report()]
 assert len(labels) == len(set(labels)), labels
 npu_patch.restore()
 assert "npu_patch" not in cache_utils.StaticLayer.update.__code__.co_filename
