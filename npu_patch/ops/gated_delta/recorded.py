@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from npu_patch.ops.gated_delta import recurrent
 from npu_patch.ops.gated_delta.calls import RuleCall
+from npu_patch.ops.gated_delta.rule import gated_delta_rule, several_tokens
 from npu_patch.serving.implementation import AnyImplementation
 
 OneToken = Callable[[RuleCall], tuple[Tensor, Tensor | None]]
@@ -87,6 +88,8 @@ def recorded(call: RuleCall, recording: Recording, serving: AnyImplementation) -
     """The output `[B, T, Hv, V]` and the state after all. `serving`: who computes a single token."""
     if serving.run is recurrent.run and call.q.shape[1] <= recurrent.MOST_TOKENS:
         output, states = recurrent.run_several(call)
+    elif serving.run is gated_delta_rule:
+        output, states = several_tokens(call)
     else:
         output, states = _token_by_token(call, serving.run)
     recording.new = states

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
@@ -24,15 +27,21 @@ def call_of(tokens: int, dtype: torch.dtype, batch: int = 1) -> RuleCall:
     return RuleCall(q, k, v, g, beta.to(dtype), state, output_final_state=True, normalize=True)
 
 
+def on(call: RuleCall, device: Any) -> RuleCall:
+    given = ("q", "k", "v", "g", "beta", "initial_state")
+    return replace(call, **{name: getattr(call, name).to(device) for name in given})
+
+
 def part(call: RuleCall, start: int, end: int, state: torch.Tensor) -> RuleCall:
     parts = (each[:, start:end] for each in (call.q, call.k, call.v, call.g, call.beta))
     return RuleCall(*parts, state, output_final_state=True, normalize=True)
 
 
+@pytest.mark.parametrize("device", ["cpu", "npu"])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_several_tokens_are_bitwise_as_many_single_ones(dtype: torch.dtype, batch: int) -> None:
-    call = call_of(5, dtype, batch)
+def test_several_tokens_are_bitwise_as_many_single_ones(dtype: torch.dtype, batch: int, device: str) -> None:
+    call = on(call_of(5, dtype, batch), device)
     assert call.initial_state is not None
     held = call.initial_state.clone()
     recording = Recording()
@@ -107,10 +116,9 @@ def test_the_recurrent_operator_writes_a_state_for_each_token(
 ) -> None:
     """In one call, whose kernels do not grow with them; and the first states are those of fewer tokens, bit by bit."""
     call = call_of(tokens, torch.bfloat16, batch)
-    parts = (each.to(npu) for each in (call.q, call.k, call.v, call.g, call.beta))
-    assert call.initial_state is not None
-    state = call.initial_state.to(npu)
-    moved = RuleCall(*parts, state, output_final_state=True, normalize=True)
+    moved = on(call, npu)
+    state = moved.initial_state
+    assert state is not None
     before, recording = state.clone(), Recording()
     recorded(moved, recording, RECURRENT)
     with simulator.count() as counted:
@@ -129,9 +137,16 @@ def test_the_recurrent_operator_writes_a_state_for_each_token(
 
 def test_more_tokens_than_the_operator_takes_are_single_ones(npu: torch.device, simulated: None) -> None:
     call = call_of(9, torch.bfloat16)
-    parts = (each.to(npu) for each in (call.q, call.k, call.v, call.g, call.beta))
-    assert call.initial_state is not None
-    moved = RuleCall(*parts, call.initial_state.to(npu), output_final_state=True, normalize=True)
     recording = Recording()
-    output, _ = recorded(moved, recording, RECURRENT)
+    output, _ = recorded(on(call, npu), recording, RECURRENT)
     assert output.shape == call.v.shape and len(recording.new) == 9
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_a_further_token_takes_six_kernels(tokens: int, npu: torch.device, simulated: None) -> None:
+    call, recording = on(call_of(tokens, torch.float32), npu), Recording()
+    recorded(call, recording, OWN)
+    with simulator.count() as counted:
+        recorded(call, recording, OWN)
+    most = {1: 11}.get(tokens, 14 + 6 * (tokens - 1))
+    assert counted.launches <= most and counted.host_copies == 0, counted
