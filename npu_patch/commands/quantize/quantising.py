@@ -12,7 +12,7 @@ from torch import Tensor
 from npu_patch.checkpoints.folder import CONFIG
 from npu_patch.checkpoints.safetensors_file import Entry
 from npu_patch.checkpoints.w8a8 import ASCEND, DESCRIPTION, OFFSET, SCALE, config_of, description_of
-from npu_patch.commands.quantize.int8 import int8_of
+from npu_patch.commands.quantize.int8 import WIDER, int8_of
 from npu_patch.commands.quantize.pieces import DTYPES, in_pieces
 from npu_patch.commands.quantize.plan import WRITER, Plan, int8_names
 from npu_patch.commands.quantize.selection import Selected, Selection
@@ -44,7 +44,7 @@ class Quantising:
             scale = tuple(1 if i == summed_over else size for i, size in enumerate(shape))
             yield name, "I8", shape
             for ending in (SCALE, OFFSET) if self.kind == ASCEND else (SCALE,):
-                yield name + ending, entry.dtype, scale
+                yield name + ending, "F32" if DTYPES[entry.dtype] in WIDER else entry.dtype, scale
 
     def pieces(self, entry: Entry) -> Iterator[torch.Size]:
         """Whole channels of a weight."""

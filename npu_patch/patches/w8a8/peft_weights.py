@@ -2,10 +2,11 @@
 
 Rebinds    `_check_merge_allowed`, which every tuner asks before it merges; `merge` of linear layers with LoRA;
            `dequantize_module_weight` wherever peft imported it, which DoRA asks for a layer's weight; `_activate_lora`
-           of adapters for packed experts.
+           of adapters for packed experts; `inject_adapter`, by which every tuner puts adapters on layers.
 To         an error before anything is merged (peft would add `delta.to(int8)`, which is nothing, or fail half-way);
            the weight times its scales; adapters that our experts compute (peft would round them to int8, where they
-           are nothing and get no gradient).
+           are nothing and get no gradient); an error for tuners that are not known to leave weights to their layers
+           (tuners.py). Where their adapters are there already, the report says so.
 Not when   no layer with an adapter is one of int8 weights.
 Delete     when peft knows layers of int8 weights with scales.
 """
@@ -13,7 +14,7 @@ Delete     when peft knows layers of int8 weights with scales.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -27,12 +28,14 @@ from npu_patch.ops.w8a8.layer import W8A8Linear
 from npu_patch.ops.w8a8.op import W8A8
 from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.patches.w8a8.experts import ADAPTERS
+from npu_patch.patches.w8a8.tuners import why_not
 from npu_patch.serving.bypassed import Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.replacement import TakenOver, Unserved, replacement_for
 from npu_patch.sites.sites import Site
 
 ASKED, MERGE, WEIGHT_OF, ACTIVATE = "_check_merge_allowed", "merge", "dequantize_module_weight", "_activate_lora"
+INJECT = "inject_adapter"
 LAYERS = ("Linear", "ParamWrapper")
 INSTEAD = (
     "`python -m npu_patch dequantize MODEL OUT` makes a copy of the checkpoint without int8: load the adapter beside "
@@ -43,8 +46,8 @@ INSTEAD = (
 def find(module: ModuleType) -> Iterable[Site]:
     for value in list(vars(module).values()):
         if isinstance(value, type) and value.__module__ == module.__name__:
-            if value.__name__ == "BaseTuner" and ASKED in vars(value):
-                yield Site(value, ASKED, vars(value)[ASKED])
+            if value.__name__ == "BaseTuner":
+                yield from (Site(value, name, vars(value)[name]) for name in (ASKED, INJECT) if name in vars(value))
             if value.__name__ in LAYERS and "lora_A" in _names(value):
                 yield from (Site(value, name, vars(value)[name]) for name in (MERGE, ACTIVATE) if name in vars(value))
     if WEIGHT_OF in vars(module):
@@ -55,8 +58,16 @@ def _names(cls: type) -> tuple[str, ...]:
     return tuple(getattr(cls, "adapter_layer_names", ()))
 
 
-def read_site(site: Site) -> AsNamed:
+def in_layer(layer: Module) -> Iterable[Site]:
+    """Adapters that are on int8 weights and read them."""
+    if type(layer._modules.get("base_layer")) is W8A8Linear and why_not(type(layer)) is not None:
+        yield Site(layer, "forward", None, f"{type(layer).__module__}.{type(layer).__qualname__}")
+
+
+def read_site(site: Site) -> AsNamed | NotRead:
     """Whatever it does: it does that still, with other layers."""
+    if isinstance(site.owner, Module):
+        return NotRead(f"what it computes on int8 weights is wrong: {why_not(type(site.owner))}")
     return AsNamed("int8 weights")
 
 
@@ -83,8 +94,21 @@ def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement | N
             return TakenOver(site.original(self, active_adapters))
         return _adapting(self, [name for name in active_adapters if name in self.lora_A])
 
-    serve = {ASKED: check, MERGE: merge, WEIGHT_OF: weight_of, ACTIVATE: activate}[site.name]
-    function = replacement_for(site.original, calls, serve, bypassed=Bypassed())
+    def inject(self: Any, model: Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        why = why_not(type(self), self.peft_config.get(adapter_name))
+        int8 = next((name for name, each in model.named_modules() if type(each) is W8A8Linear), None)
+        if why is not None and int8 is not None:
+            raise ValueError(f"the model has int8 weights ({int8}): {why}")
+        return TakenOver(site.original(self, model, adapter_name, *args, **kwargs))
+
+    ways: dict[str, Callable[..., Any]] = {
+        INJECT: inject,
+        ASKED: check,
+        MERGE: merge,
+        WEIGHT_OF: weight_of,
+        ACTIVATE: activate,
+    }
+    function = replacement_for(site.original, calls, ways[site.name], bypassed=Bypassed())
     return Replacement(function, reading.name, calls, alone=False, within=None)
 
 
@@ -138,6 +162,7 @@ PATCH = Patch(
     find,
     read_site,
     bind_site,
+    in_layer=in_layer,
     layers=lambda site, context: None,
     tunable=False,
     libraries=("peft",),

@@ -1,0 +1,29 @@
+"""Which of peft's methods compute beside a layer, and so beside one of int8 weights; and which read its weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+TUNERS = "peft.tuners."
+NO_LINEAR = ("ln_tuning", "trainable_tokens", "xlora")  # they have no adapters of linear layers themselves
+BESIDE = (
+    *("lora", "adalora", "beft", "boft", "c3a", "fourierft", "gralora", "ia3", "lily", "loha", "lokr", "miss", "oft"),
+    *("poly", "pvera", "randlora", "road", "vblora", "vera", "waveft"),
+)
+
+
+def why_not(tuner_or_layer: type, config: Any = None) -> str | None:
+    """Why adapters of this tuner's class, or of this layer's, cannot be put on int8 weights. Of a class of somebody
+    else nothing is known, nor said. Each name in BESIDE was seen to compute what it does on the dequantised weight."""
+    module = tuner_or_layer.__module__
+    method = module.removeprefix(TUNERS).partition(".")[0]
+    if not module.startswith(TUNERS) or method == "tuners_utils" or method in NO_LINEAR:
+        return None
+    if method == "miss" and getattr(config, "init_weights", None) == "bat":
+        return "miss with init_weights='bat' reads weights, which without their scales are others"
+    if method not in BESIDE:
+        return (
+            f"{method} is not known to leave weights to their layers, and without their scales they are others; known "
+            f"are {', '.join(BESIDE)}"
+        )
+    return None
