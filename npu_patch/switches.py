@@ -61,7 +61,7 @@ SWITCHES: tuple[Switch, ...] = (
     Switch(
         "head_padding", "HEAD_PADDING", AUTO, "attention heads padded to widths of the cube unit", "vision", kind="auto"
     ),
-    Switch("inference", "INFERENCE", True, "generation within the training process: the next five together"),
+    Switch("inference", "INFERENCE", True, "generation within the training process: the next six together"),
     Switch(
         "captured_decode", "CAPTURED_DECODE", True, "decode steps over a static cache captured in a graph", "inference"
     ),
@@ -71,6 +71,7 @@ SWITCHES: tuple[Switch, ...] = (
     ),
     Switch("weight_nz", "WEIGHT_NZ", False, "frozen weights in the layout of the cube unit", "inference"),
     Switch("prefetch", "PREFETCH", False, "the next product's weight fetched into the L2 cache", "inference"),
+    Switch("mtp", "MTP", False, "drafts of linear attention models: heads of several tokens, rollback", "inference"),
     Switch("w8a8", "W8A8", True, "int8 weights: loading, and computing in int8"),
     Switch("gated_rmsnorm_fp32", "GATED_RMSNorm_FP32", False, "gated RMSNorm computed in float32"),
     Switch("swiglu_recompute", "SWIGLU_RECOMPUTE", AUTO, "making SwiGLU's product again in the backward", kind="auto"),

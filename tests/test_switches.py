@@ -17,6 +17,7 @@ def test_defaults() -> None:
         "recurrent_bf16",
         "weight_nz",
         "prefetch",
+        "mtp",
     }
     measured = ("triton", "swiglu_recompute", "patch_embedding", "head_padding")
     assert [switches[name] for name in measured] == ["auto"] * 4

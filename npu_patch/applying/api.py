@@ -158,6 +158,9 @@ def _go(walk: Walk) -> None:
     libraries = libraries_of(entries)
     scope, half_executed = Scope.of(model, libraries).parted()
     walk.over(scope, entries)
+    while (meanwhile := Scope.of(model, libraries).parted()[0].beyond(scope)) is not None:  # registries import some
+        walk.over(meanwhile, entries)
+        scope = scope.and_modules_of(meanwhile)
     report.warnings += in_words(walk.kept_options)
     _watch_imports(walk, entries, libraries, half_executed)
     if model is None:

@@ -31,7 +31,7 @@ def enabled(catalogue: Iterable[AnyPatch], request: Request, choice_of: ChoiceOf
             off = f"{patch.name}: switched off by {request.switches.sources[patch.switch]}"
             if patch.name in in_place:
                 report.warnings.append(f"{off}, and {STILL_IN_PLACE}")
-            else:
+            elif request.switches.sources[patch.switch] != "default":  # nobody asked for it
                 report.notes.append(off)
         elif choice.chosen is None and not choice.candidates:
             usual = [each for each in patch.op.implementations if not each.optional]

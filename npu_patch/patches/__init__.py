@@ -7,6 +7,7 @@ from npu_patch.patches.experts import patch as experts
 from npu_patch.patches.gated_delta import patch as gated_delta_net
 from npu_patch.patches.inference import captured_decode, prefetch, static_cache, weight_nz
 from npu_patch.patches.inference.continuous_batching import patch as continuous_batching
+from npu_patch.patches.inference.mtp import patch as mtp
 from npu_patch.patches.lora import patch as lora
 from npu_patch.patches.loss import patch as loss
 from npu_patch.patches.order import in_order
@@ -43,6 +44,7 @@ CATALOGUE: tuple[Patch, ...] = in_order(
         captured_decode.PATCH,
         static_cache.PATCH,
         continuous_batching.PATCH,
+        mtp.PATCH,
         w8a8_loading.PATCH,
         w8a8_experts.PATCH,
         w8a8_peft.PATCH,

@@ -65,6 +65,15 @@ class Scope:
         modules, libraries = ([m for m in ms if id(m) not in found] for ms in (self.modules, self.libraries))
         return replace(self, modules=of_model or modules, libraries=libraries), half
 
+    def beyond(self, other: Scope) -> Scope | None:
+        """The modules that are not in `other`, alone; None where there are none."""
+        known = {id(each) for each in (*other.modules, *other.libraries)}
+        modules, libraries = ([m for m in ms if id(m) not in known] for ms in (self.modules, self.libraries))
+        return Scope(modules, libraries, live=self.live, registries=False) if modules or libraries else None
+
+    def and_modules_of(self, other: Scope) -> Scope:
+        return replace(self, modules=[*self.modules, *other.modules], libraries=[*self.libraries, *other.libraries])
+
     def modules_for(self, libraries: Collection[str]) -> list[ModuleType]:
         """To look through for a patch that names these libraries: each module once, be it the model's own too."""
         named = [module for module in self.libraries if is_within(module.__name__, libraries)]

@@ -62,6 +62,7 @@ def test_the_catalogue_is_in_the_order_of_its_needs() -> None:
         "add_rms_norm": {"rms_norm"},
         "w8a8_norm": {"rms_norm", "w8a8"},
         "vision_attention": {"attention"},
+        "mtp": {"gated_delta_net"},
     }
 
 

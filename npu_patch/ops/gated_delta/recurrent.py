@@ -1,11 +1,13 @@
-"""`npu_recurrent_gated_delta_rule` for a single token: taken where it is asked for, for it rounds the state to bfloat16
-after each token, as the original does not.
+"""`npu_recurrent_gated_delta_rule` for a single token, or the few of a draft: taken where it is asked for, for it
+rounds the state to bfloat16 after each token, as the original does not.
 
 The cache of the model stays as it is, float32 `[B, Hv, K, V]`: the operator is given a copy, `[B, Hv, V, K]`, and what
 it has written there is copied back by the cache. Four kernels with the norm of queries and keys and the cache's own.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from npu_patch.serving.operators import Operator
 
 OPERATOR = Operator("npu_recurrent_gated_delta_rule", ("beta", "scale", "actual_seq_lengths", "ssm_state_indices", "g"))
 MOST_HEADS = 256
+MOST_TOKENS = 8
 WIDEST_HEAD = 256
 
 
@@ -44,20 +47,29 @@ def unsupported(call: RuleCall) -> str | None:
 
 def run(call: RuleCall) -> tuple[Tensor, Tensor | None]:
     """The output `[B, 1, Hv, V]` and the state, bfloat16 `[B, Hv, K, V]`, the latter a view of another layout."""
+    out, (state,) = run_several(call)
+    return out, state if call.output_final_state else None
+
+
+def run_several(call: RuleCall) -> tuple[Tensor, list[Tensor]]:
+    """Of at most MOST_TOKENS tokens: the output `[B, T, Hv, V]` and the state after each, which the operator writes to
+    a block of its own. In between it does not round it, as far as its documentation goes."""
     assert call.initial_state is not None
     batch, heads, width, value_width = call.initial_state.shape
-    q, k, v = (each.contiguous() for each in widened(call, torch.bfloat16, 1.0))
-    state = torch.empty((batch, heads, value_width, width), dtype=torch.bfloat16, device=q.device)
-    state.copy_(call.initial_state.mT)
+    tokens = call.q.shape[1]
+    q, k, v = (each.reshape(batch * tokens, 1, *each.shape[2:]) for each in (call.q, call.k, call.v))
+    q, k, v = (each.contiguous() for each in widened(replace(call, q=q, k=k, v=v), torch.bfloat16, 1.0))
+    states = torch.empty((batch, tokens, heads, value_width, width), dtype=torch.bfloat16, device=q.device)
+    states[:, 0].copy_(call.initial_state.mT)  # a sequence starts from the block of its first token
     out = torch.ops.npu.npu_recurrent_gated_delta_rule(
         q,
         k,
         v,
-        state,
-        beta=call.beta.reshape(batch, heads).contiguous(),
+        states.view(-1, heads, value_width, width),
+        beta=call.beta.reshape(-1, heads).contiguous(),
         scale=width**-0.5,
-        actual_seq_lengths=filled(1, batch, q.device, torch.int32),
-        ssm_state_indices=numbered(batch, q.device),
-        g=call.g.reshape(batch, heads).contiguous(),
+        actual_seq_lengths=filled(tokens, batch, q.device, torch.int32),
+        ssm_state_indices=numbered(batch * tokens, q.device),
+        g=call.g.reshape(-1, heads).contiguous(),
     )
-    return out.view(batch, 1, heads, value_width), state.mT if call.output_final_state else None
+    return out.view(batch, tokens, heads, value_width), [each.mT for each in states.unbind(1)]

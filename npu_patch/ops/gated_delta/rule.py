@@ -22,7 +22,7 @@ from npu_patch.ops.gated_delta import algebra
 from npu_patch.ops.gated_delta.calls import RuleCall
 from npu_patch.ops.gated_delta.chunks import Problem
 from npu_patch.ops.gated_delta.layout import boundaries, layout_for
-from npu_patch.ops.gated_delta.step import step
+from npu_patch.ops.gated_delta.step import step, steps
 
 UNIT_KEY = 1024.0
 """A power of two that survives `x * rsqrt(x² + 1e-6)` as 1 within 5e-13."""
@@ -54,6 +54,13 @@ def gated_delta_rule(call: RuleCall) -> tuple[Tensor, Tensor | None]:
     _check(call)
     with _no_autocast(call.q):
         return step(call)
+
+
+def several_tokens(call: RuleCall) -> tuple[Tensor, list[Tensor]]:
+    """The same for a few tokens, one after the other, with the state after each."""
+    _check(call)
+    with _no_autocast(call.q):
+        return steps(call)
 
 
 def _chunked(call: RuleCall, tiling: Tiling) -> tuple[Tensor, Tensor | None]:

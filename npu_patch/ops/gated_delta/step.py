@@ -1,10 +1,13 @@
-"""A single token of the gated delta rule, in as few kernels as torch has for it: ten, with a state, on an NPU.
+"""A single token of the gated delta rule, in as few kernels as torch has for it: ten, with a state, on an NPU; six for
+each more of several that are computed one after the other.
 
 Both queries and keys are `x / sqrt(K x² + K eps)` here, as one RMSNorm makes them, so shorter than unit vectors by the
 factor K ** -0.5 that queries are to have anyway; what keys lack of it are scalars that the other kernels take.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,24 +20,40 @@ from npu_patch.ops.rms_norm import NPU_RMS_NORM
 
 def step(call: RuleCall) -> tuple[Tensor, Tensor | None]:
     """The output `[B, 1, Hv, V]` in the dtype of q and, if asked, the state after it; the one before is left alone."""
-    batch, _, key_heads, width = call.k.shape
+    o, (state,) = steps(call)
+    return o, state if call.output_final_state else None
+
+
+def steps(call: RuleCall) -> tuple[Tensor, list[Tensor]]:
+    """Of several tokens, one after the other, `[B, T, Hv, V]` and the state after each: bit by bit what as many steps
+    give, for casts, lengths and decays are made for all tokens at once, and row by row."""
+    batch, tokens, key_heads, width = call.k.shape
     heads, value_width = call.v.shape[2:]
     dtype = torch.promote_types(call.q.dtype, torch.float32)
     root = float(width) ** 0.5
-    q, k, v = widened(call, dtype, 1.0 / root)
-    shape = batch, key_heads, heads // key_heads
-    # A key head serves several value heads: products over an axis of one, which none of them copies.
-    q, k = (x.view(batch, key_heads, 1, 1, width) for x in (q, k))
-    v, beta = v.view(*shape, 1, value_width), call.beta.reshape(*shape, 1, 1)
-    if call.initial_state is None:
-        state = k.mT * (v * beta).mul(root)
+    if tokens > 1:
+        q, k, v = (each.reshape(batch * tokens, 1, *each.shape[2:]) for each in (call.q, call.k, call.v))
+        q, k, v = widened(replace(call, q=q, k=k, v=v), dtype, 1.0 / root)
     else:
-        kept = call.g.reshape(*shape, 1, 1).exp()
-        decayed = call.initial_state.to(dtype).reshape(*shape, width, value_width) * kept.to(dtype)
-        written = torch.sub(v, k @ decayed, alpha=root) * beta
-        state = torch.addcmul(decayed, k.mT, written, value=root)
-    o = (q @ state).view(batch, 1, heads, value_width).to(call.q.dtype)
-    return o, state.view(batch, heads, width, value_width) if call.output_final_state else None
+        q, k, v = widened(call, dtype, 1.0 / root)
+    shape = batch, tokens, key_heads, heads // key_heads
+    # A key head serves several value heads: products over an axis of one, which none of them copies.
+    q, k = (x.view(batch, tokens, key_heads, 1, 1, width) for x in (q, k))
+    v, beta = v.view(*shape, 1, value_width), call.beta.reshape(*shape, 1, 1)
+    kept = call.g.reshape(*shape, 1, 1).exp().to(dtype) if tokens > 1 or call.initial_state is not None else None
+    state = None if call.initial_state is None else call.initial_state.to(dtype)
+    outputs, states = [], []
+    for at in range(tokens):
+        if state is None:
+            state = k[:, at].mT * (v[:, at] * beta[:, at]).mul(root)
+        else:
+            assert kept is not None
+            decayed = state.reshape(batch, *shape[2:], width, value_width) * kept[:, at]
+            written = torch.sub(v[:, at], k[:, at] @ decayed, alpha=root) * beta[:, at]
+            state = torch.addcmul(decayed, k[:, at].mT, written, value=root)
+        outputs.append((q[:, at] @ state).view(batch, 1, heads, value_width))
+        states.append(state.view(batch, heads, width, value_width))
+    return (torch.cat(outputs, 1) if tokens > 1 else outputs[0]).to(call.q.dtype), states
 
 
 def widened(call: RuleCall, dtype: torch.dtype, length: float) -> tuple[Tensor, Tensor, Tensor]:

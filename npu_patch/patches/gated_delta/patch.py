@@ -161,6 +161,13 @@ def _reaches(site: Site, layer: torch.nn.Module) -> bool:
     return looked_up or (_is_replaced(current) and any(value is current for value in vars(layer).values()))
 
 
+def is_served_rule(layer: torch.nn.Module, module: ModuleType | None) -> bool:
+    """Whether each gated delta rule that the layer calls is ours: one that it has kept, or looks up in its module."""
+    called = {name: vars(module).get(name) for name in names_used(type(layer).forward)} if module is not None else {}
+    rules = [value for value in (called | vars(layer)).values() if _kind(value) == RULE]
+    return bool(rules) and all(map(_is_replaced, rules))
+
+
 PATCH: Patch[Reading | AsNamed, ..., Any] = Patch(
     "gated_delta_net",
     "fla",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from npu_patch.numerics.selective_checkpointing import unseen
 from npu_patch.ops.gated_delta.calls import ConvolutionCall, RuleCall
+from npu_patch.ops.gated_delta.recorded import note, part, recorded, recording_of
 from npu_patch.patches.gated_delta.packing import refuse_if_untold
 from npu_patch.probe.gated_delta import CONVOLUTION, RULE, UPDATE, Reading
 from npu_patch.serving.calls import Calls
@@ -82,13 +83,23 @@ def serve(
         call = call_of(given, leading.device)
         if call is None:
             return Unserved("arguments that are no tensors")
-        serving = dispatch.serving(calls, call)
-        if isinstance(serving, str):
-            return Unserved(serving)
-        with unseen():  # the package's own ones write into what they computed
-            return serving.run(call)
+        return _computed(dispatch, calls, call)
 
     return serve_call
+
+
+def _computed(dispatch: Dispatch, calls: Calls, call: Any) -> Any:
+    recording = recording_of(call.initial_state) if isinstance(call, RuleCall) else None
+    serving = dispatch.serving(calls, call if recording is None else part(call, 0, call.initial_state))
+    if isinstance(serving, str):
+        return Unserved(serving)
+    with unseen():  # the package's own ones write into what they computed
+        if recording is not None:
+            return recorded(call, recording, serving)
+        result = serving.run(call)
+    if isinstance(call, RuleCall):
+        note(result[1])
+    return result
 
 
 def _bound(reading: Reading, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any] | Unserved:

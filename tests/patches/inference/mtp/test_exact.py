@@ -1,0 +1,183 @@
+"""Greedy tokens with drafts are those without, whatever the drafts are; in float32, over 256 tokens."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
+
+from npu_patch import applied
+from tests.support.heads import FAMILIES, GREEDY, prompt
+from tests.support.tiny_models import tiny
+
+TOKENS, FEWER = 256, 64
+VOCABULARY = 101
+Draft = Callable[[list[int], random.Random], list[int]]
+
+
+def wrong(token: int) -> int:
+    return (token + 1) % VOCABULARY
+
+
+# Of the tokens that are still to come, what is drafted.
+DRAFTS: dict[str, Draft] = {
+    "always wrong": lambda rest, chance: [wrong(each) for each in rest[:4]],
+    "right then wrong": lambda rest, chance: [*rest[:2], *map(wrong, rest[2:5])],
+    "all right": lambda rest, chance: rest[:5],
+    "longer than the rest": lambda rest, chance: [*rest, *range(2, 40)] if len(rest) < 20 else rest[:60],
+    "by chance": lambda rest, chance: [
+        each if chance.random() < 0.7 else wrong(each) for each in rest[: chance.randrange(9)]
+    ],
+}
+
+
+@functools.cache
+def plainly(family: str) -> tuple[Any, Tensor]:
+    """A model, and what it says without drafts."""
+    model = tiny(family, max_position_embeddings=512)
+    return model, model.generate(prompt(), max_new_tokens=TOKENS, **GREEDY)
+
+
+@pytest.fixture
+def drafting(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor, Draft], list[int]]:
+    """Has prompt lookup draft what it is told to. The lengths of the drafts are noted."""
+
+    def draft(plain: Tensor, of: Draft) -> list[int]:
+        lengths: list[int] = []
+        chance = random.Random(3)
+
+        def get_candidates(self: Any, input_ids: Tensor) -> tuple[Tensor, None]:
+            assert torch.equal(input_ids, plain[:, : input_ids.shape[1]])
+            found = of(plain[0, input_ids.shape[1] :].tolist(), chance)
+            lengths.append(len(found))
+            return torch.cat((input_ids, input_ids.new_tensor(found).view(1, -1)), -1), None
+
+        monkeypatch.setattr(PromptLookupCandidateGenerator, "get_candidates", get_candidates)
+        return lengths
+
+    return draft
+
+
+@pytest.mark.parametrize("kind", DRAFTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_are_those_of_plain_decoding_whatever_is_drafted(
+    family: str, kind: str, drafting: Callable[[Tensor, Draft], list[int]]
+) -> None:
+    model, plain = plainly(family)
+    lengths = drafting(plain, DRAFTS[kind])
+    with applied(model, device="cpu", mtp=True):
+        found = model.generate(prompt(), max_new_tokens=TOKENS, prompt_lookup_num_tokens=3, **GREEDY)
+    assert torch.equal(found, plain)
+    if kind == "longer than the rest":
+        assert max(lengths) >= 38 and len(lengths) < 12
+    steps = {"always wrong": TOKENS, "all right": TOKENS // 6 + 2}.get(kind)
+    assert steps is None or abs(len(lengths) - steps) <= 2, lengths
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_with_prompt_lookup_are_those_of_plain_decoding(family: str) -> None:
+    model, ids = tiny(family, max_position_embeddings=512), prompt().repeat(1, 3)
+    plain = model.generate(ids, max_new_tokens=FEWER, **GREEDY)
+    with applied(model, device="cpu", mtp=True):
+        assert torch.equal(
+            model.generate(ids, max_new_tokens=FEWER, prompt_lookup_num_tokens=4, max_matching_ngram_size=1, **GREEDY),
+            plain,
+        )
+
+
+@pytest.mark.parametrize("tokens", [2, 9])
+@pytest.mark.parametrize("assistant", ["its own", "another", "qwen3"])
+def test_tokens_with_an_assistant_model_are_those_of_plain_decoding(assistant: str, tokens: int) -> None:
+    """One that is stateful itself: it never drafts what is taken, or always; and one that is not."""
+    model, ids = tiny("qwen3_next", max_position_embeddings=512), prompt(tokens)
+    plain = model.generate(ids, max_new_tokens=FEWER, **GREEDY)
+    if assistant == "its own":
+        other = model
+    else:
+        other = tiny("qwen3_5" if assistant == "another" else assistant, max_position_embeddings=512, seed=3)
+    other.generation_config.num_assistant_tokens, other.generation_config.assistant_confidence_threshold = 4, 0.0
+    forwards: list[int] = []
+    with applied(model, device="cpu", mtp=True), applied(other, device="cpu", mtp=True):
+        model.lm_head.register_forward_hook(lambda module, args, output: forwards.append(output.shape[1]))
+        assert torch.equal(model.generate(ids, max_new_tokens=FEWER, assistant_model=other, **GREEDY), plain)
+    checks = [each for each in forwards if each > 1]
+    assert len(checks) < FEWER / 4 if assistant == "its own" else len(checks) > FEWER / 2
+
+
+def test_an_assistant_that_is_stateful_needs_a_prompt_of_two_tokens() -> None:
+    model = tiny("qwen3_next")
+    with applied(device="cpu", mtp=True), pytest.raises(ValueError, match="a prompt of two tokens or more"):
+        model.generate(prompt(1), max_new_tokens=4, assistant_model=tiny("qwen3_5"), **GREEDY)
+
+
+def test_a_stateful_assistant_serves_a_model_without_states() -> None:
+    model, ids = tiny("qwen3", max_position_embeddings=512), prompt()
+    assistant = tiny("qwen3_next", max_position_embeddings=512)
+    plain = model.generate(ids, max_new_tokens=64, **GREEDY)
+    with applied(model, device="cpu", mtp=True), applied(assistant, device="cpu", mtp=True):
+        own = assistant.generate(ids, max_new_tokens=64, **GREEDY)
+        assert torch.equal(model.generate(ids, max_new_tokens=64, assistant_model=assistant, **GREEDY), plain)
+        assert torch.equal(assistant.generate(ids, max_new_tokens=64, assistant_model=model, **GREEDY), own)
+
+
+def test_an_assistant_that_nothing_was_applied_to_is_as_it_was() -> None:
+    """Its drafts are what transformers makes of states that nobody took back; the tokens are the model's."""
+    model, ids = tiny("qwen3_next", max_position_embeddings=512), prompt()
+    plain = model.generate(ids, max_new_tokens=32, **GREEDY)
+    with applied(model, device="cpu", mtp=True):
+        assistant = tiny("qwen3_5", max_position_embeddings=512)
+        assert torch.equal(model.generate(ids, max_new_tokens=32, assistant_model=assistant, **GREEDY), plain)
+
+
+@pytest.mark.parametrize(
+    "options", [{"eos_token_id": 37}, {"repetition_penalty": 1.3}, {"return_dict_in_generate": True}]
+)
+def test_what_ends_or_changes_a_generation_does_so_at_the_same_token(options: dict[str, Any]) -> None:
+    model, ids = tiny("qwen3_5", max_position_embeddings=512), prompt()
+    plain = model.generate(ids, max_new_tokens=64, **GREEDY, **options)
+    with applied(model, device="cpu", mtp=True):
+        found = model.generate(ids, max_new_tokens=64, prompt_lookup_num_tokens=3, **GREEDY, **options)
+    if options.get("return_dict_in_generate"):
+        plain, found = plain.sequences, found.sequences
+    assert torch.equal(found, plain)
+
+
+def test_padding_before_the_prompt_changes_nothing() -> None:
+    model, ids = tiny("qwen3_next", max_position_embeddings=512), prompt()
+    padded = torch.cat((torch.zeros(1, 4, dtype=torch.long), ids), 1)
+    mask = (torch.arange(13) >= 4).long()[None]
+    plain = model.generate(padded, attention_mask=mask, max_new_tokens=64, **GREEDY)
+    with applied(model, device="cpu", mtp=True):
+        found = model.generate(padded, attention_mask=mask, max_new_tokens=64, prompt_lookup_num_tokens=3, **GREEDY)
+    assert torch.equal(found, plain)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_on_the_npu_are_those_of_plain_decoding(family: str, npu: torch.device) -> None:
+    model, ids = tiny(family, max_position_embeddings=512), prompt().repeat(1, 2)
+    plain = model.generate(ids, max_new_tokens=48, **GREEDY)
+    model = model.to(npu)
+    with applied(model, mtp=True) as report:
+        found = model.generate(ids.to(npu), max_new_tokens=48, prompt_lookup_num_tokens=3, **GREEDY)
+    assert torch.equal(found.cpu(), plain)
+    (crop,) = (each for each in report if each.site.endswith("LinearAttentionCacheLayerMixin.crop"))
+    assert crop.calls.ran and not crop.calls.fell_through
+
+
+def test_in_bfloat16_the_recurrent_operator_checks_a_draft_in_one_call_a_layer(
+    npu: torch.device, simulated: None
+) -> None:
+    model, ids = tiny("qwen3_next", max_position_embeddings=512).bfloat16().to(npu), prompt().repeat(1, 2).to(npu)
+    given = {"max_new_tokens": 24, "prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 1, **GREEDY}
+    with applied(model, mtp=True, recurrent_bf16=True) as report:
+        model.generate(ids, **given)
+    ran = {name for each in report for name in each.calls.ran_by}
+    assert "torch_npu.npu_recurrent_gated_delta_rule" in ran
+    (crop,) = (each for each in report if each.site.endswith("LinearAttentionCacheLayerMixin.crop"))
+    assert crop.calls.ran and not crop.calls.fell_through
