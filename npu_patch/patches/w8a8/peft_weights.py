@@ -28,7 +28,7 @@ from npu_patch.ops.w8a8.layer import W8A8Linear
 from npu_patch.ops.w8a8.op import W8A8
 from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.patches.w8a8.experts import ADAPTERS
-from npu_patch.patches.w8a8.tuners import why_not
+from npu_patch.patches.w8a8.tuners import why_not, why_not_on
 from npu_patch.serving.bypassed import Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.replacement import TakenOver, Unserved, replacement_for
@@ -60,14 +60,14 @@ def _names(cls: type) -> tuple[str, ...]:
 
 def in_layer(layer: Module) -> Iterable[Site]:
     """Adapters that are on int8 weights and read them."""
-    if type(layer._modules.get("base_layer")) is W8A8Linear and why_not(type(layer)) is not None:
+    if type(layer._modules.get("base_layer")) is W8A8Linear and why_not_on(layer) is not None:
         yield Site(layer, "forward", None, f"{type(layer).__module__}.{type(layer).__qualname__}")
 
 
 def read_site(site: Site) -> AsNamed | NotRead:
     """Whatever it does: it does that still, with other layers."""
     if isinstance(site.owner, Module):
-        return NotRead(f"what it computes on int8 weights is wrong: {why_not(type(site.owner))}")
+        return NotRead(f"what it computes on int8 weights is wrong: {why_not_on(site.owner)}")
     return AsNamed("int8 weights")
 
 

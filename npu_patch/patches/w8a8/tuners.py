@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 TUNERS = "peft.tuners."
@@ -10,6 +11,19 @@ BESIDE = (
     *("lora", "adalora", "beft", "boft", "c3a", "fourierft", "gralora", "ia3", "lily", "loha", "lokr", "miss", "oft"),
     *("poly", "pvera", "randlora", "road", "vblora", "vera", "waveft"),
 )
+# By the method, settings with which it does read weights, or is in their dtype; and what such layers hold.
+READING: Mapping[str, tuple[tuple[str, Any], ...]] = {
+    "lora": (("kasa_config", ...), ("velora_config", ...), ("use_bdlora", ...)),  # set to whatever
+    "miss": (("init_weights", "bat"),),
+}
+VARIANTS = ("KasaLinearVariant", "VeloraLinearVariant", "BdLoraLinearVariant")
+
+
+def why_not_on(layer: Any) -> str | None:
+    """Why the adapters of a layer that there is are wrong on int8 weights."""
+    variants = {type(each).__name__ for each in getattr(layer, "lora_variant", {}).values()}
+    read = next((name for name in VARIANTS if name in variants), None)
+    return why_not(type(layer)) if read is None else f"a {read} reads weights, which without their scales are others"
 
 
 def why_not(tuner_or_layer: type, config: Any = None) -> str | None:
@@ -19,8 +33,10 @@ def why_not(tuner_or_layer: type, config: Any = None) -> str | None:
     method = module.removeprefix(TUNERS).partition(".")[0]
     if not module.startswith(TUNERS) or method == "tuners_utils" or method in NO_LINEAR:
         return None
-    if method == "miss" and getattr(config, "init_weights", None) == "bat":
-        return "miss with init_weights='bat' reads weights, which without their scales are others"
+    for name, value in READING.get(method, ()):
+        given = getattr(config, name, None)
+        if given == value or (value is ... and given):
+            return f"{method} with {name}={given!r} reads weights, which without their scales are others"
     if method not in BESIDE:
         return (
             f"{method} is not known to leave weights to their layers, and without their scales they are others; known "

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora.config import KasaConfig, VeloraConfig
 from torch import Tensor, nn
 
 import npu_patch
@@ -28,7 +29,12 @@ OF_TASKS = ("POLY",)  # asks for the ids of tasks in each call
 METHODS = {kind.value: kind for kind in PEFT_TYPE_TO_TUNER_MAPPING}
 PACKAGES = {name: PEFT_TYPE_TO_TUNER_MAPPING[kind].__module__.split(".")[2] for name, kind in METHODS.items()}
 ASKED = [name for name, package in PACKAGES.items() if package in BESIDE and name not in OF_TASKS]
-READING = ["HRA", "HIRA", "DEFT", "PEANUT", "UNILORA", "DELORA", "SHIRA"]
+READING: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in ("HRA", "HIRA", "DEFT", "PEANUT", "UNILORA", "DELORA", "SHIRA") if name in METHODS},
+    "MISS, bat": ("MISS", {"init_weights": "bat"}),
+    "LoRA, KaSA": ("LORA", {"kasa_config": KasaConfig()}),
+    "LoRA, VeLoRA": ("LORA", {"velora_config": VeloraConfig()}),
+}
 
 
 class Model(nn.Module):
@@ -82,22 +88,24 @@ def test_methods_that_compute_beside_a_layer_do_so_beside_int8(name: str) -> Non
         assert (found - expected).norm() < 0.02 * expected.norm()
 
 
-@pytest.mark.parametrize("name", [*sorted({*READING} & {*METHODS}), "MISS"])
-def test_methods_that_read_weights_are_refused_before_anything_is_changed(name: str) -> None:
-    model = Model()
+@pytest.mark.parametrize("how", READING)
+def test_methods_that_read_weights_are_refused_before_anything_is_changed(how: str) -> None:
+    model, (name, more) = Model(), READING[how]
     before = dict(model.named_modules())
     with pytest.raises(ValueError, match=r"the model has int8 weights \(layer\): .*weights"):
-        adapted(model, name, **({"init_weights": "bat"} if name == "MISS" else {}))
+        adapted(model, name, **more)
     assert dict(model.named_modules()) == before
-    adapted(dense(model), name)  # of other weights they are peft's
+    adapted(dense(model), name, **more)  # of other weights they are peft's
 
 
-def test_the_report_names_those_that_are_there_already() -> None:
+@pytest.mark.parametrize("how", ["HRA", "LoRA, VeLoRA"])
+def test_the_report_names_those_that_are_there_already(how: str) -> None:
     npu_patch.restore()
-    model = adapted(Model(), "HRA")
+    name, more = READING[how]
+    model = adapted(Model(), name, **more)
     with npu_patch.applied(model, device="cpu") as report:
         (found,) = [each for each in report.skipped if each.patch == "w8a8_peft"]
-    assert "peft.tuners.hra" in found.site and "what it computes on int8 weights is wrong" in found.reason
+    assert f"peft.tuners.{name.lower()}" in found.site and "what it computes on int8 weights is wrong" in found.reason
 
 
 def test_every_method_of_this_peft_is_known_or_refused() -> None:
