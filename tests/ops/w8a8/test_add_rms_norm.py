@@ -23,7 +23,7 @@ Fused = tuple[Quantised, Tensor]
 
 
 @every_dtype
-@pytest.mark.parametrize("variant", [each for each in PLAIN_VARIANTS if each.gamma is WEIGHT.gamma], ids=str)
+@pytest.mark.parametrize("variant", [each for each in PLAIN_VARIANTS if each.gamma is WEIGHT.gamma], ids=lambda each: each.name)
 def test_the_operator_passes_its_check(variant: RMSNormVariant, dtype: torch.dtype, npu: torch.device) -> None:
     wanted = case(variant, 96, dtype, dtype)
     assert wanted.why_not_by(BY_NPU) is None
