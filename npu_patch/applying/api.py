@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from npu_patch import devices, log
-from npu_patch.applying import live_layers, lost_gradients
+from npu_patch.applying import int8_read_as_floats, live_layers, lost_gradients
 from npu_patch.applying.binding import bind
 from npu_patch.applying.choosing import Choosing, tuning_for
 from npu_patch.applying.enabling import STILL_IN_PLACE, Enabled, choice_here, libraries_of
@@ -175,6 +175,7 @@ def _go(walk: Walk) -> None:
     prepare(walk.request, report)
     if model is not None:
         lost_gradients.warn(model, report)
+        int8_read_as_floats.warn(model, report)
     if model is None or STATE.patched:
         STATE.registries |= {key[1:] for key in walk.searched}
         STATE.watch_layers()

@@ -99,6 +99,7 @@ class Walk:
             declined=choice.declined,
             calls=replacement.calls,
             layers=layers,
+            unshown=replacement.unshown,
         )
         self.choosing.decisions.describe(replacement.dispatch, outcome)
         self.bind(PatchedSite(site, replacement, outcome, patch.around, self.request.switches))

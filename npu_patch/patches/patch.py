@@ -65,6 +65,7 @@ class Replacement:
     `looked_up_by(model)`: why a forward of the model asks for this entry of a registry, or None. `one_of_several`: a
     layer that names it may call another function of the same patch instead, as its configuration says.
     `definition(*args)`: what computes a call in float64, where the original cannot.
+    `unshown`: it has nothing to do with the given model, and the report's table has it once it is called.
     `within`: the classes of layers in one call of which its own come to an end, or all those of one input: what can be
     timed. None where that is any layer that has a layer of the site as a child.
     """
@@ -81,6 +82,7 @@ class Replacement:
     one_of_several: bool = False
     definition: Callable[..., Callable[..., Any]] | None = None
     within: tuple[type[torch.nn.Module], ...] | None = ()
+    unshown: bool = False
 
 
 def layers_of_class(site: Site, context: AnyContext) -> int | None:

@@ -31,6 +31,7 @@ class Outcome:
     layers: int | None = None  # live modules of the given model that it reaches; None where no model was given
     made: int = 0  # layers that it reaches and that were made since
     in_order: bool = False  # skipped, and nothing to warn of
+    unshown: bool = False  # in the report's table until it is called
 
     @property
     def is_in_place(self) -> bool:

@@ -45,7 +45,7 @@ class Row:
 def rows(outcomes: Iterable[Outcome]) -> list[Row]:
     """By patch, in the order of the catalogue: what is patched or prepared, then what was skipped, then what failed.
     Once anything was called: what was called, what was left alone, and last what never was called, a row a patch."""
-    outcomes = list(outcomes)
+    outcomes = [each for each in outcomes if each.called or not each.unshown]
     if not any(each.called for each in outcomes if each.status == PATCHED):
         return _in_order(outcomes, (PATCHED, PREPARED, SKIPPED, FAILED))
     called = [each for each in outcomes if each.status != PATCHED or each.called]

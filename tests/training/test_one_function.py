@@ -288,6 +288,7 @@ MAY = {
     "patches/lora/patch.py": "a copy of an input that is changed in place, and that a backward will need",
     "patches/lora/groups.py": "a result that waits is of the call that was made in the same mode, or made again",
     "patches/rms_norm.py": "a copy of an input that is changed in place, and that a backward will need",
+    "patches/w8a8/add_rms_norm.py": "single-token decoding beside a cache",
     "patches/w8a8/quantizer.py": "a layer that is made has the mode of the one that it replaces",
 }
 

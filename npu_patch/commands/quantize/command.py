@@ -16,7 +16,7 @@ from npu_patch.commands.console.terminal import table
 from npu_patch.commands.quantize.copying import copied, in_one_line, require_apart, size_of
 from npu_patch.commands.quantize.plan import Plan, int8_names, plan_for
 from npu_patch.commands.quantize.quantising import Quantising
-from npu_patch.commands.quantize.selection import select
+from npu_patch.commands.quantize.selection import WEIGHT, select
 from npu_patch.commands.quantize.writing import Outcome
 from npu_patch.commands.subject.stored_folder import folder_of
 
@@ -41,6 +41,11 @@ def _change(checkpoint: Checkpoint, options: argparse.Namespace) -> Quantising:
                 re.compile(pattern)
             except re.error as error:
                 raise CommandError(f"{option} {pattern}: that is no regular expression ({error})") from error
+            if not any(re.match(pattern, name.removesuffix(WEIGHT)) for name in checkpoint.tensors):
+                first = next(iter(checkpoint.tensors))
+                raise CommandError(
+                    f"{option} {pattern}: no module's name begins so; tensors are like {first}, and '.*' is any beginning"
+                )
     _require_unquantised(checkpoint)
     selection = select(checkpoint.tensors, checkpoint.config, options.ignore, options.also, options.keep_packed)
     if not selection.selected:

@@ -12,10 +12,11 @@ from npu_patch.checkpoints.safetensors_file import Entry
 FLOATS = ("BF16", "F16", "F32")
 WIDEST = 65535  # of a factor of npu_quant_matmul
 WEIGHT = ".weight"
+CONV1D = ("gpt2", "openai-gpt", "decision_transformer", "imagegpt", "clvp")  # families of such layers
 LEFT_ALONE: Mapping[str, str] = {  # what it is -> the beginning of a module's name, as `re.match` has it
     "head": r".*lm_head$",
     "embedding": r".*embed",
-    "router or gate of experts": r".*(\.|^)(gate|router|shared_expert_gate)$",
+    "router or gate of experts": r".*(\.|^)((gate|router|shared_expert_gate)$|router\.)",
     "norm": r".*norm",
     "convolution": r".*conv",
     "gate of a gated delta net": r".*linear_attn\.in_proj_(a|b|ba)$",
@@ -121,6 +122,8 @@ def _what_may_be_int8(entry: Entry, config: Mapping[str, Any]) -> int | str:
     if not entry.size:
         return "empty"
     if len(entry.shape) == 2 and entry.name.endswith(WEIGHT):
+        if config.get("model_type") in CONV1D and entry.name.split(".")[-2].startswith(("c_", "q_attn")):
+            return "a Conv1D, whose weights lie the other way"
         return 1
     packed = len(entry.shape) == 3 and "experts" in entry.name.split(".") and "bias" not in entry.name
     if not packed:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -25,6 +26,8 @@ from npu_patch.ops.experts.grouped_matmul import (
 from npu_patch.ops.experts.token_permute import permute, unpermute
 from npu_patch.ops.w8a8.experts import TORCH, Int8Experts, Int8Kernels, Int8Weights
 from npu_patch.ops.w8a8.experts_npu import NPU
+
+RANKS = 8  # a rank is widened to a multiple of this
 
 
 class ExpertsAdapter(NamedTuple):
@@ -63,7 +66,9 @@ def adapted_experts(
 
 
 def _through_adapter(products: Products, rows: Tensor, adapter: ExpertsAdapter, grouping: Grouping) -> Tensor:
-    down, up = (each.to(rows.dtype).contiguous() for each in (adapter.down, adapter.up))
+    more = -adapter.down.shape[1] % RANKS  # of zeros: grouped products take rows of a multiple of 16 bytes
+    down = F.pad(adapter.down.to(rows.dtype), (0, 0, 0, more))
+    up = F.pad(adapter.up.to(rows.dtype), (0, more)).contiguous()
     shrunk = grouped_matmul(products, rows, Weights((down,), transposed=True), grouping)
     return grouped_matmul(products, shrunk, Weights((up,), transposed=True), grouping) * adapter.scaling
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Linear, Parameter
 
-from npu_patch.ops.w8a8.linear import TORCH_INT8, computed_in, int8_linear
+from npu_patch.ops.w8a8.linear import TORCH_INT8, computed_in, definition, int8_linear
 
 
 class W8A8Linear(Linear):
@@ -30,5 +30,9 @@ class W8A8Linear(Linear):
             self.bias = Parameter(torch.empty(out_features, dtype=kind, device=device))
 
     def forward(self, input: Tensor) -> Tensor:
-        """input `[..., K]` -> `[..., N]` in its dtype, or in autocast's."""
-        return int8_linear(TORCH_INT8, input, self.weight, self.weight_scale, self.bias, computed_in(input))
+        """input `[..., K]` -> `[..., N]` in its dtype, or in autocast's. Within transforms of torch.func, which take no
+        such autograd function, it is computed in float32."""
+        dtype, weight, scale, bias = computed_in(input), self.weight, self.weight_scale, self.bias
+        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+            return definition(input.float(), weight, scale, None if bias is None else bias.float()).to(dtype)
+        return int8_linear(TORCH_INT8, input, weight, scale, bias, dtype)

@@ -67,11 +67,9 @@ def read_site(site: Site) -> AsNamed | NotRead:
 
 
 def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement | NotRead:
-    if context.live is not None:
-        return NotRead("a model was given, which is loaded", notable=False)
     calls = Calls()
     function = replacement_for(site.original, calls, _serve(site.original), bypassed=Bypassed())
-    return Replacement(function, reading.name, calls)
+    return Replacement(function, reading.name, calls, unshown=context.live is not None)
 
 
 def _serve(original: Callable[..., Any]) -> Callable[..., Any]:

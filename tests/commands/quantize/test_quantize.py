@@ -129,6 +129,25 @@ def test_configuration_names_what_is_no_int8(tmp_path: Path) -> None:
     assert linear - told == int8 and not any("q_proj" in name for name in int8)
 
 
+def test_routers_of_any_depth_and_layers_that_lie_the_other_way_are_left_alone(tmp_path: Path) -> None:
+    tensors = {f"layers.0.{name}.weight": torch.randn(8, 8) for name in ("mlp.router.layer", "attn.c_attn", "up_proj")}
+    checkpoint = stored(tmp_path / "model", tensors, 1)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    assert quantised(checkpoint, tmp_path / "out") == 0
+    made = tensors_in(tmp_path / "out")
+    assert [name for name, each in made.items() if each.dtype == torch.int8] == ["layers.0.up_proj.weight"]
+
+
+@pytest.mark.parametrize("option", ["--ignore", "--also"])
+def test_a_pattern_that_fits_nothing_is_an_error_and_writes_nothing(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantised(stored(tmp_path / "model", weights(), 1), tmp_path / "out", option, "q_proj") == 2
+    assert f"{option} q_proj: no module's name begins so" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_also_takes_what_is_left_alone_otherwise(tmp_path: Path) -> None:
     quantised(stored(tmp_path / "model"), tmp_path / "out", "--also", r".*mlp\.gate$")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
@@ -184,7 +203,7 @@ def test_called_again_it_checks_what_it_wrote(tmp_path: Path, capsys: pytest.Cap
     model, out = stored(tmp_path / "model"), tmp_path / "out"
     assert quantised(model, out) == quantised(model, out) == 0
     assert "3 were there already" in capsys.readouterr().out
-    assert quantised(model, out, "--ignore", "x") == 2
+    assert quantised(model, out, "--ignore", ".*q_proj$") == 2
     assert "another copy, with other settings, is there" in capsys.readouterr().err
     shard = next(out.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")

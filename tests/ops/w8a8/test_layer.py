@@ -48,3 +48,12 @@ def test_the_gradient_goes_through_the_dequantised_weight(dtype: torch.dtype, mo
         assert ((found - exact).abs().max() / exact.abs().max()) < 8 * torch.finfo(dtype).eps
     assert torch.allclose(dbias.double(), dy.double().sum((0, 1)), rtol=0.02, atol=0.02)
     assert layer.weight.grad is None and not layer.weight.requires_grad
+
+
+def test_transforms_of_torch_func_compute_it_too() -> None:
+    torch.manual_seed(0)
+    layer = layer_of(torch.randn(24, 40), torch.float32)
+    x = torch.randn(3, 40)
+    dx = torch.ones(3, 24) @ (layer.weight * layer.weight_scale)
+    assert torch.allclose(torch.func.vmap(layer)(x), layer(x), atol=1e-5)
+    assert torch.allclose(torch.func.grad(lambda given: layer(given).sum())(x), dx, atol=1e-5)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import npu_patch
 from npu_patch.checkpoints.safetensors_file import BadCheckpoint
+from npu_patch.commands.subject.tiny_model import tiny_model
 from npu_patch.ops.w8a8.layer import W8A8Linear
 from tests.support.largest_tensor import LargestFloat
 from tests.support.w8a8_models import DENSE, IDS, WITH_EXPERTS, apart, loaded, logits, quantised
@@ -383,6 +384,23 @@ def test_the_language_model_within_a_model_for_images_is_int8(
     assert 0 < apart(logits(model), logits(original)) < 0.05
     text_alone, said = loaded(tmp_path / "int8", output_loading_info=True)
     assert not any(said.values()) and torch.equal(logits(text_alone), logits(model))
+
+
+@pytest.mark.parametrize("kind", ["compressed-tensors", "ascend"])
+def test_a_model_that_was_given_leaves_loading_as_it_was(kind: str, tmp_path: Path, npu: torch.device) -> None:
+    folder = quantised("qwen3", tmp_path, "--format", kind)
+    npu_patch.apply(tiny_model("qwen3").to(npu))
+    assert any(type(each) is W8A8Linear for each in loaded(folder).modules())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_int8_that_transformers_took_for_floats_is_named(tmp_path: Path, npu: torch.device) -> None:
+    model = loaded(quantised("qwen3", tmp_path, "--format", "ascend")).to(npu)
+    assert any("takes them for floats" in line for line in npu_patch.apply(model).warnings)
+    npu_patch.restore()
+    npu_patch.apply()
+    right = loaded(tmp_path / "int8").to(npu)
+    assert not any("takes them for floats" in line for line in npu_patch.apply(right).warnings)
 
 
 def test_apply_twice_is_apply_once(npu: torch.device) -> None:

@@ -135,6 +135,20 @@ def test_adapters_of_int8_experts_are_those_of_the_dense_experts(
         assert apart(int8[name].double(), dense_ones[name].double()) < 0.1, name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("device", ["cpu", "npu"])
+@pytest.mark.parametrize("rank", [1, 3, 4])
+def test_adapters_of_int8_experts_have_any_rank(
+    rank: int, device: str, dtype: torch.dtype, folders: Any, npu: torch.device
+) -> None:
+    with npu_patch.applied():
+        model = loaded(folders("qwen3_moe"), dtype=dtype).to(npu if device == "npu" else device)
+    config = LoraConfig(r=rank, target_modules=[], target_parameters=PARAMETERS, init_lora_weights=False)
+    model = get_peft_model(model, config).train()
+    with npu_patch.applied(model, device=device):
+        assert all(each is not None and each.any() for each in a_step(model).values())
+
+
 def test_without_npu_patch_adapters_of_int8_experts_are_an_error_and_no_silence(
     folders: Any, npu: torch.device
 ) -> None:
