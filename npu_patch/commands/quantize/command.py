@@ -42,10 +42,8 @@ def _change(checkpoint: Checkpoint, options: argparse.Namespace) -> Quantising:
             except re.error as error:
                 raise CommandError(f"{option} {pattern}: that is no regular expression ({error})") from error
             if not any(re.match(pattern, name.removesuffix(WEIGHT)) for name in checkpoint.tensors):
-                first = next(iter(checkpoint.tensors))
-                raise CommandError(
-                    f"{option} {pattern}: no module's name begins so; tensors are like {first}, and '.*' is any beginning"
-                )
+                like = f"tensors are like {next(iter(checkpoint.tensors))}, and '.*' is any beginning"
+                raise CommandError(f"{option} {pattern}: no module's name begins so; {like}")
     _require_unquantised(checkpoint)
     selection = select(checkpoint.tensors, checkpoint.config, options.ignore, options.also, options.keep_packed)
     if not selection.selected:
