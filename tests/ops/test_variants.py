@@ -157,6 +157,7 @@ def test_patches_that_choose_at_every_call_are_not_tunable() -> None:
         "captured_decode",
         "static_cache",
         "generate_batch",
+        "mtp",
         "w8a8_loading",
         "w8a8_experts",
         "w8a8_peft",
