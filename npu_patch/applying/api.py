@@ -156,9 +156,12 @@ def _go(walk: Walk) -> None:
     prepare(walk.request, report, first=True)
     entries = walk.enabled()
     libraries = libraries_of(entries)
+    known = len(sys.modules)
     scope, half_executed = Scope.of(model, libraries).parted()
     walk.over(scope, entries)
-    while (meanwhile := Scope.of(model, libraries).parted()[0].beyond(scope)) is not None:  # registries import some
+    while known != len(sys.modules):  # registries import some
+        known = len(sys.modules)
+        meanwhile = Scope.of(model, libraries).parted()[0].beyond(scope)
         walk.over(meanwhile, entries)
         scope = scope.and_modules_of(meanwhile)
     report.warnings += in_words(walk.kept_options)

@@ -34,7 +34,9 @@ def warn(model: torch.nn.Module, report: Report) -> None:
     )
     trained = any("lora_" in name and each.requires_grad for name, each in model.named_parameters())
     (report.warnings if trained else report.notes).append(text)
-    STATE.journal.rebind(BEFORE_STEP, (__name__, id(model)), _asking_once(weakref.ref(model)))
+    key = __name__, id(model)
+    if not STATE.journal.holds(BEFORE_STEP, key):
+        STATE.journal.rebind(BEFORE_STEP, key, _asking_once(weakref.ref(model)))
 
 
 def cutting(model: torch.nn.Module) -> list[str]:
@@ -52,15 +54,13 @@ def _asking_once(model: Callable[[], Any]) -> Callable[..., None]:
 
     def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         nonlocal asked
-        trained = {id(each) for group in optimizer.param_groups for each in group["params"] if each.requires_grad}
-        given = model()
-        if asked or given is None:
+        given = None if asked else model()
+        if given is None:
             return
+        trained = {id(each) for group in optimizer.param_groups for each in group["params"] if each.requires_grad}
         parameters = [(name, each) for name, each in given.named_parameters() if id(each) in trained]
         without = [name for name, each in parameters if each.grad is None]
-        if not parameters:
-            return
-        asked = True
+        asked = bool(parameters)
         if without and cutting(given):
             log.warning(
                 f"{len(without)} of {len(parameters)} trained parameters have no gradient ({_some(without)}); "

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from npu_patch.checkpoints.folder import INDEX, ONE_FILE, Checkpoint, checkpoint_in, json_of
-from npu_patch.checkpoints.safetensors_file import BadCheckpoint
+from npu_patch.checkpoints.safetensors_file import FLOATS, BadCheckpoint
 
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+NAMES = {dtype: name for name, dtype in FLOATS.items()}
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
@@ -37,7 +37,7 @@ def write_beside(folder: Path, tensors: Mapping[str, torch.Tensor], shard: str) 
     if lacking:
         raise BadCheckpoint(f"{folder} has {known[0]}, but no {lacking[0]}: {len(lacking)} of {len(tensors)} are new")
     for name, tensor in tensors.items():
-        found, given = (there[name].dtype, there[name].shape), (DTYPES.get(tensor.dtype), tuple(tensor.shape))
+        found, given = (there[name].dtype, there[name].shape), (NAMES.get(tensor.dtype), tuple(tensor.shape))
         if found != given:
             raise BadCheckpoint(f"{folder} has {name} as {found[0]} {list(found[1])}, not {given[0]} {list(given[1])}")
     return [name for name in checkpoint.shards if _replaced(checkpoint, name, tensors)]

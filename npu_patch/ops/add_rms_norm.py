@@ -41,14 +41,14 @@ def _unsupported(variant: RMSNormVariant, x: Tensor, residual: Tensor, weight: T
     return unsupported_by_triton(variant, x, weight, eps)
 
 
-def _exact(
+def exact(
     variant: RMSNormVariant, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     total = x + residual
     return variant.exact(total, weight, eps), total
 
 
-def _key(variant: RMSNormVariant, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> Hashable:
+def key(variant: RMSNormVariant, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> Hashable:
     return RMS_NORM.key(variant, x, weight, eps, None, False)
 
 
@@ -57,8 +57,8 @@ def _key(variant: RMSNormVariant, x: Tensor, residual: Tensor, weight: Tensor | 
 ADD_RMS_NORM = Op(
     "add_rms_norm",
     (Implementation(TRITON, ACCELERATORS, _triton, _unsupported, needs_triton, optional=True),),
-    _key,
-    _exact,
+    key,
+    exact,
 )
 
 

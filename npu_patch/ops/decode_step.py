@@ -2,15 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from npu_patch.serving.op import of_no_computation
 
-from npu_patch.serving.implementation import Implementation
-from npu_patch.serving.op import Op
-
-DECODE_STEP: Op[[Callable[[], Any]], Any] = Op(
-    "decode step",
-    (Implementation("graph", ("npu", "cuda"), lambda step: step(), lambda step: None),),
-    lambda step: (),
-    lambda step: step(),
-)
+DECODE_STEP = of_no_computation("decode step", "graph", ("npu", "cuda"))

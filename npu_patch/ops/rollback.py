@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from npu_patch import devices
-from npu_patch.serving.implementation import Implementation
-from npu_patch.serving.op import Op
+from npu_patch.serving.op import of_no_computation
 
-ROLLBACK: Op[[Callable[[], Any]], Any] = Op(
-    "rollback",
-    (Implementation("kept states", devices.TYPES, lambda step: step(), lambda step: None),),
-    lambda step: (),
-    lambda step: step(),
-)
+ROLLBACK = of_no_computation("rollback", "kept states", devices.TYPES)

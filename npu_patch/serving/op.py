@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol
+from typing import Any, Generic, Protocol
 
 from npu_patch.serving.implementation import Call, Implementation, Result
 
@@ -36,3 +36,13 @@ class Op(Generic[Call, Result]):
             twice = next((name for name in names if names.count(name) > 1), None)
             if twice is not None:  # reports, verdicts and tuning files tell them apart by their names
                 raise ValueError(f"op {self.name!r}: two {what} are called {twice!r}")
+
+
+def of_no_computation(name: str, way: str, device_types: tuple[str, ...]) -> Op[[Callable[[], Any]], Any]:
+    """For what changes how a model's own steps are run, or what they keep: a step is called as it is."""
+    return Op(
+        name,
+        (Implementation(way, device_types, lambda step: step(), lambda step: None),),
+        lambda step: (),
+        lambda step: step(),
+    )

@@ -65,11 +65,11 @@ class Scope:
         modules, libraries = ([m for m in ms if id(m) not in found] for ms in (self.modules, self.libraries))
         return replace(self, modules=of_model or modules, libraries=libraries), half
 
-    def beyond(self, other: Scope) -> Scope | None:
-        """The modules that are not in `other`, alone; None where there are none."""
+    def beyond(self, other: Scope) -> Scope:
+        """The modules that are not in `other`, alone."""
         known = {id(each) for each in (*other.modules, *other.libraries)}
         modules, libraries = ([m for m in ms if id(m) not in known] for ms in (self.modules, self.libraries))
-        return Scope(modules, libraries, live=self.live, registries=False) if modules or libraries else None
+        return Scope(modules, libraries, live=self.live, registries=False)
 
     def and_modules_of(self, other: Scope) -> Scope:
         return replace(self, modules=[*self.modules, *other.modules], libraries=[*self.libraries, *other.libraries])

@@ -41,6 +41,41 @@ class Waiting:
         raise NotImplementedError
 
 
+class AskedAlone:
+    """Of a tensor that waits, before torch's class: what torch tells a subclass nothing of is asked of the tensor that
+    it stands for, by itself."""
+
+    __slots__ = ()
+
+    def _alone(self, used_by: str) -> Any:
+        raise NotImplementedError
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self._alone("numpy").numpy(force=force)
+
+    def tolist(self) -> Any:
+        return self._alone("tolist").tolist()
+
+    def data_ptr(self) -> int:
+        found: int = self._alone("data_ptr").data_ptr()
+        return found
+
+    def untyped_storage(self) -> Any:
+        return self._alone("untyped_storage").untyped_storage()
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._alone("numpy").__array__(*args, **kwargs)
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._alone("dlpack").__dlpack__(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._alone("pickle").__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self._alone("deepcopy").__deepcopy__(memo)
+
+
 def materialised(value: Any, used_by: str, kind: type[Waiting] = Waiting) -> Any:
     """`value` with the tensors that what waits in it stands for."""
     if isinstance(value, kind):

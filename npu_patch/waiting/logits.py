@@ -20,7 +20,7 @@ from npu_patch.numerics.written import version_of
 from npu_patch.ops.chunked_loss import StandIn
 from npu_patch.ops.head_products import Cast, Logits, Scaled, Tanh, Term
 from npu_patch.ops.log_normalizers import log_normalizers
-from npu_patch.waiting.contract import Waiting
+from npu_patch.waiting.contract import AskedAlone, Waiting
 from npu_patch.waiting.origins import Numbers, Origin
 
 aten = torch.ops.aten
@@ -28,7 +28,7 @@ Change = Callable[[Tensor], Tensor]
 QUIET = ("torch", "npu_patch")  # packages that look on somebody else's behalf
 
 
-class WaitingLogits(torch.Tensor, Waiting):
+class WaitingLogits(AskedAlone, torch.Tensor, Waiting):
     """`[..., V]`. Autograd knows it as what it stands for: its gradient goes on to the head's inputs."""
 
     _logits: Logits
@@ -120,31 +120,9 @@ class WaitingLogits(torch.Tensor, Waiting):
         found = log_normalizers(made_of, StandIn(self, self.heard)).to(dtype)
         return found.unsqueeze(-1) if keepdim else found
 
-    def numpy(self, *, force: bool = False) -> Any:
-        return self._alone("numpy").numpy(force=force)
-
-    def tolist(self) -> Any:
-        return self._alone("tolist").tolist()
-
-    def data_ptr(self) -> int:
-        return self._alone("data_ptr").data_ptr()
-
-    def untyped_storage(self) -> Any:
-        return self._alone("untyped_storage").untyped_storage()
-
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        alone: Any = self._alone("numpy")
-        return alone.__array__(*args, **kwargs)
-
-    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._alone("dlpack").__dlpack__(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        alone: Any = self._alone("pickle")
-        return alone.__reduce_ex__(protocol)
-
     def __deepcopy__(self, memo: Any) -> Any:
-        copied: Any = super() if not self.is_leaf else self._alone("deepcopy")  # torch refuses the one
+        """Torch refuses to copy what is no leaf, in words of its own."""
+        copied: Any = super() if self.is_leaf else super(AskedAlone, self)
         return copied.__deepcopy__(memo)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from npu_patch.ops.w8a8.quantised import Quantised
-from npu_patch.waiting.contract import Waiting, name_of
+from npu_patch.waiting.contract import AskedAlone, Waiting, name_of
 from npu_patch.waiting.heads import deferring
 
 
-class QuantisedNorm(torch.Tensor, Waiting):
+class QuantisedNorm(AskedAlone, torch.Tensor, Waiting):
     """Of `total` `[..., K]`, without a gradient. `rows`: the norm, quantised by token before it is rounded."""
 
     total: Tensor
@@ -85,32 +85,7 @@ class QuantisedNorm(torch.Tensor, Waiting):
         with torch.no_grad(), deferring(None):
             return self._norm(self.total)
 
-    def tolist(self) -> Any:
-        return self.materialise("tolist").tolist()
-
-    def numpy(self, *, force: bool = False) -> Any:
-        return self.materialise("numpy").numpy(force=force)
-
-    def data_ptr(self) -> int:
-        return self.materialise("data_ptr").data_ptr()
-
-    def untyped_storage(self) -> Any:
-        return self.materialise("untyped_storage").untyped_storage()
-
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        made: Any = self.materialise("numpy")
-        return made.__array__(*args, **kwargs)
-
-    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.materialise("dlpack").__dlpack__(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        made: Any = self.materialise("pickle")
-        return made.__reduce_ex__(protocol)
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        made: Any = self.materialise("deepcopy")
-        return made.__deepcopy__(memo)
+    _alone = materialise
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Of its tensor, which does not count as a use."""

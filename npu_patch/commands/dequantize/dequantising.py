@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from npu_patch.checkpoints.folder import CONFIG, Checkpoint
-from npu_patch.checkpoints.safetensors_file import Entry
+from npu_patch.checkpoints.safetensors_file import FLOATS, Entry
 from npu_patch.checkpoints.w8a8 import OFFSET, SCALE, W8A8, Int8Weight
-from npu_patch.commands.quantize.pieces import DTYPES, VALUE, in_pieces, rows_at_once
+from npu_patch.commands.quantize.pieces import VALUE, in_pieces, rows_at_once
 from npu_patch.commands.quantize.plan import WRITER, Plan
 from npu_patch.commands.quantize.quantising import bytes_of
 
@@ -49,10 +49,10 @@ class Dequantising:
             weight = torch.frombuffer(piece, dtype=torch.int8).view(shape)
             first = number * rows_at_once(entry, _row(found))
             scale = self._scale(found)[first : first + len(weight)]
-            yield entry.name, bytes_of((weight.float() * scale.float()).to(DTYPES[self._dtype(found)]))
+            yield entry.name, bytes_of((weight.float() * scale.float()).to(FLOATS[self._dtype(found)]))
         elif not self._is_beside(entry):
             yield entry.name, piece
-        elif entry.name.endswith(OFFSET) and bool(torch.frombuffer(piece, dtype=DTYPES[entry.dtype]).any()):
+        elif entry.name.endswith(OFFSET) and bool(torch.frombuffer(piece, dtype=FLOATS[entry.dtype]).any()):
             raise ValueError("is not zero everywhere: the weight is not symmetric")
 
     def files(self, plan: Plan) -> dict[str, Mapping[str, Any]]:
@@ -81,7 +81,7 @@ class Dequantising:
         entry = found.scale
         with (self.checkpoint.folder / self._files[entry.name]).open("rb") as file:
             file.seek(entry.start)
-            values = torch.frombuffer(bytearray(file.read(entry.size)), dtype=DTYPES[entry.dtype])
+            values = torch.frombuffer(bytearray(file.read(entry.size)), dtype=FLOATS[entry.dtype])
         row = _row(found)
         return values.view(-1, *(1 for _ in row)) if len(row) == 1 else values.view(-1, *entry.shape[1:])
 

@@ -13,7 +13,7 @@ from npu_patch.checkpoints.folder import Checkpoint, checkpoint_in
 from npu_patch.checkpoints.w8a8 import ASCEND, DESCRIPTION, quantization_config_of, w8a8_in
 from npu_patch.commands.console.result import CommandError, Result
 from npu_patch.commands.console.terminal import table
-from npu_patch.commands.quantize.copying import copied, in_one_line, require_apart, size_of
+from npu_patch.commands.quantize.copying import content_of, copied, in_one_line, require_apart, shown
 from npu_patch.commands.quantize.plan import Plan, int8_names, plan_for
 from npu_patch.commands.quantize.quantising import Quantising
 from npu_patch.commands.quantize.selection import WEIGHT, select
@@ -63,27 +63,13 @@ def _require_unquantised(checkpoint: Checkpoint) -> None:
 
 def _result(plan: Plan, change: Quantising, output: Path, outcome: Outcome) -> Result:
     left = Counter(change.selection.left.values())
-    content = {
-        "output": str(output),
-        "format": change.kind,
-        "quantised": len(int8_names(plan)),
-        "left": dict(left.most_common()),
-        "bytes_before": sum(shard.source.size for shard in plan.shards),
-        "bytes": sum(shard.target.size for shard in plan.shards),
-        "shards": len(plan.shards),
-        "kept": list(outcome.kept),
-        "damaged": list(outcome.damaged),
-    }
+    own = {"format": change.kind, "quantised": len(int8_names(plan)), "left": dict(left.most_common())}
+    content = content_of(plan, output, outcome, **own)
     return Result(content, lambda: _shown(content), fine=True)
 
 
 def _shown(content: dict[str, Any]) -> Iterator[Any]:
-    yield f"{content['output']}: {content['quantised']} weights in int8 ({content['format']})"
-    yield f"{size_of(content['bytes_before'])} became {size_of(content['bytes'])}, in {content['shards']} files"
-    if content["kept"]:
-        yield f"{len(content['kept'])} were there already, and are as they were written"
-    if content["damaged"]:
-        yield f"written anew, as they had changed: {', '.join(content['damaged'])}"
+    yield from shown(content, f"{content['quantised']} weights in int8")
     yield ""
     yield table("Tensors left as they are", ("why", "tensors"), list(content["left"].items()), numbers=("tensors",))
     if content["format"] == ASCEND:

@@ -6,8 +6,9 @@ import contextlib
 import errno
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from npu_patch.checkpoints.folder import json_of
 from npu_patch.checkpoints.safetensors_file import BadCheckpoint
@@ -48,6 +49,28 @@ def copied(plan: Plan, output: Path, model: str, doing: str, quiet: bool) -> Out
     with progress.begun(plan.fingerprint(), model), steps(f"{doing} (MiB)", quiet) as bar:
         bar.of(sum(shard.source.size - shard.source.start for shard in plan.shards) / MEGABYTE)
         return write(plan, progress, lambda size: bar.done(size / MEGABYTE))
+
+
+def content_of(plan: Plan, output: Path, outcome: Outcome, **own: Any) -> dict[str, Any]:
+    return {
+        "output": str(output),
+        **own,
+        "bytes_before": sum(shard.source.size for shard in plan.shards),
+        "bytes": sum(shard.target.size for shard in plan.shards),
+        "shards": len(plan.shards),
+        "kept": list(outcome.kept),
+        "damaged": list(outcome.damaged),
+    }
+
+
+def shown(content: Mapping[str, Any], what: str) -> Iterator[str]:
+    """`what`: was done to which weights."""
+    yield f"{content['output']}: {what} ({content['format']})"
+    yield f"{size_of(content['bytes_before'])} became {size_of(content['bytes'])}, in {content['shards']} files"
+    if content["kept"]:
+        yield f"{len(content['kept'])} were there already, and are as they were written"
+    if content["damaged"]:
+        yield f"written anew, as they had changed: {', '.join(content['damaged'])}"
 
 
 def _require_room(plan: Plan, output: Path) -> None:

@@ -9,7 +9,6 @@ import torch
 from npu_patch.checkpoints.safetensors_file import ITEM_BYTES, Entry
 
 PIECE = 8 * 2**20  # bytes that are read at once, but for a row that cannot be cut
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 VALUE = torch.Size(())  # for a row, where any values do
 
 

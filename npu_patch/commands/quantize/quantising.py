@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from npu_patch.checkpoints.folder import CONFIG
-from npu_patch.checkpoints.safetensors_file import Entry
+from npu_patch.checkpoints.safetensors_file import FLOATS, Entry
 from npu_patch.checkpoints.w8a8 import ASCEND, DESCRIPTION, OFFSET, SCALE, config_of, description_of
 from npu_patch.commands.quantize.int8 import WIDER, int8_of
-from npu_patch.commands.quantize.pieces import DTYPES, in_pieces
+from npu_patch.commands.quantize.pieces import in_pieces
 from npu_patch.commands.quantize.plan import WRITER, Plan, int8_names
 from npu_patch.commands.quantize.selection import Selected, Selection
 
@@ -44,7 +44,7 @@ class Quantising:
             scale = tuple(1 if i == summed_over else size for i, size in enumerate(shape))
             yield name, "I8", shape
             for ending in (SCALE, OFFSET) if self.kind == ASCEND else (SCALE,):
-                yield name + ending, "F32" if DTYPES[entry.dtype] in WIDER else entry.dtype, scale
+                yield name + ending, "F32" if FLOATS[entry.dtype] in WIDER else entry.dtype, scale
 
     def pieces(self, entry: Entry) -> Iterator[torch.Size]:
         """Whole channels of a weight."""
@@ -64,7 +64,7 @@ class Quantising:
         if chosen is None:
             yield entry.name, piece
             return
-        values = torch.frombuffer(piece, dtype=DTYPES[entry.dtype]).view(shape)
+        values = torch.frombuffer(piece, dtype=FLOATS[entry.dtype]).view(shape)
         try:
             weight, scale = int8_of(values, 1)
         except ValueError as error:

@@ -60,7 +60,7 @@ class Adapter(NamedTuple):
 
     @property
     def settings(self) -> tuple[float, float, torch.dtype, torch.dtype]:
-        return self[2:6]
+        return self.scaling, self.dropout, self.product, self.compute
 
 
 def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:

@@ -70,7 +70,8 @@ def int8_case(width_out: int, width_in: int, rank: int, product: torch.dtype, co
         x, down, up = inputs
         numbers = torch.arange(width_out * width_in, device=x.device).view(width_out, width_in)
         weight = (numbers * 7919 % 255 - 127).to(torch.int8)
-        scale = torch.full((width_out, 1), 2.0**-6, dtype=product, device=x.device)
+        of_scale = torch.float32 if product is torch.float16 else product
+        scale = torch.full((width_out, 1), 2.0**-6, dtype=of_scale, device=x.device)
         return function(x, weight, None, Adapter(down, up, CASE_SCALING, 0.0, product, compute, scale))
 
     return Case(

@@ -66,9 +66,11 @@ def adapted_experts(
 
 
 def _through_adapter(products: Products, rows: Tensor, adapter: ExpertsAdapter, grouping: Grouping) -> Tensor:
-    more = -adapter.down.shape[1] % RANKS  # of zeros: grouped products take rows of a multiple of 16 bytes
-    down = F.pad(adapter.down.to(rows.dtype), (0, 0, 0, more))
-    up = F.pad(adapter.up.to(rows.dtype), (0, more)).contiguous()
+    down, up = (each.to(rows.dtype) for each in (adapter.down, adapter.up))
+    more = -down.shape[1] % RANKS  # of zeros: grouped products take rows of a multiple of 16 bytes
+    if more:
+        down, up = F.pad(down, (0, 0, 0, more)), F.pad(up, (0, more))
+    down, up = down.contiguous(), up.contiguous()
     shrunk = grouped_matmul(products, rows, Weights((down,), transposed=True), grouping)
     return grouped_matmul(products, shrunk, Weights((up,), transposed=True), grouping) * adapter.scaling
 

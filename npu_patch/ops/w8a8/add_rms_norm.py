@@ -9,14 +9,15 @@ leave them whole: there quantising changes nothing, as with int8 products (op.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from npu_patch.kernels.gamma import WEIGHT
-from npu_patch.ops.rms_norm import CASE_EPS, RMS_NORM, RMSNormVariant
+from npu_patch.ops.add_rms_norm import exact, key
+from npu_patch.ops.rms_norm import CASE_EPS, RMSNormVariant
 from npu_patch.ops.w8a8.quantised import MOST, Quantised
 from npu_patch.serving.case import Case
 from npu_patch.serving.implementation import (
@@ -65,18 +66,6 @@ def why_unsupported(
     return None
 
 
-def _exact(
-    variant: RMSNormVariant, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """What is left of it where quantising changes nothing."""
-    total = x + residual
-    return variant.exact(total, weight, eps), total
-
-
-def _key(variant: RMSNormVariant, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> Hashable:
-    return RMS_NORM.key(variant, x, weight, eps, None, False)
-
-
 W8A8_ADD_RMS_NORM: Op[..., Any] = Op(
     "w8a8_norm",
     (
@@ -84,8 +73,8 @@ W8A8_ADD_RMS_NORM: Op[..., Any] = Op(
             "torch_npu.npu_add_rms_norm_dynamic_quant", ("npu",), _by_npu, why_unsupported, needs_operators(OPERATOR)
         ),
     ),
-    _key,
-    _exact,
+    key,
+    exact,
 )
 
 

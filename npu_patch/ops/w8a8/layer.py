@@ -11,6 +11,12 @@ from torch.nn import Linear, Parameter
 from npu_patch.ops.w8a8.linear import TORCH_INT8, computed_in, definition, int8_linear
 
 
+def computes_in(layer: W8A8Linear, of_model: torch.dtype) -> torch.dtype:
+    """Without autocast: in the dtype of its scales; float32 ones stand in models of any dtype."""
+    of_scale = layer.weight_scale.dtype
+    return of_model if of_scale is torch.float32 else of_scale
+
+
 class W8A8Linear(Linear):
     """`weight`: int8 `[N, K]`, frozen; `weight_scale`: `[N, 1]`, frozen, in the dtype that it computes in, or float32;
     `bias`: as of any linear layer. It computes on every device in plain torch; where npu_patch is applied, by the

@@ -117,14 +117,14 @@ def _sums(values: Tensor, weight: Tensor) -> Tensor:
     return total
 
 
-def dequantised(sums: Tensor, rows: Quantised, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def scaled(sums: Tensor, rows: Quantised, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """int32 sums `[M, N]` with both scales and the bias, in float32, then in `dtype`."""
     y = sums.float() * scale.view(-1).float() * rows.scale[:, None]
     return (y if bias is None else y + bias.float()).to(dtype)
 
 
 def _torch_product(rows: Quantised, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return dequantised(_sums(rows.values, weight), rows, scale, bias, dtype)
+    return scaled(_sums(rows.values, weight), rows, scale, bias, dtype)
 
 
 TORCH_INT8 = Int8Products(by_token, _torch_product)

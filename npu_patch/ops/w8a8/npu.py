@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from npu_patch.ops.w8a8.linear import TORCH_INT8, Int8Products, dequantised
+from npu_patch.ops.w8a8.linear import TORCH_INT8, Int8Products, scaled
 from npu_patch.ops.w8a8.quantised import Quantised, by_token
 from npu_patch.serving.operators import Operator
 
@@ -30,7 +30,7 @@ def _product(rows: Quantised, weight: Tensor, scale: Tensor, bias: Tensor | None
         sums = torch.ops.npu.npu_quant_matmul(
             rows.values, turned, _taken(flat, torch.bfloat16), output_dtype=torch.int32
         )
-        return dequantised(sums, rows, scale, bias, dtype)
+        return scaled(sums, rows, scale, bias, dtype)
     y: Tensor = torch.ops.npu.npu_quant_matmul(
         rows.values,
         turned,

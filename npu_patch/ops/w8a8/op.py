@@ -12,10 +12,9 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from npu_patch.ops.w8a8.linear import TORCH_INT8, RowsOf, int8_linear, rows_of
+from npu_patch.ops.w8a8.linear import TORCH_INT8, RowsOf, definition, int8_linear, rows_of
 from npu_patch.ops.w8a8.npu import DYNAMIC_QUANT, NPU_INT8, QUANT_MATMUL, WIDEST
 from npu_patch.ops.w8a8.quantised import MOST
 from npu_patch.serving.case import Case
@@ -61,11 +60,8 @@ def why_unsupported_by_npu(
     return why_unsupported(x, weight, scale, bias, dtype, rows)
 
 
-def definition(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, rows: RowsOf
-) -> Tensor:
-    """With x as it is: what is left of the op where quantising changes nothing."""
-    return F.linear(x, weight.to(x.dtype) * scale, bias)
+def _exact(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, rows: RowsOf) -> Tensor:
+    return definition(x, weight, scale, bias)
 
 
 def _key(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, rows: RowsOf) -> Hashable:
@@ -85,7 +81,7 @@ W8A8 = Op(
         Implementation("torch, int32 sums", ("cuda", "cpu"), partial(int8_linear, TORCH_INT8), why_unsupported),
     ),
     _key,
-    definition,
+    _exact,
 )
 
 

@@ -25,7 +25,7 @@ from torch.nn import Dropout, Identity, Linear, Module
 from npu_patch.ops.lora.adapted_linear import Adapter
 from npu_patch.ops.lora.op import ADAPTED_LINEAR, TOGETHER, case, int8_case
 from npu_patch.ops.readings import AsNamed, NotRead
-from npu_patch.ops.w8a8.layer import W8A8Linear
+from npu_patch.ops.w8a8.layer import W8A8Linear, computes_in
 from npu_patch.ops.w8a8.shared_rows import shared_rows
 from npu_patch.patches.lora.groups import Groups
 from npu_patch.patches.patch import Context, Patch, Replacement
@@ -40,7 +40,7 @@ from npu_patch.serving.listeners import first_listener
 from npu_patch.serving.replacement import Unserved, replacement_for
 from npu_patch.sites.sites import LiveModules, Site, rebindable_forwards
 from npu_patch.sites.whose import is_ours
-from npu_patch.waiting.contract import materialised
+from npu_patch.waiting.contract import Waiting
 from npu_patch.waiting.head_call import is_put_off
 
 OF_INT8 = W8A8Linear.forward
@@ -95,8 +95,9 @@ def bind_site(site: Site, found: AsNamed | Another, context: Context) -> Replace
         call = _call_of(self, x, cast_to)
         if isinstance(call, str):
             return Unserved(call)
-        call = materialised(x, "an adapter"), *call[1:]
-        x = call[0]
+        if isinstance(x, Waiting):
+            x = x.materialise("an adapter")
+            call = x, *call[1:]
         ready = groups.ready(self, call)
         if ready is not None:
             return ready
@@ -227,9 +228,9 @@ def _cases(cls: type, live: LiveModules) -> Iterator[Case]:
         of_kind = {Linear: case, W8A8Linear: int8_case}.get(type(base))
         if of_kind is None:
             continue
-        weight = base.weight if type(base) is Linear else base.weight_scale
+        dtype = base.weight.dtype if type(base) is Linear else computes_in(base, live.dtype)
         for down in layer._modules["lora_A"]._modules.values():
-            dtypes = {(weight.dtype, down.weight.dtype), (torch.bfloat16, torch.bfloat16)}
+            dtypes = {(dtype, down.weight.dtype), (torch.bfloat16, torch.bfloat16)}
             for product, compute in dtypes:
                 yield of_kind(base.out_features, base.in_features, down.out_features, product, compute)
 

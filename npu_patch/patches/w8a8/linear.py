@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from npu_patch.ops.readings import AsNamed, NotRead
-from npu_patch.ops.w8a8.layer import W8A8Linear
+from npu_patch.ops.w8a8.layer import W8A8Linear, computes_in
 from npu_patch.ops.w8a8.linear import RowsOf, computed_in, rows_of
 from npu_patch.ops.w8a8.op import W8A8, case
 from npu_patch.ops.w8a8.shared_rows import shared_rows
@@ -28,7 +28,6 @@ from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.case import Case
 from npu_patch.serving.changed_later import CALLS_OF_MODULES, Callers
-from npu_patch.serving.implementation import HALF_DTYPES
 from npu_patch.serving.listeners import listener
 from npu_patch.serving.replacement import Unserved, replacement_for, tensors_on
 from npu_patch.sites.sites import LiveModules, Site, rebindable_forwards
@@ -97,13 +96,12 @@ def _heard(x: Tensor) -> bool:
 
 
 def _cases(live: LiveModules) -> Iterator[Case]:
-    """In the dtype of a layer's scales and under autocast to bfloat16; float32 scales are of the model's dtype."""
+    """In the dtype of a layer, and under autocast to bfloat16."""
     layers: Iterable[Any] = live.of(W8A8Linear)
     for layer in layers:
         bias = None if layer.bias is None else layer.bias.dtype
-        of_scale = layer.weight_scale.dtype
-        for dtype in dict.fromkeys((of_scale if of_scale in HALF_DTYPES else live.dtype, torch.bfloat16)):
-            yield case(layer.out_features, layer.in_features, dtype, of_scale, bias)
+        for dtype in dict.fromkeys((computes_in(layer, live.dtype), torch.bfloat16)):
+            yield case(layer.out_features, layer.in_features, dtype, layer.weight_scale.dtype, bias)
 
 
 PATCH: Patch[AsNamed, ..., Tensor] = Patch(

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from npu_patch import devices
 from npu_patch.checkpoints.folder import INDEX, INDEX_ENDING, ONE_FILE, json_of
 from npu_patch.checkpoints.safetensors_file import BadCheckpoint
 from npu_patch.checkpoints.w8a8 import ASCEND, COMPRESSED_TENSORS, DESCRIPTION, FLOAT, check_config
@@ -25,8 +26,7 @@ from npu_patch.ops.readings import AsNamed, NotRead
 from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.serving.bypassed import Bypassed
 from npu_patch.serving.calls import Calls
-from npu_patch.serving.implementation import Implementation
-from npu_patch.serving.op import Op
+from npu_patch.serving.op import of_no_computation
 from npu_patch.serving.replacement import TakenOver, Unserved, replacement_for
 from npu_patch.sites.late_imports import is_half_executed
 from npu_patch.sites.sites import Site, innermost
@@ -36,12 +36,7 @@ MODULE, NAME = "transformers.modeling_utils", "get_hf_quantizer"
 ARGUMENTS = ("config", "quantization_config", "device_map", "weights_only", "user_agent")
 CONTENT = "quantization_config"
 UNKNOWN = ("kv_cache_scheme", "sparsity_config", "transform_config")  # besides the weights: not known here
-LOADING: Op[..., Any] = Op(
-    "int8 checkpoints",
-    (Implementation("int8 weights as they are", ("npu", "cuda", "cpu"), lambda *call: None, lambda *call: None),),
-    lambda *call: (),
-    lambda *call: None,
-)
+LOADING = of_no_computation("int8 checkpoints", "int8 weights as they are", devices.TYPES)
 
 
 def registered() -> Iterable[Site]:

@@ -124,12 +124,14 @@ def _is_int8(adapted: Module) -> bool:
 @contextlib.contextmanager
 def _adapting(wrapper: Any, names: Sequence[str]) -> Iterator[None]:
     """The experts within find the adapters of these names."""
-    of_layer = vars(wrapper.get_base_layer()).setdefault(ADAPTERS, {})
-    of_layer[wrapper.parameter_name] = [_adapter(wrapper, name) for name in names]
+    held = vars(wrapper.get_base_layer())
+    held.setdefault(ADAPTERS, {})[wrapper.parameter_name] = [_adapter(wrapper, name) for name in names]
     try:
         yield
     finally:
-        del of_layer[wrapper.parameter_name]
+        del held[ADAPTERS][wrapper.parameter_name]
+        if not held[ADAPTERS]:
+            del held[ADAPTERS]
 
 
 def _adapter(wrapper: Any, name: str) -> ExpertsAdapter:

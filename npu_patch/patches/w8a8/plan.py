@@ -7,6 +7,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -55,19 +56,24 @@ class Names:
     def of(cls, model: torch.nn.Module, conversions: Iterable[Any]) -> Names:
         return cls(model, copy.deepcopy(list(conversions)), model.state_dict())  # conversions note what they matched
 
+    @cached_property
+    def renamings(self) -> list[Any]:
+        return [each for each in self.conversions if isinstance(each, WeightRenaming)]
+
+    @cached_property
+    def converters(self) -> list[Any]:
+        return [each for each in self.conversions if isinstance(each, WeightConverter)]
+
     def target(self, name: str) -> tuple[str, str | None]:
         """The parameter's name, and the pattern of the conversion that makes it."""
-        renamings = [each for each in self.conversions if isinstance(each, WeightRenaming)]
-        converters = [each for each in self.conversions if isinstance(each, WeightConverter)]
-        target, pattern = rename_source_key(name, renamings, converters, self.model.base_model_prefix, self.there)
+        kinds = self.renamings, self.converters
+        target, pattern = rename_source_key(name, *kinds, self.model.base_model_prefix, self.there)
         if target not in self.there and name in self.there:
             return rename_source_key(name, [], [], self.model.base_model_prefix, self.there)
         return target, pattern
 
     def converter(self, pattern: str) -> Any:
-        return next(
-            each for each in self.conversions if isinstance(each, WeightConverter) and pattern in each.source_patterns
-        )
+        return next(each for each in self.converters if pattern in each.source_patterns)
 
 
 def planned(model: torch.nn.Module, checkpoint: Checkpoint, w8a8: W8A8, names: Names) -> list[Int8Parameter]:

@@ -17,6 +17,7 @@ from npu_patch.applying import api as lifecycle
 from npu_patch.checkpoints.folder import checkpoint_in
 from npu_patch.checkpoints.w8a8 import SCALE, W8A8, w8a8_in
 from npu_patch.commands.console.result import CommandError, named
+from npu_patch.ops.w8a8.dequantised import dequantised
 from npu_patch.switches import SWITCHES
 
 KEPT = ("patch", "w8a8", "self_check")
@@ -89,7 +90,7 @@ def worth(module: torch.nn.Module, name: str, dtype: torch.dtype) -> Tensor:
     values: Tensor = getattr(module, name)
     if values.dtype != torch.int8:
         return values
-    return (values.float() * getattr(module, name + SCALE).float()).to(dtype)
+    return dequantised(values, getattr(module, name + SCALE)).to(dtype)
 
 
 def _class_for(source: Stored) -> Any:

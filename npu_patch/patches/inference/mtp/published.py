@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from npu_patch.checkpoints.safetensors_file import header_of
+from npu_patch.checkpoints.safetensors_file import FLOATS, header_of
 
 PREFIX = "mtp."
 OF_LAYER = re.compile(r"^mtp\.layers\.(\d+)\.")
 OF_EXPERT = re.compile(r"\.mlp\.experts\.\d+\.")
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
