@@ -40,6 +40,7 @@ class Walk:
         return enabled(self.catalogue, self.request, self.choice_of, self.report)
 
     def over(self, scope: Scope, entries: Sequence[Enabled]) -> None:
+        entries = [each for each in entries if each.patch.concerns(scope.live)]
         needed = {name for patch, _ in entries for name in patch.needs}
         for entry in entries:
             patch, choice = entry

@@ -109,6 +109,7 @@ class Patch(Generic[Reading, Call, Result]):
     `needs`: the names of the patches on whose sites it builds, which come before it.
     `around`: it leaves a site's original to compute what it did, so it stands around another patch's replacement, and
     another patch's around it. Every other patch has its sites for itself.
+    `concerns(live)`: whether it has anything to do with these layers of the given model, None where none was given.
     """
 
     name: str
@@ -129,6 +130,7 @@ class Patch(Generic[Reading, Call, Result]):
     further_ops: tuple[Op[..., Any], ...] = ()
     called: tuple[str, ...] = ()
     around: bool = False
+    concerns: Callable[[LiveModules | None], bool] = lambda live: True
 
     @property
     def ops(self) -> tuple[Op[..., Any], ...]:

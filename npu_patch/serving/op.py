@@ -30,6 +30,11 @@ class Op(Generic[Call, Result]):
     exact: Callable[Call, Result]
     variants: Sequence[Variant] = ()
 
+    @property
+    def device_types(self) -> tuple[str, ...]:
+        """That an implementation serves."""
+        return tuple(dict.fromkeys(name for each in self.implementations for name in each.device_types))
+
     def __post_init__(self) -> None:
         for what, named in (("implementations", self.implementations), ("variants", self.variants)):
             names = [each.name for each in named]

@@ -79,8 +79,7 @@ def read_site(site: Site) -> Layers:
 
 def bind_site(site: Site, layers: Layers, context: Context) -> Replacement | NotRead:
     live = context.live
-    if live is None:
-        return NOTHING_IN_INT8
+    assert live is not None  # `concerns`
     found = list(layers.readings(site.owner, live))
     readings = [each for each in found if isinstance(each, AddRMSNormReading)]
     if found and not readings:
@@ -125,6 +124,10 @@ def bind_site(site: Site, layers: Layers, context: Context) -> Replacement | Not
     return Replacement(function, f"in {names}", calls, dispatch=dispatch, alone=False, within=None)
 
 
+def _has_int8(live: LiveModules | None) -> bool:
+    return live is not None and bool(live.of(W8A8Linear))
+
+
 def _in_int8(layer: torch.nn.Module, apart_from: Collection[str] = ()) -> bool:
     """Whether it has int8 weights in other modules than these."""
     parts = (part for name, part in layer.named_children() if name not in apart_from)
@@ -152,4 +155,5 @@ PATCH = Patch(
     needs=("rms_norm", "w8a8"),
     around=True,
     tunable=False,
+    concerns=_has_int8,
 )

@@ -11,44 +11,33 @@ Delete     when transformers keeps int8 weights as they are and computes with th
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from npu_patch import devices
 from npu_patch.checkpoints.folder import INDEX, INDEX_ENDING, ONE_FILE, json_of
 from npu_patch.checkpoints.safetensors_file import BadCheckpoint
 from npu_patch.checkpoints.w8a8 import ASCEND, COMPRESSED_TENSORS, DESCRIPTION, FLOAT, check_config
 from npu_patch.ops.readings import AsNamed, NotRead
+from npu_patch.ops.w8a8.op import W8A8
 from npu_patch.patches.patch import Context, Patch, Replacement
 from npu_patch.serving.bypassed import Bypassed
 from npu_patch.serving.calls import Calls
 from npu_patch.serving.op import of_no_computation
 from npu_patch.serving.replacement import TakenOver, Unserved, replacement_for
-from npu_patch.sites.late_imports import is_half_executed
 from npu_patch.sites.sites import Site, innermost
-from npu_patch.sites.whose import is_ours
 
 MODULE, NAME = "transformers.modeling_utils", "get_hf_quantizer"
 ARGUMENTS = ("config", "quantization_config", "device_map", "weights_only", "user_agent")
 CONTENT = "quantization_config"
 UNKNOWN = ("kv_cache_scheme", "sparsity_config", "transform_config")  # besides the weights: not known here
-LOADING = of_no_computation("int8 checkpoints", "int8 weights as they are", devices.TYPES)
-
-
-def registered() -> Iterable[Site]:
-    """As if it were a registry: other patches import the module while they look for theirs."""
-    module = importlib.import_module(MODULE)
-    if not is_half_executed(module) and NAME in vars(module):
-        yield Site(module, NAME, vars(module)[NAME])
+LOADING = of_no_computation("int8 checkpoints", "int8 weights as they are", W8A8.device_types)
 
 
 def find(module: ModuleType) -> Iterable[Site]:
-    """In what was half executed as `apply()` came."""
-    if module.__name__ == MODULE and NAME in vars(module) and not is_ours(vars(module)[NAME]):
+    if module.__name__ == MODULE and NAME in vars(module):
         yield Site(module, NAME, vars(module)[NAME])
 
 
@@ -141,7 +130,6 @@ PATCH = Patch(
     find,
     read_site,
     bind_site,
-    registered,
     layers=lambda site, context: None,
     tunable=False,
     libraries=(MODULE,),

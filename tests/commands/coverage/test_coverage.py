@@ -92,6 +92,7 @@ def test_one_family_is_shown_as_apply_would_report_it(
         "generate_batch",
         "experts",
         "cross_entropy",
+        "w8a8_loading",
     }
 
 

@@ -247,7 +247,7 @@ def test_switched_off_alone(npu: torch.device) -> None:
     with npu_patch.applied(model, fla=False) as report:
         assert not [outcome for outcome in report if outcome.patch == "gated_delta_net"]
         assert any(outcome.patch == "rms_norm" for outcome in report.patched)
-    others = dict.fromkeys(("fused_ops", "moe_patch", "lora", "loss", "vision", "inference"), False)
+    others = dict.fromkeys(("fused_ops", "moe_patch", "lora", "loss", "vision", "inference", "w8a8"), False)
     with npu_patch.applied(model, **others) as report:
         assert {outcome.patch for outcome in report} == {"gated_delta_net"}
 
