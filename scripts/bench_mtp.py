@@ -40,6 +40,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
+from transformers.generation.utils import GenerationMixin
 
 import npu_patch
 from npu_patch.checkpoints.beside import write_beside
@@ -93,19 +94,21 @@ class Bench:
         self.model, self.ids, self.options = model, ids, options
         self.forwards = 0
 
-    def _count(self, *args: Any) -> None:
-        self.forwards += 1
-
-    def run(self, counted: bool = True, **given: Any) -> Run:
-        """The median of some calls, after one that is not timed. `counted`: forwards are; nothing captures those."""
+    def run(self, **given: Any) -> Run:
+        """The median of some calls, after one that is not timed."""
         length = self.options.tokens
         given = {"do_sample": False, "max_new_tokens": length, "min_new_tokens": length, **given}
-        hook = self.model.get_decoder().register_forward_pre_hook(self._count) if counted else None
+        original = GenerationMixin._update_model_kwargs_for_generation
+
+        def counting(*args: Any, **kwargs: Any) -> Any:  # no hook: nothing with hooks is captured
+            self.forwards += 1
+            return original(*args, **kwargs)
+
+        GenerationMixin._update_model_kwargs_for_generation = counting
         try:
             return self._run(given)
         finally:
-            if hook is not None:
-                hook.remove()
+            GenerationMixin._update_model_kwargs_for_generation = original
 
     def _run(self, given: dict[str, Any]) -> Run:
         self.model.generate(self.ids, **given)
@@ -180,13 +183,18 @@ def _table(bench: Bench, options: argparse.Namespace) -> None:
     plain = bench.run()
     sequence = torch.cat((bench.ids, bench.ids.new_tensor([plain.tokens])), 1)
     _row("plain", plain, plain)
+    ways: list[tuple[str, dict[str, Any]]] = [("", {})]
     if options.device != "cpu":
-        _row("plain, captured, static cache", bench.run(counted=False, cache_implementation="static"), plain)
+        ways.append((", captured", {"cache_implementation": "static"}))
+        _row("plain, captured", bench.run(**ways[1][1]), plain)
     for number in options.drafts:
-        _row(f"head, {number} drafts", bench.run(use_mtp=True, num_assistant_tokens=number), plain)
+        for words, way in ways:
+            _row(f"head, {number} drafts{words}", bench.run(use_mtp=True, num_assistant_tokens=number, **way), plain)
         for right in options.right:
-            with drafts(sequence, number, right):
-                _row(f"right {right}, {number} drafts", bench.run(prompt_lookup_num_tokens=number), plain)
+            for words, way in ways:
+                with drafts(sequence, number, right):
+                    run = bench.run(prompt_lookup_num_tokens=number, **way)
+                _row(f"right {right}, {number} drafts{words}", run, plain)
 
 
 def _row(name: str, run: Run, plain: Run) -> None:

@@ -35,16 +35,25 @@ OF_THE_PROMPT = (
 
 @dataclass(frozen=True, eq=False)
 class StepInputs:
+    """`width`: the tokens of a step. `counts`: each step's positions are those behind the last one's."""
+
     tokens: Tensor
     tensors: Mapping[str, Tensor]
     others: Mapping[str, Any]
+    counts: bool = True
 
     @classmethod
-    def of(cls, tokens: Tensor, kwargs: Mapping[str, Any], length: int) -> StepInputs:
+    def of(
+        cls, tokens: Tensor, kwargs: Mapping[str, Any], length: int, width: int = 1, counts: bool = True
+    ) -> StepInputs:
         """For a cache of `length` tokens."""
-        tensors = {name: _as_it_stays(name, value, length) for name, value in _tensors(kwargs)}
+        tensors = {name: _as_it_stays(name, value, length, width) for name, value in _tensors(kwargs)}
         others = {name: value for name, value in kwargs.items() if name not in tensors and not _is_apart(name)}
-        return cls(tokens[:, -1:].clone(memory_format=torch.contiguous_format), tensors, others)
+        return cls(tokens[:, -width:].clone(memory_format=torch.contiguous_format), tensors, others, counts)
+
+    @property
+    def width(self) -> int:
+        return self.tokens.shape[-1]
 
     def load(self, tokens: Tensor, kwargs: Mapping[str, Any]) -> None:
         """Of a call's first step, or of any other one with all that has grown since."""
@@ -53,21 +62,30 @@ class StepInputs:
             _write(name, self.tensors[name], value)
 
     def take(self, tokens: Tensor) -> None:
-        """The newest one, where all else counts itself."""
-        self.tokens.copy_(tokens[:, -1:])
+        """The newest ones, where all else counts itself."""
+        self.tokens.copy_(tokens[:, -self.width :])
+
+    def take_rows(self, tokens: Tensor, kwargs: Mapping[str, Any], rows: int) -> None:
+        """The newest ones with their positions: the first of the step's. The others stay some that it had before."""
+        self.tokens[:, :rows].copy_(tokens[:, -rows:])
+        for name in COUNTED:
+            if name in self.tensors:
+                self.tensors[name][..., :rows].copy_(kwargs[name][..., -rows:])
 
     def count_on(self) -> None:
         """At the end of each step."""
         for name in COUNTED:
-            if name in self.tensors:
+            if self.counts and name in self.tensors:
                 self.tensors[name].add_(1)
 
     def differ_from(self, kwargs: Mapping[str, Any]) -> str | None:
         """Which argument of the next step is another than what was counted on."""
         for name, value in kwargs.items():
+            if name in COUNTED and not self.counts:
+                continue
             if name in self.tensors:
                 place = self.tensors[name]
-                if not torch.equal(place, _as_it_stays(name, value, place.shape[-1])):
+                if not torch.equal(place, _as_it_stays(name, value, place.shape[-1], self.width)):
                     return name
             elif not _is_apart(name) and (name not in self.others or self.others[name] != value):
                 return name
@@ -96,6 +114,20 @@ def shape_of(tokens: Tensor, kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(found)
 
 
+def padded(tokens: Tensor, kwargs: Mapping[str, Any], more: int) -> tuple[Tensor, dict[str, Any]]:
+    """With so many tokens behind the last one: any, for nothing before them sees them."""
+    found = dict(kwargs)
+    for name, value in _tensors(kwargs) if more else ():
+        last = value[..., -1:].expand(*value.shape[:-1], more)
+        if name == MASK:
+            found[name] = torch.cat((value, torch.ones_like(last)), -1)
+        elif name in COUNTED:
+            found[name] = torch.cat((value, last + torch.arange(1, more + 1, device=value.device)), -1)
+        elif name in LAST_OF:
+            found[name] = torch.cat((value, last), -1)
+    return (torch.cat((tokens, tokens[:, -1:].expand(-1, more)), -1) if more else tokens), found
+
+
 def _is_apart(name: str) -> bool:
     return name in CACHES or name.startswith(OF_THE_PROMPT)
 
@@ -104,11 +136,11 @@ def _tensors(kwargs: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
     return [(name, value) for name, value in kwargs.items() if isinstance(value, Tensor) and not _is_apart(name)]
 
 
-def _as_it_stays(name: str, value: Tensor, length: int) -> Tensor:
+def _as_it_stays(name: str, value: Tensor, length: int, width: int) -> Tensor:
     if name == MASK:
         place = value.new_ones((value.shape[0], length))
     elif name in COUNTED or name in LAST_OF:
-        place = value.new_empty((*value.shape[:-1], 1))
+        place = value.new_empty((*value.shape[:-1], width))
     else:
         place = torch.empty_like(value, memory_format=torch.contiguous_format)
     _write(name, place, value)
@@ -121,6 +153,6 @@ def _write(name: str, place: Tensor, value: Tensor) -> None:
         place[:, :shown].copy_(value[:, :shown])
         place[:, shown:].fill_(1)
     elif name in COUNTED or name in LAST_OF:
-        place.copy_(value[..., -1:])
+        place.copy_(value[..., -place.shape[-1] :])
     else:
         place.copy_(value)

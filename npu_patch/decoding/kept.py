@@ -6,6 +6,7 @@ Of each model a few, the least recently used one goes first; nothing of a model 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,14 +60,14 @@ class OfModel:
         self.refused[lease.kind] = observed.state, reason
         self._drop([lease])
 
-    def lease(self, config: Any, length: int, kind: tuple[Any, ...]) -> Lease | str:
-        """A cache that nobody else uses, as if it were new; or why there is none."""
+    def lease(self, length: int, kind: tuple[Any, ...], make: Callable[[int], Any]) -> Lease | str:
+        """A cache that nobody else uses, as if it were new; or why there is none. `make(length)` makes one."""
         found = [each for each in self.leases if each.kind == kind]
         if any(each.in_use for each in found):
             return "its cache is in use by another call of generate()"
         lease = next((each for each in found if caches.length_of(each.cache) >= length), None)
         if lease is None:
-            made = caches.made(config, caches.bucket(length))
+            made = make(caches.bucket(length))
             if isinstance(made, str):
                 return made
             lease = Lease(made, kind)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from npu_patch.decoding import cache as caches
 from npu_patch.decoding import inputs
 from npu_patch.decoding.host_state import observe
+from npu_patch.decoding.inputs import StepInputs
 from npu_patch.decoding.kept import KEPT, KeptStep, Lease
 from npu_patch.decoding.step import Step, cache_name_of, prove
 from npu_patch.serving.calls import Calls
@@ -87,13 +89,13 @@ class Session:
         length = caches.length_of(kwargs[cache_name_of(kwargs)])
         pool = KEPT.pool(self.device_type)
 
-        def eager() -> Any:
-            return self._eager(tokens, kwargs)
+        def inputs_of(tokens: Tensor, kwargs: Mapping[str, Any]) -> StepInputs:
+            return StepInputs.of(tokens, kwargs, length)
 
         def changed() -> bool:
             return kept.observed.changes_to(observe(self.model, self.device_type))
 
-        outputs, reason = prove(kept.step, self.model, tokens, kwargs, eager, changed, pool, length)
+        outputs, reason = prove(kept.step, self._eager, tokens, kwargs, inputs_of, changed, pool)
         if reason is not None:
             kept.why_not, kept.step = reason, Step()
             self.nothing_captured = reason
@@ -121,7 +123,7 @@ class Session:
         self.why_not = reason
         self.calls.fell_through[reason] += 1
 
-    def _eager(self, tokens: Tensor, kwargs: dict[str, Any]) -> Any:
+    def _eager(self, tokens: Tensor, kwargs: Mapping[str, Any]) -> Any:
         return self.model(**self.model.prepare_inputs_for_generation(tokens, **kwargs), return_dict=True)
 
     def _caught_up(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -133,10 +135,22 @@ class Session:
         return kwargs if self.grown is None else {**kwargs, **self.grown}
 
 
+class Steps(Protocol):
+    """What a loop of generate() is given for its model."""
+
+    model: Any
+
+    def prepare(self, tokens: Tensor, **kwargs: Any) -> dict[str, Any]: ...
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def update(self, outputs: Any, kwargs: dict[str, Any], **keywords: Any) -> dict[str, Any]: ...
+
+
 class ModelOfLoop:
     """The model, to the loop of generate(), but for its steps."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Steps) -> None:
         vars(self)["_session"] = session
 
     @property  # type: ignore[misc]

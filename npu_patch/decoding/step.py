@@ -20,6 +20,8 @@ PROOFS = 2
 CLOSE = {torch.float32: 1e-5, torch.float64: 1e-10}
 CLOSE_OTHERS = 2e-2
 
+Run = Callable[[Tensor, Mapping[str, Any]], Any]  # of the newest tokens, and what generate() has for the model
+
 
 @dataclass(eq=False)
 class Step:
@@ -43,17 +45,20 @@ class Step:
 
 def prove(
     step: Step,
-    model: Any,
+    run: Run,
     tokens: Tensor,
     kwargs: Mapping[str, Any],
-    eager: Callable[[], Any],
+    inputs_of: Callable[[Tensor, Mapping[str, Any]], StepInputs],
     changed: Callable[[], bool],
     pool: Any,
-    length: int,
 ) -> tuple[Any, str | None]:
-    """The result of `eager()`, one step of the model, after which `step` is captured and did the same; or the reason
-    why that cannot be. The cache, the random numbers and the host are as the eager step leaves them. `changed()`:
-    whether the model is another to the host than before."""
+    """The result of `run(tokens, kwargs)`, one step of the model, after which `step` is captured and did the same; or
+    the reason why that cannot be. The cache, the random numbers and the host are as the eager step leaves them.
+    `changed()`: whether the model is another to the host than before."""
+
+    def eager() -> Any:
+        return run(tokens, kwargs)
+
     cache_name = cache_name_of(kwargs)
     cache, device = kwargs[cache_name], tokens.device
     if step.inputs is not None and (differing := step.inputs.differ_from(kwargs)) is not None:
@@ -65,9 +70,9 @@ def prove(
     if frozen is not None:
         return outputs, frozen
     if step.graph is None:
-        step.inputs = inputs = StepInputs.of(tokens, kwargs, length)
+        step.inputs = inputs = inputs_of(tokens, kwargs)
         try:
-            step.graph = captured(lambda: _run(model, inputs, {cache_name: cache}), device.type, pool)
+            step.graph = captured(lambda: _run(run, inputs, {cache_name: cache}), device.type, pool)
             failed = after.counted_by_the_host(cache)
         except Exception as error:  # whatever the model does that a device cannot capture
             failed = f"a capture fails: {error_text(_first(error))}"
@@ -76,12 +81,13 @@ def prove(
             random_after.put_back()
             return outputs, failed
     assert step.inputs is not None and step.graph is not None
-    expected = outputs.logits.clone()
+    expected = [each.clone() for each in _compared(outputs)]
     step.inputs.load(tokens, kwargs)
     before.put_back(cache)
     random.put_back()
     step.graph.replay()
-    wrong = _difference(step.graph.result[1]["logits"], expected)
+    differences = map(_difference, _compared(step.graph.result[1]), expected)
+    wrong = next(filter(None, differences), None)
     if wrong is None and random_after != _RandomNumbers.of(device):
         wrong = "it draws other random numbers"
     if wrong is not None:  # then what it wrote to the cache is not to be trusted either
@@ -103,21 +109,25 @@ def cache_name_of(kwargs: Mapping[str, Any]) -> str:
     return next(name for name in CACHES if kwargs.get(name) is not None)
 
 
-def _run(model: Any, inputs: StepInputs, cache: dict[str, Any]) -> tuple[type, dict[str, Any]]:
-    prepared = model.prepare_inputs_for_generation(inputs.tokens, **inputs.others, **inputs.tensors, **cache)
-    outputs = model(**prepared, return_dict=True)
+def _run(run: Run, inputs: StepInputs, cache: dict[str, Any]) -> tuple[type, dict[str, Any]]:
+    outputs = run(inputs.tokens, {**inputs.others, **inputs.tensors, **cache})
     inputs.count_on()
     return type(outputs), {name: value for name, value in outputs.items() if name not in CACHES}
 
 
+def _compared(outputs: Mapping[str, Any]) -> list[Tensor]:
+    hidden = outputs.get("hidden_states") or ()
+    return [outputs["logits"], *(each for each in hidden if each is not None)]
+
+
 def _difference(found: Tensor, expected: Tensor) -> str | None:
     if found.shape != expected.shape or found.dtype != expected.dtype:
-        return f"logits {list(found.shape)} of {found.dtype} for {list(expected.shape)} of {expected.dtype}"
+        return f"{list(found.shape)} of {found.dtype} for {list(expected.shape)} of {expected.dtype}"
     if torch.equal(found, expected):
         return None
     distance = torch.linalg.vector_norm((found - expected).float())
     limit = CLOSE.get(expected.dtype, CLOSE_OTHERS) * torch.linalg.vector_norm(expected.float())
-    return None if bool(distance <= limit) else "other logits"
+    return None if bool(distance <= limit) else "other numbers"
 
 
 @dataclass(frozen=True, eq=False)

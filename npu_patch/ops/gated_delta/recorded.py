@@ -45,7 +45,12 @@ class Recording:
             self.states = [held.clone()]
             self.known &= given in _MADE
         self.new = []
-        _OF_STATE[held] = self
+        record(held, self)
+
+    def taken(self, given: Tensor) -> list[Tensor] | None:
+        """The states after each token of a recorded call that ended in this one, for who keeps them elsewhere."""
+        new, self.new = self.new, []
+        return new if new and new[-1] is given else None
 
     def before(self, tokens: int) -> Tensor:
         """The state before the last so many tokens, from which it goes on.
@@ -70,6 +75,11 @@ def note(state: Tensor | None) -> None:
     """That it is one of the gated delta rule, if anybody may ask."""
     if RECORDINGS and state is not None:
         _MADE[state] = True
+
+
+def record(state: Tensor, recording: Recording) -> None:
+    """Calls that start from it are recorded."""
+    _OF_STATE[state] = recording
 
 
 def forget(state: Tensor | None) -> None:

@@ -1,13 +1,16 @@
-"""generate() over a static cache: each step of its loop is one replay of a graph.
+"""generate() over a static cache: each step of its loop is one replay of a graph, and each check of drafts.
 
 `_sample` is given an object in place of the model that passes everything on to it, but for the steps of the loop. A
 call whose cache transformers made for it alone gets one that is kept, so that its graph is there already.
+`_assisted_decoding`, which knows no static caches, is given one that takes tokens back (decoding/draft_cache.py).
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from npu_patch.decoding import cache as caches
 from npu_patch.decoding import inputs
+from npu_patch.decoding.checks import WIDEST, Checks
 from npu_patch.decoding.host_state import Observed, observe
 from npu_patch.decoding.kept import KEPT, Lease
 from npu_patch.decoding.session import ModelOfLoop, Session, mode, why_not_now
@@ -30,8 +34,8 @@ from npu_patch.sites.sites import Site
 
 LIBRARY, MIXIN = "transformers.generation.utils", "GenerationMixin"
 SAMPLE, BEAMS, ASSISTED = "_sample", "_beam_search", "_assisted_decoding"
-NOT_CAPTURED = {BEAMS: "beam search reorders the cache", ASSISTED: "assisted generation takes tokens back"}
 OF_LOOP = ("generation_config", "logits_processor", "stopping_criteria", "streamer", "synced_gpus")
+OF_DRAFTS = ("inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer")
 ASKED_FOR = ("output_attentions", "output_hidden_states")
 # Of transformers, but they call what a caller gave them.
 CALLING_OTHERS = ("PrefixConstrainedLogitsProcessor",)
@@ -49,7 +53,7 @@ class _Calls(Calls):
 def find(module: ModuleType) -> Iterable[Site]:
     mixin = vars(module).get(MIXIN)
     if module.__name__ == LIBRARY and isinstance(mixin, type):
-        for name in (SAMPLE, *NOT_CAPTURED):
+        for name in (SAMPLE, BEAMS, ASSISTED):
             if isinstance(vars(mixin).get(name), FunctionType):
                 yield Site(mixin, name, vars(mixin)[name])
 
@@ -61,18 +65,15 @@ def read_site(site: Site) -> AsNamed:
 
 def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
     calls = _Calls()
-    if site.name == SAMPLE:
-        serve = _captured(site.original, context.device_type, calls)
-    else:
-        serve = _not_captured(site.original, NOT_CAPTURED[site.name])
+    serve = _SERVING[site.name](site.original, context.device_type, calls)
     function = replacement_for(site.original, calls, serve, bypassed=Bypassed())
     return Replacement(function, reading.name, calls)
 
 
-def _not_captured(original: Callable[..., Any], reason: str) -> Callable[..., Any]:
+def _beams(original: Callable[..., Any], device_type: str, calls: Calls) -> Callable[..., Any]:
     def serve(*args: Any, **kwargs: Any) -> Unserved | TakenOver:
-        cache = _cache_of(kwargs)
-        return TakenOver(original(*args, **kwargs)) if caches.why_not(cache) is not None else Unserved(reason)
+        static = caches.why_not(_cache_of(kwargs)) is None
+        return Unserved("beam search reorders the cache") if static else TakenOver(original(*args, **kwargs))
 
     return serve
 
@@ -101,6 +102,73 @@ def _captured(original: Callable[..., Any], device_type: str, calls: Calls) -> C
     return serve
 
 
+def _drafted(original: Callable[..., Any], device_type: str, calls: Calls) -> Callable[..., Any]:
+    """Over a static cache of this call alone. Where its checks cannot be captured they are eager: without a cache that
+    takes tokens back the call would be refused."""
+
+    def serve(model: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Unserved | TakenOver:
+        if caches.why_not(_cache_of(kwargs)) is not None:
+            return TakenOver(original(model, input_ids, *args, **kwargs))
+        reason = _why_not_drafts(model, args, kwargs)
+        if reason is not None:
+            return Unserved(reason)
+        with turn(device_type) as taken:
+            observed = observe(model, device_type)
+            reason = taken or _why_not(model, input_ids, args, kwargs, device_type) or observed.why_not
+            lease = _lease_for_drafts(model, input_ids, kwargs, observed, device_type, kept=reason is None)
+            if isinstance(lease, str):
+                return Unserved(lease)
+            checks = Checks(model, device_type, calls, lease.cache, _others_between(kwargs), reason)
+            config = copy.copy(kwargs["generation_config"])
+            config.cache_implementation = None  # transformers' loop looks at its name
+            given = {**kwargs, _name_of_cache(kwargs): lease.cache, "generation_config": config}
+            try:
+                return TakenOver(original(ModelOfLoop(checks), input_ids, **given))
+            finally:
+                lease.in_use = False
+                if checks.nothing_captured is not None:
+                    KEPT.of(model).refuse(lease, observed, checks.nothing_captured)
+
+    return serve
+
+
+def _why_not_drafts(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    config = kwargs.get("generation_config")
+    if args or config is None or not isinstance(model, torch.nn.Module):
+        return "arguments of another version of transformers"
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "an encoder and a decoder"
+    if kwargs.get("synced_gpus"):
+        return "ranks that generate in step"
+    if not caches.is_for_one_call(_cache_of(kwargs), config.cache_implementation, model):
+        return "drafts over a static cache of the caller's"
+    if not hasattr(_cache_of(kwargs), "activate_past_recording"):
+        return "this transformers takes tokens back another way, 5.23 is known"
+    return None
+
+
+def _lease_for_drafts(
+    model: Any, input_ids: Tensor, kwargs: dict[str, Any], observed: Observed, device_type: str, kept: bool
+) -> Lease | str:
+    """A cache that takes tokens back, kept for the next call but where the caller gets it, or nothing is captured."""
+    from npu_patch.decoding import draft_cache
+
+    text, config = model.config.get_text_config(decoder=True), kwargs["generation_config"]
+    length = max(caches.length_of(_cache_of(kwargs)), config.max_length - 1) + WIDEST
+
+    def make(length: int) -> Any:
+        return draft_cache.made(text, length, input_ids.device)
+
+    of_model = KEPT.of(model)
+    kind = (ASSISTED, input_ids.shape[0], input_ids.device, observed.dtypes, mode(device_type))
+    if kept and not config.return_dict_in_generate and of_model.why_not(kind, observed) is None:
+        lease = of_model.lease(length, kind, make)
+        if isinstance(lease, Lease):
+            return lease
+    cache = make(length)
+    return cache if isinstance(cache, str) else Lease(cache, kind)
+
+
 def _lease(
     model: Any, input_ids: Tensor, kwargs: dict[str, Any], observed: Observed, device_type: str
 ) -> Lease | str | None:
@@ -119,7 +187,7 @@ def _lease(
     embedded = kwargs.get("inputs_embeds")
     length = max(caches.length_of(kwargs[name]), config.max_length - 1)
     length += 0 if embedded is None else embedded.shape[1]
-    lease = of_model.lease(model.config.get_text_config(decoder=True), length, kind)
+    lease = of_model.lease(length, kind, partial(caches.made, model.config.get_text_config(decoder=True)))
     if isinstance(lease, Lease):
         kwargs[name] = lease.cache
     return lease
@@ -142,7 +210,7 @@ def _why_not(model: Any, input_ids: Any, args: tuple[Any, ...], kwargs: dict[str
         return "torch.compile is asked for (compile_config)"
     if any(getattr(config, name, False) for name in ASKED_FOR):
         return "attentions or hidden states are asked for"
-    of_model = {name: value for name, value in kwargs.items() if name not in OF_LOOP}
+    of_model = {name: value for name, value in kwargs.items() if name not in (*OF_LOOP, *OF_DRAFTS)}
     return why_not_now(device_type) or inputs.why_not(of_model)
 
 
@@ -162,6 +230,7 @@ def _others_between(kwargs: dict[str, Any]) -> bool:
     return any(not kind.__module__.startswith("transformers.") or kind.__name__ in CALLING_OTHERS for kind in kinds)
 
 
+_SERVING = {SAMPLE: _captured, BEAMS: _beams, ASSISTED: _drafted}
 PATCH = Patch(
     "captured_decode",
     "captured_decode",

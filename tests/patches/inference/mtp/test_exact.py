@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 import functools
-import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from npu_patch import applied
+from tests.support.drafts import DRAFTS, drafting
 from tests.support.heads import FAMILIES, GREEDY, prompt
 from tests.support.tiny_models import tiny
 
 TOKENS, FEWER = 256, 64
-VOCABULARY = 101
-Draft = Callable[[list[int], random.Random], list[int]]
-
-
-def wrong(token: int) -> int:
-    return (token + 1) % VOCABULARY
-
-
-# Of the tokens that are still to come, what is drafted.
-DRAFTS: dict[str, Draft] = {
-    "always wrong": lambda rest, chance: [wrong(each) for each in rest[:4]],
-    "right then wrong": lambda rest, chance: [*rest[:2], *map(wrong, rest[2:5])],
-    "all right": lambda rest, chance: rest[:5],
-    "longer than the rest": lambda rest, chance: [*rest, *range(2, 40)] if len(rest) < 20 else rest[:60],
-    "by chance": lambda rest, chance: [
-        each if chance.random() < 0.7 else wrong(each) for each in rest[: chance.randrange(9)]
-    ],
-}
 
 
 @functools.cache
@@ -44,33 +24,13 @@ def plainly(family: str) -> tuple[Any, Tensor]:
     return model, model.generate(prompt(), max_new_tokens=TOKENS, **GREEDY)
 
 
-@pytest.fixture
-def drafting(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor, Draft], list[int]]:
-    """Has prompt lookup draft what it is told to. The lengths of the drafts are noted."""
-
-    def draft(plain: Tensor, of: Draft) -> list[int]:
-        lengths: list[int] = []
-        chance = random.Random(3)
-
-        def get_candidates(self: Any, input_ids: Tensor) -> tuple[Tensor, None]:
-            assert torch.equal(input_ids, plain[:, : input_ids.shape[1]])
-            found = of(plain[0, input_ids.shape[1] :].tolist(), chance)
-            lengths.append(len(found))
-            return torch.cat((input_ids, input_ids.new_tensor(found).view(1, -1)), -1), None
-
-        monkeypatch.setattr(PromptLookupCandidateGenerator, "get_candidates", get_candidates)
-        return lengths
-
-    return draft
-
-
 @pytest.mark.parametrize("kind", DRAFTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_are_those_of_plain_decoding_whatever_is_drafted(
-    family: str, kind: str, drafting: Callable[[Tensor, Draft], list[int]]
+    family: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, plain = plainly(family)
-    lengths = drafting(plain, DRAFTS[kind])
+    lengths = drafting(monkeypatch, plain, DRAFTS[kind])
     with applied(model, device="cpu", mtp=True):
         found = model.generate(prompt(), max_new_tokens=TOKENS, prompt_lookup_num_tokens=3, **GREEDY)
     assert torch.equal(found, plain)

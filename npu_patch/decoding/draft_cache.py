@@ -1,0 +1,162 @@
+"""A static cache that takes drafted tokens back, at addresses that a graph may know. Imported once transformers is.
+
+A check runs several tokens in rows, as many as graphs of its width have; what lies behind the accepted one is undone at
+the start of the next check, by one number on the device: lengths go back, and each recurrent state goes on from the one
+that was kept after that row, its convolution from the columns that were before it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, LinearAttentionLayer, StaticCache, StaticLayer
+
+from npu_patch.decoding import cache as caches
+from npu_patch.ops.gated_delta.recorded import Recording, forget, record
+
+
+class StatesLayer(LinearAttentionLayer):
+    """`states[i]`: `[rows, *]`, the recurrent state after each row of the last check. `columns[i]`: what its
+    convolution saw, the state before the rows and then theirs. After a prompt: as after a check of one row."""
+
+    recurrent_states: dict[int, Any]
+    conv_states: dict[int, Any]
+    conv_kernel_size: dict[int, Any]
+
+    def __init__(self, number_of_states: int) -> None:
+        super().__init__(number_of_states)
+        self.states: dict[int, Tensor] = {}
+        self.columns: dict[int, Tensor] = {}
+        self.recordings = {index: Recording() for index in range(number_of_states)}
+        self.begun = dict.fromkeys(range(number_of_states), False)
+
+    def widen(self, rows: int) -> bool:
+        wider = False
+        for index, states in self.states.items():
+            if len(states) < rows:
+                self.states[index] = states.new_zeros((rows, *states.shape[1:]))
+                self.states[index][: len(states)] = states
+                wider = True
+        for index, columns in self.columns.items():
+            width = self.conv_kernel_size[index] + rows
+            if columns.shape[-1] < width:
+                self.columns[index] = columns.new_zeros((*columns.shape[:-1], width))
+                self.columns[index][..., : columns.shape[-1]] = columns
+                wider = True
+        return wider
+
+    def go_on(self, at: Tensor, columns_before: Tensor) -> None:
+        for index, states in self.states.items():
+            torch.index_select(states, 0, at, out=self.recurrent_states[index].unsqueeze(0))
+        for index, columns in self.columns.items():
+            before = columns_before[: self.conv_kernel_size[index]]
+            torch.index_select(columns, -1, before, out=self.conv_states[index])
+
+    def update_conv_state(
+        self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
+    ) -> Tensor:
+        if not self.has_previous_state[state_idx]:
+            seen: Tensor = super().update_conv_state(conv_states, state_idx, conv_kernel_size, **kwargs)
+            held = self.conv_states[state_idx]
+            if state_idx not in self.columns:
+                self.columns[state_idx] = held.new_zeros((*held.shape[:-1], held.shape[-1] + 1))
+            self.columns[state_idx][..., 1 : held.shape[-1] + 1] = held
+            return seen
+        seen = torch.cat((self.conv_states[state_idx], conv_states), -1)
+        self.columns[state_idx][..., : seen.shape[-1]] = seen
+        return seen
+
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        recording = self.recordings[state_idx]
+        after_each = recording.taken(recurrent_states)
+        if not self.begun[state_idx]:  # a prompt's
+            held: Tensor = super().update_recurrent_state(recurrent_states, state_idx, **kwargs)
+            if state_idx not in self.states:
+                self.states[state_idx] = held.new_zeros((1, *held.shape))
+            self.states[state_idx][0] = held
+            self.begun[state_idx] = True
+            record(held, recording)
+            return held
+        if after_each is None:
+            raise RuntimeError("drafts cannot be taken back: nothing of npu_patch computed the recurrent state")
+        kept = self.states[state_idx][: len(after_each)]
+        if after_each[0].dtype == kept.dtype:
+            torch.stack(after_each, out=kept)
+        else:
+            kept.copy_(torch.stack(after_each))
+        going_on: Tensor = self.recurrent_states[state_idx]
+        return going_on
+
+    def reset(self) -> None:
+        super().reset()
+        self.begun = dict.fromkeys(self.begun, False)
+        for state in self.recurrent_states.values():
+            forget(state)
+
+
+class DraftCache(StaticCache):
+    """`at`: the row of the last check that the next one goes on from; `width`: how many tokens it wrote. `rows`: how
+    many of those the loop knows of."""
+
+    layers: list[Any]
+
+    def __init__(self, layers: list[Any], device: torch.device) -> None:
+        Cache.__init__(self, layers=[_with_states(each) for each in layers])
+        self.at, self.width = (torch.full((1,), value, device=device) for value in (0, 1))
+        self.rows, self._at = 1, 0
+        self.with_states = [each for each in self.layers if isinstance(each, StatesLayer)]
+        self.numbers = torch.arange(1, 1, device=device)
+        for layer in self.layers:
+            layer.of_rows = {"at": self.at, "width": self.width}  # with what a step changes
+
+    def activate_past_recording(self) -> None:
+        """It always does."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.rows > 1 and not -self.rows < tokens_to_remove <= 0:
+            raise ValueError(f"crop({tokens_to_remove}): accepted are 0 to {1 - self.rows}, those of the last check")
+        at = self.rows - 1 + tokens_to_remove
+        if at != self._at:
+            self.at.fill_(at)
+            self._at = at
+
+    def widen(self, rows: int) -> bool:
+        """Room for the states after so many. Whether there was less, which was at other addresses."""
+        kernels = [each or 0 for layer in self.with_states for each in layer.conv_kernel_size.values()]
+        if len(self.numbers) < max(kernels, default=0):
+            self.numbers = torch.arange(1, 1 + max(kernels), device=self.at.device)
+        return any([layer.widen(rows) for layer in self.with_states])
+
+    def go_on(self, width: int) -> None:
+        """Before a check that writes so many tokens."""
+        forward = (self.at + 1 - self.width).view(())
+        columns = self.numbers + self.at
+        for layer in self.layers:
+            if isinstance(layer, StatesLayer):
+                layer.go_on(self.at, columns)
+            else:
+                layer.cumulative_length.add_(forward)
+        self.width.fill_(width)
+
+    def reset(self) -> None:
+        super().reset()
+        self.rows, self._at = 1, 0
+        self.at.fill_(0)
+        self.width.fill_(1)
+
+
+def _with_states(layer: Any) -> Any:
+    return StatesLayer(layer.number_of_states) if type(layer) is LinearAttentionLayer else layer
+
+
+def made(config: Any, length: int, device: torch.device) -> DraftCache | str:
+    """One of so many tokens; or why there is none."""
+    cache = caches.made(config, length)
+    if isinstance(cache, str):
+        return cache
+    others = {type(each).__name__ for each in cache.layers if type(each) not in (StaticLayer, LinearAttentionLayer)}
+    if others:
+        return f"drafts over a static cache with layers of the kind {', '.join(sorted(others))}"
+    return DraftCache(cache.layers, device)
