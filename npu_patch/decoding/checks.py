@@ -99,7 +99,7 @@ class Checks:
         length = caches.length_of(self.cache)
 
         def inputs_of(tokens: Tensor, kwargs: Mapping[str, Any]) -> StepInputs:
-            return StepInputs.of(tokens, kwargs, length, width, counts=False)
+            return StepInputs.of(tokens, kwargs, length, width, taken=inputs.COUNTED)
 
         def changed() -> bool:
             return kept.observed.changes_to(observe(self.model, self.device_type))

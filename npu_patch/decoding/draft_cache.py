@@ -98,9 +98,10 @@ class StatesLayer(LinearAttentionLayer):
 
 class DraftCache(StaticCache):
     """`at`: the row of the last check that the next one goes on from; `width`: how many tokens it wrote. `rows`: how
-    many of those the loop knows of."""
+    many of those the loop knows of. `why_eager`: why checks, and what goes with them, are not captured."""
 
     layers: list[Any]
+    why_eager: str | None = None
 
     def __init__(self, layers: list[Any], device: torch.device) -> None:
         Cache.__init__(self, layers=[_with_states(each) for each in layers])

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,21 +35,21 @@ OF_THE_PROMPT = (
 
 @dataclass(frozen=True, eq=False)
 class StepInputs:
-    """`width`: the tokens of a step. `counts`: each step's positions are those behind the last one's."""
+    """`taken`: given anew for each step, as the tokens are."""
 
     tokens: Tensor
     tensors: Mapping[str, Tensor]
     others: Mapping[str, Any]
-    counts: bool = True
+    taken: Collection[str] = ()
 
     @classmethod
     def of(
-        cls, tokens: Tensor, kwargs: Mapping[str, Any], length: int, width: int = 1, counts: bool = True
+        cls, tokens: Tensor, kwargs: Mapping[str, Any], length: int, width: int = 1, taken: Collection[str] = ()
     ) -> StepInputs:
-        """For a cache of `length` tokens."""
+        """For a cache of `length` tokens and steps of `width`."""
         tensors = {name: _as_it_stays(name, value, length, width) for name, value in _tensors(kwargs)}
         others = {name: value for name, value in kwargs.items() if name not in tensors and not _is_apart(name)}
-        return cls(tokens[:, -width:].clone(memory_format=torch.contiguous_format), tensors, others, counts)
+        return cls(tokens[:, -width:].clone(memory_format=torch.contiguous_format), tensors, others, taken)
 
     @property
     def width(self) -> int:
@@ -66,22 +66,22 @@ class StepInputs:
         self.tokens.copy_(tokens[:, -self.width :])
 
     def take_rows(self, tokens: Tensor, kwargs: Mapping[str, Any], rows: int) -> None:
-        """The newest ones with their positions: the first of the step's. The others stay some that it had before."""
+        """The newest ones, and what is `taken` of them: the first of the step's. Behind them stays what was there."""
         self.tokens[:, :rows].copy_(tokens[:, -rows:])
-        for name in COUNTED:
+        for name in self.taken:
             if name in self.tensors:
                 self.tensors[name][..., :rows].copy_(kwargs[name][..., -rows:])
 
     def count_on(self) -> None:
         """At the end of each step."""
         for name in COUNTED:
-            if self.counts and name in self.tensors:
+            if name in self.tensors and name not in self.taken:
                 self.tensors[name].add_(1)
 
     def differ_from(self, kwargs: Mapping[str, Any]) -> str | None:
         """Which argument of the next step is another than what was counted on."""
         for name, value in kwargs.items():
-            if name in COUNTED and not self.counts:
+            if name in self.taken:
                 continue
             if name in self.tensors:
                 place = self.tensors[name]

@@ -119,6 +119,7 @@ def _drafted(original: Callable[..., Any], device_type: str, calls: Calls) -> Ca
             if isinstance(lease, str):
                 return Unserved(lease)
             checks = Checks(model, device_type, calls, lease.cache, _others_between(kwargs), reason)
+            lease.cache.why_eager = reason or ("code of others runs between the checks" if checks.watched else None)
             config = copy.copy(kwargs["generation_config"])
             config.cache_implementation = None  # transformers' loop looks at its name
             given = {**kwargs, _name_of_cache(kwargs): lease.cache, "generation_config": config}

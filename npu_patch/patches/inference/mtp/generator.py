@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
 from npu_patch.patches.inference.mtp import head
 from npu_patch.patches.inference.mtp.stateful import is_rolled_back
 from npu_patch.patches.inference.mtp.trunk import Trunk
+from npu_patch.serving.bypassed import Bypassed
 from npu_patch.serving.calls import Calls
-from npu_patch.serving.replacement import TakenOver
+from npu_patch.serving.replacement import TakenOver, replacement_for
 
 Serve = Callable[..., Any]
+_MODELS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # of generators
 NOT_ASKED = 20  # transformers' own default of num_assistant_tokens, which its own heads do not look at
 MOST = 16
 WHOLE = "use_mtp=True: a head reads the whole prompt, as tokens, within the call; this one {}"
@@ -32,6 +35,7 @@ def serve_made(original: Serve) -> Serve:
             raise ValueError(WHOLE.format("has inputs_embeds"))
         asked = generation_config.num_assistant_tokens
         trunk = head.trunk_of(main_model, 1 if asked in (None, NOT_ASKED) else _drafts(asked))
+        _MODELS[made] = main_model
         return original(made, trunk, generation_config, model_kwargs, *args, **kwargs)
 
     return serve
@@ -43,17 +47,31 @@ def _drafts(asked: Any) -> int:
     return asked
 
 
-def serve_candidates(original: Serve) -> Serve:
-    """`get_candidates(input_ids, model_kwargs, ...)`: positions of several axes, those of images, as those of text."""
+def candidates(original: Serve, calls: Calls) -> Serve:
+    """`get_candidates(input_ids, model_kwargs, ...)`: positions of several axes, those of images, as those of text; and
+    over a static cache, drafts that are replays, which are counted."""
 
     def serve(made: Any, input_ids: Tensor, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        reason = _begin(made, model_kwargs, calls) if kwargs.get("is_first_iteration") else None
+        if reason is not None:
+            calls.fell_through[reason] += 1
         positions = model_kwargs.get("position_ids")
-        if positions is None or positions.dim() != 3:
-            return TakenOver(original(made, input_ids, model_kwargs, *args, **kwargs))
-        rotated = positions[1 if positions.shape[0] == 4 else 0]
-        return original(made, input_ids, {**model_kwargs, "position_ids": rotated}, *args, **kwargs)
+        if positions is not None and positions.dim() == 3:
+            rotated = positions[1 if positions.shape[0] == 4 else 0]
+            model_kwargs = {**model_kwargs, "position_ids": rotated}
+        return TakenOver(original(made, input_ids, model_kwargs, *args, **kwargs))
 
-    return serve
+    return replacement_for(original, calls, serve, bypassed=Bypassed())
+
+
+def _begin(made: Any, model_kwargs: dict[str, Any], calls: Calls) -> str | None:
+    """Why drafts over a static cache are not to be replays."""
+    model, cache = _MODELS.get(made), model_kwargs["past_key_values"]
+    if model is None or not hasattr(cache, "why_eager"):
+        return None
+    from npu_patch.patches.inference.mtp import captured_head
+
+    return captured_head.begin(made, model, cache, calls)
 
 
 def loading(original: Any, calls: Calls) -> Any:

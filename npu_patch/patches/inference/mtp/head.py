@@ -108,6 +108,12 @@ def _head_class() -> Any:
             for name in SHARED:
                 vars(self)[name] = self._modules.pop(name, None)
 
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            drafts = getattr(kwargs.get("mtp_cache"), "drafts", None)
+            if drafts is None:
+                return super().forward(*args, **kwargs)
+            return *drafts(kwargs["input_ids"], kwargs["last_hidden_states"], kwargs["position_ids"]), None
+
         def get_weight_conversions(self, main_model: Any) -> list[Any]:
             conversions: list[Any] = super().get_weight_conversions(main_model)
             published = published_beside(main_model.config.name_or_path)

@@ -58,7 +58,7 @@ DOORS = {
     ),
     DRAFTS: (
         Door("MTPCandidateGenerator", "__init__", generator.serve_made),
-        Door("MTPCandidateGenerator", "get_candidates", generator.serve_candidates),
+        Door("MTPCandidateGenerator", "get_candidates", value=generator.candidates),
     ),
     LAYERS: (Door("MtpModel", "from_pretrained", value=generator.loading),),
 }

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import LogitsProcessor, StaticCache
+from transformers.generation.candidate_generator import MTPCandidateGenerator
 
 import npu_patch
 from npu_patch import applied, simulator
@@ -61,6 +62,40 @@ def test_tokens_with_the_head_are_those_of_plain_decoding(
         assert torch.equal(model.generate(ids.to(npu), **given).cpu(), plain)
         calls = calls_of("_assisted_decoding")
         assert calls.ran > 20 - COMPARED and not calls.fell_through
+
+
+@pytest.mark.parametrize("drafts", [1, 2, 3, 5])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_replayed_head_drafts_what_it_drafts_step_by_step(
+    family: str, drafts: int, npu: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a long prompt, and one that is shorter than what a replay is given; of what was accepted, and of what was
+    not: its tokens are replaced by the model's now and then."""
+    model = loaded(saved(family, tmp_path)).to(npu)
+    plain = {tokens: model.generate(prompt(tokens).to(npu), max_new_tokens=24, **GREEDY) for tokens in (3, 17)}
+    with applied(model, mtp=True) as report:
+        drafted: list[list[int]] = []
+        original = MTPCandidateGenerator.get_candidates
+
+        def get_candidates(self: Any, ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            found, logits = original(self, ids, *args, **kwargs)
+            drafted.append(found[0].tolist())
+            rest = plain[tokens][:, ids.shape[1] : found.shape[1]]
+            if len(drafted) % 3 and rest.shape[1]:  # some of them right
+                found[:, ids.shape[1] : ids.shape[1] + rest.shape[1]] = rest
+            return found, logits
+
+        monkeypatch.setattr(MTPCandidateGenerator, "get_candidates", get_candidates)
+        for tokens in plain:
+            found = []
+            for how in (GREEDY, STATIC, STATIC):
+                drafted.clear()
+                given = {"max_new_tokens": 24, "use_mtp": True, "num_assistant_tokens": drafts, **how}
+                assert torch.equal(model.generate(prompt(tokens).to(npu), **given), plain[tokens])
+                found.append([*drafted])
+            assert found[0] == found[1] == found[2] and len(found[0]) < 24
+        (door,) = (each.calls for each in report if each.site.endswith("MTPCandidateGenerator.get_candidates"))
+        assert door.ran >= 4 and not door.fell_through
 
 
 @pytest.mark.parametrize("assistant", ["qwen3_next", "qwen3"])
