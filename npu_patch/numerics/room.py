@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -37,7 +38,8 @@ def quiet_room() -> Iterator[None]:
 
     Of this thread: saved-tensor hooks (checkpointing, offloading), modes of torch functions and of dispatch (devices,
     fake tensors, selective checkpointing), transforms of torch.func, autocast, inference, gradients. Of the process:
-    see process_settings.py. The thread itself stays the caller's: it may hold locks of imports and of the journal.
+    the host's random numbers, and see process_settings.py. The thread itself stays the caller's: it may hold locks of
+    imports and of the journal.
     """
     _ROOM.probes += 1
     try:
@@ -57,6 +59,7 @@ def _apart() -> Iterator[None]:
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
+        _random_state_kept(),
     ):
         yield
 
@@ -70,14 +73,17 @@ def _without_saved_tensors_hooks() -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Torch's random state and Python's stay what they are, whatever the probed code draws."""
-    own = random.getstate()
+def _random_state_kept() -> Iterator[None]:
+    """Torch's random state, Python's and numpy's stay what they are, whatever the probed code draws."""
+    own, numpy = random.getstate(), sys.modules.get("numpy.random")
+    of_numpy = numpy.get_state() if numpy is not None else None
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
         random.setstate(own)
+        if numpy is not None:
+            numpy.set_state(of_numpy)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from npu_patch.numerics.error_text import error_text
 from npu_patch.numerics.findings import unless_accident
-from npu_patch.numerics.room import quiet_room, random_state_kept, silent
+from npu_patch.numerics.room import quiet_room, silent
 from npu_patch.numerics.values import values
 from npu_patch.ops.readings import NotRead
 from npu_patch.ops.rms_norm import PLAIN_VARIANTS
@@ -89,7 +89,7 @@ def read_add_rms_norm(layer: ModuleClass, is_norm: IsNorm) -> list[tuple[type, A
     if not possible_mixers(layer, is_norm):
         return []
     functions = innermost(layer.forward), innermost(layer.__init__)
-    with quiet_room(), random_state_kept(), silent(loggers(functions)):
+    with quiet_room(), silent(loggers(functions)):
         return list(_readings(layer, is_norm))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from npu_patch.numerics.closeness import distance
 from npu_patch.numerics.findings import unless_accident
-from npu_patch.numerics.room import quiet_room, random_state_kept
+from npu_patch.numerics.room import quiet_room
 from npu_patch.numerics.values import values
 from npu_patch.ops.experts.grouped_matmul import Weights
 from npu_patch.ops.experts.routed import Experts, reference, silu_of_halves
@@ -131,7 +131,7 @@ def read_experts(
     """The first convention and gate that `forward` was observed to compute, or why none; `attributes` are those of an
     instance."""
     failures: list[_Not] = []
-    with quiet_room(), random_state_kept():  # a forward with jitter draws
+    with quiet_room():  # a forward with jitter draws
         for convention in conventions:
             for gate in _gates(cls, convention):
                 observed = _observe(cls, forward, attributes, ExpertsReading(convention, gate))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from npu_patch.numerics.closeness import distance
 from npu_patch.numerics.findings import unless_accident
-from npu_patch.numerics.room import quiet_room, random_state_kept
+from npu_patch.numerics.room import quiet_room
 from npu_patch.numerics.values import values
 from npu_patch.ops.readings import AsNamed, NotRead
 from npu_patch.probe.stand_in import Missing, StandIn, problem_text
@@ -100,7 +100,7 @@ def read_method(cls: type, method: Callable[..., Any]) -> AsNamed | NotRead:
 
 def read_block(cls: type, forward: Callable[..., Any], attributes: Mapping[str, Any]) -> BlockReading | NotRead:
     """A part of the block is whatever is asked for that `attributes` does not hold as a plain value."""
-    with quiet_room(), random_state_kept():  # jitter draws
+    with quiet_room():  # jitter draws
         parts = _parts_of(cls, forward, attributes)
         if isinstance(parts, NotRead):
             return parts

@@ -20,7 +20,7 @@ from torch import Tensor
 from npu_patch.numerics.closeness import distance
 from npu_patch.numerics.error_text import error_text
 from npu_patch.numerics.findings import unless_accident
-from npu_patch.numerics.room import quiet_room, random_state_kept
+from npu_patch.numerics.room import quiet_room
 from npu_patch.ops.qk_norm_rope import Heads, reference, why_not_fused
 from npu_patch.ops.readings import NotRead, RMSNormReading, RoPEReading
 from npu_patch.probe.tiny_layer import HEAD_DIM, Unobservable, arguments, build, tensors_in
@@ -39,7 +39,7 @@ class QKNormRoPEReading:
 
 def read_qk_norm_rope(cls: type[torch.nn.Module], rotation: RoPESite) -> QKNormRoPEReading | NotRead:
     """`rotation` is the replacement's of the rotary function that the forward of `cls` looks up."""
-    with quiet_room(), random_state_kept():
+    with quiet_room():
         try:
             layer = build(cls)
             norms = _norms(layer)

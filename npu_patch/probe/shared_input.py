@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from npu_patch.numerics.findings import remembered, unless_accident
-from npu_patch.numerics.room import quiet_room, random_state_kept
+from npu_patch.numerics.room import quiet_room
 from npu_patch.numerics.values import numbers
 from npu_patch.probe.stand_in import Missing, StandIn
 
@@ -52,7 +52,7 @@ def _read(
 
         return record
 
-    with quiet_room(), random_state_kept():
+    with quiet_room():
         given: list[Any] = [numbers((*SHAPE, widths[0][1]), 19, torch.float32)]
         parameters = list(inspect.signature(forward).parameters.values())[2:]
         given += [None for each in parameters if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]

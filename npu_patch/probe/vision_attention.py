@@ -18,7 +18,7 @@ from torch import Tensor
 from npu_patch.numerics.closeness import distance
 from npu_patch.numerics.error_text import error_text
 from npu_patch.numerics.findings import unless_accident
-from npu_patch.numerics.room import quiet_room, random_state_kept
+from npu_patch.numerics.room import quiet_room
 from npu_patch.numerics.values import values
 from npu_patch.ops.readings import AsNamed, NotRead
 from npu_patch.probe.attention import REGISTRY
@@ -50,7 +50,7 @@ NAMES = {
 
 
 def read_vision_attention(cls: type[torch.nn.Module]) -> AsNamed | NotRead:
-    with quiet_room(), random_state_kept():
+    with quiet_room():
         try:
             layer = _build(cls)
             far = max(_distance(layer.to(dtype), dtype) for dtype in (torch.float32, torch.bfloat16))

@@ -68,7 +68,7 @@ def test_untested_torch_npu() -> None:
 
 
 def test_no_compiler(tmp_path: Path) -> None:
-    message = refusal(START, PATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path / "cache"))
+    message = refusal(START, CC="", PATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert "no C compiler" in message
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from npu_patch.numerics.closeness import distance
 from npu_patch.numerics.error_text import error_text
 from npu_patch.numerics.findings import remembered, unless_accident
-from npu_patch.numerics.room import quiet_room, random_state_kept
+from npu_patch.numerics.room import quiet_room
 from npu_patch.numerics.values import values
 from npu_patch.ops.gated_delta.causal_conv1d import causal_conv1d
 from npu_patch.ops.readings import NotRead
@@ -99,7 +99,7 @@ def find(module: ModuleType) -> Iterable[Site]:
 def read(cls: type, name: str) -> Reading | NotRead:
     """Whether a function in `name` is what the layer computes inline."""
     try:
-        with quiet_room(), random_state_kept():
+        with quiet_room():
             return _observe(cls, name)
     except Exception as error:
         unless_accident(error)
