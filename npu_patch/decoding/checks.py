@@ -55,7 +55,7 @@ class Checks:
     def _check(self, tokens: Tensor, kwargs: dict[str, Any], asked: Mapping[str, Any]) -> Any:
         rows = kwargs["next_sequence_length"]
         width = width_for(rows)
-        if self.cache.widen(width):
+        if self.cache.begin(width):
             self.kept.clear()
         key = (width, *sorted((name, str(value)) for name, value in asked.items()))
         kept = None if rows > WIDEST else self._kept(key, tokens, kwargs)

@@ -18,8 +18,8 @@ from npu_patch.ops.gated_delta.recorded import Recording, forget, record
 
 
 class StatesLayer(LinearAttentionLayer):
-    """`states[i]`: `[rows, *]`, the recurrent state after each row of the last check. `columns[i]`: what its
-    convolution saw, the state before the rows and then theirs. After a prompt: as after a check of one row."""
+    """From a first check on: `states[i]`: `[rows, *]`, the recurrent state after each row of the last one;
+    `columns[i]`: what its convolution saw, the state before the rows and then theirs. At first: as after one row."""
 
     recurrent_states: dict[int, Any]
     conv_states: dict[int, Any]
@@ -30,21 +30,25 @@ class StatesLayer(LinearAttentionLayer):
         self.states: dict[int, Tensor] = {}
         self.columns: dict[int, Tensor] = {}
         self.recordings = {index: Recording() for index in range(number_of_states)}
-        self.begun = dict.fromkeys(range(number_of_states), False)
+        self.checks = False
 
-    def widen(self, rows: int) -> bool:
+    def begin(self, rows: int) -> bool:
+        """A check of so many. Whether it has other addresses than the last one: there was less room."""
         wider = False
-        for index, states in self.states.items():
-            if len(states) < rows:
-                self.states[index] = states.new_zeros((rows, *states.shape[1:]))
-                self.states[index][: len(states)] = states
-                wider = True
-        for index, columns in self.columns.items():
-            width = self.conv_kernel_size[index] + rows
-            if columns.shape[-1] < width:
-                self.columns[index] = columns.new_zeros((*columns.shape[:-1], width))
-                self.columns[index][..., : columns.shape[-1]] = columns
-                wider = True
+        for index, state in self.recurrent_states.items():
+            if state is not None:
+                wider |= _grown(self.states, index, state, (rows, *state.shape), 0)
+        for index, state in self.conv_states.items():
+            if state is not None:
+                shape = *state.shape[:-1], self.conv_kernel_size[index] + rows
+                wider |= _grown(self.columns, index, state, shape, -1)
+        if not self.checks:
+            for index, states in self.states.items():
+                states[0] = self.recurrent_states[index]
+                record(self.recurrent_states[index], self.recordings[index])
+            for index, columns in self.columns.items():
+                columns[..., 1 : self.conv_kernel_size[index] + 1] = self.conv_states[index]
+            self.checks = True
         return wider
 
     def go_on(self, at: Tensor, columns_before: Tensor) -> None:
@@ -57,28 +61,18 @@ class StatesLayer(LinearAttentionLayer):
     def update_conv_state(
         self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
     ) -> Tensor:
-        if not self.has_previous_state[state_idx]:
+        if not self.checks:
             seen: Tensor = super().update_conv_state(conv_states, state_idx, conv_kernel_size, **kwargs)
-            held = self.conv_states[state_idx]
-            if state_idx not in self.columns:
-                self.columns[state_idx] = held.new_zeros((*held.shape[:-1], held.shape[-1] + 1))
-            self.columns[state_idx][..., 1 : held.shape[-1] + 1] = held
             return seen
         seen = torch.cat((self.conv_states[state_idx], conv_states), -1)
         self.columns[state_idx][..., : seen.shape[-1]] = seen
         return seen
 
     def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
-        recording = self.recordings[state_idx]
-        after_each = recording.taken(recurrent_states)
-        if not self.begun[state_idx]:  # a prompt's
+        if not self.checks:
             held: Tensor = super().update_recurrent_state(recurrent_states, state_idx, **kwargs)
-            if state_idx not in self.states:
-                self.states[state_idx] = held.new_zeros((1, *held.shape))
-            self.states[state_idx][0] = held
-            self.begun[state_idx] = True
-            record(held, recording)
             return held
+        after_each = self.recordings[state_idx].taken(recurrent_states)
         if after_each is None:
             raise RuntimeError("drafts cannot be taken back: nothing of npu_patch computed the recurrent state")
         kept = self.states[state_idx][: len(after_each)]
@@ -89,18 +83,35 @@ class StatesLayer(LinearAttentionLayer):
         going_on: Tensor = self.recurrent_states[state_idx]
         return going_on
 
-    def reset(self) -> None:
-        super().reset()
-        self.begun = dict.fromkeys(self.begun, False)
+    def end(self) -> None:
+        """From here on it is as any other."""
+        self.checks = False
         for state in self.recurrent_states.values():
             forget(state)
+
+    def reset(self) -> None:
+        super().reset()
+        self.end()
+
+
+def _grown(kept: dict[int, Tensor], index: int, like: Tensor, shape: tuple[int, ...], dim: int) -> bool:
+    """Has `kept[index]` be as long as this shape at least; whether it was shorter."""
+    before = kept.get(index)
+    if before is not None and before.shape[dim] >= shape[dim]:
+        return False
+    kept[index] = like.new_zeros(shape)
+    if before is not None:
+        kept[index].narrow(dim, 0, before.shape[dim]).copy_(before)
+    return True
 
 
 class DraftCache(StaticCache):
     """`at`: the row of the last check that the next one goes on from; `width`: how many tokens it wrote. `rows`: how
-    many of those the loop knows of. `why_eager`: why checks, and what goes with them, are not captured."""
+    many of those the loop knows of. `serves`: a call of generate() whose steps know it. `why_eager`: why its checks,
+    and what goes with them, are not captured."""
 
     layers: list[Any]
+    serves = False
     why_eager: str | None = None
 
     def __init__(self, layers: list[Any], device: torch.device) -> None:
@@ -113,7 +124,14 @@ class DraftCache(StaticCache):
             layer.of_rows = {"at": self.at, "width": self.width}  # with what a step changes
 
     def activate_past_recording(self) -> None:
-        """It always does."""
+        """
+        Raises:
+            ValueError: where an earlier call returned it, and a loop of drafts is given it as it is.
+        """
+        if not self.serves:
+            raise ValueError(
+                "assisted generate is not supported with Static cache classes: this one is of another call"
+            )
 
     def crop(self, tokens_to_remove: int) -> None:
         if self.rows > 1 and not -self.rows < tokens_to_remove <= 0:
@@ -123,15 +141,15 @@ class DraftCache(StaticCache):
             self.at.fill_(at)
             self._at = at
 
-    def widen(self, rows: int) -> bool:
-        """Room for the states after so many. Whether there was less, which was at other addresses."""
+    def begin(self, rows: int) -> bool:
+        """A check of so many. Whether it has other addresses than the last one."""
         kernels = [each or 0 for layer in self.with_states for each in layer.conv_kernel_size.values()]
         if len(self.numbers) < max(kernels, default=0):
             self.numbers = torch.arange(1, 1 + max(kernels), device=self.at.device)
-        return any([layer.widen(rows) for layer in self.with_states])
+        return any([layer.begin(rows) for layer in self.with_states])
 
     def go_on(self, width: int) -> None:
-        """Before a check that writes so many tokens."""
+        """Before a check writes so many tokens: after what was accepted of the last one."""
         forward = (self.at + 1 - self.width).view(())
         columns = self.numbers + self.at
         for layer in self.layers:
@@ -141,11 +159,21 @@ class DraftCache(StaticCache):
                 layer.cumulative_length.add_(forward)
         self.width.fill_(width)
 
+    def end(self) -> None:
+        """Of the call: it holds what was accepted, and goes to the caller."""
+        self.go_on(1)
+        self._begin_anew()
+        for layer in self.with_states:
+            layer.end()
+
     def reset(self) -> None:
         super().reset()
-        self.rows, self._at = 1, 0
-        self.at.fill_(0)
+        self._begin_anew()
         self.width.fill_(1)
+
+    def _begin_anew(self) -> None:
+        self.serves, self.rows, self._at = False, 1, 0
+        self.at.fill_(0)
 
 
 def _with_states(layer: Any) -> Any:

@@ -17,7 +17,7 @@ from npu_patch.decoding.graph import new_pool
 from npu_patch.decoding.host_state import Observed
 from npu_patch.decoding.step import Step
 
-MOST_CACHES, MOST_STEPS = 3, 6  # of steps, of checks of drafts, and of who drafts
+MOST_CACHES, MOST_STEPS = 4, 8  # of steps, of checks of drafts, and of who drafts
 
 
 @dataclass(eq=False)

@@ -115,7 +115,9 @@ def _drafted(original: Callable[..., Any], device_type: str, calls: Calls) -> Ca
         with turn(device_type) as taken:
             observed = observe(model, device_type)
             reason = taken or _why_not(model, input_ids, args, kwargs, device_type) or observed.why_not
-            lease = _lease_for_drafts(model, input_ids, kwargs, observed, device_type, kept=reason is None)
+            kind = (ASSISTED, input_ids.shape[0], input_ids.device, observed.dtypes, mode(device_type))
+            reason = reason or KEPT.of(model).why_not(kind, observed)
+            lease = _lease_for_drafts(model, input_ids, kwargs, kind, kept=reason is None)
             if isinstance(lease, str):
                 return Unserved(lease)
             checks = Checks(model, device_type, calls, lease.cache, _others_between(kwargs), reason)
@@ -123,10 +125,14 @@ def _drafted(original: Callable[..., Any], device_type: str, calls: Calls) -> Ca
             config = copy.copy(kwargs["generation_config"])
             config.cache_implementation = None  # transformers' loop looks at its name
             given = {**kwargs, _name_of_cache(kwargs): lease.cache, "generation_config": config}
+            lease.cache.serves = True
             try:
-                return TakenOver(original(ModelOfLoop(checks), input_ids, **given))
+                found = original(ModelOfLoop(checks), input_ids, **given)
+                if config.return_dict_in_generate:
+                    lease.cache.end()
+                return TakenOver(found)
             finally:
-                lease.in_use = False
+                lease.in_use = lease.cache.serves = False
                 if checks.nothing_captured is not None:
                     KEPT.of(model).refuse(lease, observed, checks.nothing_captured)
 
@@ -149,7 +155,7 @@ def _why_not_drafts(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _lease_for_drafts(
-    model: Any, input_ids: Tensor, kwargs: dict[str, Any], observed: Observed, device_type: str, kept: bool
+    model: Any, input_ids: Tensor, kwargs: dict[str, Any], kind: tuple[Any, ...], kept: bool
 ) -> Lease | str:
     """A cache that takes tokens back, kept for the next call but where the caller gets it, or nothing is captured."""
     from npu_patch.decoding import draft_cache
@@ -160,10 +166,8 @@ def _lease_for_drafts(
     def make(length: int) -> Any:
         return draft_cache.made(text, length, input_ids.device)
 
-    of_model = KEPT.of(model)
-    kind = (ASSISTED, input_ids.shape[0], input_ids.device, observed.dtypes, mode(device_type))
-    if kept and not config.return_dict_in_generate and of_model.why_not(kind, observed) is None:
-        lease = of_model.lease(length, kind, make)
+    if kept and not config.return_dict_in_generate:
+        lease = KEPT.of(model).lease(length, kind, make)
         if isinstance(lease, Lease):
             return lease
     cache = make(length)

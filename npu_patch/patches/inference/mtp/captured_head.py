@@ -56,25 +56,21 @@ class HeadCache(StaticCache):
 
 
 class Drafts:
-    """Of one call of generate(). `kept` is None where they are made step by step."""
+    """Of one call of generate(). `kept`: what replays them, once the first check was made; `refused`: nothing does."""
 
     def __init__(self, head: Any, model: Any, lease: Lease, calls: Calls) -> None:
         self.head, self.model, self.cache, self.calls = head, model, lease.cache, calls
         self.depths = len(head.layers)
         self.width = 2 if self.depths == 1 else 2 * self.depths + 1  # with those that are to be drafted anew
         self.device = head.layers[0].eh_proj.weight.device
-        self.observed = observed(head, model, self.device)
-        key = "head", self.depths, mode(self.device.type)
-        self.kept: KeptStep | None = KEPT.of(model).step(key, self.observed, self.cache)
-        if self.kept.why_not is not None:
-            self._refuse(self.kept.why_not)
+        self.kept: KeptStep | None = None
+        self.refused = False
 
     def __call__(self, ids: Tensor, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         rows, length = ids.shape[1], self.cache.length
         numbers = torch.tensor((length, rows - 1))
         self.cache.length += rows
-        of_a_check = length > 0 and rows <= self.width  # not the prompt
-        kept = self.kept if of_a_check and self.calls.active else None
+        kept = self._kept() if length > 0 and rows <= self.width else None  # not for the prompt
         if kept is not None and kept.step.is_proven:
             found = self._replayed(kept.step, {HIDDEN: hidden, POSITIONS: positions}, ids, numbers)
         else:
@@ -84,6 +80,15 @@ class Drafts:
             ids = F.pad(ids, (0, more))
             found = self._run(ids, given) if kept is None else self._proved(kept, ids, given)
         return found["tokens"], found["logits"]
+
+    def _kept(self) -> KeptStep | None:
+        if self.kept is None and not self.refused:
+            key = "head", self.depths, mode(self.device.type)
+            found = observed(self.head, self.model, self.device)
+            self.kept = KEPT.of(self.model).step(key, found, self.cache)
+            if self.kept.why_not is not None:
+                self._refuse(self.kept.why_not)
+        return self.kept if self.calls.active else None
 
     def _run(self, ids: Tensor, given: Mapping[str, Any]) -> dict[str, Tensor]:
         """As `MtpModel.forward` with greedy drafts, the last row that counts being one of many."""
@@ -132,7 +137,7 @@ class Drafts:
         return found
 
     def _refuse(self, reason: str) -> None:
-        self.kept = None
+        self.kept, self.refused = None, True
         self.calls.fell_through[reason] += 1
 
 

@@ -34,7 +34,9 @@ def serve_made(original: Serve) -> Serve:
         if model_kwargs.get("inputs_embeds") is not None:
             raise ValueError(WHOLE.format("has inputs_embeds"))
         asked = generation_config.num_assistant_tokens
-        trunk = head.trunk_of(main_model, 1 if asked in (None, NOT_ASKED) else _drafts(asked))
+        drafts = 1 if asked in (None, NOT_ASKED) else _drafts(asked)
+        # A head whose drafts were wrong is given them anew, back to where they began.
+        trunk = head.trunk_of(main_model, min(drafts, model_kwargs["position_ids"].shape[-1]))
         _MODELS[made] = main_model
         return original(made, trunk, generation_config, model_kwargs, *args, **kwargs)
 

@@ -21,8 +21,10 @@ SHARED = ("embed_tokens", "shared_head", "rotary_emb")
 
 @dataclass(frozen=True)
 class _Kept:
+    """`heads`: one for each number of drafts, of the same weights: several threads may draft."""
+
     made_of: tuple[Any, ...]
-    head: Any
+    heads: dict[int, Any]
 
 
 _HEADS: WeakKeyDictionary[Any, _Kept] = WeakKeyDictionary()
@@ -42,24 +44,28 @@ def keep(trunk: Trunk, device_map: Any, load: Callable[[type], Any]) -> Any:
     made_of = (published.stamp, trunk.config.dtype, str(device_map))
     kept = _HEADS.get(trunk.model)
     if kept is None or kept.made_of != made_of:
-        kept = _Kept(made_of, load(_head_class()).eval().requires_grad_(False))
+        kept = _Kept(made_of, {1: load(_head_class()).eval().requires_grad_(False)})
         _HEADS[trunk.model] = kept
-    kept.head.tie_with_main_model(trunk)
-    _ask_again(kept.head, trunk.config.get_text_config(decoder=True).num_mtp_layers)
-    return kept.head
+    drafts = trunk.config.get_text_config(decoder=True).num_mtp_layers
+    if drafts not in kept.heads:
+        kept.heads[drafts] = _asked_again(kept.heads[1], drafts)
+    kept.heads[drafts].tie_with_main_model(trunk)
+    return kept.heads[drafts]
 
 
-def _ask_again(head: Any, drafts: int) -> None:
+def _asked_again(head: Any, drafts: int) -> Any:
     """For several drafts its one layer is asked as often, of what it said itself: the same weights, caches apart."""
-    first = head.layers[0]
-    for number in range(len(head.layers), drafts):
-        layer = copy.deepcopy(first, {id(each): each for each in (*first.parameters(), *first.buffers())})
+    of_model = (vars(head)[name] for name in SHARED)
+    shared = {id(each): each for each in (*head.parameters(), *head.buffers(), *of_model)}
+    again = copy.deepcopy(head, {**shared})
+    for number in range(1, drafts):
+        layer = copy.deepcopy(again.layers[0], {**shared})
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = number
-        head.layers.append(layer)
-    del head.layers[drafts:]
-    head.config.layer_types = [FULL] * drafts
+        again.layers.append(layer)
+    again.config.layer_types = [FULL] * drafts
+    return again
 
 
 def trunk_of(model: Any, drafts: int) -> Trunk:

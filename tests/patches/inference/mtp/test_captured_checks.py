@@ -204,6 +204,29 @@ def test_graphs_of_two_widths_are_made_of_one_cache(npu: torch.device, monkeypat
         assert not calls_of("_assisted_decoding").fell_through
 
 
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3"])
+@pytest.mark.parametrize("captured", [True, False])
+def test_a_cache_that_the_caller_gets_holds_what_was_accepted(family: str, captured: bool, npu: torch.device) -> None:
+    """It goes on step by step, over several tokens, and captured; another loop of drafts refuses it."""
+    model, ids = tiny(family, max_position_embeddings=512), prompt()
+    plain = model.generate(ids, max_new_tokens=60, **GREEDY)
+    model, expected = model.to(npu), plain.to(npu)
+    with applied(model, mtp=True, captured_decode=True):
+        given = {"max_new_tokens": 20, "return_dict_in_generate": True, "prompt_lookup_num_tokens": 4}
+        hook = None if captured else model.lm_head.register_forward_hook(lambda module, args, output: None)
+        found = model.generate(ids.to(npu), max_matching_ngram_size=1, **STATIC, **given)
+        assert int(found.past_key_values.get_seq_length()) == found.sequences.shape[1] - 1
+        for more in (4, 1):  # tokens that it has not seen
+            ids = expected[:, : found.sequences.shape[1] + more - 1]
+            given = {"past_key_values": found.past_key_values, "return_dict_in_generate": True, **GREEDY}
+            found = model.generate(ids, max_new_tokens=10, **given)
+            assert torch.equal(found.sequences, expected[:, : found.sequences.shape[1]])
+        with pytest.raises(ValueError, match="not supported with Static cache classes: this one is of another call"):
+            model.generate(found.sequences, max_new_tokens=4, past_key_values=found.past_key_values, **LOOKUP, **GREEDY)
+        if hook is not None:
+            hook.remove()
+
+
 class Listening(LogitsProcessor):  # type: ignore[misc]
     """Of a caller's: it may change the model between two checks."""
 
@@ -239,6 +262,25 @@ def test_where_nothing_can_be_captured_checks_are_eager_and_the_report_says_why(
         assert dict(calls.fell_through) == {"hooks on modules of the model": 1}
         hook.remove()
         assert torch.equal(model.generate(ids, max_new_tokens=32, **LOOKUP, **STATIC), plain) and calls.ran
+
+
+def test_what_could_not_be_captured_once_is_not_tried_again(npu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny("qwen3", max_position_embeddings=512).to(npu), prompt().to(npu)
+    original, forwards = type(model.model).forward, []
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        forwards.append(torch.npu.is_current_stream_capturing())
+        found = original(self, *args, **kwargs)
+        float(found[0].sum())  # no graph can do that
+        return found
+
+    monkeypatch.setattr(type(model.model), "forward", forward)
+    with applied(model, mtp=True):
+        plain = model.generate(ids, max_new_tokens=16, **GREEDY)
+        for captures in (1, 0):
+            forwards.clear()
+            assert torch.equal(model.generate(ids, max_new_tokens=16, **LOOKUP, **STATIC), plain)
+            assert sum(forwards) == captures and len(calls_of("_assisted_decoding").fell_through) == 1
 
 
 def test_a_static_cache_of_the_callers_is_refused_in_transformers_words(npu: torch.device) -> None:

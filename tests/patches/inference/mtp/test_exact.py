@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from npu_patch import applied
 from tests.support.drafts import DRAFTS, drafting
-from tests.support.heads import FAMILIES, GREEDY, prompt
+from tests.support.heads import FAMILIES, GREEDY, loaded, prompt, saved
 from tests.support.tiny_models import tiny
 
 TOKENS, FEWER = 256, 64
@@ -74,6 +76,29 @@ def test_an_assistant_that_is_stateful_needs_a_prompt_of_two_tokens() -> None:
     model = tiny("qwen3_next")
     with applied(device="cpu", mtp=True), pytest.raises(ValueError, match="a prompt of two tokens or more"):
         model.generate(prompt(1), max_new_tokens=4, assistant_model=tiny("qwen3_5"), **GREEDY)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+def test_a_head_drafts_no_more_tokens_than_the_prompt_has(tokens: int, tmp_path: Path) -> None:
+    """Drafts that were wrong are made anew from where they began, and transformers does not look where that is."""
+    model, ids = loaded(saved("qwen3_5", tmp_path)), prompt(tokens)
+    plain = model.generate(ids, max_new_tokens=24, **GREEDY)
+    with applied(model, device="cpu", mtp=True):
+        given = {"max_new_tokens": 24, "use_mtp": True, "num_assistant_tokens": 5}
+        assert torch.equal(model.generate(ids, **given, **GREEDY), plain)
+
+
+def test_threads_may_draft_different_numbers_of_tokens(tmp_path: Path) -> None:
+    model = loaded(saved("qwen3_5", tmp_path))
+    plain = model.generate(prompt(), max_new_tokens=24, **GREEDY)
+    with applied(model, device="cpu", mtp=True), ThreadPoolExecutor(2) as pool:
+
+        def drafted(number: int) -> Tensor:
+            given = {"max_new_tokens": 24, "use_mtp": True, "num_assistant_tokens": number}
+            found: Tensor = model.generate(prompt(), **given, **GREEDY)
+            return found
+
+        assert all(torch.equal(found, plain) for found in pool.map(drafted, (1, 4, 2, 3, 1, 4)))
 
 
 def test_a_stateful_assistant_serves_a_model_without_states() -> None:

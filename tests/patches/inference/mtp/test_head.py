@@ -43,7 +43,7 @@ def with_head(model: Any, ids: Tensor, tokens: int = 32, **given: Any) -> Tensor
 
 
 def kept_head(model: Any) -> Any:
-    return heads._HEADS[model].head
+    return next(reversed(heads._HEADS[model].heads.values()))
 
 
 @pytest.fixture(scope="module")
@@ -182,14 +182,17 @@ def test_a_head_is_read_once_and_anew_where_its_file_is_another(folder: Path, tm
         with_head(model, ids, 8, num_assistant_tokens=3)
         head = kept_head(model)
         weight = head.layers[0].eh_proj.weight
-        with_head(model, ids, 8)
-        assert kept_head(model) is head and head.layers[0].eh_proj.weight is weight and len(head.layers) == 1
+        with_head(model, ids, 8, num_assistant_tokens=2)
+        other = kept_head(model)
+        assert (len(head.layers), len(other.layers)) == (3, 2) and other.layers[0].eh_proj.weight is weight
+        with_head(model, ids, 8, num_assistant_tokens=3)
+        assert heads._HEADS[model].heads[3] is head
         changed(own, own, lambda tensors: tensors["mtp.fc.weight"].zero_())
         with_head(model, ids, 8)
-        assert kept_head(model) is not head and not kept_head(model).layers[0].eh_proj.weight.any()
+        assert kept_head(model) is not other and not kept_head(model).layers[0].eh_proj.weight.any()
     (loads,) = (each for each in report if each.patch == "mtp" and each.site.endswith("from_pretrained"))
-    assert loads.calls.ran == 3
-    del model, head, weight
+    assert loads.calls.ran == 4
+    del model, head, other, weight
     import gc
 
     gc.collect()
