@@ -1,6 +1,7 @@
 """One call of generate() with drafts, over a cache that takes them back: each check of its loop is one replay.
 
-Graphs have few widths, powers of two: a check is filled up with tokens that nobody looks at.
+Graphs have few widths, powers of two up to WIDEST: a check is filled up with tokens that nobody looks at, and of longer
+drafts the first ones are taken.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from npu_patch.decoding import inputs
 from npu_patch.decoding.host_state import observe
 from npu_patch.decoding.inputs import StepInputs
 from npu_patch.decoding.kept import KEPT, KeptStep
-from npu_patch.decoding.session import mode, why_not_now
+from npu_patch.decoding.session import ModelOfLoop, mode, why_not_now
 from npu_patch.decoding.step import Step, cache_name_of, prove
 from npu_patch.serving.calls import Calls
 
@@ -52,13 +53,16 @@ class Checks:
     def update(self, outputs: Any, kwargs: dict[str, Any], **keywords: Any) -> dict[str, Any]:
         return dict(self.model._update_model_kwargs_for_generation(outputs, kwargs, **keywords))
 
+    def generator(self, *args: Any, **kwargs: Any) -> Any:
+        return _Shortened(self.model._get_candidate_generator(*args, **kwargs))
+
     def _check(self, tokens: Tensor, kwargs: dict[str, Any], asked: Mapping[str, Any]) -> Any:
         rows = kwargs["next_sequence_length"]
         width = width_for(rows)
         if self.cache.begin(width):
             self.kept.clear()
         key = (width, *sorted((name, str(value)) for name, value in asked.items()))
-        kept = None if rows > WIDEST else self._kept(key, tokens, kwargs)
+        kept = self._kept(key, tokens, kwargs)
         self.cache.rows = rows
         if kept is not None and kept.step.is_proven:
             return self._replayed(kept.step, tokens, kwargs, rows)
@@ -131,8 +135,34 @@ class Checks:
         self.calls.fell_through[reason] += 1
 
 
+class ModelOfDrafts(ModelOfLoop):
+    """With generators of drafts that fit."""
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        return self._session.generator(*args, **kwargs)
+
+
+class _Shortened:
+    """A generator of drafts, which gives no more of them than a check has rows for."""
+
+    def __init__(self, made: Any) -> None:
+        self._made = made
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._made)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_made"], name)
+
+    def get_candidates(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        ids, logits = self._made.get_candidates(input_ids, *args, **kwargs)
+        most = input_ids.shape[1] + WIDEST - 1
+        return ids[:, :most], None if logits is None else logits[:, : WIDEST - 1]
+
+
 def width_for(rows: int) -> int:
-    return rows if rows > WIDEST else max(2, 1 << (rows - 1).bit_length())
+    return max(2, 1 << (rows - 1).bit_length())
 
 
 def _first_rows(kind: type, values: dict[str, Any], rows: int) -> Any:

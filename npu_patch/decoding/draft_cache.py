@@ -53,9 +53,9 @@ class StatesLayer(LinearAttentionLayer):
 
     def go_on(self, at: Tensor, columns_before: Tensor) -> None:
         for index, states in self.states.items():
-            torch.index_select(states, 0, at, out=self.recurrent_states[index].unsqueeze(0))
+            torch.index_select(states, 0, at.to(states.device), out=self.recurrent_states[index].unsqueeze(0))
         for index, columns in self.columns.items():
-            before = columns_before[: self.conv_kernel_size[index]]
+            before = columns_before[: self.conv_kernel_size[index]].to(columns.device)
             torch.index_select(columns, -1, before, out=self.conv_states[index])
 
     def update_conv_state(
@@ -134,7 +134,7 @@ class DraftCache(StaticCache):
             )
 
     def crop(self, tokens_to_remove: int) -> None:
-        if self.rows > 1 and not -self.rows < tokens_to_remove <= 0:
+        if (self.rows > 1 or self.with_states) and not -self.rows < tokens_to_remove <= 0:
             raise ValueError(f"crop({tokens_to_remove}): accepted are 0 to {1 - self.rows}, those of the last check")
         at = self.rows - 1 + tokens_to_remove
         if at != self._at:
@@ -156,7 +156,7 @@ class DraftCache(StaticCache):
             if isinstance(layer, StatesLayer):
                 layer.go_on(self.at, columns)
             else:
-                layer.cumulative_length.add_(forward)
+                layer.cumulative_length.add_(forward.to(layer.cumulative_length.device))
         self.width.fill_(width)
 
     def end(self) -> None:

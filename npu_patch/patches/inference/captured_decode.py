@@ -19,7 +19,7 @@ from torch import Tensor
 
 from npu_patch.decoding import cache as caches
 from npu_patch.decoding import inputs
-from npu_patch.decoding.checks import WIDEST, Checks
+from npu_patch.decoding.checks import WIDEST, Checks, ModelOfDrafts
 from npu_patch.decoding.host_state import Observed, observe
 from npu_patch.decoding.kept import KEPT, Lease
 from npu_patch.decoding.session import ModelOfLoop, Session, mode, why_not_now
@@ -127,7 +127,7 @@ def _drafted(original: Callable[..., Any], device_type: str, calls: Calls) -> Ca
             given = {**kwargs, _name_of_cache(kwargs): lease.cache, "generation_config": config}
             lease.cache.serves = True
             try:
-                found = original(ModelOfLoop(checks), input_ids, **given)
+                found = original(ModelOfDrafts(checks), input_ids, **given)
                 if config.return_dict_in_generate:
                     lease.cache.end()
                 return TakenOver(found)
@@ -148,7 +148,7 @@ def _why_not_drafts(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if kwargs.get("synced_gpus"):
         return "ranks that generate in step"
     if not caches.is_for_one_call(_cache_of(kwargs), config.cache_implementation, model):
-        return "drafts over a static cache of the caller's"
+        return "drafts over a static cache that is the caller's, or was filled before"
     if not hasattr(_cache_of(kwargs), "activate_past_recording"):
         return "this transformers takes tokens back another way, 5.23 is known"
     return None

@@ -61,7 +61,7 @@ class Drafts:
     def __init__(self, head: Any, model: Any, lease: Lease, calls: Calls) -> None:
         self.head, self.model, self.cache, self.calls = head, model, lease.cache, calls
         self.depths = len(head.layers)
-        self.width = 2 if self.depths == 1 else 2 * self.depths + 1  # with those that are to be drafted anew
+        self.width = max(self.depths + 1, 2 * self.depths - 1)  # of few that were accepted, with the depths before them
         self.device = head.layers[0].eh_proj.weight.device
         self.kept: KeptStep | None = None
         self.refused = False

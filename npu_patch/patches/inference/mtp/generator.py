@@ -44,7 +44,7 @@ def serve_made(original: Serve) -> Serve:
 
 
 def _drafts(asked: Any) -> int:
-    if not isinstance(asked, int) or not 1 <= asked <= MOST:
+    if not isinstance(asked, int) or isinstance(asked, bool) or not 1 <= asked <= MOST:
         raise ValueError(f"num_assistant_tokens={asked!r} with use_mtp=True: accepted are 1 to {MOST} drafts")
     return asked
 

@@ -121,7 +121,7 @@ def read_site(site: Site) -> AsNamed | NotRead:
 def bind_site(site: Site, reading: AsNamed, context: Context) -> Replacement:
     calls = _Calls()
     if site.name == stateful.NAME:
-        return Replacement(stateful.Stateful(calls, _not_bound), reading.name, calls)
+        return Replacement(stateful.Stateful(calls, _not_bound, context.device_type), reading.name, calls)
     door = next(each for each in DOORS[site.owner.__module__] if each.name == site.name)
     _BOUND[door.within, door.name] = calls
     if door.value is not None:

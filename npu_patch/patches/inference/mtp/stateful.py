@@ -34,8 +34,8 @@ def _has_state(cls: type) -> bool:
     return UPDATE in names_used(vars(cls).get("forward"))
 
 
-def why_stateful(model: torch.nn.Module) -> str | None:
-    """Why drafts cannot be taken back from its states, or None."""
+def why_stateful(model: torch.nn.Module, device_type: str) -> str | None:
+    """Why drafts cannot be taken back from its states, or None. Those are recorded on devices of one type."""
     layers = [*model.modules()]
     kinds: set[Any] = {*map(type, layers)}
     classes = {cls for cls in kinds if UPDATE in names_used(cls.forward)}
@@ -43,19 +43,21 @@ def why_stateful(model: torch.nn.Module) -> str | None:
         cls = type(layer)
         if cls in classes and not is_served_rule(layer, sys.modules.get(cls.__module__)):
             return f"{cls.__name__} has a recurrent state that nothing of npu_patch records"
+        if cls in classes and (others := {each.device.type for each in layer.parameters()} - {device_type, "meta"}):
+            return f"{cls.__name__} is on {', '.join(sorted(others))}: states are recorded on {device_type}"
     return None if classes else NO_STATE
 
 
 class Stateful:
     """`model._is_stateful`: not, where what was drafted can be taken back. Of a class it is what it was."""
 
-    def __init__(self, calls: Calls, why_not: Callable[[], str | None]) -> None:
-        self.calls, self.why_not = calls, why_not
+    def __init__(self, calls: Calls, why_not: Callable[[], str | None], device_type: str) -> None:
+        self.calls, self.why_not, self.device_type = calls, why_not, device_type
 
     def __get__(self, model: Any, cls: type | None = None) -> bool:
         if model is None or not self.calls.active:
             return True
-        reason = self.why_not() or why_stateful(model)
+        reason = self.why_not() or why_stateful(model, self.device_type)
         if reason is None:
             self.calls.ran += 1
         else:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from transformers import LogitsProcessor, StaticCache
 from transformers.generation.candidate_generator import MTPCandidateGenerator
 
@@ -264,6 +265,35 @@ def test_where_nothing_can_be_captured_checks_are_eager_and_the_report_says_why(
         assert torch.equal(model.generate(ids, max_new_tokens=32, **LOOKUP, **STATIC), plain) and calls.ran
 
 
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3"])
+def test_of_longer_drafts_than_a_check_has_rows_the_first_are_taken(
+    family: str, npu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompt lookup drafts beyond max_length too, for which a cache has no room."""
+    model, ids = tiny(family, max_position_embeddings=512), prompt(60)
+    plain = model.generate(ids, max_new_tokens=140, **GREEDY)
+    model = model.to(npu)
+    lengths = drafting(monkeypatch, plain, lambda rest, chance: [*rest, *range(2, 90)])
+    with applied(model, mtp=True):
+        found = model.generate(ids.to(npu), max_new_tokens=140, prompt_lookup_num_tokens=100, **STATIC)
+        assert torch.equal(found.cpu(), plain)
+        assert max(lengths) > 200 and len(lengths) == 5 and not calls_of("_assisted_decoding").fell_through
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_on_several_devices_are_checked_step_by_step(npu: torch.device) -> None:
+    """The CPU stands for the second device."""
+    model, ids = tiny("qwen3", max_position_embeddings=512), prompt()
+    plain = model.generate(ids, max_new_tokens=24, **GREEDY)
+    places = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.layers.0", "lm_head"), "npu:0")
+    model = dispatch_model(
+        model, device_map={**places, "model.layers.1": "cpu", "model.norm": "cpu"}, main_device="cpu"
+    )
+    with applied(model):
+        assert torch.equal(model.generate(ids.to(npu), max_new_tokens=24, **LOOKUP, **STATIC).cpu(), plain)
+        assert calls_of("_assisted_decoding").fell_through.total() == 1
+
+
 def test_what_could_not_be_captured_once_is_not_tried_again(npu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny("qwen3", max_position_embeddings=512).to(npu), prompt().to(npu)
     original, forwards = type(model.model).forward, []
@@ -289,7 +319,9 @@ def test_a_static_cache_of_the_callers_is_refused_in_transformers_words(npu: tor
         cache = StaticCache(config=model.config, max_cache_len=64)
         with pytest.raises(ValueError, match="not supported with Static cache"):
             model.generate(ids, max_new_tokens=8, past_key_values=cache, **LOOKUP, **GREEDY)
-        assert list(calls_of("_assisted_decoding").fell_through) == ["drafts over a static cache of the caller's"]
+        assert list(calls_of("_assisted_decoding").fell_through) == [
+            "drafts over a static cache that is the caller's, or was filled before"
+        ]
 
 
 def test_what_is_drawn_has_the_models_distribution(npu: torch.device, tmp_path: Path) -> None:

@@ -78,6 +78,15 @@ def test_an_assistant_that_is_stateful_needs_a_prompt_of_two_tokens() -> None:
         model.generate(prompt(1), max_new_tokens=4, assistant_model=tiny("qwen3_5"), **GREEDY)
 
 
+@pytest.mark.parametrize("how", [{}, {"cache_implementation": "static"}])
+def test_a_model_on_another_device_is_refused_as_ever(how: dict[str, Any], npu: torch.device) -> None:
+    model = tiny("qwen3_next")
+    with applied(model, mtp=True) as report, pytest.raises(ValueError, match="not supported with stateful models"):
+        model.generate(prompt(), max_new_tokens=8, prompt_lookup_num_tokens=3, **how, **GREEDY)
+    (stateful,) = (each for each in report if each.site.endswith("_is_stateful") and each.calls.fell_through)
+    assert list(stateful.calls.fell_through) == ["Qwen3NextGatedDeltaNet is on cpu: states are recorded on npu"]
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 4])
 def test_a_head_drafts_no_more_tokens_than_the_prompt_has(tokens: int, tmp_path: Path) -> None:
     """Drafts that were wrong are made anew from where they began, and transformers does not look where that is."""
