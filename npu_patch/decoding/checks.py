@@ -7,6 +7,7 @@ drafts the first ones are taken.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +18,7 @@ from npu_patch.decoding.host_state import observe
 from npu_patch.decoding.inputs import StepInputs
 from npu_patch.decoding.kept import KEPT, KeptStep
 from npu_patch.decoding.session import ModelOfLoop, mode, why_not_now
-from npu_patch.decoding.step import Step, cache_name_of, prove
+from npu_patch.decoding.step import Run, Step, cache_name_of
 from npu_patch.serving.calls import Calls
 
 CHECK = "check_of_drafts"
@@ -99,19 +100,11 @@ class Checks:
             return None
         return found
 
-    def _proved(self, kept: KeptStep, run: Any, tokens: Tensor, kwargs: dict[str, Any], width: int) -> Any:
+    def _proved(self, kept: KeptStep, run: Run, tokens: Tensor, kwargs: dict[str, Any], width: int) -> Any:
         length = caches.length_of(self.cache)
-
-        def inputs_of(tokens: Tensor, kwargs: Mapping[str, Any]) -> StepInputs:
-            return StepInputs.of(tokens, kwargs, length, width, taken=inputs.COUNTED)
-
-        def changed() -> bool:
-            return kept.observed.changes_to(observe(self.model, self.device_type))
-
-        pool = KEPT.pool(self.device_type)
-        outputs, reason = prove(kept.step, run, tokens, kwargs, inputs_of, changed, pool)
+        inputs_of = partial(StepInputs.of, length=length, width=width, taken=inputs.COUNTED)
+        outputs, reason = kept.prove(run, tokens, kwargs, inputs_of, partial(observe, self.model, self.device_type))
         if reason is not None:
-            kept.why_not, kept.step = reason, Step()
             self.nothing_captured = reason
             self._refuse(reason)
         return outputs

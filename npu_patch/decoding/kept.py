@@ -6,16 +6,17 @@ Of each model a few, the least recently used one goes first; nothing of a model 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from npu_patch.decoding import cache as caches
 from npu_patch.decoding.graph import new_pool
 from npu_patch.decoding.host_state import Observed
-from npu_patch.decoding.step import Step
+from npu_patch.decoding.step import InputsOf, Run, Step, prove
 
 MOST_CACHES, MOST_STEPS = 4, 8  # of steps, of checks of drafts, and of who drafts
 
@@ -39,6 +40,19 @@ class KeptStep:
     cache: weakref.ref[Any]
     addresses: tuple[int, ...]
     why_not: str | None = None
+
+    def prove(
+        self, run: Run, tokens: Tensor, kwargs: Mapping[str, Any], inputs_of: InputsOf, now: Callable[[], Observed]
+    ) -> tuple[Any, str | None]:
+        """See `prove` of step.py. `now()`: the model as the host knows it then."""
+
+        def changed() -> bool:
+            return self.observed.changes_to(now())
+
+        outputs, reason = prove(self.step, run, tokens, kwargs, inputs_of, changed, KEPT.pool(tokens.device.type))
+        if reason is not None:
+            self.why_not, self.step = reason, Step()
+        return outputs, reason
 
 
 @dataclass(eq=False)

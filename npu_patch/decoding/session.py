@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +14,7 @@ from npu_patch.decoding import inputs
 from npu_patch.decoding.host_state import observe
 from npu_patch.decoding.inputs import StepInputs
 from npu_patch.decoding.kept import KEPT, KeptStep, Lease
-from npu_patch.decoding.step import Step, cache_name_of, prove
+from npu_patch.decoding.step import Step, cache_name_of
 from npu_patch.serving.calls import Calls
 
 STEP = "decode_step"
@@ -86,18 +87,10 @@ class Session:
             return self._refuse(self.kept.why_not)
 
     def _proved(self, kept: KeptStep, tokens: Tensor, kwargs: dict[str, Any]) -> Any:
-        length = caches.length_of(kwargs[cache_name_of(kwargs)])
-        pool = KEPT.pool(self.device_type)
-
-        def inputs_of(tokens: Tensor, kwargs: Mapping[str, Any]) -> StepInputs:
-            return StepInputs.of(tokens, kwargs, length)
-
-        def changed() -> bool:
-            return kept.observed.changes_to(observe(self.model, self.device_type))
-
-        outputs, reason = prove(kept.step, self._eager, tokens, kwargs, inputs_of, changed, pool)
+        inputs_of = partial(StepInputs.of, length=caches.length_of(kwargs[cache_name_of(kwargs)]))
+        now = partial(observe, self.model, self.device_type)
+        outputs, reason = kept.prove(self._eager, tokens, kwargs, inputs_of, now)
         if reason is not None:
-            kept.why_not, kept.step = reason, Step()
             self.nothing_captured = reason
             self._refuse(reason)
         return outputs

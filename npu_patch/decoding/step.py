@@ -21,6 +21,7 @@ CLOSE = {torch.float32: 1e-5, torch.float64: 1e-10}
 CLOSE_OTHERS = 2e-2
 
 Run = Callable[[Tensor, Mapping[str, Any]], Any]  # of the newest tokens, and what generate() has for the model
+InputsOf = Callable[[Tensor, Mapping[str, Any]], StepInputs]
 
 
 @dataclass(eq=False)
@@ -48,7 +49,7 @@ def prove(
     run: Run,
     tokens: Tensor,
     kwargs: Mapping[str, Any],
-    inputs_of: Callable[[Tensor, Mapping[str, Any]], StepInputs],
+    inputs_of: InputsOf,
     changed: Callable[[], bool],
     pool: Any,
 ) -> tuple[Any, str | None]:

@@ -22,7 +22,7 @@ from npu_patch.decoding.host_state import Observed, observe
 from npu_patch.decoding.inputs import StepInputs
 from npu_patch.decoding.kept import KEPT, KeptStep, Lease
 from npu_patch.decoding.session import mode
-from npu_patch.decoding.step import Step, prove
+from npu_patch.decoding.step import Step
 from npu_patch.serving.calls import Calls
 
 HIDDEN, POSITIONS, NUMBERS, CACHE = "hidden", "position_ids", "numbers", "past_key_values"
@@ -109,17 +109,10 @@ class Drafts:
 
     def _proved(self, kept: KeptStep, ids: Tensor, given: dict[str, Any]) -> dict[str, Tensor]:
         length = caches.length_of(self.cache)
-
-        def inputs_of(ids: Tensor, given: Mapping[str, Any]) -> StepInputs:
-            return StepInputs.of(ids, given, length, self.width, taken=GIVEN)
-
-        def changed() -> bool:
-            return kept.observed.changes_to(observed(self.head, self.model, self.device))
-
-        pool = KEPT.pool(self.device.type)
-        found, reason = prove(kept.step, self._run, ids, given, inputs_of, changed, pool)
+        inputs_of = partial(StepInputs.of, length=length, width=self.width, taken=GIVEN)
+        now = partial(observed, self.head, self.model, self.device)
+        found, reason = kept.prove(self._run, ids, given, inputs_of, now)
         if reason is not None:
-            kept.why_not, kept.step = reason, Step()
             self._refuse(reason)
         drafted: dict[str, Tensor] = found
         return drafted
