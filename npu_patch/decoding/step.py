@@ -127,8 +127,8 @@ def _difference(found: Tensor, expected: Tensor) -> str | None:
     if torch.equal(found, expected):
         return None
     distance = torch.linalg.vector_norm((found - expected).float())
-    limit = CLOSE.get(expected.dtype, CLOSE_OTHERS) * torch.linalg.vector_norm(expected.float())
-    return None if bool(distance <= limit) else "other numbers"
+    error = float(distance / torch.linalg.vector_norm(expected.float()))
+    return None if error <= CLOSE.get(expected.dtype, CLOSE_OTHERS) else f"other numbers ({error:.0e} of their norm)"
 
 
 @dataclass(frozen=True, eq=False)
