@@ -13,6 +13,7 @@ from npu_patch.decoding.cache import Before
 from npu_patch.decoding.graph import Graph, captured
 from npu_patch.decoding.inputs import CACHES, StepInputs
 from npu_patch.numerics.error_text import error_text
+from npu_patch.waiting.contract import materialised
 
 # Twice, for what a capture has frozen shows at the next step only.
 PROOFS = 2
@@ -113,7 +114,9 @@ def cache_name_of(kwargs: Mapping[str, Any]) -> str:
 def _run(run: Run, inputs: StepInputs, cache: dict[str, Any]) -> tuple[type, dict[str, Any]]:
     outputs = run(inputs.tokens, {**inputs.others, **inputs.tensors, **cache})
     inputs.count_on()
-    return type(outputs), {name: value for name, value in outputs.items() if name not in CACHES}
+    # What waits would be computed outside of the graph, once.
+    found = {name: materialised(value, "a graph") for name, value in outputs.items() if name not in CACHES}
+    return type(outputs), found
 
 
 def _compared(outputs: Mapping[str, Any]) -> list[Tensor]:
