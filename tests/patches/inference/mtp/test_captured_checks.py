@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,17 @@ def test_what_ends_or_changes_a_generation_does_so_as_over_a_dynamic_cache(
             torch.testing.assert_close(torch.cat(found[name]), torch.cat(expected[name]), rtol=1e-5, atol=1e-5)
         expected, found = expected.sequences, found.sequences
     assert torch.equal(found, expected)
+
+
+def test_checks_are_replays_where_trl_is_imported(npu: torch.device) -> None:
+    """Then logits of several tokens wait for who needs them, which a graph does not."""
+    importlib.import_module("trl")
+    model, ids = tiny("qwen3", max_position_embeddings=512).to(npu), prompt().repeat(1, 3).to(npu)
+    with applied():
+        importlib.import_module("trl.trainer.sft_trainer")
+        plain = model.generate(ids, max_new_tokens=24, **GREEDY)
+        assert torch.equal(model.generate(ids, max_new_tokens=24, **LOOKUP, **STATIC), plain)
+        assert calls_of("_assisted_decoding").ran and not calls_of("_assisted_decoding").fell_through
 
 
 def test_padding_before_the_prompt_changes_nothing(npu: torch.device) -> None:
